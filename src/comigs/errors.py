@@ -1,0 +1,16 @@
+"""What goes wrong because of what a user gave, as opposed to a bug of ours."""
+
+
+class UserError(ValueError):
+    """One line for the user: which field or file, what was given, what is allowed, what to do.
+
+    The command line prints the line and exits with code 2; a bug of ours is never a `UserError`.
+    """
+
+
+def nearest(name: str, allowed: list[str]) -> str:
+    """' Did you mean "x"?' for the allowed name closest to `name`, or '' when none is close."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, allowed, n=1, cutoff=0.5)
+    return f' Did you mean "{close[0]}"?' if close else ""

@@ -1,0 +1,118 @@
+"""Experts put on a frozen base from outside, pointed at any client's tensors, and taken off leaving it identical.
+
+The base stays an untouched `transformers` model: its own forward pass and `generate()` with KV cache run through the
+mixtures. One attachment serves all clients of a process: `bind` moves references, it copies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from comigs import lowrank
+from comigs.bases.base import Architecture, linear_size
+from comigs.config import ExpertsSection, ExpertShape
+from comigs.experts.lora import LoraLinear
+from comigs.experts.mixture import Expert, Mixture
+from comigs.experts.router import Routing
+from comigs.slots import Slot, expert_parts
+
+
+class Attachment:
+    """Mixtures in place of every MLP and LoRA on every attention linear of `model`. Use as a context, or `detach()`."""
+
+    def __init__(self, model: Any, architecture: Architecture, settings: ExpertsSection) -> None:
+        self.model = model
+        self.architecture = architecture
+        self.settings = settings
+        self._undo: list[tuple[nn.Module, str, nn.Module]] = []
+        self.mixtures: list[Mixture] = []
+        self.attention: list[dict[str, LoraLinear]] = []
+        for block in model.get_submodule(architecture.blocks):
+            mixture = Mixture(block.get_submodule(architecture.mlp), architecture)
+            self._replace(block, architecture.mlp, mixture)
+            self.mixtures.append(mixture)
+            adapted = {}
+            for site, path in architecture.attention.items():
+                adapted[site] = LoraLinear(block.get_submodule(path))
+                self._replace(block, path, adapted[site])
+            self.attention.append(adapted)
+
+    def _replace(self, block: nn.Module, path: str, new: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        owner = block.get_submodule(parent)
+        self._undo.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, new)
+
+    def slot_shapes(self, shape: ExpertShape, routed: bool) -> dict[Slot, tuple[int, ...]]:
+        """Every trainable tensor of a client with these experts. routed: with a router, where it has a choice."""
+        ranks = {"g": shape.rank, "s": shape.specialist_rank}
+        parts = expert_parts(shape.generalists, shape.specialists)
+        shapes: dict[Slot, tuple[int, ...]] = {}
+        for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
+            for part in parts:
+                for site, name in self.architecture.mlp_linears().items():
+                    size = linear_size(getattr(mixture.mlp, name))
+                    shapes |= _pair(layer, site, part, ranks[part[0]], size)
+            for site, lora in adapted.items():
+                shapes |= _pair(layer, site, "attention", shape.attention_rank, linear_size(lora.linear))
+            if routed and len(parts) > 1:
+                width = linear_size(getattr(mixture.mlp, self.architecture.up))[0]
+                shapes[Slot(layer, "mlp", "router", "W")] = (len(parts), width)
+        return shapes
+
+    def bind(self, tensors: Mapping[Slot, Tensor]) -> None:
+        """Point the mixtures at a client's tensors; what they hold decides experts, ranks and routing."""
+        parts = sorted({s.part for s in tensors if s.role in ("generalist", "specialist")}, key=lambda p: (p[0], int(p[1:])))
+        sites = list(self.architecture.mlp_linears())
+        for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
+            mixture.experts = [
+                Expert(
+                    {site: tensors[Slot(layer, site, part, "A")] for site in sites},
+                    {site: tensors[Slot(layer, site, part, "B")] for site in sites},
+                    self._scale(tensors[Slot(layer, sites[0], part, "A")]),
+                )
+                for part in parts
+            ]
+            mixture.W_ED = tensors.get(Slot(layer, "mlp", "router", "W"))
+            mixture.top_k = self.settings.top_k
+            mixture.routing = None
+            for site, lora in adapted.items():
+                lora.A, lora.B = tensors.get(Slot(layer, site, "attention", "A")), tensors.get(Slot(layer, site, "attention", "B"))
+                if lora.A is not None:
+                    lora.scale = self._scale(lora.A)
+
+    def _scale(self, A_RI: Tensor) -> float:
+        return lowrank.scaling(self.settings.alpha, A_RI.shape[0], self.settings.scaling)
+
+    def unbind(self) -> None:
+        """Point at nobody's tensors: the base alone."""
+        self.bind({})
+
+    def routings(self) -> list[Routing]:
+        """Each block's decision in the last forward pass; empty without a router."""
+        return [m.routing for m in self.mixtures if m.routing is not None]
+
+    def detach(self) -> None:
+        """Put the base's own modules back, as if nothing had ever been attached."""
+        while self._undo:
+            owner, name, original = self._undo.pop()
+            setattr(owner, name, original)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def _pair(layer: int, site: str, part: str, rank: int, size: tuple[int, int]) -> dict[Slot, tuple[int, ...]]:
+    return {Slot(layer, site, part, "A"): (rank, size[0]), Slot(layer, site, part, "B"): (size[1], rank)}
+
+
+def trained_parameters(shapes: Mapping[Slot, tuple[int, ...]]) -> int:
+    """Number of scalars in these slots."""
+    return sum(torch.Size(shape).numel() for shape in shapes.values())

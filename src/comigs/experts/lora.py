@@ -1,0 +1,26 @@
+"""LoRA on one attention linear: not routed, one per linear."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LoraLinear(nn.Module):
+    """`y = linear(x) + scale * x @ A^T @ B^T`; holds no tensor of its own, `A` and `B` are pointed at a client's.
+
+    x (..., in), A (R, in), B (out, R), y (..., out).
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+        self.A: Tensor | None = None
+        self.B: Tensor | None = None
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        if self.A is None or self.B is None:
+            return y
+        return y + F.linear(F.linear(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))

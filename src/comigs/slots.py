@@ -1,0 +1,53 @@
+"""The typed address of every trainable tensor. Sharing, saving and merging go by slot, never by parameter name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["generalist", "specialist", "router", "attention"]
+
+
+@dataclass(frozen=True, order=True)
+class Slot:
+    """Where one trainable tensor sits.
+
+    layer: index of the transformer block, from 0.
+    site: the frozen linear it adds to: an MLP linear ("up", "gate", "down"), an attention linear ("q", "c_attn", ...),
+        or "mlp" for the router, which reads the MLP's input.
+    part: "g0", "g1", ... (generalists), "s0", "s1", ... (specialists), "router" or "attention".
+    matrix: "A" (rank, in), "B" (out, rank), or "W" (experts, width) for a router.
+    """
+
+    layer: int
+    site: str
+    part: str
+    matrix: str
+
+    @property
+    def role(self) -> Role:
+        """What the part is: the one thing that decides whether a tensor may leave a client."""
+        if self.part in ("router", "attention"):
+            return self.part  # type: ignore[return-value]
+        return "generalist" if self.part.startswith("g") else "specialist"
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.site}.{self.part}.{self.matrix}"
+
+    @classmethod
+    def parse(cls, text: str) -> Slot:
+        """The inverse of `str(slot)`. Raises ValueError for anything else."""
+        try:
+            layer, site, part, matrix = text.split(".")
+            slot = cls(int(layer), site, part, matrix)
+        except ValueError:
+            raise ValueError(f'"{text}" is no slot: expected LAYER.SITE.PART.MATRIX') from None
+        known_part = part in ("router", "attention") or (part[:1] in ("g", "s") and part[1:].isdigit())
+        if not known_part or matrix not in ("A", "B", "W") or slot.layer < 0:
+            raise ValueError(f'"{text}" is no slot: unknown part or matrix')
+        return slot
+
+
+def expert_parts(generalists: int, specialists: int) -> list[str]:
+    """Names of a client's experts in the router's order: generalists first."""
+    return [f"g{i}" for i in range(generalists)] + [f"s{i}" for i in range(specialists)]
