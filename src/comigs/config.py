@@ -35,20 +35,29 @@ class BaseSection(Section):
         "auto", description="of the frozen weights and of autocast; auto: bfloat16 where the device is fast at it"
     )
     device: str = Field("auto", description='"cpu", "cuda", "cuda:1", ...; auto: cuda where there is one')
-    threads: int | None = Field(None, gt=0, description="CPU threads; None: as torch finds them (recorded; a resumed run uses the same)")
+    threads: int | None = Field(
+        None, gt=0, description="CPU threads; None: as torch finds them (recorded; a resumed run uses the same)"
+    )
 
 
 class DataSection(Section):
     """[data]: how text becomes windows of tokens."""
 
-    root: Path = Field(Path("."), description="folder that relative paths in `text` start from; default: the config file's")
+    root: Path = Field(
+        Path("."), description="folder that relative paths in `text` start from; default: the config file's"
+    )
     cache: Path = Field(Path(".cache/comigs"), description="folder of the token stores, relative to the working folder")
     sequence_length: int = Field(128, ge=2, description="tokens per window")
     distribution: Literal["in", "out"] = Field(
-        "in", description='"in": valid and test from the client\'s own text; "out": mixture of all clients\' valid and test'
+        "in",
+        description='"in": valid and test from the client\'s own text; "out": mixture of all clients\' valid and test',
     )
-    valid_fraction: float = Field(0.1, gt=0, lt=1, description="share of documents in valid where splits are made by hash")
-    test_fraction: float = Field(0.1, gt=0, lt=1, description="share of documents in test where splits are made by hash")
+    valid_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of documents in valid where splits are made by hash"
+    )
+    test_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of documents in test where splits are made by hash"
+    )
 
 
 class ExpertsSection(Section):
@@ -62,7 +71,9 @@ class ExpertsSection(Section):
     share_attention: bool = Field(True, description="false: attention LoRA stays home (the all-specialist setting)")
     alpha: float = Field(16.0, gt=0, description="LoRA alpha")
     scaling: Literal["rslora", "lora"] = Field("rslora", description="alpha / sqrt(rank) or alpha / rank")
-    top_k: int = Field(2, ge=1, description="experts used per token; a client with one expert has no router and no choice")
+    top_k: int = Field(
+        2, ge=1, description="experts used per token; a client with one expert has no router and no choice"
+    )
 
 
 class ClientSection(Section):
@@ -71,14 +82,20 @@ class ClientSection(Section):
     steps: int = Field(10, ge=1, description="local steps per round")
     batch_size: int = Field(64, ge=1, description="windows per step")
     micro_batch_size: int | None = Field(None, ge=1, description="windows at once in memory; None: batch_size")
-    lr: float | None = Field(None, gt=0, description="experts' peak rate, cosine to lr/10; None: 2e-3 GPT-2, 2e-4 Llama-like")
+    lr: float | None = Field(
+        None, gt=0, description="experts' peak rate, cosine to lr/10; None: 2e-3 GPT-2, 2e-4 Llama-like"
+    )
     router_lr: float | None = Field(None, gt=0, description="router's constant rate; None: lr")
     weight_decay: float = Field(0.01, ge=0, description="AdamW, on everything trained")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two decay rates")
-    router_every: int = Field(30, ge=1, description="local steps between router phases, counted over the whole run (tau)")
+    router_every: int = Field(
+        30, ge=1, description="local steps between router phases, counted over the whole run (tau)"
+    )
     router_steps: int = Field(10, ge=0, description="router steps in a phase, each on a batch of valid")
     balance_coef: float = Field(0.01, ge=0, description="weight of the balance loss")
-    generalist_share: float = Field(0.5, ge=0, lt=1, description="load that the balance loss gives the first generalist; 0: equal")
+    generalist_share: float = Field(
+        0.5, ge=0, lt=1, description="load that the balance loss gives the first generalist; 0: equal"
+    )
     leaky_gradients: bool = Field(
         False, description="reproduce the authors' loop, in which one level's gradients leak into the other's next step"
     )
@@ -111,10 +128,14 @@ class ClientEntry(Section):
     """[[clients]]: one client; what is None is taken from [experts]."""
 
     name: str = Field(description="letters, digits, '.', '_' and '-'; also the name of its folder in the run")
-    text: str | Text = Field(description='"source:argument" or a path, split by hash; or {train = ..., valid = ..., test = ...}')
+    text: str | Text = Field(
+        description='"source:argument" or a path, split by hash; or {train = ..., valid = ..., test = ...}'
+    )
     specialists: int | None = Field(None, ge=0, description="number of specialists; None: experts.specialists")
     rank: int | None = Field(None, ge=1, description="LoRA rank of this client's experts; None: experts.rank")
-    specialist_rank: int | None = Field(None, ge=1, description="rank of its specialists; None: experts.specialist_rank, else rank")
+    specialist_rank: int | None = Field(
+        None, ge=1, description="rank of its specialists; None: experts.specialist_rank, else rank"
+    )
 
     @field_validator("name")
     @classmethod

@@ -4,8 +4,16 @@
 class UserError(ValueError):
     """One line for the user: which field or file, what was given, what is allowed, what to do.
 
-    The command line prints the line and exits with code 2; a bug of ours is never a `UserError`.
+    The command line prints the line and exits with `exit_code`; a bug of ours is never a `UserError`.
     """
+
+    exit_code = 2
+
+
+class Stopped(UserError):
+    """A run was stopped on purpose (Ctrl-C); the line says how to go on with it."""
+
+    exit_code = 130
 
 
 def nearest(name: str, allowed: list[str]) -> str:

@@ -27,7 +27,7 @@ def read(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def base_model(tensors: dict[str, Tensor]) -> Any:
-    """Our own `transformers` GPT-2 holding the golden base weights (linears there are (out, in), Conv1D is (in, out))."""
+    """Our own `transformers` GPT-2 with the golden base weights: (out, in) there, (in, out) in Conv1D."""
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=256, n_positions=64, n_embd=32, n_layer=2, n_head=2, activation_function="gelu_new")
     )

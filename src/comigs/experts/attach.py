@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from comigs import lowrank
 from comigs.bases.base import Architecture, linear_size
-from comigs.config import ExpertsSection, ExpertShape
+from comigs.config import ExpertShape, ExpertsSection
 from comigs.experts.lora import LoraLinear
 from comigs.experts.mixture import Expert, Mixture
 from comigs.experts.router import Routing
@@ -66,7 +66,9 @@ class Attachment:
 
     def bind(self, tensors: Mapping[Slot, Tensor]) -> None:
         """Point the mixtures at a client's tensors; what they hold decides experts, ranks and routing."""
-        parts = sorted({s.part for s in tensors if s.role in ("generalist", "specialist")}, key=lambda p: (p[0], int(p[1:])))
+        parts = sorted(
+            {s.part for s in tensors if s.role in ("generalist", "specialist")}, key=lambda p: (p[0], int(p[1:]))
+        )
         sites = list(self.architecture.mlp_linears())
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
             mixture.experts = [
@@ -81,7 +83,10 @@ class Attachment:
             mixture.top_k = self.settings.top_k
             mixture.routing = None
             for site, lora in adapted.items():
-                lora.A, lora.B = tensors.get(Slot(layer, site, "attention", "A")), tensors.get(Slot(layer, site, "attention", "B"))
+                lora.A, lora.B = (
+                    tensors.get(Slot(layer, site, "attention", "A")),
+                    tensors.get(Slot(layer, site, "attention", "B")),
+                )
                 if lora.A is not None:
                     lora.scale = self._scale(lora.A)
 

@@ -55,7 +55,9 @@ class Mixture(nn.Module):
         weights_TE = self._routing_weights(x_TD)
         hidden = self._hidden(x_TD)
 
-        mixed_TI = sum(weights_TE[:, e, None] * h_TI for e, h_TI in enumerate(hidden))
+        mixed_TI = weights_TE[:, 0, None] * hidden[0]
+        for e, h_TI in enumerate(hidden[1:], start=1):
+            mixed_TI = mixed_TI + weights_TE[:, e, None] * h_TI
         y_TD = self._frozen("down", mixed_TI)
         if self.W_ED is not None and self.top_k == 1:  # weights sum to less than 1, and so does the bias
             y_TD = self._rescale_bias(y_TD, weights_TE)
@@ -82,8 +84,8 @@ class Mixture(nn.Module):
         """h_e (T, I) of each expert. The A's of all experts and both input linears are one product."""
         inputs = [site for site in self.architecture.mlp_linears() if site != "down"]
         A_RD = torch.cat([e.A[site] for site in inputs for e in self.experts])
-        lows = F.linear(x_TD, self._cast(A_RD, x_TD)).split([e.A[site].shape[0] for site in inputs for e in self.experts], -1)
-        low = iter(lows)
+        ranks = [e.A[site].shape[0] for site in inputs for e in self.experts]
+        low = iter(torch.split(F.linear(x_TD, self._cast(A_RD, x_TD)), ranks, dim=-1))
         act = getattr(self.mlp, self.architecture.activation)
         pre: dict[str, list[Tensor]] = {}
         for site in inputs:

@@ -1,4 +1,4 @@
-"""The values training starts from: the same for all clients where a tensor is shared, a client's own where it is not."""
+"""The values training starts from: shared tensors are the same for all clients, private ones a client's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from comigs.slots import Slot
 
 
 def starting_tensors(shapes: Mapping[Slot, tuple[int, ...]], seed: int, client: str) -> dict[Slot, Tensor]:
-    """A and router: Kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(in), 1/sqrt(in)); B: zeros. float32, CPU.
+    """A: Kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(in), 1/sqrt(in)); B: zeros; router: N(0, 0.02), which
+    starts close to uniform mixing. float32, on the CPU.
 
     Generalists and attention are drawn from the run's seed alone, so all clients start alike; specialists and router
     from the client's own generator. A smaller rank gets the first rows of a larger one.
@@ -24,7 +25,8 @@ def starting_tensors(shapes: Mapping[Slot, tuple[int, ...]], seed: int, client: 
             tensors[slot] = torch.zeros(shape)
             continue
         owner = client if slot.role in ("specialist", "router") else "all clients"
+        random = generator(seed, "start", owner, str(slot))
         bound = 1 / math.sqrt(shape[1])
-        draw = generator(seed, "start", owner, str(slot)).uniform(-bound, bound, size=shape)
+        draw = random.normal(0, 0.02, shape) if slot.role == "router" else random.uniform(-bound, bound, shape)
         tensors[slot] = torch.from_numpy(draw.astype("float32"))
     return tensors

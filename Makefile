@@ -1,0 +1,32 @@
+# make demo and make test do all the set-up they need: a .venv, and every dependency at its pinned version.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all check bench docs
+.DEFAULT_GOAL := demo
+
+$(BIN)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("comigs needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(BIN)/.ready  ## train four clients on the bundled text and write a report (about two minutes)
+	$(BIN)/comigs run configs/quickstart.toml
+
+test: $(BIN)/.ready  ## everything but the slow tests
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-all: $(BIN)/.ready
+	$(BIN)/python -m pytest
+
+check: $(BIN)/.ready
+	$(BIN)/ruff check src tests scripts benchmarks
+	$(BIN)/ruff format --check src tests scripts benchmarks
+	$(BIN)/mypy
+
+bench: $(BIN)/.ready
+	$(BIN)/python benchmarks/step.py
+
+docs: $(BIN)/.ready  ## write docs/config.md from the config's own descriptions
+	$(BIN)/python scripts/config_docs.py

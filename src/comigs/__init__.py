@@ -1,0 +1,23 @@
+"""CoMiGS: many devices, each with private text, fine-tune one language model together; each ends with its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from comigs.config import Config, load_config
+from comigs.errors import UserError
+
+if TYPE_CHECKING:
+    from comigs.api import open_personal_model, prepare, resume, run
+
+__version__ = "0.1.0"
+__all__ = ["Config", "UserError", "load_config", "open_personal_model", "prepare", "resume", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when something is run: `comigs --help` must not wait for it."""
+    if name in __all__:
+        from comigs import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'comigs' has no attribute '{name}'")

@@ -1,0 +1,253 @@
+"""What a person does with CoMiGS, as functions: run, resume, prepare, open a personal model. The CLI only prints.
+
+import comigs
+
+config = comigs.load_config("configs/quickstart.toml", ["rounds=5"])
+folder = comigs.run(config)
+print(folder.summary()["mean"]["test"])
+model = comigs.open_personal_model(folder.path, "fr")
+print(model.generate("Le système"))
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comigs.bases.load import Base, load_base, loaders, modules
+from comigs.config import SPLITS, Config, Split, parse_config
+from comigs.data.prepare import ClientData
+from comigs.data.prepare import prepare as prepare_data
+from comigs.data.sources import list_sources
+from comigs.engines.in_process import InProcess
+from comigs.engines.rounds import Report, run_rounds
+from comigs.engines.summary import summarize
+from comigs.errors import Stopped, UserError
+from comigs.methods.method import list_methods, load_method
+from comigs.personal.model import PersonalModel
+from comigs.record import RunFolder
+from comigs.report.tables import Table
+
+Say = Callable[[str], None]
+
+
+def ignore(_: Any) -> None:
+    """The default listener: shows nothing."""
+
+
+def run(config: Config, out: Path | str | None = None, report: Report = ignore, say: Say = ignore) -> RunFolder:
+    """A whole run: prepare the text, train all clients, evaluate each one's own model.
+
+    out: the new run folder; None: the next free `runs/NAME`. report: gets each line of metrics as it comes, and steps.
+    say: gets lines of progress before the first round. Raises UserError for whatever is wrong with the input.
+    """
+    path = Path(out) if out is not None else free_folder(Path("runs") / config.name)
+    RunFolder.require_absent(path)
+    load_method(config)  # refuses what it cannot do before anything is loaded
+    base, config = _load(config)
+    data = prepare_data(config, base.encoder, say)
+    with RunFolder.create(path, config, environment(base, data)) as folder:
+        _go_on(folder, config, base, data, report)
+    return folder
+
+
+def resume(path: Path | str, report: Report = ignore, say: Say = ignore) -> RunFolder:
+    """Go on with a run that was stopped, from its last whole round. Raises UserError."""
+    with RunFolder.open(Path(path)) as folder:
+        config = folder.config()
+        base, _ = _load(config)
+        recorded = folder.environment()
+        if recorded["base_fingerprint"] != base.fingerprint:
+            raise UserError(
+                f'{path}: base "{config.base.name}" is not the one this run began with (its weights differ)'
+            )
+        data = prepare_data(config, base.encoder, say)
+        if recorded["data"] != describe(data):
+            raise UserError(f"{path}: the clients' text has changed since this run began; start a new run")
+        _go_on(folder, config, base, data, report)
+    return folder
+
+
+def prepare(config: Config, say: Say = ignore) -> dict[str, ClientData]:
+    """Read, split, check and tokenise the clients' text. Raises UserError."""
+    load_method(config)
+    base, config = _load(config)
+    return prepare_data(config, base.encoder, say)
+
+
+def open_run(path: Path | str) -> RunFolder:
+    """A run on disk. Raises UserError where it is none."""
+    return RunFolder.open(Path(path))
+
+
+def open_personal_model(path: Path | str, client: str) -> PersonalModel:
+    """A client's own model from a run, finished or not. Raises UserError."""
+    folder = open_run(path)
+    folder.config().client_named(client)
+    base, _ = _load(folder.config())
+    return PersonalModel(folder, client, base)
+
+
+def evaluate(
+    path: Path | str, split: Split = "test", client: str | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Measure clients' own models and the base again: client -> "base" and "personal" -> figures. Raises UserError."""
+    folder = open_run(path)
+    config = folder.config()
+    names = [config.client_named(client).name] if client is not None else [c.name for c in config.clients]
+    base, _ = _load(config)
+    data = prepare_data(config, base.encoder)
+    results = {}
+    for name in names:
+        with closing(PersonalModel(folder, name, base)) as model:
+            stores = getattr(data[name], split)
+            results[name] = {
+                "base": model.evaluate(stores, untouched_base=True).figures(),
+                "personal": model.evaluate(stores).figures(),
+            }
+    return results
+
+
+def evaluation_table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], split: Split) -> Table:
+    """What `evaluate` returns, for people."""
+    rows = [
+        (name, f"{r['base']['perplexity']:.2f}", f"{r['personal']['perplexity']:.2f}",
+         f"{r['personal']['bits_per_byte']:.4f}", f"{r['personal']['tokens']:,}")
+        for name, r in results.items()
+    ]  # fmt: skip
+    headers = ("client", f"base {split} perplexity", f"personal {split} perplexity", "bits per byte", "tokens")
+    return Table(headers, tuple(rows))
+
+
+def inventory() -> dict[str, Table]:
+    """The methods, bases and datasets there are, for people."""
+    config = parse_config({"clients": [{"name": "example", "text": "debian-faq:fr"}]})
+    methods = [load_method(config.model_copy(update={"method": name})) for name in list_methods()]
+    families = [t for m in modules().values() if hasattr(m, "ARCHITECTURE") for t in m.ARCHITECTURE.model_types]
+    named = [(name, first_line(load)) for name, load in loaders().items()]
+    return {
+        "methods": Table(
+            ("method", "what it does", "paper"), tuple((m.name, m.summary, m.paper) for m in methods), names=3
+        ),
+        "bases": Table(
+            ("base", "what it is"), (*named, ("FOLDER or ORG/MODEL", "families: " + ", ".join(families))), names=2
+        ),
+        "datasets": Table(
+            ("text = ", "what it reads", "licence"),
+            tuple((s.name, s.summary, s.license) for s in list_sources()),
+            names=3,
+        ),
+    }
+
+
+def first_line(function: Callable[..., Any]) -> str:
+    """The first line of a docstring."""
+    return (function.__doc__ or "").strip().partition("\n")[0]
+
+
+def _go_on(folder: RunFolder, config: Config, base: Base, data: Mapping[str, ClientData], report: Report) -> None:
+    method = load_method(config)
+    engine = InProcess(config, method, base, data, report)
+    try:
+        run_rounds(config, method, engine, folder, report)
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped; every whole round is kept. Go on with: comigs resume {folder.path}") from None
+    finally:
+        engine.attachment.detach()
+    folder.write_json("summary.json", summarize(config, method, folder.metrics()))
+
+
+def _load(config: Config) -> tuple[Base, Config]:
+    """The base, and the config with everything that was left to us filled in."""
+    if config.base.threads is not None:
+        torch.set_num_threads(config.base.threads)
+    base = load_base(config.base)
+    window = base.model.config.max_position_embeddings
+    if config.data.sequence_length > window:
+        raise UserError(
+            f"data.sequence_length: {config.data.sequence_length}, but base {base.name} reads at most {window} tokens at once"
+        )
+    lr = config.client.lr or base.architecture.lr
+    settings = {
+        "base": {
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "device": str(base.device),
+            "threads": torch.get_num_threads(),
+        },
+        "data": {"root": config.data.root.resolve(), "cache": config.data.cache.resolve()},
+        "client": {"lr": lr, "router_lr": config.client.router_lr or lr},
+    }
+    resolved = {section: getattr(config, section).model_copy(update=values) for section, values in settings.items()}
+    return base, config.model_copy(update=resolved)
+
+
+def free_folder(path: Path) -> Path:
+    """`path`, or the first of `path-2`, `path-3`, ... that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def environment(base: Base, data: Mapping[str, ClientData]) -> dict[str, Any]:
+    """What a run was made with: versions, commit, machine, base and text."""
+    return {
+        "versions": {n: version(n) for n in ("comigs", "torch", "transformers", "tokenizers", "numpy")}
+        | {"python": platform.python_version()},
+        "commit": _commit(),
+        "machine": {"platform": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()},
+        "command": sys.argv,
+        "device": str(base.device),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "base_fingerprint": base.fingerprint,
+        "base_parameters": sum(p.numel() for p in base.model.parameters()),
+        "tokenizer": base.encoder.id,
+        "data": describe(data),
+    }
+
+
+def describe(data: Mapping[str, ClientData]) -> dict[str, Any]:
+    """Per client and split: how much text, and its hash. No text."""
+    return {
+        name: {
+            split: {
+                "tokens": sum(s.num_tokens for s in stores),
+                "bytes": sum(s.num_bytes for s in stores),
+                "documents": sum(s.num_documents for s in stores),
+                "sha256": [s.text_sha256 for s in stores],
+            }
+            for split in SPLITS
+            if (stores := getattr(client, split))
+        }
+        for name, client in data.items()
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the source this package runs from, with "+changes" where it differs; None for an installed package."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if git("ls-files", Path(__file__).name) == "":
+            return None
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""One client: receive, train on two levels, send, evaluate."""

@@ -1,0 +1,1 @@
+"""Text to windows of tokens: sources -> documents -> splits of clients -> token stores on disk -> batches."""

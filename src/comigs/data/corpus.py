@@ -1,0 +1,130 @@
+"""Token stores: documents as one stream of token ids in a file that is mapped into memory, never read whole.
+
+The stream is SEP doc1 SEP doc2 SEP ... docN SEP. Every token but the first is predicted once, and each document is
+predicted from its own separator on. A store is a folder `<cache>/<key>/` with tokens.bin and meta.json; the key is
+a hash of the text and the tokenizer, so a store is never out of date, only unused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comigs.errors import UserError
+
+FORMAT = 1  # of the folder; part of the key
+TOKENS, META = "tokens.bin", "meta.json"
+CHECKED = 1 << 16  # bytes at each end of the token file that are checked whenever it is opened
+
+
+class Encoder(Protocol):
+    """A tokenizer, as far as data needs to know it."""
+
+    @property
+    def id(self) -> str:
+        """Hash of everything that decides the encoding: equal ids encode alike."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """All ids are below it."""
+
+    @property
+    def separator(self) -> int:
+        """Id put before each document and at the end."""
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, with no special token added."""
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """One split of one client as tokens.
+
+    tokens: (num_tokens,) read-only, memory-mapped; uint16, or uint32 for vocabularies above 65,536.
+    num_bytes: of the text in UTF-8, for bits per byte. text_sha256: of the documents, in order.
+    tokens_sha256: of tokens.bin.
+    """
+
+    folder: Path
+    tokens: NDArray[Any]
+    num_bytes: int
+    num_documents: int
+    text_sha256: str
+    tokens_sha256: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the stream, separators included."""
+        return len(self.tokens)
+
+    @property
+    def num_predicted(self) -> int:
+        """Tokens that are predicted, each once: all but the first separator."""
+        return len(self.tokens) - 1
+
+    def verify(self) -> None:
+        """Compare the whole token file with its sha256. Raises UserError where it differs."""
+        if file_sha256(self.folder / TOKENS) != self.tokens_sha256:
+            raise _damaged(self.folder)
+
+    def __reduce__(self) -> tuple[Callable[[Path], TokenStore], tuple[Path]]:
+        """Another process maps the same file instead of receiving a copy of the tokens."""
+        return open_store, (self.folder,)
+
+
+def store_folder(cache: Path, text_sha256: str, encoder: Encoder) -> Path:
+    """Where the store of this text and this tokenizer is, or will be."""
+    key = hashlib.sha256(f"{FORMAT}\n{encoder.id}\n{encoder.separator}\n{text_sha256}".encode()).hexdigest()
+    return cache / key[:32]
+
+
+def open_store(folder: Path) -> TokenStore:
+    """Map a store that was built before; checks sizes and both ends of the file, not every byte (see `verify`).
+
+    Raises UserError saying what to delete if it is damaged.
+    """
+    path = folder / TOKENS
+    try:
+        meta = json.loads((folder / META).read_bytes())
+        whole = path.stat().st_size == meta["num_tokens"] * np.dtype(meta["dtype"]).itemsize
+        if not whole or ends_sha256(path) != meta["ends_sha256"]:
+            raise _damaged(folder)
+        return TokenStore(
+            folder=folder,
+            tokens=np.memmap(path, dtype=meta["dtype"], mode="r"),
+            num_bytes=meta["num_bytes"],
+            num_documents=meta["num_documents"],
+            text_sha256=meta["text_sha256"],
+            tokens_sha256=meta["tokens_sha256"],
+        )
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: no permission to read this token store") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise _damaged(folder) from None
+
+
+def ends_sha256(path: Path) -> str:
+    """sha256 of the first and last bytes of a file; all of it where it is small."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(CHECKED))
+        file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - CHECKED))
+        digest.update(file.read(CHECKED))
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a whole file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(folder: Path) -> UserError:
+    return UserError(f"{folder}: this token store is damaged; delete the folder and run again")

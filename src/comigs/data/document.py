@@ -1,0 +1,57 @@
+"""The unit of text: what is put into a split as a whole, and how it is told apart from another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+CHUNK = 1 << 18  # characters of a document worked on at once
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, the smallest thing that is in train, valid or test.
+
+    name: where it comes from, for messages.
+    key: what decides its split where splits are made by hash; None: its text. A source gives a key where documents
+        keep a lasting name (a file's path), or where other sources hold the same document in another language.
+    """
+
+    text: str
+    name: str
+    key: str | None = None
+
+
+def chunks(text: str, size: int = CHUNK) -> Iterator[str]:
+    """The text in pieces of at most `size` characters, cut after a line, else before a space, else anywhere.
+
+    Before a space, because most tokenizers glue a space to the word behind it.
+    """
+    start = 0
+    while len(text) - start > size:
+        end = text.rfind("\n", start, start + size) + 1
+        if end <= start:
+            end = text.rfind(" ", start + 1, start + size)
+        if end <= start:
+            end = start + size
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def text_digest(text: str) -> bytes:
+    """sha256 (32 bytes) of the exact text in UTF-8. Raises UnicodeEncodeError for half a surrogate pair."""
+    digest = hashlib.sha256()
+    for piece in chunks(text):
+        digest.update(piece.encode())
+    return digest.digest()
+
+
+def content_digest(text: str) -> bytes:
+    """16 bytes that are equal for texts that differ only in white space."""
+    digest = hashlib.sha256()
+    for piece in chunks(text):
+        digest.update(" ".join([*piece.split(), ""]).encode())
+    return digest.digest()[:16]

@@ -1,0 +1,47 @@
+"""Reading what a user names: whatever goes wrong becomes one line about that file."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from comigs.errors import UserError
+
+BYTE_ORDER_MARK = "\ufeff"
+
+
+def resolve(argument: str, root: Path) -> Path:
+    """The path an argument names: absolute, from the home folder (`~`), or relative to `root`."""
+    return root / Path(argument).expanduser()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn errors of the file system and of gzip into UserErrors that name the file."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{error.filename or path}: no such file or folder") from None
+    except PermissionError as error:
+        raise UserError(f"{error.filename or path}: no permission to read it") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise UserError(f"{path}: not a whole gzip file; copy or compress it again") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
+
+
+def decode(raw: bytes, where: str, offset: int = 0) -> str:
+    """UTF-8 to text, without a byte order mark at the start of the file.
+
+    where: the file, for the message. offset: bytes of the file before `raw`.
+    """
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}); save the file as UTF-8"
+        ) from None
+    return text.removeprefix(BYTE_ORDER_MARK) if offset == 0 else text

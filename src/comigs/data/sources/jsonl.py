@@ -1,0 +1,53 @@
+"""JSON lines, plain or gzipped: each line is an object whose field `text` is a document."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from comigs.data.document import Document
+from comigs.data.files import decode, reading, resolve
+from comigs.errors import UserError
+
+SUMMARY = "jsonl:FILE: a .jsonl or .jsonl.gz file, each line an object with a field `text`"
+VERSION = "-"
+LICENSE = "as your file"
+
+
+def load(argument: str, root: Path) -> Iterator[Document]:
+    """The lines in order; empty lines are skipped."""
+    path = resolve(argument, root)
+    offset = 0  # bytes before the line, uncompressed
+    found = False
+    with reading(path), _open(path) as lines:
+        for number, raw in enumerate(lines, 1):
+            line = decode(raw, f"{path}:{number}", offset)
+            offset += len(raw)
+            if not line.isspace():
+                found = True
+                yield Document(_text(line, f"{path}:{number}"), f"{path.name}:{number}")
+    if not found:
+        raise UserError(f"{path}: the file is empty")
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _text(line: str, where: str) -> str:
+    """The field `text` of one line."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not an object with a field `text`")
+    text = value.get("text")
+    if not isinstance(text, str):
+        fields = ", ".join(value) or "none"
+        problem = "is not a string" if "text" in value else f"is missing; fields there are: {fields}"
+        raise UserError(f"{where}: the field `text` {problem}")
+    return text

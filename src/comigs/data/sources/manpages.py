@@ -1,0 +1,79 @@
+"""Debian manual pages installed on this machine, rendered to plain text: each page is a document.
+
+A page's name decides its split, so a page is in the same split in all languages.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from comigs.data.document import Document
+from comigs.data.files import reading
+from comigs.errors import UserError
+
+SUMMARY = "manpages:LANGUAGE: the manual pages installed in a language (en, fr, de, ...)"
+VERSION = "as installed"
+LICENSE = "each page's own free licence"
+
+MAN_ROOT = Path("/usr/share/man")
+# One line per paragraph, so nothing is hyphenated or stretched; grotty without overstrikes, colours or underlines.
+GROFF = ("groff", "-Tutf8", "-mandoc", "-t", "-Kutf8", "-P-cbou", "-rLL=30000n", "-rHY=0")
+# Sections about people and licences, by how their titles start in the languages Debian translates to.
+DROPPED = re.compile(
+    r"(AUTHOR|AUTEUR|AUTOR|COPY|COPI|KOPI|LICEN|LIZENZ|COLOPHON|KOLOPHON|REPORTING BUGS"
+    r"|TRADU|TRANSLAT|ÜBERSETZ|VERTAL|DROITS|DIRITTI|DERECHOS)",
+    re.IGNORECASE,
+)
+PAGES_AT_ONCE = 64  # rendered ahead of the reader
+
+
+def load(argument: str, root: Path) -> Iterator[Document]:
+    """The pages of one language in the order of their paths; links and `.so` pages, which only repeat, are left out."""
+    folder = MAN_ROOT if argument == "en" else MAN_ROOT / argument
+    package = "manpages" if argument == "en" else f"manpages-{argument.lower().replace('_', '-')}"
+    valid_name = re.fullmatch(r"[A-Za-z][A-Za-z_@.]*", argument) is not None
+    pages = [p for p in sorted(folder.glob("man*/*")) if p.is_file() and not p.is_symlink()] if valid_name else []
+    if not pages:
+        raise UserError(f"manpages:{argument}: no manual pages in {folder}; try `apt-get install {package}`")
+    if shutil.which("groff") is None:
+        raise UserError(f"manpages:{argument}: groff, which renders them, is missing; `apt-get install groff-base`")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(pages), PAGES_AT_ONCE):
+            some = pages[start : start + PAGES_AT_ONCE]
+            for page, text in zip(some, pool.map(_render, some), strict=True):
+                if text:
+                    name = page.name.removesuffix(".gz")
+                    yield Document(text, name, key=name)
+
+
+def _render(page: Path) -> str:
+    """One page as plain text; '' for a page that only points to another."""
+    with reading(page):
+        raw = page.read_bytes()
+        source = gzip.decompress(raw) if page.suffix == ".gz" else raw
+    if source.lstrip().startswith(b".so "):
+        return ""
+    # groff's safe mode (its default) keeps a page from running commands or writing files
+    done = subprocess.run(GROFF, input=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    return _clean(done.stdout.decode(errors="replace"))
+
+
+def _clean(rendered: str) -> str:
+    """Without header, footer, indentation, and the sections on people and licences."""
+    lines = rendered.strip().splitlines()[1:-1]
+    kept: list[str] = []
+    dropping = False
+    for line in lines:
+        if line[:1].strip():  # only titles of sections start at the margin
+            dropping = DROPPED.match(line) is not None
+        if not dropping:
+            kept.append(re.sub(r"\s+", " ", line).strip())
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
+    return f"{text}\n" if text else ""

@@ -1,0 +1,150 @@
+"""Building a token store: documents in, tokens out, with a bounded part of the text in memory."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from comigs.data.corpus import META, TOKENS, Encoder, TokenStore, ends_sha256, open_store
+from comigs.data.document import chunks, text_digest
+from comigs.errors import UserError
+
+BATCH = 1 << 19  # characters handed to the tokenizer at once
+UNFINISHED = ".building-"
+ABANDONED_AFTER = 24 * 3600  # seconds without a write after which another build removes an unfinished store
+
+
+class StoreWriter:
+    """Writes a store in a folder of its own and moves it into place when it is whole.
+
+    The move is one rename: a kill at any moment leaves either the whole store or an unfinished folder that nobody
+    opens, and of two processes building the same store one wins and both use it.
+    """
+
+    def __init__(self, folder: Path, encoder: Encoder) -> None:
+        self._folder, self._encoder = folder, encoder
+        self._dtype = np.dtype("<u2" if encoder.vocabulary_size <= 1 << 16 else "<u4")
+        self._pending: list[tuple[str, bool]] = []  # pieces of text, and whether each starts a document
+        self._pending_characters = 0
+        self._num_tokens = self._num_bytes = self._num_documents = 0
+        self._text, self._tokens = hashlib.sha256(), hashlib.sha256()
+        with _writing(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(folder.parent)
+            # readable by this user only, as private text can be read back from tokens
+            self._unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
+            self._file = (self._unfinished / TOKENS).open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove what is unfinished."""
+        with suppress(OSError):  # closing writes what is buffered, which fails on a full disk
+            self._file.close()
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+
+    def add(self, text: str) -> None:
+        """Append one document."""
+        self._text.update(text_digest(text))
+        self._num_documents += 1
+        first = True
+        for piece in chunks(text):
+            self._num_bytes += len(piece.encode())
+            self._pending.append((piece, first))
+            self._pending_characters += len(piece)
+            first = False
+            if self._pending_characters >= BATCH:
+                self._encode_pending()
+
+    def commit(self, text_sha256: str) -> TokenStore:
+        """Finish the file, move the store into place and open it.
+
+        text_sha256: of the text this store was to hold. Raises UserError where the text added differs from it.
+        """
+        if self._text.hexdigest() != text_sha256:
+            raise UserError("the text changed while it was being read; run again")
+        self._encode_pending()
+        with _writing(self._folder.parent):
+            self._write([self._encoder.separator])
+            self._file.flush()
+            os.fsync(self._file.fileno())  # so that a power cut cannot leave a store with holes
+            self._file.close()
+            self._write_meta(text_sha256)
+            try:
+                os.replace(self._unfinished, self._folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process was first
+                    raise
+        return open_store(self._folder)
+
+    def _encode_pending(self) -> None:
+        """Tokenise and write the pieces collected so far."""
+        encoded = self._encoder.encode([piece for piece, _ in self._pending])
+        with _writing(self._folder.parent):
+            for (_, starts_document), ids in zip(self._pending, encoded, strict=True):
+                self._write([self._encoder.separator, *ids] if starts_document else ids)
+        self._pending, self._pending_characters = [], 0
+
+    def _write(self, ids: list[int]) -> None:
+        raw = np.array(ids, dtype=self._dtype).tobytes()
+        self._tokens.update(raw)
+        self._file.write(raw)
+        self._num_tokens += len(ids)
+
+    def _write_meta(self, text_sha256: str) -> None:
+        meta = {
+            "encoder": self._encoder.id,
+            "dtype": self._dtype.str,
+            "num_tokens": self._num_tokens,
+            "num_bytes": self._num_bytes,
+            "num_documents": self._num_documents,
+            "text_sha256": text_sha256,
+            "tokens_sha256": self._tokens.hexdigest(),
+            "ends_sha256": ends_sha256(self._unfinished / TOKENS),
+        }
+        with (self._unfinished / META).open("w", encoding="utf-8") as file:
+            json.dump(meta, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    """Turn errors of writing into UserErrors that name the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = "no space left for token stores; free some"
+        elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            problem = "no permission to write token stores here; allow it"
+        else:
+            problem = f"cannot write token stores here: {error.strerror or error}; mend it"
+        raise UserError(f"{cache}: {problem} or choose another folder with data.cache") from None
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what killed processes left, once it is too old to be still in the making."""
+    for folder in cache.glob(f"{UNFINISHED}*"):
+        files = [folder, *folder.glob("*")]
+        try:
+            newest = max(file.stat().st_mtime for file in files)
+        except OSError:  # its owner just finished it
+            continue
+        if time.time() - newest > ABANDONED_AFTER:
+            shutil.rmtree(folder, ignore_errors=True)

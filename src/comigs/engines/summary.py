@@ -1,0 +1,51 @@
+"""The result of a run from its metrics: summary.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from comigs.config import Config
+from comigs.methods.method import Method
+
+FIGURES = ("nats_per_token", "perplexity", "bits_per_byte", "tokens")
+
+
+def summarize(config: Config, method: Method, metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The content of summary.json (docs/run-folder.md). metrics: all lines of a finished run."""
+    clients = {}
+    for entry in config.clients:
+        own = [line for line in metrics if line.get("client") == entry.name]
+        test = [line for line in own if line["kind"] == "evaluation" and line["split"] == "test"]
+        trained = [line for line in own if line["kind"] == "train"]
+        shape = method.shape(config.shape_of(entry))
+        clients[entry.name] = {
+            "test": _figures([line for line in test if line["model"] == "personal"][-1]),
+            "base_test": _figures([line for line in test if line["model"] == "base"][-1]),
+            "uploaded_bytes": sum(line["uploaded_bytes"] for line in trained),
+            "downloaded_bytes": sum(line["downloaded_bytes"] for line in trained),
+            "trained_parameters": trained[-1]["trained_parameters"],
+            "generalists": shape.generalists,
+            "specialists": shape.specialists,
+            "rank": shape.rank,
+            "specialist_rank": shape.specialist_rank,
+        }
+    return {
+        "method": method.name,
+        "base": config.base.name,
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "clients": clients,
+        "mean": {which: _mean([c[which] for c in clients.values()]) for which in ("test", "base_test")},
+    }
+
+
+def _figures(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: line[name] for name in FIGURES}
+
+
+def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over clients, each client counting once."""
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in FIGURES if name != "tokens"}
+    return mean | {"perplexity_of_mean": math.exp(min(mean["nats_per_token"], 700))}

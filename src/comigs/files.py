@@ -1,0 +1,41 @@
+"""Files written whole or not at all, and what a file system refuses said in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from comigs.errors import UserError
+
+
+@contextmanager
+def writing(folder: Path, advice: str) -> Iterator[None]:
+    """Turn errors of writing below `folder` into UserErrors that end with `advice`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = "no space left on the disk"
+        elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            problem = "no permission to write here"
+        else:
+            problem = f"cannot be written: {error.strerror or error}"
+        raise UserError(f"{folder}: {problem}; {advice}") from None
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, put it on the disk, then move it into place in one step.
+
+    A kill at any moment leaves the old file or the new one. Raises OSError.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        write(unfinished)
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,90 @@
+"""A client's own model: the base with the client's experts on it, as an ordinary `transformers` model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from threading import Thread
+from typing import Any
+
+import torch
+from transformers import TextIteratorStreamer
+
+from comigs.bases.load import Base
+from comigs.client.client import load_tensors
+from comigs.client.evaluate import Evaluation, evaluate
+from comigs.data.corpus import TokenStore
+from comigs.errors import UserError
+from comigs.experts.attach import Attachment
+from comigs.methods.method import load_method
+from comigs.record import RunFolder
+
+
+class PersonalModel:
+    """model: the base with the client's experts attached, usable as any `transformers` model; tokenizer: its own."""
+
+    def __init__(self, folder: RunFolder, client: str, base: Base) -> None:
+        config, method, last = folder.config(), load_method(folder.config()), folder.checkpoint()
+        shape = method.shape(config.shape_of(config.client_named(client)))
+        if last.round == 0:
+            raise UserError(f"{folder.path}: no round is finished yet; go on with: comigs resume {folder.path}")
+        recorded = folder.environment()["base_fingerprint"]
+        if recorded != base.fingerprint:
+            raise UserError(f'{folder.path}: base "{base.name}" is not the one these experts were trained on')
+        self.attachment = Attachment(base.model, base.architecture, config.experts)
+        self.model, self.tokenizer = base.model, base.tokenizer
+        tensors = {
+            s: torch.empty(z, device=base.device) for s, z in self.attachment.slot_shapes(shape, method.routed).items()
+        }
+        name = "personal" if last.finished else f"round-{last.round:04d}.experts"
+        load_tensors(tensors, folder.load(f"clients/{client}/{name}"), client)
+        self.attachment.bind(tensors)
+        self.config, self.dtype, self.tensors = config, base.dtype, tensors
+
+    def evaluate(self, stores: Sequence[TokenStore], untouched_base: bool = False) -> Evaluation:
+        """Every token once, as in the run; with the base alone where asked."""
+        self.attachment.bind({} if untouched_base else self.tensors)
+        result = evaluate(
+            self.attachment, stores, self.config.data.sequence_length, self.config.evaluation.batch_size, self.dtype
+        )
+        self.attachment.bind(self.tensors)
+        return result
+
+    def generate(self, prompt: str, **settings: Any) -> str:
+        """The prompt and what the model writes after it; `settings` go to `transformers`' generate."""
+        return prompt + "".join(self.stream(prompt, **settings))
+
+    def stream(self, prompt: str, max_new_tokens: int = 60, seed: int | None = None, **settings: Any) -> Iterator[str]:
+        """The continuation, piece by piece as it is written. seed: makes sampling repeatable. Raises UserError."""
+        encoded = self.tokenizer(prompt or self.tokenizer.eos_token, return_tensors="pt", add_special_tokens=False)
+        room = self.model.config.max_position_embeddings - encoded["input_ids"].shape[1]
+        if room < 1:
+            raise UserError(
+                f"--prompt: longer than the {self.model.config.max_position_embeddings} tokens this base reads"
+            )
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        arguments = {
+            **encoded.to(self.model.device), "streamer": streamer, "max_new_tokens": min(max_new_tokens, room),
+            "pad_token_id": self.tokenizer.eos_token_id, "do_sample": False, **settings,
+        }  # fmt: skip
+        failure: list[BaseException] = []
+
+        def write() -> None:
+            try:
+                with torch.random.fork_rng(), torch.no_grad():
+                    if seed is not None:
+                        torch.manual_seed(seed)
+                    self.model.generate(**arguments)
+            except BaseException as error:
+                failure.append(error)
+                streamer.end()
+
+        thread = Thread(target=write, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failure:
+            raise failure[0]
+
+    def close(self) -> None:
+        """Take the experts off again."""
+        self.attachment.detach()

@@ -1,0 +1,140 @@
+"""From a config to every client's stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from comigs.config import SPLITS, Config
+from comigs.data.batches import evaluation_windows
+from comigs.data.prepare import ClientData, prepare, prepare_client
+from comigs.errors import UserError
+from tests.test_data_helper import SEPARATOR, ByteEncoder, config_of, texts_in, write_notes
+
+
+def two_clients(root: Path, **data: object) -> Config:
+    for name in ("ana", "bob"):
+        write_notes(root / name, 30, name)
+    return config_of(root, {"ana": "ana", "bob": "folder:bob"}, **data)
+
+
+def all_texts(data: ClientData) -> list[str]:
+    return [text for split in SPLITS for store in getattr(data, split) for text in texts_in(store)]
+
+
+def test_all_text_arrives_once_at_its_own_client(tmp_path: Path) -> None:
+    data = prepare(two_clients(tmp_path), ByteEncoder())
+    assert list(data) == ["ana", "bob"]
+    for name, of_client in data.items():
+        files = [path.read_text(encoding="utf-8") for path in (tmp_path / name).iterdir()]
+        assert sorted(all_texts(of_client)) == sorted(files)
+        assert sum(getattr(of_client, s)[0].num_bytes for s in SPLITS) == sum(len(f.encode()) for f in files)
+
+
+def test_evaluation_reads_the_whole_test_text(tmp_path: Path) -> None:
+    config = two_clients(tmp_path)
+    (store,) = prepare(config, ByteEncoder())["ana"].test
+    seen = np.concatenate([t.ravel() for _, t in evaluation_windows([store], config.data.sequence_length, 4)])
+    assert bytes(seen[seen != SEPARATOR].tolist()).decode() == "".join(texts_in(store))
+    assert (seen == SEPARATOR).sum() == store.num_documents
+
+
+def test_built_once(tmp_path: Path) -> None:
+    config, lines = two_clients(tmp_path), list[str]()
+    first = prepare(config, ByteEncoder(), lines.append)
+    assert len(lines) == 6 and all("(tokenised)" in line for line in lines)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.*")}
+    assert len(files) == 12
+    again = ByteEncoder()
+    second = prepare(config, again, lines.append)
+    assert again.num_calls == 0 and all("(in the cache)" in line for line in lines[6:])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.*")} == files
+    assert all(all_texts(first[name]) == all_texts(second[name]) for name in first)
+
+
+def test_only_what_changed_is_built_again(tmp_path: Path) -> None:
+    config, lines = two_clients(tmp_path), list[str]()
+    old = prepare(config, ByteEncoder())
+    write_notes(tmp_path / "bob" / "more", 1, "new")
+    new = prepare(config, ByteEncoder(), lines.append)
+    assert sum("(tokenised)" in line for line in lines) == 1
+    assert len(all_texts(new["bob"])) == len(all_texts(old["bob"])) + 1
+    prepare(config, ByteEncoder("another"), lines.append)
+    assert sum("(tokenised)" in line for line in lines) == 7
+
+
+def test_out_of_distribution(tmp_path: Path) -> None:
+    own = prepare(two_clients(tmp_path), ByteEncoder())
+    mixed = prepare(two_clients(tmp_path, distribution="out"), ByteEncoder())
+    for name in own:
+        assert [s.folder for s in mixed[name].train] == [s.folder for s in own[name].train]
+        for split in ("valid", "test"):
+            everybody = [getattr(own[n], split)[0].folder for n in ("ana", "bob")]
+            assert [s.folder for s in getattr(mixed[name], split)] == everybody
+
+
+def test_one_client_alone(tmp_path: Path) -> None:
+    config = two_clients(tmp_path)
+    everything = prepare(config, ByteEncoder())["bob"]
+    for path in (tmp_path / "ana").iterdir():
+        path.unlink()  # a device has nobody else's text
+    alone = prepare_client(config, "bob", ByteEncoder())
+    assert [s.folder for split in SPLITS for s in getattr(alone, split)] == [
+        s.folder for split in SPLITS for s in getattr(everything, split)
+    ]
+    with pytest.raises(UserError, match=r'no client "bo" .*Did you mean "bob"'):
+        prepare_client(config, "bo", ByteEncoder())
+    with pytest.raises(UserError, match=r'data\.distribution: "out"'):
+        prepare_client(two_clients(tmp_path, distribution="out"), "bob", ByteEncoder())
+
+
+def test_leaks_between_clients_are_refused(tmp_path: Path) -> None:
+    config = two_clients(tmp_path)
+    (tmp_path / "bob" / "copy.txt").write_text((tmp_path / "ana" / "note000.txt").read_text())
+    with pytest.raises(UserError, match=r'client "ana" \w+ \("note000.txt"\) and client "bob" \w+ \("copy.txt"\)'):
+        prepare(config, ByteEncoder())
+    assert not (tmp_path / "cache").exists()  # before anything is tokenised
+    prepare_client(config, "bob", ByteEncoder())
+
+
+def test_repeated_documents_are_reported(tmp_path: Path) -> None:
+    config, lines = two_clients(tmp_path), list[str]()
+    (tmp_path / "bob" / "z.txt").write_text((tmp_path / "bob" / "note000.txt").read_text())
+    prepare(config, ByteEncoder(), lines.append)
+    assert lines[-1] == "bob: left out 1 documents that repeat an earlier one"
+
+
+@pytest.mark.parametrize("short", SPLITS)
+def test_too_short_for_one_window(tmp_path: Path, short: str) -> None:
+    for split in SPLITS:
+        (tmp_path / f"{split}.txt").write_text(split + "x" * (15 - len(split)))  # 17 tokens: one window of 16
+    texts = {split: f"{split}.txt" for split in SPLITS}
+    config = config_of(tmp_path, {"ana": texts})
+    prepare(config, ByteEncoder())
+    (tmp_path / f"{short}.txt").write_text("y" * 14)
+    if short == "test":  # read to its end, however short
+        assert prepare(config, ByteEncoder())["ana"].test[0].num_tokens == 16
+    else:
+        with pytest.raises(UserError, match=f'client "ana": {short} has 16 tokens, but needs 17'):
+            prepare(config, ByteEncoder())
+
+
+def test_errors_name_the_client(tmp_path: Path) -> None:
+    config = two_clients(tmp_path)
+    (tmp_path / "bob" / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r'client "bob": .*bad\.txt: not UTF-8 at byte 0'):
+        prepare(config, ByteEncoder())
+
+
+def test_text_that_changes_between_hashing_and_tokenising(tmp_path: Path) -> None:
+    class Meddler(ByteEncoder):
+        @property
+        def separator(self) -> int:  # first asked for after hashing, before tokenising
+            (tmp_path / "ana" / "note005.txt").write_text("changed meanwhile")
+            return SEPARATOR
+
+    with pytest.raises(UserError, match='client "ana": the text changed while it was being read'):
+        prepare(two_clients(tmp_path), Meddler())
+    assert list((tmp_path / "cache").glob("*")) == []

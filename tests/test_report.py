@@ -1,0 +1,248 @@
+"""The page: whole, self-contained, escaped, deterministic, and with the right numbers for every kind of run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comigs.errors import UserError
+from comigs.report import report
+from comigs.report.report import write_report, write_reports
+from tests.test_report_runs import LANGUAGES, change_metrics, write_run
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text; asserts that every tag is closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] != ["style"]:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+    def count(self, tag: str) -> int:
+        return sum(t == tag for t, _ in self.tags)
+
+
+def page(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def warning(round_: int, client: str | None, sign: str, message: str) -> dict[str, Any]:
+    return {"kind": "warning", "round": round_, "client": client, "sign": sign, "message": message}
+
+
+def test_shows_every_client_and_the_figures_of_the_summary(tmp_path: Path) -> None:
+    text = page(write_run(tmp_path)).text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for name, client in summary["clients"].items():
+        base, personal = client["base_test"], client["test"]
+        gain = 100 * (base["perplexity"] - personal["perplexity"]) / base["perplexity"]
+        for figure in (name, f"{base['perplexity']:.0f}", f"{gain:.1f} %", f"{personal['bits_per_byte']:.3f}"):
+            assert figure in text
+    assert "590,592" in text
+    assert "1.2 MB uploaded per client and round" in text
+    assert "Failure signs: none detected" in text
+    assert "comigs on base mini" in text.replace("  ", " ")
+
+
+def test_opens_offline_without_scripts(tmp_path: Path) -> None:
+    html = write_report(write_run(tmp_path)).read_text(encoding="utf-8")
+    without_namespaces = re.sub(r' xmlns(:xlink)?="http://www\.w3\.org/[^"]*"', "", html)
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)|@font-face", without_namespaces)
+    parsed = Page(html)
+    for tag, attributes in parsed.tags:
+        assert tag not in {"script", "link", "img", "iframe", "object", "base"}
+        assert not {"src", "srcset", "href", "action"} & set(attributes)
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("xlink:href", "#").startswith("#")
+
+
+def test_plots_say_what_they_show_and_follow_the_colours_of_the_page(tmp_path: Path) -> None:
+    html = write_report(write_run(tmp_path)).read_text(encoding="utf-8")
+    plots = re.findall(r"<svg .*?</svg>", html, flags=re.DOTALL)
+    assert len(plots) == 6  # a loss plot per client, generalist share, drift
+    for plot in plots:
+        assert re.search(r'role="img" aria-label="[^"]{30,}"', plot)
+        assert not re.search(r"(fill|stroke): #", plot)
+        for variable in set(re.findall(r"var\((--[a-z0-9-]+)\)", plot)):
+            assert f"{variable}: " in html
+
+
+def test_untrusted_text_is_escaped(tmp_path: Path) -> None:
+    evil = '"><script>alert(1)</script>'
+    folder = write_run(
+        tmp_path, name=evil, base={"name": evil}, rounds=3, warnings=(warning(2, "fr", "overfitting", evil),)
+    )
+    (folder / "env.json").write_text(json.dumps({evil: evil, "data": {evil: {evil: {"tokens": 1, "sha256": evil}}}}))
+    parsed = page(folder)
+    assert parsed.count("script") == 0
+    assert parsed.text.count(evil) >= 6
+
+
+def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
+    one, two = (write_report(write_run(tmp_path / name)) for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    before = one.read_bytes()
+    assert write_report(tmp_path / "one").read_bytes() == before
+
+
+def test_unfinished_run(tmp_path: Path) -> None:
+    text = page(write_run(tmp_path, done=3)).text
+    assert "unfinished: round 3 of 10" in text
+    assert "mean valid perplexity" in text
+
+
+def test_run_before_its_first_round(tmp_path: Path) -> None:
+    text = page(write_run(tmp_path, done=0)).text
+    assert "unfinished: round 0 of 10; no result yet" in text
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "No loss has been measured yet" in page(tmp_path).text
+
+
+def test_failure_signs_are_gathered_by_client(tmp_path: Path) -> None:
+    seen = [warning(r, "fr", "collapsed-router", f"99 % to s0 at {r}") for r in (3, 4, 5, 8)]
+    text = page(write_run(tmp_path, warnings=(*seen, warning(9, None, "drifting-generalists", "0.1 to 0.6")))).text
+    assert "none detected" not in text
+    assert "fr , rounds 3 to 5, 8: 99 % to s0 at 8" in text
+    assert "server , round 9: 0.1 to 0.6" in text
+
+
+@pytest.mark.parametrize("shares", [None, [None] * 6])
+def test_method_without_router(tmp_path: Path, shares: Any) -> None:
+    folder = write_run(tmp_path, experts=1)
+    change_metrics(folder, generalist_share_by_layer=shares, expert_share_by_layer=shares)
+    parsed = page(folder)
+    assert "Nothing is routed here" in parsed.text
+    assert parsed.count("svg") == 5
+
+
+def test_method_that_shares_nothing(tmp_path: Path) -> None:
+    parsed = page(write_run(tmp_path, uploaded=0, method="local"))
+    assert "nothing uploaded" in parsed.text
+    assert "Nothing: this run has not uploaded anything." in parsed.text
+    assert "No drift of generalists" in parsed.text
+    assert "left the device " not in parsed.text
+
+
+def test_what_left_is_told_from_what_was_uploaded(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    text = page(folder).text
+    assert "generalists and attention LoRA, 48.0 MB from all clients" in text
+    assert "specialists and routers stayed home" in text
+    change_metrics(folder, uploaded_by_role=None)
+    assert "only the tensors this method shares, 48.0 MB" in page(folder).text
+
+
+def test_nothing_measured_is_a_dash_never_nan(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, done=4)
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(re.sub(r'"(perplexity|train_nats_per_token)": [\d.]+', r'"\1": NaN', metrics.read_text()))
+    change_metrics(folder, balance_loss=None)
+    text = page(folder).text.lower()
+    assert not re.search(r"\b(nan|inf|none)\b", text.replace("none detected", ""))
+
+
+@pytest.mark.parametrize("kind", [{"clients": ("me",), "rounds": 1, "steps": 1, "layers": 1}, {"experts": 4}])
+def test_smallest_run_and_many_experts(tmp_path: Path, kind: dict[str, Any]) -> None:
+    parsed = page(write_run(tmp_path, **kind))
+    assert ("specialist 2" in parsed.text) == ("experts" in kind)
+
+
+def test_fifty_clients_draw_twelve_and_say_so(tmp_path: Path) -> None:
+    names = tuple(f"client-{i:02d}" for i in range(50))
+    parsed = page(write_run(tmp_path, clients=names, rounds=2, layers=2))
+    assert parsed.count("svg") == 14
+    assert "12 of 50 clients are drawn : those with the least gain" in re.sub(r"\s*:", " :", parsed.text)
+    assert all(name in parsed.text for name in names)
+
+
+@pytest.mark.parametrize("where", ["missing/x.html", "folder"])
+def test_failing_to_write_leaves_nothing_behind(tmp_path: Path, where: str) -> None:
+    folder = write_run(tmp_path / "run")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(folder, tmp_path / where)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_failing_half_way_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path)
+    old = write_report(folder).read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match="No space left"):
+        write_report(folder)
+    assert (folder / "report.html").read_bytes() == old
+    assert not list(folder.glob(".*"))
+
+
+def test_several_runs_side_by_side(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / n, method=n) for n in ("comigs", "fedavg")]
+    written = write_reports(folders, tmp_path / "all.html")
+    assert [p.relative_to(tmp_path).as_posix() for p in written] == [
+        "comigs/report.html",
+        "fedavg/report.html",
+        "all.html",
+    ]
+    text = Page(written[-1].read_text()).text
+    assert "2 runs side by side" in text
+    assert "fedavg" in text
+    assert "Not like for like" not in text
+    assert write_reports(folders) == written[:2]
+    assert write_reports(folders[:1], tmp_path / "one.html") == [tmp_path / "one.html"]
+
+
+def test_side_by_side_warns_where_runs_cannot_be_compared(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", clients=LANGUAGES[:2])]
+    assert "Not like for like" in Page(write_reports(runs, tmp_path / "all.html")[-1].read_text()).text
+
+
+def test_one_bad_run_of_several_writes_nothing(tmp_path: Path) -> None:
+    good = write_run(tmp_path / "good")
+    with pytest.raises(UserError, match="no such run folder"):
+        write_reports([good, tmp_path / "bad"], tmp_path / "all.html")
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_no_global_plotting_state(tmp_path: Path) -> None:
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    write_report(write_run(tmp_path, rounds=2))
+    assert dict(mpl.rcParams) == before
+    assert not hasattr(report, "plt")

@@ -1,0 +1,170 @@
+"""Numbers and their formatting, against figures worked out by hand or another way."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from comigs.errors import UserError
+from comigs.report import format as f
+from comigs.report.curves import MAX_STEP_POINTS, drift_points, loss_curves, share_lines
+from comigs.report.heat import routing_heatmap
+from comigs.report.held import held_by_role
+from comigs.report.read import Score, read_run
+from comigs.report.results import gain, results
+from comigs.report.tables import client_table, cost_table, headline, role_table
+from tests.test_report_runs import change_metrics, write_run
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f.perplexity(9.527), "9.53"),
+        (f.perplexity(95.27), "95.3"),
+        (f.perplexity(612.4), "612"),
+        (f.perplexity(12345.6), "12,346"),
+        (f.perplexity(1.2e7), "1.2e+07"),
+        (f.perplexity(None), "\N{EN DASH}"),
+        (f.percent(0.8442), "84.4 %"),
+        (f.percent(-0.0001), "0.0 %"),
+        (f.percent(-0.031), "-3.1 %"),
+        (f.size(0), "0 B"),
+        (f.size(999), "999 B"),
+        (f.size(98_304), "98.3 kB"),
+        (f.size(999_960), "1.0 MB"),
+        (f.size(2.5e12), "2.5 TB"),
+        (f.duration(119.96), "120.0 s"),
+        (f.duration(131), "2.2 min"),
+        (f.duration(7200), "2.0 h"),
+        (f.rounds([5, 3, 4, 8, 8]), "3 to 5, 8"),
+        (f.plural(1, "client"), "1 client"),
+    ],
+)
+def test_format(text: str, expected: str) -> None:
+    assert text == expected
+
+
+def test_gain() -> None:
+    assert gain(Score(perplexity=200), Score(perplexity=50)) == 0.75
+    assert gain(Score(perplexity=50), Score(perplexity=75)) == -0.5
+    assert gain(Score(), Score(perplexity=75)) is None
+    assert gain(Score(perplexity=50), Score()) is None
+
+
+def test_results_of_a_finished_run_are_those_on_test(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    tested = [e for e in lines if e["kind"] == "evaluation" and e["split"] == "test"]
+    before = np.array([math.exp(e["nats_per_token"]) for e in tested if e["round"] == 0])
+    after = np.array([math.exp(e["nats_per_token"]) for e in tested if e["round"] == 10])
+    r = results(run)
+    assert [c.gain for c in r.clients] == pytest.approx(list((before - after) / before))
+    assert r.gain == pytest.approx(1 - after.sum() / before.sum())
+    assert r.uploaded_per_client_and_round == 1_200_000
+    assert [c.trained_tokens for c in r.clients] == [819_200] * 4
+
+
+def test_results_of_an_unfinished_run_are_the_last_on_valid(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, done=4))
+    latest = [e for e in run.evaluations if (e.split, e.model, e.round) == ("valid", "personal", 4)]
+    r = results(run)
+    assert (r.split, r.rounds) == ("valid", 4)
+    assert [c.personal for c in r.clients] == [e.score for e in latest]
+    assert r.personal.perplexity == pytest.approx(np.mean([e.score.perplexity for e in latest]))
+    assert r.uploaded_per_client_and_round == 1_200_000
+
+
+def test_headline(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, clients=("a",), rounds=1))
+    assert headline(run).startswith("1 client, test perplexity 416 \N{RIGHTWARDS ARROW} 90.9 (78 % lower), in 1 round;")
+
+
+def test_client_table(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path))
+    table = client_table(run)
+    assert table.last is not None
+    assert {len(row) for row in (*table.rows, table.last)} == {len(table.headers)}
+    assert table.rows[0][:2] == ("de", "wiki40b:de")
+    brief = client_table(run, brief=True)
+    assert brief.headers == (
+        "client",
+        "base perplexity",
+        "personal perplexity",
+        "gain",
+        "personal bits/byte",
+        "upload / round",
+    )
+    assert brief.rows[0][0] == "de"
+
+
+def test_ranks_are_shown_apart_only_where_they_differ(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, done=1)
+    assert {row[10] for row in client_table(read_run(folder)).rows} == {"8"}
+    config = folder / "config.toml"
+    config.write_text(config.read_text().replace("rank = 8", "rank = 8\nspecialist_rank = 4"))
+    assert {row[10] for row in client_table(read_run(folder)).rows} == {"8 / 4"}
+
+
+def test_costs(tmp_path: Path) -> None:
+    table = cost_table(read_run(write_run(tmp_path)))
+    assert table.rows[0] == ("de", "12.0 MB", "12.0 MB", "32.0 s", "2,675", "900.0 MB")
+    assert table.last == ("all", "48.0 MB", "48.0 MB", "2.2 min", "\N{EN DASH}", "900.0 MB")
+
+
+@pytest.mark.parametrize("done", [None, 2])
+def test_held_and_uploaded_by_role(tmp_path: Path, done: int | None) -> None:
+    write_run(tmp_path, layers=3, experts=3, clients=("a", "b"), rounds=2, done=done)
+    held = held_by_role(tmp_path)
+    slots = {role: amount.slots for role, amount in held.items()}  # layers x sites x experts x (A, B) x clients
+    assert slots == {"generalist": 24, "specialist": 48, "attention": 12, "router": 6}
+    assert held["router"].size == 6 * 256
+    table = role_table(read_run(tmp_path))
+    assert table is not None
+    assert table.rows[0] == ("generalists", "24", "6.1 kB", "48", "3.2 MB", "left the device")
+    assert table.rows[2][-1] == "never left"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 20, b"\x02" + bytes(7) + b"[]", b"\x0d" + bytes(7) + b'{"x":{"a":1}}']
+)
+def test_broken_tensor_file_is_named(tmp_path: Path, content: bytes) -> None:
+    file = write_run(tmp_path, done=1) / "clients" / "fr" / "round-0001.experts.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"round-0001\.experts\.safetensors: cannot be read"):
+        held_by_role(tmp_path)
+
+
+def test_heatmap_leans_from_the_middle(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, layers=4)
+    change_metrics(folder, generalist_share_by_layer=[0.5, 1.0, 0.0, 0.25])
+    heat = routing_heatmap(read_run(folder))
+    assert heat is not None
+    mean, *cells = heat.rows[0][1]
+    assert [(c.text, c.strength) for c in cells] == [("0.50", 0), ("1.00", 1), ("0.00", 1), ("0.25", 0.5)]
+    assert [c.role for c in cells[1:]] == ["generalist", "specialist", "specialist"]
+    assert mean.text == "0.44"
+    assert heat.source == "the test text"
+
+
+def test_curves(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, rounds=4, steps=5))
+    curve = loss_curves(run)[0]
+    assert curve.by_step[0][0] == pytest.approx(0.2)
+    assert curve.by_step[-1][0] == pytest.approx(4)
+    assert [x for x, _ in curve.by_round] == [0.5, 1.5, 2.5, 3.5]
+    assert [x for x, _ in curve.valid] == [1, 2, 3, 4]
+    assert curve.base == pytest.approx(6.03)
+    assert len(share_lines(run)) == 4
+    assert drift_points(run)[0] == (2.0, 0.3)
+
+
+def test_long_runs_are_thinned_to_means(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, clients=("a",), rounds=2, steps=1000))
+    steps = [y for t in run.train for y in t.nats_per_token_by_step if y is not None]
+    by_step = loss_curves(run)[0].by_step
+    assert len(by_step) <= MAX_STEP_POINTS
+    assert by_step[0][1] == pytest.approx(np.mean(steps[:7]))
