@@ -132,12 +132,13 @@ def step(
             loss.backward()
             if log is not None:
                 _note_shares(log, attachment)
-        for group in groups:
-            if group == "router" and not routed:
-                continue  # experts all equal: the router's true gradient is zero, AdamW would step on rounding noise
+        # while experts are all equal the router's true gradient is zero, and AdamW would step on rounding noise
+        stepped = [group for group in groups if group == "experts" or routed]
+        for group in stepped:
             norm = torch.nn.utils.get_total_norm([t.grad for t in trainee.group(group) if t.grad is not None])
             if not math.isfinite(norm):
                 raise NonFiniteLoss(f"the gradient's norm is {norm:g}")
+        for group in stepped:
             optimizer = trainee.optimizers[group]
             for param_group in optimizer.param_groups:
                 param_group["lr"] = plan.rate(group, trainee.local_steps)

@@ -103,13 +103,13 @@ def _task(config: Config, round: int) -> Task:
     """Evaluations of round r travel with the exchange of round r + 1, after its download: one message a round."""
     evaluation, is_last = config.evaluation, round == config.rounds + 1
     due = evaluation.every > 0 and round > 1 and (round - 1) % evaluation.every == 0
-    splits = evaluation.splits if due or (is_last and evaluation.every > 0) else ()
-    everything: tuple[Split, ...] = (*(s for s in evaluation.splits if s != "test"), "test")
+    watched = evaluation.splits if evaluation.every > 0 else ()
+    splits = watched if due or is_last else ()
     return Task(
         round=round,
         train=not is_last,
         evaluate=tuple(dict.fromkeys((*splits, "test"))) if is_last else splits,
-        evaluate_base=everything if round == 1 else (),
+        evaluate_base=tuple(dict.fromkeys((*watched, "test"))) if round == 1 else (),
     )
 
 

@@ -14,13 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comigs.bases.base import Architecture
+from comigs.experts.hidden import mixed_hidden
 from comigs.experts.router import Routing, route
+
+FUSED = {"NewGELUActivation": partial(F.gelu, approximate="tanh"), "GELUTanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,10 @@ class Expert:
     A: dict[str, Tensor]
     B: dict[str, Tensor]
     scale: float
+
+    def scaled_B(self, site: str, dtype: torch.dtype) -> Tensor:
+        """scale * B (out, R)."""
+        return (self.scale * self.B[site]).to(dtype)
 
 
 class Mixture(nn.Module):
@@ -43,6 +52,8 @@ class Mixture(nn.Module):
         super().__init__()
         self.mlp = mlp
         self.architecture = architecture
+        self.act = fused(getattr(mlp, architecture.activation))
+        self.inputs = [site for site in architecture.mlp_linears() if site != "down"]
         self.experts: Sequence[Expert] = ()
         self.W_ED: Tensor | None = None
         self.top_k = 1
@@ -52,48 +63,34 @@ class Mixture(nn.Module):
         if not self.experts:
             return self.mlp(x)  # type: ignore[no-any-return]
         x_TD = x.reshape(-1, x.shape[-1])
-        weights_TE = self._routing_weights(x_TD)
-        hidden = self._hidden(x_TD)
+        frozen = {site: self._frozen(site, x_TD) for site in self.inputs}
+        up_TI = frozen["up"]
+        weights_TE = self._routing_weights(x_TD).to(up_TI.dtype).expand(len(x_TD), -1)
 
-        mixed_TI = weights_TE[:, 0, None] * hidden[0]
-        for e, h_TI in enumerate(hidden[1:], start=1):
-            mixed_TI = mixed_TI + weights_TE[:, e, None] * h_TI
+        # the A's of all experts and input linears are one product
+        A_RD = torch.cat([e.A[site] for site in self.inputs for e in self.experts])
+        ranks = [e.A[site].shape[0] for site in self.inputs for e in self.experts]
+        low = iter(torch.split(F.linear(x_TD, A_RD.to(x.dtype)).to(up_TI.dtype), ranks, dim=-1))
+        lora = {site: [(next(low), e.scaled_B(site, up_TI.dtype)) for e in self.experts] for site in self.inputs}
+
+        mixed_TI, lows_TR = mixed_hidden(
+            self.act, frozen.get("gate"), up_TI, weights_TE,
+            lora.get("gate", ()), lora["up"], [e.A["down"].to(up_TI.dtype) for e in self.experts],
+        )  # fmt: skip
         y_TD = self._frozen("down", mixed_TI)
         if self.W_ED is not None and self.top_k == 1:  # weights sum to less than 1, and so does the bias
             y_TD = self._rescale_bias(y_TD, weights_TE)
-
-        lows = [  # (T, R) each: what expert e adds in `down`, before B
-            weights_TE[:, e, None] * F.linear(h_TI, self._cast(expert.A["down"], h_TI))
-            for e, (expert, h_TI) in enumerate(zip(self.experts, hidden, strict=True))
-        ]
-        ups = [expert.scale * expert.B["down"] for expert in self.experts]
-        y_TD = y_TD + F.linear(torch.cat(lows, dim=-1), self._cast(torch.cat(ups, dim=-1), x_TD))
-        return y_TD.view(x.shape)
+        B_DR = torch.cat([e.scaled_B("down", lows_TR.dtype) for e in self.experts], dim=-1)
+        return (y_TD + F.linear(lows_TR, B_DR)).view(x.shape)
 
     def _routing_weights(self, x_TD: Tensor) -> Tensor:
-        """(T, E) in x's dtype; keeps the decision in `routing` for the balance loss and the record."""
-        num_experts = len(self.experts)
+        """(T, E), or (1, E) without a router; keeps the decision in `routing` for the balance loss and the record."""
         if self.W_ED is None:
             self.routing = None
-            return x_TD.new_full((1, num_experts), 1 / num_experts)
+            return x_TD.new_full((1, len(self.experts)), 1 / len(self.experts))
         with torch.autocast(x_TD.device.type, enabled=False):  # a choice between experts deserves full precision
             self.routing = route(F.linear(x_TD.to(self.W_ED.dtype), self.W_ED), self.top_k)
-        return self.routing.weights_TE.to(x_TD.dtype)
-
-    def _hidden(self, x_TD: Tensor) -> list[Tensor]:
-        """h_e (T, I) of each expert. The A's of all experts and both input linears are one product."""
-        inputs = [site for site in self.architecture.mlp_linears() if site != "down"]
-        A_RD = torch.cat([e.A[site] for site in inputs for e in self.experts])
-        ranks = [e.A[site].shape[0] for site in inputs for e in self.experts]
-        low = iter(torch.split(F.linear(x_TD, self._cast(A_RD, x_TD)), ranks, dim=-1))
-        act = getattr(self.mlp, self.architecture.activation)
-        pre: dict[str, list[Tensor]] = {}
-        for site in inputs:
-            frozen_TI = self._frozen(site, x_TD)
-            pre[site] = [frozen_TI + F.linear(next(low), self._cast(e.scale * e.B[site], x_TD)) for e in self.experts]
-        if "gate" in pre:
-            return [act(g_TI) * u_TI for g_TI, u_TI in zip(pre["gate"], pre["up"], strict=True)]
-        return [act(u_TI) for u_TI in pre["up"]]
+        return self.routing.weights_TE
 
     def _frozen(self, site: str, x: Tensor) -> Tensor:
         linear = getattr(self.mlp, self.architecture.mlp_linears()[site])
@@ -103,6 +100,7 @@ class Mixture(nn.Module):
         bias = getattr(self.mlp, self.architecture.down).bias
         return y_TD if bias is None else y_TD + (weights_TE.sum(dim=-1, keepdim=True) - 1) * bias
 
-    @staticmethod
-    def _cast(tensor: Tensor, like: Tensor) -> Tensor:
-        return tensor.to(like.dtype)
+
+def fused(activation: Any) -> Any:
+    """The same function in one kernel where `transformers` spells it out in six."""
+    return FUSED.get(type(activation).__name__, activation)
