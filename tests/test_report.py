@@ -100,7 +100,7 @@ def test_plots_say_what_they_show_and_follow_the_colours_of_the_page(tmp_path: P
 
 
 def test_untrusted_text_is_escaped(tmp_path: Path) -> None:
-    evil = '"><script>alert(1)</script>'
+    evil = '"><script>alert(1)<b>'
     folder = write_run(
         tmp_path, name=evil, base={"name": evil}, rounds=3, warnings=(warning(2, "fr", "overfitting", evil),)
     )
@@ -202,10 +202,10 @@ def test_failing_half_way_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest
     old = write_report(folder).read_bytes()
 
     def refuse(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="no space left"):
         write_report(folder)
     assert (folder / "report.html").read_bytes() == old
     assert not list(folder.glob(".*"))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from comigs.config import Config, load_config
-from comigs.errors import UserError
 
 if TYPE_CHECKING:
     from comigs.api import open_personal_model, prepare, resume, run
+    from comigs.config import Config, load_config
+    from comigs.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = ["Config", "UserError", "load_config", "open_personal_model", "prepare", "resume", "run"]
+
+_LIGHT = {"Config": "comigs.config", "load_config": "comigs.config", "UserError": "comigs.errors"}
 
 
 def __getattr__(name: str) -> Any:
     """Import torch only when something is run: `comigs --help` must not wait for it."""
     if name in __all__:
-        from comigs import api
-
-        return getattr(api, name)
+        return getattr(import_module(_LIGHT.get(name, "comigs.api")), name)
     raise AttributeError(f"module 'comigs' has no attribute '{name}'")

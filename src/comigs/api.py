@@ -14,8 +14,8 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,12 @@ from comigs.data.sources import list_sources
 from comigs.engines.in_process import InProcess
 from comigs.engines.rounds import Report, run_rounds
 from comigs.engines.summary import summarize
-from comigs.errors import Stopped, UserError
-from comigs.methods.method import list_methods, load_method
+from comigs.errors import Stopped, UserError, nearest
+from comigs.files import command, require_free
+from comigs.methods.method import Method, list_methods, load_method
 from comigs.personal.model import PersonalModel
 from comigs.record import RunFolder
+from comigs.report.format import plural
 from comigs.report.tables import Table
 
 Say = Callable[[str], None]
@@ -46,32 +48,42 @@ def ignore(_: Any) -> None:
 def run(config: Config, out: Path | str | None = None, report: Report = ignore, say: Say = ignore) -> RunFolder:
     """A whole run: prepare the text, train all clients, evaluate each one's own model.
 
-    out: the new run folder; None: the next free `runs/NAME`. report: gets each line of metrics as it comes, and steps.
-    say: gets lines of progress before the first round. Raises UserError for whatever is wrong with the input.
+    out: the new run folder; None: the next free `runs/NAME`. report: gets each line of metrics as it comes, and steps
+    and notes in between. say: gets lines of progress before the first round. Raises UserError for bad input.
     """
     path = Path(out) if out is not None else free_folder(Path("runs") / config.name)
-    RunFolder.require_absent(path)
+    require_free(path)
     load_method(config)  # refuses what it cannot do before anything is loaded
-    base, config = _load(config)
-    data = prepare_data(config, base.encoder, say)
-    with RunFolder.create(path, config, environment(base, data)) as folder:
+    base, config = _load(config, say)
+    data = _read(config, base, report, say)
+    with RunFolder.create(path, config, environment(base, data)) as folder, _going_on(folder):
+        say(f"run folder {path}")
+        report({"kind": "note", "message": "measuring the base"})
         _go_on(folder, config, base, data, report)
     return folder
 
 
 def resume(path: Path | str, report: Report = ignore, say: Say = ignore) -> RunFolder:
-    """Go on with a run that was stopped, from its last whole round. Raises UserError."""
-    with RunFolder.open(Path(path)) as folder:
-        config = folder.config()
-        base, _ = _load(config)
+    """Go on with a run that was stopped, from its last whole round; nothing but the result where it is finished.
+
+    Raises UserError.
+    """
+    with RunFolder.open(Path(path)) as folder, _going_on(folder):
+        config, last = folder.config(), folder.rewind()
+        if last.finished:
+            say(f"{path}: finished already, after {plural(last.round, 'round')}; nothing to go on with")
+            _summarize(folder, config, load_method(config))
+            return folder
+        base, _ = _load(config, say)
         recorded = folder.environment()
         if recorded["base_fingerprint"] != base.fingerprint:
             raise UserError(
                 f'{path}: base "{config.base.name}" is not the one this run began with (its weights differ)'
             )
-        data = prepare_data(config, base.encoder, say)
-        if recorded["data"] != describe(data):
-            raise UserError(f"{path}: the clients' text has changed since this run began; start a new run")
+        data = _read(config, base, report, say)
+        _require_same_text(folder, data)
+        say(f"going on after round {last.round} of {config.rounds}")
+        report({"kind": "note", "message": "measuring" if last.round else "measuring the base"})
         _go_on(folder, config, base, data, report)
     return folder
 
@@ -92,6 +104,7 @@ def open_personal_model(path: Path | str, client: str) -> PersonalModel:
     """A client's own model from a run, finished or not. Raises UserError."""
     folder = open_run(path)
     folder.config().client_named(client)
+    folder.require_a_round()
     base, _ = _load(folder.config())
     return PersonalModel(folder, client, base)
 
@@ -100,11 +113,14 @@ def evaluate(
     path: Path | str, split: Split = "test", client: str | None = None
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Measure clients' own models and the base again: client -> "base" and "personal" -> figures. Raises UserError."""
+    split_named(split)
     folder = open_run(path)
     config = folder.config()
     names = [config.client_named(client).name] if client is not None else [c.name for c in config.clients]
+    folder.require_a_round()
     base, _ = _load(config)
     data = prepare_data(config, base.encoder)
+    _require_same_text(folder, data)
     results = {}
     for name in names:
         with closing(PersonalModel(folder, name, base)) as model:
@@ -114,6 +130,14 @@ def evaluate(
                 "personal": model.evaluate(stores).figures(),
             }
     return results
+
+
+def split_named(name: str) -> Split:
+    """Raises UserError where there is no such split."""
+    for split in SPLITS:
+        if split == name:
+            return split
+    raise UserError(f'split: given "{name}"; must be train, valid or test.{nearest(name, list(SPLITS))}')
 
 
 def evaluation_table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], split: Split) -> Table:
@@ -138,11 +162,13 @@ def inventory() -> dict[str, Table]:
             ("method", "what it does", "paper"), tuple((m.name, m.summary, m.paper) for m in methods), names=3
         ),
         "bases": Table(
-            ("base", "what it is"), (*named, ("FOLDER or ORG/MODEL", "families: " + ", ".join(families))), names=2
+            ("base.name", "what it is"),
+            (*named, ("FOLDER or ORG/MODEL", "a local folder or hub name of: " + ", ".join(families))),
+            names=2,
         ),
         "datasets": Table(
-            ("text = ", "what it reads", "licence"),
-            tuple((s.name, s.summary, s.license) for s in list_sources()),
+            ("text", "what it reads", "licence"),
+            tuple((*s.summary.split(": ", 1), s.license) for s in list_sources()),
             names=3,
         ),
     }
@@ -158,14 +184,51 @@ def _go_on(folder: RunFolder, config: Config, base: Base, data: Mapping[str, Cli
     engine = InProcess(config, method, base, data, report)
     try:
         run_rounds(config, method, engine, folder, report)
-    except KeyboardInterrupt:
-        raise Stopped(f"stopped; every whole round is kept. Go on with: comigs resume {folder.path}") from None
     finally:
         engine.attachment.detach()
+    _summarize(folder, config, method)
+
+
+def _summarize(folder: RunFolder, config: Config, method: Method) -> None:
     folder.write_json("summary.json", summarize(config, method, folder.metrics()))
 
 
-def _load(config: Config) -> tuple[Base, Config]:
+@contextmanager
+def _going_on(folder: RunFolder) -> Iterator[None]:
+    """Say how to go on with a run that is stopped by hand or for want of memory."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = command("resume", folder.path)
+        raise Stopped(f"every whole round is kept; go on with: {again}") from None
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{folder.path}: the memory of the device is full; every whole round is kept. Free some and resume, "
+            "or start a new run with a lower client.micro_batch_size and evaluation.batch_size"
+        ) from None
+
+
+def _require_same_text(folder: RunFolder, data: Mapping[str, ClientData]) -> None:
+    then, now = folder.environment()["data"], describe(data)
+    changed = [name for name in now if now[name] != then.get(name)]
+    if changed:
+        raise UserError(
+            f"{folder.path}: the text of {', '.join(changed)} has changed since this run began; "
+            "put it back or start a new run"
+        )
+
+
+def _read(config: Config, base: Base, report: Report, say: Say) -> dict[str, ClientData]:
+    """Every client's data, with one line each about how much there is."""
+    data = prepare_data(config, base.encoder, lambda line: report({"kind": "note", "message": line}))
+    width = max(len(name) for name in data)
+    for name, client in data.items():
+        amounts = (f"{split} {sum(s.num_tokens for s in getattr(client, split)):,}" for split in SPLITS)
+        say(f"{name:{width}}  tokens: {', '.join(amounts)}")
+    return data
+
+
+def _load(config: Config, say: Say = ignore) -> tuple[Base, Config]:
     """The base, and the config with everything that was left to us filled in."""
     if config.base.threads is not None:
         torch.set_num_threads(config.base.threads)
@@ -173,20 +236,29 @@ def _load(config: Config) -> tuple[Base, Config]:
     window = base.model.config.max_position_embeddings
     if config.data.sequence_length > window:
         raise UserError(
-            f"data.sequence_length: {config.data.sequence_length}, but base {base.name} reads at most {window} tokens at once"
+            f"data.sequence_length: given {config.data.sequence_length}, but base {base.name} reads at most "
+            f"{window} tokens at once; set it to {window} or less"
         )
+    parameters = sum(p.numel() for p in base.model.parameters())
+    dtype, threads = str(base.dtype).removeprefix("torch."), torch.get_num_threads()
+    device = plural(threads, "CPU thread") if base.device.type == "cpu" else str(base.device)
+    say(f"base {base.name}: {large(parameters)} parameters, {dtype}, {device}")
     lr = config.client.lr or base.architecture.lr
     settings = {
-        "base": {
-            "dtype": str(base.dtype).removeprefix("torch."),
-            "device": str(base.device),
-            "threads": torch.get_num_threads(),
-        },
-        "data": {"root": config.data.root.resolve(), "cache": config.data.cache.resolve()},
+        "base": {"dtype": dtype, "device": str(base.device), "threads": threads},
+        "data": {"root": config.data.root.resolve()},
         "client": {"lr": lr, "router_lr": config.client.router_lr or lr},
     }
     resolved = {section: getattr(config, section).model_copy(update=values) for section, values in settings.items()}
     return base, config.model_copy(update=resolved)
+
+
+def large(number: int) -> str:
+    """4.2 M, 135 M, 7.1 B; small numbers as they are."""
+    for size, unit in ((10**9, "B"), (10**6, "M")):
+        if number >= size:
+            return f"{number / size:.{1 if number < 100 * size else 0}f} {unit}"
+    return f"{number:,}"
 
 
 def free_folder(path: Path) -> Path:
@@ -205,7 +277,7 @@ def environment(base: Base, data: Mapping[str, ClientData]) -> dict[str, Any]:
         | {"python": platform.python_version()},
         "commit": _commit(),
         "machine": {"platform": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()},
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "device": str(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
         "base_fingerprint": base.fingerprint,

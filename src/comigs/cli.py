@@ -3,36 +3,63 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import click
 import typer
 
-from comigs.config import Config, Split, load_config
-from comigs.console import Console
-from comigs.errors import UserError
+from comigs.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from comigs.config import Config
+    from comigs.console import Console
 
 app = typer.Typer(
     name="comigs", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    suggest_commands=False,  # click does
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Many devices, each with private text, fine-tune one language model together; each ends with its own.",
+    epilog="Start with: comigs run configs/quickstart.toml",
 )  # fmt: skip
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; configs/quickstart.toml is one.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: client.steps=20. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as client.steps=20. Repeatable."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")]
 
 
 def _config(path: Path, overrides: list[str] | None, method: str | None = None, seed: int | None = None) -> Config:
+    from comigs.config import load_config
+
     given = list(overrides or [])
     given += [f'method="{method}"'] if method is not None else []
     given += [f"seed={seed}"] if seed is not None else []
     return load_config(path, given)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from comigs import __version__
+
+        typer.echo(f"comigs {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -44,49 +71,68 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=...")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train all clients of CONFIG together, evaluate each one's own model, write a report."""
-    settings = _config(config, overrides, method, seed)
-    from comigs import api
+    """Train all clients of CONFIG together, measure each one's own model, write a report."""
+    from comigs.console import Console
+    from comigs.files import require_free
 
-    with Console(settings, quiet) as console:
-        _finish(api.run(settings, out, console.report, console.say).path, console)
+    if out is not None:
+        require_free(out)
+    settings = _config(config, overrides, method, seed)
+    console = Console(settings, quiet)
+    with console:
+        from comigs import api
+
+        folder = api.run(settings, out, console.report, console.say)
+    _finish(folder.path, console)
 
 
 @app.command()
 def resume(run: RunPath, quiet: Quiet = False) -> None:
     """Go on with a stopped run from its last whole round; the result is the same to the bit."""
-    from comigs import api
+    from comigs.console import Console
+    from comigs.record import RunFolder
 
-    with Console(api.open_run(run).config(), quiet) as console:
-        _finish(api.resume(run, console.report, console.say).path, console)
+    folder = RunFolder.open(run)
+    console = Console(folder.config(), quiet)
+    with console:
+        from comigs import api
+
+        api.resume(run, console.report, console.say)
+    _finish(run, console)
 
 
 def _finish(path: Path, console: Console) -> None:
     """The table of clients and the page."""
+    from comigs.files import command
     from comigs.report.read import read_run
     from comigs.report.report import write_report
     from comigs.report.tables import client_table
 
     page = write_report(path)
-    console.table(client_table(read_run(path), brief=True))
+    run = read_run(path)
+    console.table(client_table(run, brief=True))
     console.result(f"report: {page}")
+    console.say(f'next:   {command("generate", path)} --client {run.clients[0]} --prompt "..."')
 
 
 @app.command()
 def evaluate(
     run: RunPath,
-    split: Annotated[Split, typer.Option(help="Which text.")] = "test",
-    client: Annotated[str | None, typer.Option(help="One client only.")] = None,
+    split: Annotated[str, typer.Option(metavar="SPLIT", help="Which text: train, valid or test.")] = "test",
+    client: Annotated[str | None, typer.Option(metavar="NAME", help="One client only.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure each client's own model, and the base, on every token of a split."""
     from comigs import api
 
-    results = api.evaluate(run, split, client)
+    which = api.split_named(split)
+    results = api.evaluate(run, which, client)
     if as_json:
         typer.echo(json.dumps(results, indent=1))
         return
-    Console().table(api.evaluation_table(results, split))
+    from comigs.console import Console
+
+    Console().table(api.evaluation_table(results, which))
 
 
 @app.command()
@@ -104,19 +150,27 @@ def report(
 @app.command()
 def generate(
     run: RunPath,
-    client: Annotated[str, typer.Option(help="Whose model.")],
+    client: Annotated[str, typer.Option(metavar="NAME", help="Whose model.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 60,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes a temperature above 0 repeatable.")] = None,
 ) -> None:
     """Write text with a client's own model."""
+    if not math.isfinite(temperature):
+        raise UserError(f"--temperature: given {temperature}; must be a finite number, 0 or more")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UserError(f"--seed: given {seed}; must be a whole number from 0 to 2^63 - 1")
+    if not prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise UserError("--prompt: not valid UTF-8; write it in a UTF-8 terminal")
     from comigs import api
 
     model = api.open_personal_model(run, client)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
-    typer.echo(prompt, nl=False)
-    for piece in model.stream(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling):
+    pieces = model.stream(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)
+    first = next(pieces, "")  # what is wrong with the prompt is said before anything is written
+    typer.echo(prompt + first, nl=False)
+    for piece in pieces:
         typer.echo(piece, nl=False)
     typer.echo()
 
@@ -134,6 +188,7 @@ def prepare(config: ConfigFile, overrides: Set = None) -> None:
 def list_everything() -> None:
     """The methods, bases and datasets there are."""
     from comigs import api
+    from comigs.console import Console
 
     for title, table in api.inventory().items():
         Console().table(table, title)
@@ -142,17 +197,32 @@ def list_everything() -> None:
 def main() -> None:
     """Entry point. What a user did wrong is one line and exit code 2; Ctrl-C is exit code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are for people who call it themselves
     try:
         code = app(standalone_mode=False)
+    except Stopped as stop:
+        _end(f"stopped: {stop}", stop.exit_code)
     except UserError as error:
-        _fail(str(error), error.exit_code)
+        _end(f"error: {error}", error.exit_code)
+    except click.exceptions.NoArgsIsHelpError:  # `comigs` alone: it has shown the help
+        sys.exit(2)
     except click.ClickException as error:
-        _fail(f"{error.format_message()} (try: comigs --help)", 2)
+        context = getattr(error, "ctx", None)
+        _end(f"error: {error.format_message()} (try: {context.command_path if context else 'comigs'} --help)", 2)
     except (KeyboardInterrupt, click.Abort):
-        _fail("stopped before anything was written", 130)
+        code = Stopped.exit_code
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _end(f"error: {error.filename}: {error.strerror}", 2)
+    if code == Stopped.exit_code:  # also what typer makes of a Ctrl-C
+        _end("stopped", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def _end(message: str, code: int) -> NoReturn:
+    print(" ".join(message.splitlines()), file=sys.stderr)
     sys.exit(code)

@@ -1,6 +1,6 @@
 """The one configuration tree: frozen, validated, read from TOML and written back into every run.
 
-Each field says its unit and what `None` means; `comigs run --help` and docs/config.md show the same texts.
+Each field says its unit and what `None` means; docs/config.md is made from these texts (scripts/config_docs.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from comigs.config_errors import one_line
 from comigs.errors import UserError, nearest
 
 VERSION = 1
@@ -33,6 +34,10 @@ class BaseSection(Section):
     name: str = Field("mini", description="mini, smollm2-135m, tiny-gpt2, tiny-llama, a local folder or a hub name")
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen weights and of autocast; auto: bfloat16 where the device is fast at it"
+    )
+    attention: Literal["auto", "eager", "sdpa"] = Field(
+        "auto",
+        description="transformers' attention; auto: eager on a CPU, a quarter faster at 128 tokens, sdpa on a GPU",
     )
     device: str = Field("auto", description='"cpu", "cuda", "cuda:1", ...; auto: cuda where there is one')
     threads: int | None = Field(
@@ -119,9 +124,9 @@ class EvaluationSection(Section):
 class Text(Section):
     """A client's text with its splits given, each as "source:argument" or a path."""
 
-    train: str
-    valid: str
-    test: str
+    train: str = Field(description="what the experts learn from")
+    valid: str = Field(description="what the router learns from")
+    test: str = Field(description="what the result is measured on, and nothing else")
 
 
 class ClientEntry(Section):
@@ -148,20 +153,31 @@ class ClientEntry(Section):
 class Config(Section):
     """A whole run: what, on what, with which settings."""
 
-    version: int = Field(VERSION, description="of this file's format")
-    name: str = Field("run", description="of the run; default: the config file's")
+    version: int = Field(VERSION, ge=1, le=VERSION, description="of this file's format")
+    name: str = Field(
+        "run", description="of the run, and of its folder in `runs`; default: the config file's, without .toml"
+    )
     seed: int = Field(42, ge=0, description="the one seed everything random comes from")
     method: str = Field("comigs", description="a file of comigs/methods, or package.module of your own")
     rounds: int = Field(20, ge=1, description="exchanges with the server")
-    base: BaseSection = BaseSection()
-    data: DataSection = DataSection()
-    experts: ExpertsSection = ExpertsSection()
-    client: ClientSection = ClientSection()
-    evaluation: EvaluationSection = EvaluationSection()
-    clients: tuple[ClientEntry, ...] = Field(min_length=1, description="who takes part")
+    base: BaseSection = Field(BaseSection(), description="the frozen language model all clients share")
+    data: DataSection = Field(DataSection(), description="how text becomes windows of tokens")
+    experts: ExpertsSection = Field(ExpertsSection(), description="what every client trains")
+    client: ClientSection = Field(ClientSection(), description="how every client trains in a round")
+    evaluation: EvaluationSection = Field(EvaluationSection(), description="what is measured during the run")
+    clients: tuple[ClientEntry, ...] = Field(description="who takes part, one [[clients]] each")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder_name(cls, value: str) -> str:
+        if value.startswith(".") or not value.strip() or re.search(r"[/\\\0]", value):
+            raise ValueError("must be a folder's name: no slash, not empty, no dot in front")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if not self.clients:
+            raise ValueError('clients: none; write at least one [[clients]] with name = "..." and text = "..."')
         seen: set[str] = set()
         for client in self.clients:
             if client.name.lower() in seen:
@@ -226,7 +242,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}; a config is a TOML file") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from None
     for override in overrides:
         _apply(tree, override)
@@ -247,7 +265,7 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {_one_line(error)}") from None
+        raise UserError(f"{source}: {one_line(error, tree, SECTIONS)}") from None
 
 
 def to_toml(config: Config) -> str:
@@ -270,7 +288,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if isinstance(node, list):
             found = [n for i, n in enumerate(node) if isinstance(n, dict) and part in (n.get("name"), str(i))]
             if not found:
-                raise UserError(f'--set {override}: no client "{part}"')
+                names = [str(n.get("name")) for n in node if isinstance(n, dict)]
+                known = ", ".join(names)
+                raise UserError(f'--set {override}: no client "{part}"; there are: {known}.{nearest(part, names)}')
             node = found[0]
         else:
             node = node.setdefault(part, {})
@@ -281,30 +301,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _one_line(error: ValidationError) -> str:
-    """The first problem as `field: what was given; what is allowed`, and how many more there are."""
-    first, *more = error.errors()
-    where = ".".join(str(part) for part in first["loc"] if part not in ("Text", "str"))
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        section, name = _section_at(first["loc"][:-1]), str(first["loc"][-1])
-        allowed = list(section.model_fields)
-        message = f"unknown key.{nearest(name, allowed)} Allowed: {', '.join(allowed)}"
-    elif first["type"] == "missing":
-        message = "missing; it has no default"
-    elif where:
-        message = f"given {first['input']!r}; {message[0].lower()}{message[1:]}"
-    rest = f" (and {len(more)} more)" if more else ""
-    return f"{where}: {message}{rest}" if where else f"{message}{rest}"
-
-
-def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The section class that a pydantic error location points into."""
-    names: dict[str, type[BaseModel]] = {
-        "base": BaseSection, "data": DataSection, "experts": ExpertsSection, "client": ClientSection,
-        "evaluation": EvaluationSection, "clients": ClientEntry, "text": Text,
-    }  # fmt: skip
-    section: type[BaseModel] = Config
-    for part in location:
-        section = names.get(str(part), section)
-    return section
+SECTIONS: Mapping[str, type[BaseModel]] = {
+    "": Config, "base": BaseSection, "data": DataSection, "experts": ExpertsSection, "client": ClientSection,
+    "evaluation": EvaluationSection, "clients": ClientEntry, "text": Text,
+}  # fmt: skip

@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from comigs.errors import UserError
+
+
+def command(verb: str, path: Path) -> str:
+    """`comigs resume 'my runs/a'`: to be pasted into a shell as it is."""
+    return f"comigs {verb} {shlex.quote(str(path))}"
+
+
+def require_free(path: Path) -> None:
+    """Raises UserError where there is something at `path` already, or nothing can be made there."""
+    with writing(path, "choose another folder with --out"):
+        if os.path.lexists(path):
+            raise UserError(
+                f"{path}: exists already; nothing was changed. Go on with: {command('resume', path)}, "
+                "or choose another folder with --out"
+            )
+        parent = next(p for p in path.absolute().parents if p.exists())
+        if not parent.is_dir():
+            raise UserError(f"{path}: {parent} is a file, not a folder; choose another folder with --out")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["generalist", "specialist", "router", "attention"]
+SPELLING = re.compile(r"(0|[1-9][0-9]*)\.(\w+)\.([gs](?:0|[1-9][0-9]*)|router|attention)\.([ABW])")
 
 
 @dataclass(frozen=True, order=True)
@@ -37,15 +39,11 @@ class Slot:
     @classmethod
     def parse(cls, text: str) -> Slot:
         """The inverse of `str(slot)`. Raises ValueError for anything else."""
-        try:
-            layer, site, part, matrix = text.split(".")
-            slot = cls(int(layer), site, part, matrix)
-        except ValueError:
-            raise ValueError(f'"{text}" is no slot: expected LAYER.SITE.PART.MATRIX') from None
-        known_part = part in ("router", "attention") or (part[:1] in ("g", "s") and part[1:].isdigit())
-        if not known_part or matrix not in ("A", "B", "W") or slot.layer < 0:
-            raise ValueError(f'"{text}" is no slot: unknown part or matrix')
-        return slot
+        match = SPELLING.fullmatch(text)
+        if match is None:
+            raise ValueError(f'"{text}" is no slot: expected LAYER.SITE.PART.MATRIX')
+        layer, site, part, matrix = match.groups()
+        return cls(int(layer), site, part, matrix)
 
 
 def expert_parts(generalists: int, specialists: int) -> list[str]:

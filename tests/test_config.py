@@ -1,0 +1,162 @@
+"""The config: what is written comes back, what is wrong is named with what is nearest, its page is up to date."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from comigs.config import SECTIONS, Config, load_config, parse_config, to_toml
+from comigs.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+ANN = {"name": "ann", "text": "x"}
+FULL = {
+    "version": 1, "name": "full", "seed": 7, "method": "fedavg", "rounds": 3,
+    "base": {"name": "tiny-llama", "dtype": "float64", "device": "cpu", "threads": 2},
+    "data": {"root": "/a b", "cache": "c", "sequence_length": 9, "distribution": "out", "valid_fraction": 0.2},
+    "experts": {"generalists": 2, "specialists": 3, "rank": 4, "specialist_rank": 5, "attention_rank": 6,
+                "share_attention": False, "alpha": 8.5, "scaling": "lora", "top_k": 1},
+    "client": {"steps": 1, "batch_size": 2, "micro_batch_size": 1, "lr": 1e-3, "router_lr": 0.5, "betas": [0.1, 0.2],
+               "leaky_gradients": True},
+    "evaluation": {"every": 0, "splits": ["train", "valid"], "batch_size": 1},
+    "clients": [
+        {"name": "ann", "text": 'folder:"quoted"\\é', "specialists": 1, "rank": 2, "specialist_rank": 1},
+        {"name": "b-o.b_2", "text": {"train": "a", "valid": "b", "test": "c"}},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tree", [{"clients": [ANN]}, FULL], ids=["defaults", "everything"])
+def test_what_is_written_comes_back(tmp_path, tree):
+    config = parse_config(tree)
+    assert parse_config(tomllib.loads(to_toml(config))) == config
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config))
+    again = load_config(path)
+    assert again.model_copy(update={"data": config.data}) == config
+    assert again.data.root == (tmp_path / config.data.root).resolve()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda p: p.name)
+def test_the_configs_we_ship_are_valid(path):
+    config = load_config(path)
+    assert parse_config(tomllib.loads(to_toml(config))) == config
+
+
+def test_name_and_root_come_from_the_file(tmp_path):
+    path = tmp_path / "my run.toml"
+    path.write_text('[data]\nroot = "texts"\n[[clients]]\nname = "ann"\ntext = "x"\n')
+    config = load_config(path)
+    assert (config.name, config.data.root) == ("my run", tmp_path / "texts")
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        parse_config({"clients": [ANN]}).rounds = 3
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=lambda s: s.__name__)
+def test_every_field_says_what_it_is(section):
+    for name, field in section.model_fields.items():
+        assert field.description, name
+        assert "\n" not in field.description and "|" not in field.description
+
+
+def test_every_section_is_known():
+    assert set(Config.model_fields) & set(SECTIONS) == {"base", "data", "experts", "client", "evaluation", "clients"}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_nearest_name_is_given_in_every_section(name):
+    for key in SECTIONS[name].model_fields:
+        wrong = key[:-1] + "q" + key[-1]
+        tree = {"clients": [dict(ANN)]}
+        if name == "":
+            tree[wrong] = 1
+        elif name == "clients":
+            tree["clients"][0][wrong] = 1
+        elif name == "text":
+            tree["clients"][0]["text"] = {"train": "a", "valid": "b", "test": "c", wrong: "d"}
+        else:
+            tree[name] = {wrong: 1}
+        where = {"": "", "clients": "clients.ann.", "text": "clients.ann.text."}.get(name, f"{name}.")
+        with pytest.raises(UserError, match=rf'^config: {where}{wrong}: unknown key\. Did you mean "{key}"\?'):
+            parse_config(tree)
+
+
+def overridden(tmp_path, *overrides):
+    path = tmp_path / "x.toml"
+    path.write_text(
+        '[client]\nsteps = 3\n[[clients]]\nname = "ann"\ntext = "x"\n[[clients]]\nname = "bob"\ntext = "y"\n'
+    )
+    return load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    "override, place, value",
+    [
+        ("rounds=9", "rounds", 9),
+        (" rounds = 9 ", "rounds", 9),
+        ("client.steps=4", "client.steps", 4),
+        ("client.lr=3e-4", "client.lr", 3e-4),
+        ("experts.alpha=2", "experts.alpha", 2.0),
+        ("method=fedavg", "method", "fedavg"),
+        ('method="fedavg"', "method", "fedavg"),
+        ("experts.share_attention=false", "experts.share_attention", False),
+        ('evaluation.splits=["train","valid"]', "evaluation.splits", ("train", "valid")),
+        ("clients.bob.rank=4", "clients.1.rank", 4),
+        ("clients.0.rank=4", "clients.0.rank", 4),
+        ("clients.ann.text=a folder/x", "clients.0.text", "a folder/x"),
+        ("name=my=name", "name", "my=name"),
+    ],
+)
+def test_overrides(tmp_path, override, place, value):
+    found = overridden(tmp_path, override)
+    for part in place.split("."):
+        found = found[int(part)] if part.isdigit() else getattr(found, part)
+    assert found == value and type(found) is type(value)
+
+
+def test_later_overrides_win(tmp_path):
+    assert overridden(tmp_path, "rounds=2", "rounds=3").rounds == 3
+
+
+def test_shapes_of_clients_that_differ():
+    config = parse_config(FULL | {"experts": {"rank": 4, "specialists": 3, "top_k": 1}})
+    ann, bob = (config.shape_of(c) for c in config.clients)
+    assert (ann.specialists, ann.rank, ann.specialist_rank, ann.attention_rank) == (1, 2, 1, 4)
+    assert (bob.specialists, bob.rank, bob.specialist_rank, bob.num_experts) == (3, 4, 4, 4)
+
+
+def test_one_expert_needs_no_top_k():
+    parse_config({"clients": [ANN], "experts": {"generalists": 1, "specialists": 0, "top_k": 2}})
+
+
+def test_how_many_problems_there_are():
+    with pytest.raises(UserError, match=r"\(and 2 other problems\)$"):
+        parse_config({"clients": [ANN], "client": {"steps": 0, "batch_size": 0, "lr": -1}})
+
+
+def test_long_input_is_cut():
+    with pytest.raises(UserError) as error:
+        parse_config({"clients": [ANN], "rounds": "x" * 10_000})
+    assert len(str(error.value)) < 200
+
+
+def test_messages_are_one_line():
+    with pytest.raises(UserError) as error:
+        parse_config({"clients": [ANN], "method": ["a\nb"]})
+    assert "\n" not in str(error.value)
+
+
+def test_the_page_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("config_docs", ROOT / "scripts" / "config_docs.py")
+    docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docs)
+    assert docs.PAGE.read_text(encoding="utf-8") == docs.page(), "run: make docs"
+    rows = re.findall(r"^\| `(\w+)` \|", docs.page(), re.MULTILINE)
+    assert len(rows) == sum(len(s.model_fields) for s in SECTIONS.values()) - 6  # the sections themselves

@@ -1,0 +1,139 @@
+"""Each method by itself: who shares what, the exact numbers of its merge, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from comigs.errors import UserError
+from comigs.methods.method import list_methods, load_method, mean_of_uploads
+from comigs.slots import Slot
+from tests.conftest import bits, run_config, start_engine
+
+A, B = Slot(0, "up", "g0", "A"), Slot(0, "up", "g0", "B")
+
+
+def uploads_of(num_clients, dtype=torch.float32, seed=0):
+    random = np.random.default_rng(seed)
+    draw = lambda *shape: torch.from_numpy(random.normal(size=shape)).to(dtype)  # noqa: E731
+    return {f"c{i}": {A: draw(2, 5), B: draw(7, 2)} for i in range(num_clients)}
+
+
+@pytest.mark.parametrize("num_clients", [1, 2, 3, 7])
+def test_the_mean_is_numpys(num_clients):
+    uploads = uploads_of(num_clients)
+    downloads, memory = mean_of_uploads(uploads, {})
+    assert list(downloads) == list(uploads) and memory == {}
+    for slot in (A, B):
+        expected = np.mean([u[slot].numpy().astype(np.float64) for u in uploads.values()], axis=0)
+        for download in downloads.values():
+            assert download[slot].dtype == torch.float32
+            np.testing.assert_array_equal(download[slot].numpy(), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_clients", [1, 2, 3, 5, 10])
+def test_the_mean_of_equal_uploads_is_the_upload_to_the_bit(num_clients, dtype):
+    upload = {A: (torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 1e-3).to(dtype)}
+    downloads, _ = mean_of_uploads({f"c{i}": upload for i in range(num_clients)}, {})
+    assert all(bits(download[A]) == bits(upload[A]) for download in downloads.values())
+
+
+def test_the_mean_does_not_depend_on_the_order_of_clients():
+    uploads = uploads_of(7)
+    downloads, _ = mean_of_uploads(uploads, {})
+    backwards, _ = mean_of_uploads(dict(reversed(uploads.items())), {})
+    assert all(bits(downloads["c0"][slot]) == bits(backwards["c0"][slot]) for slot in (A, B))
+
+
+def roles_shared(config):
+    client = next(iter(start_engine(config).clients.values()))
+    return {slot.role for slot in client.send()}, {slot.role for slot in client.trainee.tensors}
+
+
+@pytest.mark.parametrize(
+    ("method", "experts", "shared", "held"),
+    [
+        ("comigs", {}, {"generalist", "attention"}, {"generalist", "specialist", "router", "attention"}),
+        (
+            "comigs",
+            {"specialists": 0, "generalists": 2},
+            {"generalist", "attention"},
+            {"generalist", "router", "attention"},
+        ),
+        (
+            "comigs",
+            {"specialists": 2, "generalists": 0, "share_attention": False},
+            set(),
+            {"specialist", "router", "attention"},
+        ),
+        ("comigs", {"share_attention": False}, {"generalist"}, {"generalist", "specialist", "router", "attention"}),
+        ("fedavg", {}, {"generalist", "attention"}, {"generalist", "attention"}),
+        ("local", {}, set(), {"specialist", "attention"}),
+    ],
+)
+def test_what_is_shared_and_what_is_held(tmp_path, method, experts, shared, held):
+    assert roles_shared(run_config(tmp_path, method=method, experts={"rank": 2, **experts})) == (shared, held)
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_every_method_trains_as_many_scalars_in_experts_and_attention(tmp_path, method):
+    """A fair comparison: the same budget, a router aside."""
+
+    def budget(name):
+        client = start_engine(run_config(tmp_path, "ada", method=name)).clients["ada"]
+        return sum(t.numel() for slot, t in client.trainee.tensors.items() if slot.role != "router")
+
+    assert budget(method) == budget("comigs")
+
+
+def test_clients_may_have_different_numbers_and_ranks_of_specialists(tmp_path):
+    entries = {"ada": {"specialists": 3, "specialist_rank": 4}, "bob": {"specialists": 0}}
+    engine = start_engine(run_config(tmp_path, entries=entries))
+    uploads = {name: client.send() for name, client in engine.clients.items()}
+    downloads, _ = engine.clients["ada"].method.aggregate(uploads, {})
+    for name, client in engine.clients.items():
+        client.receive(downloads[name])
+    assert engine.clients["ada"].shape.num_experts == 4 and engine.clients["bob"].shape.num_experts == 1
+
+
+@pytest.mark.parametrize("method", ["comigs", "fedavg"])
+def test_unequal_ranks_of_what_is_averaged_are_refused_with_a_clear_line(tmp_path, method):
+    config = run_config(tmp_path, entries={"bob": {"rank": 4}}, method=method)
+    with pytest.raises(UserError, match=r"^clients\.bob: rank 4, but ada has 2"):
+        load_method(config)
+
+
+def test_fedavg_refuses_unequal_numbers_of_experts(tmp_path):
+    config = run_config(tmp_path, entries={"bob": {"specialists": 3}}, method="fedavg")
+    with pytest.raises(UserError, match=r"^clients\.bob: num_experts 4, but ada has 2"):
+        load_method(config)
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_name(tmp_path):
+    with pytest.raises(UserError, match='unknown method "comig"') as raised:
+        load_method(run_config(tmp_path, method="comig"))
+    assert 'Did you mean "comigs"?' in str(raised.value) and all(name in str(raised.value) for name in list_methods())
+
+
+def test_someones_own_module_is_a_method_too(tmp_path, monkeypatch):
+    module = ModuleType("their.method")
+    module.method = lambda config: load_method(config.model_copy(update={"method": "fedavg"}))
+    monkeypatch.setitem(sys.modules, "their", ModuleType("their"))
+    monkeypatch.setitem(sys.modules, "their.method", module)
+    assert load_method(run_config(tmp_path, method="their.method")).name == "fedavg"
+    del module.method
+    with pytest.raises(UserError, match="expected a module with method"):
+        load_method(run_config(tmp_path, method="their.method"))
+    with pytest.raises(UserError, match="cannot be used"):
+        load_method(run_config(tmp_path, method="no.such.module"))
+
+
+def test_every_method_says_its_name_what_it_does_and_its_paper(tmp_path):
+    for name in list_methods():
+        method = load_method(run_config(tmp_path, method=name))
+        assert method.name == name and method.summary and "\n" not in method.summary and method.paper

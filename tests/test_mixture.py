@@ -1,0 +1,190 @@
+"""The mixture against a naive implementation in which every expert is a whole MLP (tests/naive.py), and PEFT."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from comigs.bases import llama
+from comigs.bases.load import architecture_of
+from tests import naive
+from tests.conftest import attach, copy_of, random_tensors, shape_of, tiny
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.1,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, mlp_bias=True, attention_bias=True),
+    "mistral": MistralConfig(**SMALL, head_dim=8),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL, head_dim=8),
+    "gemma3_text": Gemma3TextConfig(**SMALL, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=0.5),
+    "gpt2": GPT2Config(
+        vocab_size=97, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.1, bos_token_id=0,
+        eos_token_id=1,
+    ),
+}  # fmt: skip
+EXPERTS_AND_TOP_K = [(E, K) for E in (1, 2, 3, 4) for K in range(1, E + 1)]
+
+
+def randomised(model):
+    """Biases and norms start as zeros and ones, which would hide how they are used."""
+    random = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=random)
+    return model.requires_grad_(False).eval()
+
+
+def built(model_type):
+    torch.manual_seed(0)
+    return randomised(AutoModelForCausalLM.from_config(CONFIGS[model_type]))
+
+
+def loss_and_gradients(model, embeddings, targets, tensors):
+    """Logits, and the gradients to all trained tensors and to the model's input."""
+    x = embeddings.clone().requires_grad_()
+    logits = model(inputs_embeds=x).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    gradients = torch.autograd.grad(loss, [*tensors.values(), x], materialize_grads=True)
+    return logits.detach(), dict(zip([*map(str, tensors), "input"], gradients, strict=True))
+
+
+def assert_equals_naive(model, architecture, shape, top_k, routed, tolerance=1e-5, dtype=torch.float32):
+    """Forward and gradients of the attached model and of the naive one, from the same tensors and input."""
+    model = model.to(dtype)
+    random = torch.Generator().manual_seed(5)
+    embeddings = torch.randn((2, 7, 16), generator=random, dtype=torch.float64).to(dtype)
+    targets = torch.randint(97, (2, 7), generator=random)
+    with attach(model, architecture, top_k) as attachment:
+        tensors = random_tensors(attachment, shape, routed, dtype=dtype)
+        trained = {slot: t.clone().requires_grad_() for slot, t in tensors.items()}
+        attachment.bind(trained)
+        logits, gradients = loss_and_gradients(attachment.model, embeddings, targets, trained)
+        assert len(attachment.routings()) == (2 if routed and shape.num_experts > 1 else 0)
+    again = {slot: t.clone().requires_grad_() for slot, t in tensors.items()}
+    expected, expected_gradients = loss_and_gradients(
+        naive.naive_model(model, again, top_k), embeddings, targets, again
+    )
+    torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
+    unused = [name for name, gradient in expected_gradients.items() if not gradient.any()]
+    assert len(unused) == 0 or top_k == 1  # with few tokens, an expert may be nobody's first choice
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), EXPERTS_AND_TOP_K)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_forward_and_gradients_equal_the_naive_mixture(model_type, num_experts, top_k):
+    model = built(model_type)
+    assert_equals_naive(model, architecture_of(model), shape_of(1, num_experts - 1), top_k, routed=True)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 3, 4])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_uniform_mixing_equals_the_naive_mean_of_experts(model_type, num_experts):
+    model = built(model_type)
+    assert_equals_naive(model, architecture_of(model), shape_of(num_experts, 0), top_k=1, routed=False)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_unequal_ranks_of_generalists_and_specialists_equal_the_naive_mixture(model_type, top_k):
+    model = built(model_type)
+    shape = shape_of(2, 1, rank=2, specialist_rank=5)
+    assert_equals_naive(model, architecture_of(model), shape, top_k, routed=True)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_every_known_model_family_equals_the_naive_mixture(model_type):
+    model = built(model_type)
+    assert model.config.model_type == model_type
+    assert_equals_naive(model, architecture_of(model), shape_of(1, 2), top_k=2, routed=True)
+
+
+def test_the_families_tested_are_all_there_are():
+    assert set(CONFIGS) == {"gpt2", *llama.ARCHITECTURE.model_types}
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "tolerance"), [(1, 1, 1e-12), (3, 1, 1e-12), (3, 2, 1e-6)])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_what_differs_in_float32_is_rounding_alone(model_type, num_experts, top_k, tolerance):
+    """In float64 the differences vanish too; K >= 2 takes its softmax in float32, as the authors do."""
+    model = built(model_type)
+    shape = shape_of(1, num_experts - 1)
+    assert_equals_naive(model, architecture_of(model), shape, top_k, True, tolerance, torch.float64)
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_in_bfloat16_the_mixture_is_as_far_from_float32_as_the_naive_one(model_type, how):
+    model = built(model_type)
+    architecture = architecture_of(model)
+    input_ids = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(3))
+    with attach(model, architecture) as attachment:
+        tensors = random_tensors(attachment, shape_of(1, 1), routed=True)
+    exact = naive.naive_model(model, tensors, 2)(input_ids).logits
+
+    def distance(logits):
+        return float((logits.float() - exact).square().mean().sqrt())
+
+    low = model.to(torch.bfloat16) if how == "weights" else model
+    cast = tensors if how == "autocast" else {slot: t.to(torch.bfloat16) for slot, t in tensors.items()}
+    slow = naive.naive_model(low, cast, 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"), attach(low, architecture) as attachment:
+        attachment.bind(tensors)  # trained tensors stay float32
+        ours, theirs = distance(attachment.model(input_ids).logits), distance(slow(input_ids).logits)
+    assert ours < 0.03 * float(exact.std())
+    assert ours < 2 * theirs
+
+
+@pytest.mark.parametrize("scaling", ["rslora", "lora"])
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft on transformers 5
+def test_one_expert_equals_peft(name, scaling):
+    base = tiny(name)
+    randomised(base.model)
+    is_gpt2 = name == "tiny-gpt2"
+    targets = ["c_attn", "c_proj", "c_fc"] if is_gpt2 else [*naive.LLAMA_MLP.values(), *naive.LLAMA_ATTENTION.values()]
+    lora = peft.LoraConfig(
+        r=2, lora_alpha=16, use_rslora=scaling == "rslora", target_modules=targets, fan_in_fan_out=is_gpt2
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base.model), lora)
+    input_ids = torch.randint(257, (2, 12), generator=torch.Generator().manual_seed(2))
+    with attach(base.model, base.architecture, scaling=scaling) as attachment:
+        tensors = random_tensors(attachment, shape_of(1, 0, rank=2), routed=True)
+        attachment.bind(tensors)
+        logits = attachment.model(input_ids).logits
+    state = {}
+    paths = {site: f"mlp.{name}" for site, name in base.architecture.mlp_linears().items()}
+    for slot, tensor in tensors.items():
+        path = base.architecture.attention[slot.site] if slot.role == "attention" else paths[slot.site]
+        state[f"base_model.model.{base.architecture.blocks}.{slot.layer}.{path}.lora_{slot.matrix}.weight"] = tensor
+    result = peft.set_peft_model_state_dict(theirs, state)
+    assert not result.unexpected_keys and not [key for key in result.missing_keys if "lora" in key]
+    torch.testing.assert_close(logits, theirs(input_ids).logits, rtol=0, atol=1e-5)
+    assert (logits - base.model(input_ids).logits).abs().max() > 0.1
+
+
+def test_zero_experts_and_a_router_are_the_base_itself(base):
+    input_ids = torch.arange(20)[None]
+    untouched = base.model(input_ids).logits
+    with attach(base.model, base.architecture) as attachment:
+        tensors = random_tensors(attachment, shape_of(1, 2), routed=True)
+        attachment.bind({slot: t.zero_() if slot.matrix == "B" else t for slot, t in copy_of(tensors).items()})
+        torch.testing.assert_close(attachment.model(input_ids).logits, untouched, rtol=0, atol=1e-5)

@@ -1,0 +1,112 @@
+"""A client's own model: an ordinary `transformers` model that writes text, and can be taken apart again."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import pytest
+import torch
+
+from comigs import api
+from comigs.errors import UserError
+from tests.runs import copied_run, finished
+
+
+@pytest.fixture(scope="module")
+def model():
+    with closing(api.open_personal_model(finished() / "run", "ann")) as model:
+        yield model
+
+
+def logits(model, text="the cat sat"):
+    with torch.no_grad():
+        return model.model(**model.tokenizer(text, return_tensors="pt")).logits
+
+
+def test_it_is_neither_the_base_nor_another_clients(model):
+    ann = logits(model)
+    with closing(api.open_personal_model(finished() / "run", "bob")) as other:
+        bob = logits(other)
+        other.close()
+        base = logits(other)
+    assert not torch.equal(ann, bob) and not torch.equal(ann, base)
+    assert torch.isfinite(ann).all()
+
+
+def test_greedy_text_is_the_likeliest_token_each_time(model):
+    ids = model.tokenizer("the cat ", return_tensors="pt")["input_ids"]
+    for _ in range(5):
+        with torch.no_grad():
+            ids = torch.cat([ids, model.model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert model.generate("the cat ", max_new_tokens=5) == model.tokenizer.decode(ids[0])
+
+
+def test_pieces_make_up_the_whole(model):
+    pieces = list(model.stream("the ", max_new_tokens=8))
+    assert len(pieces) > 1
+    assert "the " + "".join(pieces) == model.generate("the ", max_new_tokens=8)
+
+
+def test_sampling_is_repeatable_with_a_seed_and_leaves_the_generator_alone(model):
+    def sample(seed):
+        return model.generate("the ", max_new_tokens=10, do_sample=True, temperature=1.5, seed=seed)
+
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_an_empty_prompt_starts_a_document(model):
+    assert isinstance(model.generate("", max_new_tokens=3), str)
+
+
+def test_a_prompt_with_special_tokens_written_out_stays_as_it_was(model):
+    assert model.generate("<|endoftext|>x", max_new_tokens=2).startswith("<|endoftext|>x")
+
+
+def test_no_more_than_the_window(model):
+    assert len(model.generate("x" * 60, max_new_tokens=500)) <= 64  # a token is a byte
+    with pytest.raises(UserError, match="longer than the 64 tokens this base reads"):
+        model.generate("x" * 64)
+
+
+def test_an_error_while_writing_is_raised_here(model):
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate("x", max_new_tokens=2, do_sample=True, temperature=-1.0)
+
+
+def test_stopping_early_leaves_a_model_that_works(model):
+    stream = model.stream("the ", max_new_tokens=30)
+    next(stream)
+    stream.close()
+    assert model.generate("the ", max_new_tokens=4) == model.generate("the ", max_new_tokens=4)
+
+
+def test_a_model_of_a_run_under_way(tmp_path):
+    """After a round and before the end, it is the client's state of that round."""
+    config = api.open_run(finished() / "run").config()
+
+    def stop(event):
+        if event["kind"] == "server":
+            raise KeyboardInterrupt
+
+    with pytest.raises(UserError, match="every whole round is kept"):
+        api.run(config, tmp_path / "run", report=stop)
+    folder = api.open_run(tmp_path / "run")
+    with closing(api.open_personal_model(tmp_path / "run", "ann")) as model:
+        saved = folder.load("clients/ann/round-0001.experts")
+        assert {str(slot) for slot in model.tensors} == saved.keys()
+        assert all(torch.equal(t, saved[str(slot)]) for slot, t in model.tensors.items())
+        assert model.generate("the ", max_new_tokens=3)
+
+
+def test_experts_of_another_shape_are_refused(tmp_path):
+    run = copied_run(tmp_path)
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("rank = 8", "rank = 3"))
+    with pytest.raises(
+        UserError, match=r"client ann: saved tensor .* the checkpoint belongs to another config or base"
+    ):
+        api.open_personal_model(run, "ann")

@@ -1,0 +1,206 @@
+"""The run folder: a commit is whole or not there, whatever moment a kill comes at; damage is found and named."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import count
+
+import pytest
+import torch
+
+from comigs.config import parse_config
+from comigs.errors import UserError
+from comigs.files import require_free, write_whole
+from comigs.record import RunFolder
+from tests.kills import killed_at
+from tests.runs import files
+
+CONFIG = parse_config({"clients": [{"name": "ann", "text": "x"}]})
+
+
+def tensors_of(round):
+    return {
+        f"clients/ann/round-{round:04d}.experts": {"A": torch.full((2, 3), float(round)), "B": torch.ones(4)},
+        f"server/round-{round:04d}.state": {"memory": torch.tensor(round)},
+    }
+
+
+def lines_of(round):
+    return [{"kind": "train", "round": round, "loss": 1 / round}, {"kind": "server", "round": round}]
+
+
+def commit(folder, round):
+    folder.commit(round, lines_of(round), [{"round": round, "seconds": 0.5}], tensors_of(round))
+
+
+def new_run(path, rounds=1):
+    folder = RunFolder.create(path, CONFIG, {"versions": {}})
+    for round in range(1, rounds + 1):
+        commit(folder, round)
+    return folder
+
+
+def check_whole(folder, round):
+    """The folder, rewound, holds exactly the first `round` rounds and nothing else."""
+    assert folder.rewind().round == round
+    assert folder.metrics() == [line for r in range(1, round + 1) for line in lines_of(r)]
+    expected = tensors_of(round) if round else {}
+    for name, tensors in expected.items():
+        loaded = folder.load(name)
+        assert loaded.keys() == tensors.keys()
+        assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
+    others = {"config.toml", "env.json", "metrics.jsonl", "timings.jsonl", "checkpoint.json"}
+    assert {name for name in files(folder.path) if name != ".lock"} == others | {f"{n}.safetensors" for n in expected}
+    timings = (folder.path / "timings.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in timings] == list(range(1, round + 1))
+
+
+def test_a_kill_at_any_touch_of_a_commit_leaves_a_whole_round(tmp_path):
+    whole = files(new_run(tmp_path / "whole", rounds=2).path)
+    for moment in count(1):
+        path = tmp_path / str(moment)
+        folder = new_run(path)
+        if not killed_at(moment, path, lambda: commit(folder, 2)):  # noqa: B023
+            break
+        found = RunFolder.open(path).checkpoint().round
+        check_whole(RunFolder.open(path), found)
+        if found == 1:
+            commit(folder, 2)
+        check_whole(folder, 2)
+        assert files(path) == whole, f"after a kill at touch {moment}"
+    assert moment > 15
+
+
+def test_a_kill_at_any_touch_of_create_leaves_a_run_or_nothing(tmp_path):
+    for moment in count(1):
+        parent = tmp_path / str(moment)
+        if not killed_at(moment, parent, lambda: RunFolder.create(parent / "run", CONFIG, {})):  # noqa: B023
+            break
+        if not (parent / "run").exists():
+            RunFolder.create(parent / "run", CONFIG, {})  # it can be made again at once
+        check_whole(RunFolder.open(parent / "run"), 0)
+    assert moment > 10
+
+
+def test_equal_runs_have_equal_bytes(tmp_path):
+    first, second = (files(new_run(tmp_path / name, rounds=3).path) for name in "ab")
+    assert first == second
+
+
+def test_rewind_drops_what_was_not_committed(tmp_path):
+    folder = new_run(tmp_path / "run", rounds=2)
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "rou')
+    with (folder.path / "timings.jsonl").open("a") as file:
+        file.write('{"round": 3}\n')
+    (folder.path / "clients" / "ann" / "round-0003.experts.safetensors").write_bytes(b"half")
+    (folder.path / "clients" / "ann" / ".round-0003.optimizer.safetensors.unfinished").write_bytes(b"half")
+    check_whole(folder, 2)
+
+
+def test_the_round_before_is_deleted(tmp_path):
+    check_whole(new_run(tmp_path / "run", rounds=3), 3)
+
+
+@pytest.mark.parametrize("at", [0, 9, 60, -1])
+def test_a_flipped_byte_in_a_tensor_file_is_found(tmp_path, at):
+    folder = new_run(tmp_path / "run")
+    file = folder.path / "clients" / "ann" / "round-0001.experts.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match=r"round-0001\.experts\.safetensors: damaged"):
+        folder.load("clients/ann/round-0001.experts")
+
+
+def test_a_flipped_byte_in_the_metrics_is_found(tmp_path):
+    folder = new_run(tmp_path / "run", rounds=2)
+    metrics = folder.path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("0.5", "0.6"))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: damaged \(changed since round 2 ended\)"):
+        folder.rewind()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"round": 1}', "\x00\x01",
+             '{"round": "1", "finished": false, "metrics_bytes": 0, "timings_bytes": 0, "files": {}}',
+             '{"round": 1, "finished": false, "metrics_bytes": 0, "timings_bytes": -1, "files": {}}']
+)  # fmt: skip
+def test_a_damaged_checkpoint_file_is_named(tmp_path, text):
+    folder = new_run(tmp_path / "run")
+    (folder.path / "checkpoint.json").write_text(text)
+    with pytest.raises(UserError, match=r"checkpoint\.json: damaged"):
+        folder.checkpoint()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timings.jsonl"])
+def test_lines_that_are_gone_are_noticed(tmp_path, name):
+    folder = new_run(tmp_path / "run", rounds=2)
+    os.truncate(folder.path / name, 5)
+    with pytest.raises(UserError, match="shorter than when round 2 ended"):
+        folder.rewind()
+
+
+def test_a_missing_tensor_file_is_named(tmp_path):
+    folder = new_run(tmp_path / "run")
+    (folder.path / "server" / "round-0001.state.safetensors").unlink()
+    with pytest.raises(UserError, match=r"round-0001\.state\.safetensors: cannot be read: No such file"):
+        folder.load("server/round-0001.state")
+
+
+def test_only_committed_tensors_are_loaded(tmp_path):
+    with pytest.raises(UserError, match="not of this run"):
+        new_run(tmp_path / "run").load("clients/ann/round-0002.experts")
+
+
+def test_only_one_process_works_on_a_run(tmp_path):
+    folder = new_run(tmp_path / "run")
+    with folder, pytest.raises(UserError, match="another process is working on this run"), RunFolder.open(folder.path):
+        pass
+    with RunFolder.open(folder.path):  # free again
+        pass
+
+
+def test_the_config_comes_back_equal(tmp_path):
+    written = new_run(tmp_path / "run").config()
+    assert written.model_copy(update={"data": CONFIG.data}) == CONFIG  # its data.root is now absolute
+
+
+def test_write_whole_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def fail(unfinished):
+        unfinished.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, fail)
+    assert files(tmp_path) == {"x.json": b"old"}
+
+
+def test_write_whole_is_there_or_not_after_a_kill(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    for moment in count(1):
+        if not killed_at(moment, tmp_path, lambda: write_whole(path, lambda p: p.write_text("new"))):
+            break
+        assert path.read_text() in ("old", "new")
+    assert moment > 3
+    assert path.read_text() == "new"
+
+
+def test_a_new_run_needs_a_free_place(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "two words").mkdir()
+    require_free(tmp_path / "new" / "deeper")
+    for name, reason in {
+        "file": "exists",
+        "link": "exists",
+        "file/run": "is a file",
+        "two words": "'.*two words'",
+    }.items():
+        with pytest.raises(UserError, match=reason):
+            require_free(tmp_path / name)

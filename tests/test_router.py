@@ -1,0 +1,120 @@
+"""Routing weights and balance loss against numpy written from docs' formulas, token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from comigs.experts.router import balance_loss, route
+from tests import naive
+from tests.conftest import attach, random_tensors, shape_of, tiny
+
+CASES = [(E, K) for E in (2, 3, 4) for K in range(1, E + 1)]
+SHARES = [0.0, 0.25, 0.5, 0.9]
+
+
+def random_logits(num_experts, num_tokens=50):
+    return torch.from_numpy(np.random.default_rng(num_experts).normal(0, 2, (num_tokens, num_experts)))
+
+
+def numpy_weights(logits_TE, top_k):
+    """Softmax over the K largest logits; K = 1: the largest of the softmax over all."""
+    weights_TE = np.zeros_like(logits_TE)
+    for t, row in enumerate(logits_TE):
+        best = np.argsort(row)[::-1][:top_k]
+        among = row if top_k == 1 else row[best]
+        weights_TE[t, best] = np.exp(row[best]) / np.exp(among).sum()
+    return weights_TE
+
+
+def numpy_balance(logits_TE, top_k, share):
+    """METHOD: density_e, p_e and factor_e, then E^2 * mean_e of their product."""
+    T, E = logits_TE.shape
+    weights_TE = numpy_weights(logits_TE, top_k)
+    chosen_TE = weights_TE > 0
+    density_E = chosen_TE.sum(axis=0) / T / top_k
+    z_TE = np.where(chosen_TE, logits_TE, 0.0)
+    softmax_TE = np.exp(z_TE) / np.exp(z_TE).sum(axis=1, keepdims=True)
+    p_E = (weights_TE if top_k == 1 else softmax_TE).mean(axis=0)
+    factor_E = np.array([1 / (share * E)] + (E - 1) * [(E - 1) / ((1 - share) * E)]) if share else np.ones(E)
+    return E**2 * np.mean(p_E * density_E * factor_E)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), CASES)
+def test_weights_equal_numpy(num_experts, top_k):
+    logits_TE = random_logits(num_experts)
+    routing = route(logits_TE, top_k)
+    expected = numpy_weights(logits_TE.numpy(), top_k)
+    # K >= 2 takes its softmax in float32
+    np.testing.assert_allclose(routing.weights_TE.numpy(), expected, rtol=0, atol=1e-12 if top_k == 1 else 1e-6)
+    assert np.array_equal(routing.selected_TE.numpy(), expected > 0)
+    assert (routing.selected_TE.sum(dim=-1) == top_k).all()
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [c for c in CASES if c[1] > 1])
+def test_weights_of_two_or_more_experts_sum_to_one(num_experts, top_k):
+    sums = route(random_logits(num_experts), top_k).weights_TE.sum(dim=-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-6)
+
+
+def test_a_single_experts_weight_is_its_probability_and_teaches_the_router():
+    logits_TE = random_logits(3).requires_grad_()
+    routing = route(logits_TE, top_k=1)
+    probabilities = logits_TE.softmax(dim=-1)
+    assert torch.equal(routing.weights_TE.max(dim=-1).values, probabilities.max(dim=-1).values)
+    assert (routing.weights_TE.sum(dim=-1) < 1).all()
+    routing.weights_TE.sum().backward()
+    assert (logits_TE.grad != 0).all()
+
+
+def test_equal_logits_still_select_exactly_top_k():
+    for top_k in (1, 2, 3):
+        assert (route(torch.zeros(5, 4), top_k).selected_TE.sum(dim=-1) == top_k).all()
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(("num_experts", "top_k"), CASES)
+def test_balance_loss_equals_numpy(num_experts, top_k, share):
+    logits_TE = random_logits(num_experts)
+    ours = balance_loss(route(logits_TE, top_k), share)
+    assert float(ours) == pytest.approx(numpy_balance(logits_TE.numpy(), top_k, share), rel=1e-7)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(("num_experts", "top_k"), CASES)
+def test_gradient_of_the_balance_loss_equals_that_of_the_naive_one(num_experts, top_k, share):
+    logits_TE = random_logits(num_experts, 6)
+    ours, theirs = (logits_TE.clone().requires_grad_() for _ in range(2))
+    balance_loss(route(ours, top_k), share).backward()
+    naive.balance(theirs, top_k, share).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-7)
+
+
+def test_balance_loss_is_one_and_teaches_nothing_where_two_of_two_are_used():
+    for seed in range(5):
+        logits_TE = torch.from_numpy(np.random.default_rng(seed).normal(0, 3, (40, 2))).requires_grad_()
+        loss = balance_loss(route(logits_TE, top_k=2), 0.5)
+        loss.backward()
+        assert loss.item() == pytest.approx(1, abs=1e-12)
+        assert logits_TE.grad.abs().max() < 1e-15
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(0.0, (4, 4, 4)), (0.5, (6, 3, 3)), (2 / 3, (8, 2, 2))])
+def test_balance_loss_is_least_where_the_first_expert_has_its_share_and_the_others_an_equal_rest(share, wanted):
+    def loss(counts):
+        chosen = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+        return float(balance_loss(route(40.0 * torch.nn.functional.one_hot(chosen, 3).double(), 1), share))
+
+    possible = [(a, b, 12 - a - b) for a in range(13) for b in range(13 - a)]
+    assert min(possible, key=loss) == wanted
+
+
+def test_routing_in_the_model_stays_float32_under_autocast():
+    base = tiny("tiny-llama")
+    with attach(base.model, base.architecture) as attachment:
+        attachment.bind(random_tensors(attachment, shape_of(1, 2), routed=True))
+        with torch.autocast("cpu", torch.bfloat16):
+            attachment.model(torch.arange(9)[None])
+        for routing in attachment.routings():
+            assert routing.logits_TE.dtype == routing.weights_TE.dtype == torch.float32
