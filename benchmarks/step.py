@@ -74,7 +74,7 @@ def naive_forward(mixture: Mixture, x: torch.Tensor) -> torch.Tensor:
 
         def adapted(site: str, h: torch.Tensor, expert: Any = expert) -> torch.Tensor:
             low = torch.nn.functional.linear(h, expert.A[site].to(h.dtype))
-            return mixture._frozen(site, h) + torch.nn.functional.linear(low, expert.scaled_B(site, h.dtype))
+            return mixture._frozen(site, h) + torch.nn.functional.linear(low, expert.scaled_b(site, h.dtype))
 
         up = adapted("up", x_TD)
         hidden = mixture.act(adapted("gate", x_TD)) * up if "gate" in mixture.inputs else mixture.act(up)

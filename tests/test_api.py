@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import comigs
 from comigs import api
 from comigs.errors import UserError
-from tests.runs import ENVIRONMENT, copied_run, files, finished, write_config
+from tests.runs import ENVIRONMENT, files, finished, write_config
 
 
 def test_every_public_name_is_there():
@@ -50,7 +51,7 @@ def test_what_was_left_to_us_is_written_down():
     written = api.open_run(finished() / "run").config()
     assert (written.client.lr, written.client.router_lr) == (2e-3, 2e-3)
     assert (written.base.device, written.base.dtype, written.base.threads) == ("cpu", "float32", 1)
-    assert written.data.root.is_absolute() and written.data.cache.is_absolute()
+    assert written.data.root == finished()
 
 
 def test_the_environment_is_written_down():
@@ -62,9 +63,21 @@ def test_the_environment_is_written_down():
     assert "the cat" not in (finished() / "run" / "env.json").read_text()  # no text
 
 
-def test_a_run_can_be_moved(tmp_path):
-    run = copied_run(tmp_path).rename(tmp_path / "moved run")
-    assert api.evaluate(run, "test", "ann")["ann"]["personal"]["tokens"] > 0
+def test_a_run_can_be_moved_with_its_text(tmp_path, monkeypatch):
+    there = Path(shutil.copytree(finished(), tmp_path / "over there"))
+    monkeypatch.chdir(tmp_path)
+    assert api.open_run(there / "run").config().data.root == there
+    assert api.evaluate(there / "run", "test", "ann")["ann"]["personal"]["tokens"] > 0
+
+
+def test_runs_may_lie_behind_a_link(tmp_path, monkeypatch):
+    (tmp_path / "big" / "disk").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "runs").symlink_to(tmp_path / "big" / "disk")
+    monkeypatch.chdir(tmp_path / "here")
+    folder = api.run(comigs.load_config(write_config(tmp_path / "here"), ["rounds=1"]))
+    assert folder.config().data.root == tmp_path / "here"
+    assert api.evaluate(folder.path, "test", "bob")["bob"]["base"]["tokens"] > 0
 
 
 def test_evaluate_gives_the_summarys_figures():

@@ -72,7 +72,7 @@ class RunFolder:
                 made = cls(Path(scratch) / "run")
                 made.path.mkdir()
                 # relative, so that a run and its text can move together and no path of this machine is passed on
-                root = Path(os.path.relpath(config.data.root, path.absolute()))
+                root = Path(os.path.relpath(config.data.root, path.resolve()))  # behind links, as it is read
                 data = config.data.model_copy(update={"root": root})
                 _write_text(made.path / "config.toml", to_toml(config.model_copy(update={"data": data})))
                 _write_text(made.path / "env.json", json.dumps(environment, indent=1))

@@ -60,10 +60,14 @@ class Client:
 
     def receive(self, download: Download) -> None:
         """Write the server's tensors over the client's. Optimiser moments, specialists and router stay as they were."""
-        for slot, tensor in download.items():
-            if not self.method.receives(slot) or slot.role in PRIVATE:
+        own = self.trainee.tensors
+        for slot, tensor in download.items():  # all of it is checked before any of it is written
+            if not self.method.receives(slot) or slot.role in PRIVATE or slot not in own:
                 raise AssertionError(f"{self.name}: a download may not touch {slot}")
-            self.trainee.tensors[slot].copy_(tensor)
+            if tensor.shape != own[slot].shape or not bool(tensor.isfinite().all()):
+                raise AssertionError(f"{self.name}: {slot} of the download has another shape or is not finite")
+        for slot, tensor in download.items():
+            own[slot].copy_(tensor)
 
     def train(self, round: int, on_step: OnStep) -> RoundLog:
         """One round of local steps and router steps. Raises UserError when a loss is NaN or infinite."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]
@@ -46,6 +47,7 @@ class MixedHidden(torch.autograd.Function):
         return mixed_TI, torch.cat(lows, dim=-1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_mixed_TI, grad_lows = grads
         gate_TI, up_TI, weights_TE, *lora = ctx.saved_tensors

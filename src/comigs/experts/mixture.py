@@ -36,7 +36,7 @@ class Expert:
     B: dict[str, Tensor]
     scale: float
 
-    def scaled_B(self, site: str, dtype: torch.dtype) -> Tensor:
+    def scaled_b(self, site: str, dtype: torch.dtype) -> Tensor:
         """scale * B (out, R)."""
         return (self.scale * self.B[site]).to(dtype)
 
@@ -71,7 +71,7 @@ class Mixture(nn.Module):
         A_RD = torch.cat([e.A[site] for site in self.inputs for e in self.experts])
         ranks = [e.A[site].shape[0] for site in self.inputs for e in self.experts]
         low = iter(torch.split(F.linear(x_TD, A_RD.to(x.dtype)).to(up_TI.dtype), ranks, dim=-1))
-        lora = {site: [(next(low), e.scaled_B(site, up_TI.dtype)) for e in self.experts] for site in self.inputs}
+        lora = {site: [(next(low), e.scaled_b(site, up_TI.dtype)) for e in self.experts] for site in self.inputs}
 
         mixed_TI, lows_TR = mixed_hidden(
             self.act, frozen.get("gate"), up_TI, weights_TE,
@@ -80,7 +80,7 @@ class Mixture(nn.Module):
         y_TD = self._frozen("down", mixed_TI)
         if self.W_ED is not None and self.top_k == 1:  # weights sum to less than 1, and so does the bias
             y_TD = self._rescale_bias(y_TD, weights_TE)
-        B_DR = torch.cat([e.scaled_B("down", lows_TR.dtype) for e in self.experts], dim=-1)
+        B_DR = torch.cat([e.scaled_b("down", lows_TR.dtype) for e in self.experts], dim=-1)
         return (y_TD + F.linear(lows_TR, B_DR)).view(x.shape)
 
     def _routing_weights(self, x_TD: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ def mean_of_uploads(uploads: Mapping[str, Upload], memory: Memory) -> tuple[dict
     Summed in float64, so that the result is independent of the clients' order and exact for equal uploads.
     """
     first = next(iter(uploads.values()))
+    assert all(upload.keys() == first.keys() for upload in uploads.values()), "clients share different slots"
     mean = {
         slot: torch.stack([u[slot].to(torch.float64) for u in uploads.values()]).mean(dim=0).to(tensor.dtype)
         for slot, tensor in first.items()
