@@ -177,7 +177,7 @@ def test_the_same_document_in_two_splits(config, capsys, tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_the_batch_named_and_the_state_kept(config, capsys):
     line = refused(capsys, "run", config, "--set", "client.lr=1e30")
     assert "client ann: the loss is nan in round 1, train batch 1; this batch was not learnt from" in line
-    assert "the state after round 0 is kept. Lower client.lr (now 1e+30)" in line
+    assert "the state after round 0 is kept. Start a new run with client.lr lower than 1e+30" in line
     assert RunFolder.open(Path("runs/tiny")).rewind().round == 0
     assert comigs(capsys, "resume", "runs/tiny").code == 2
 

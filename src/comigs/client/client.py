@@ -84,7 +84,8 @@ class Client:
         except NonFiniteLoss as error:
             raise UserError(
                 f"client {self.name}: {error} in round {round}, {error.batch}; this batch was not learnt from and the "
-                f"state after round {round - 1} is kept. Lower client.lr (now {self.plan.lr:g}) or look at the text"
+                f"state after round {round - 1} is kept. Start a new run with client.lr lower than {self.plan.lr:g}, "
+                "or look at the text"
             ) from None
 
     def send(self) -> dict[Slot, Tensor]:
@@ -101,9 +102,10 @@ class Client:
         length, batch_size = self.config.data.sequence_length, self.config.evaluation.batch_size
         result = evaluate(self.attachment, getattr(self.data, split), length, batch_size, self.base.dtype)
         if not math.isfinite(result.nats):
+            cure = "use base.dtype float32" if untouched_base else f"lower client.lr (now {self.plan.lr:g})"
             raise UserError(
-                f"client {self.name}: its model gives {split} a loss of {result.nats}: training diverged; "
-                f"the last round's state is kept. Lower client.lr (now {self.plan.lr:g})"
+                f"client {self.name}: {'the base' if untouched_base else 'its model'} gives {split} a loss of "
+                f"{result.nats}; every whole round is kept. Start a new run and {cure}"
             )
         return result
 

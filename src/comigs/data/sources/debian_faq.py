@@ -17,7 +17,7 @@ from comigs.errors import UserError
 
 SUMMARY = "debian-faq:LANGUAGE: bundled demo text in de, fr, it or nl, about 0.2 MB each"
 VERSION = "11.1"
-LICENSE = "free to copy and change under its permission notice (assets/debian-faq/NOTICE)"
+LICENSE = "permission notice beside it"
 
 LANGUAGES = ("de", "fr", "it", "nl")
 # Left in English in more than one of the languages, so these would be the same document at two clients.
