@@ -13,7 +13,7 @@ FLOORS = [
     {"files", "slots", "lowrank", "config_errors", "seeds"},
     {"config"},
     {"data", "bases", "methods"},
-    {"experts", "record"},
+    {"experts", "record", "environment"},
     {"client"},
     {"engines", "report", "personal"},
     {"api", "console"},

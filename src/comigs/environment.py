@@ -1,0 +1,72 @@
+"""What a run was made with, so that a result can be traced and made again."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comigs.bases.load import Base
+from comigs.config import SPLITS
+from comigs.data.prepare import ClientData
+
+
+def environment(base: Base, data: Mapping[str, ClientData]) -> dict[str, Any]:
+    """What a run was made with: versions, commit, machine, base and text."""
+    return {
+        "versions": {n: version(n) for n in ("comigs", "torch", "transformers", "tokenizers", "numpy")}
+        | {"python": platform.python_version()},
+        "commit": _commit(),
+        "machine": {"platform": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "device": str(base.device),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "base_fingerprint": base.fingerprint,
+        "base_parameters": sum(p.numel() for p in base.model.parameters()),
+        "tokenizer": base.encoder.id,
+        "data": describe(data),
+    }
+
+
+def describe(data: Mapping[str, ClientData]) -> dict[str, Any]:
+    """Per client and split: how much text, and its hash. No text."""
+    return {
+        name: {
+            split: {
+                "tokens": sum(s.num_tokens for s in stores),
+                "bytes": sum(s.num_bytes for s in stores),
+                "documents": sum(s.num_documents for s in stores),
+                "sha256": [s.text_sha256 for s in stores],
+            }
+            for split in SPLITS
+            if (stores := getattr(client, split))
+        }
+        for name, client in data.items()
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the source this package runs from, with "+changes" where it differs; None for an installed package."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if git("ls-files", Path(__file__).name) == "":
+            return None
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return platform.processor() or platform.machine()
