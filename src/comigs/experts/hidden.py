@@ -33,7 +33,7 @@ class MixedHidden(torch.autograd.Function):
         experts = _by_expert(lora)
         ctx.act = act
         ctx.save_for_backward(gate_TI, up_TI, weights_TE, *lora)
-        mixed_TI, lows = torch.zeros_like(up_TI), []
+        mixed_TI, lows = None, []
         for e, (low_g, B_g, low_u, B_u, A_d) in enumerate(experts):
             assert A_d is not None
             h_TI = (
@@ -42,8 +42,9 @@ class MixedHidden(torch.autograd.Function):
                 else act(_plus(up_TI, low_u, B_u))
             )
             h_TI *= weights_TE[:, e, None]
-            mixed_TI += h_TI
             lows.append(F.linear(h_TI, A_d))
+            mixed_TI = _plus_equals(mixed_TI, h_TI)
+        assert mixed_TI is not None
         return mixed_TI, torch.cat(lows, dim=-1)
 
     @staticmethod
@@ -52,8 +53,8 @@ class MixedHidden(torch.autograd.Function):
         grad_mixed_TI, grad_lows = grads
         gate_TI, up_TI, weights_TE, *lora = ctx.saved_tensors
         experts = _by_expert(lora)
-        grad_gate = None if gate_TI is None else torch.zeros_like(gate_TI)
-        grad_up = torch.zeros_like(up_TI)
+        grad_gate: Tensor | None = None
+        grad_up: Tensor | None = None
         grad_weights = torch.empty_like(weights_TE)
         grad_lora: list[Tensor | None] = []
         per_expert = grad_lows.split([A_d.shape[0] for *_, A_d in experts], dim=-1)
@@ -74,12 +75,10 @@ class MixedHidden(torch.autograd.Function):
             (grad_pre,) = torch.autograd.grad(a_TI, pre_TI, grad_h if gate_TI is None else grad_h * u_TI)
             grad_u = grad_pre if gate_TI is None else grad_h.mul_(a_TI.detach())
 
-            grad_up += grad_u
-            grad_lora += [None, None]
-            if grad_gate is not None:
-                grad_gate += grad_pre
-                grad_lora[-2:] = _lora_grads(grad_pre, low_g, B_g, wants[:2])
+            grad_lora += [None, None] if gate_TI is None else _lora_grads(grad_pre, low_g, B_g, wants[:2])
             grad_lora += [*_lora_grads(grad_u, low_u, B_u, wants[2:4]), grad_A_d]
+            grad_up = _plus_equals(grad_up, grad_u)
+            grad_gate = None if gate_TI is None else _plus_equals(grad_gate, grad_pre)
         return (None, grad_gate, grad_up, grad_weights, *grad_lora)
 
 
@@ -103,6 +102,11 @@ def _by_expert(lora: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 def _plus(frozen_TI: Tensor, low_TR: Tensor, B_IR: Tensor) -> Tensor:
     return torch.addmm(frozen_TI, low_TR, B_IR.T)
+
+
+def _plus_equals(total: Tensor | None, part: Tensor) -> Tensor:
+    """The sum so far, in the first part's memory: nobody else needs it any more."""
+    return part if total is None else total.add_(part)
 
 
 def _lora_grads(grad_TI: Tensor, low_TR: Tensor, B_IR: Tensor, wants: Sequence[bool]) -> list[Tensor | None]:
