@@ -98,9 +98,9 @@ def _client(run: Run, name: str) -> ClientResult:
 
 
 def describe_text(entry: ClientEntry) -> str:
-    """The client's text as its config names it."""
+    """The client's text as its config names it; where splits are given, the file of train."""
     if isinstance(entry.text, Text):
-        return f"train {entry.text.train}, valid {entry.text.valid}, test {entry.text.test}"
+        return f"{entry.text.train.rpartition('/')[2]} (splits given)"
     return entry.text
 
 
