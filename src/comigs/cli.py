@@ -199,7 +199,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are for people who call it themselves
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="comigs")
     except Stopped as stop:
         _end(f"stopped: {stop}", stop.exit_code)
     except UserError as error:
