@@ -116,7 +116,7 @@ def step(
     Raises NonFiniteLoss before anything is stepped.
     """
     settings = plan.settings
-    routed = bool(trainee.group("router")) and experts_differ(trainee.tensors)
+    routed = "router" in trainee.optimizers and "router" in groups and experts_differ(trainee.tensors)
     with gradients_for(trainee, groups, trains, leaky=settings.leaky_gradients):
         nats, balance_nats, tokens = 0.0, 0.0, batch[0].size
         for inputs, targets in micro_batches(batch, settings.micro_batch_size, attachment.model.device):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from comigs import lowrank
@@ -116,8 +115,3 @@ class Attachment:
 
 def _pair(layer: int, site: str, part: str, rank: int, size: tuple[int, int]) -> dict[Slot, tuple[int, ...]]:
     return {Slot(layer, site, part, "A"): (rank, size[0]), Slot(layer, site, part, "B"): (size[1], rank)}
-
-
-def trained_parameters(shapes: Mapping[Slot, tuple[int, ...]]) -> int:
-    """Number of scalars in these slots."""
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
