@@ -72,17 +72,17 @@ def test_private_slots_are_never_sent_whatever_the_method_says(tmp_path, role):
     client = client_of(tmp_path)
     client.method = replace(client.method, shares=lambda slot: slot.role == role)
     with pytest.raises(AssertionError, match="never leaves a client"):
-        client.send()
+        client.send(1)
 
 
 def test_what_is_sent_is_a_copy_without_gradient(tmp_path):
     client = client_of(tmp_path)
-    upload = client.send()
+    upload = client.send(1)
     before = copy_of(upload)
     client.train(1, QUIET)
     assert same(before, upload)
     assert not any(t.requires_grad for t in upload.values())
-    assert not same(upload, client.send())
+    assert not same(upload, client.send(1))
 
 
 @pytest.mark.parametrize("shape", [{}, {"specialists": 2, "specialist_rank": 3, "top_k": 1}, {"specialists": 0}])
@@ -139,7 +139,8 @@ def test_a_clients_batches_do_not_depend_on_who_else_takes_part(tmp_path):
 
 def test_batches_differ_by_seed_split_and_number(tmp_path):
     client, other_seed = client_of(tmp_path), client_of(tmp_path, seed=43)
-    draws = [client._draw("train", 0), client._draw("train", 1), client._draw("valid", 0), other_seed._draw("train", 0)]
+    draws = [client._draw("experts", 0), client._draw("experts", 1), client._draw("router", 0)]
+    draws.append(other_seed._draw("experts", 0))
     assert len({inputs.tobytes() for inputs, _ in draws}) == len(draws)
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from comigs.errors import UserError
-from comigs.methods.method import list_methods, load_method, mean_of_uploads
+from comigs.methods.method import Facts, list_methods, load_method, mean_of_uploads
 from comigs.slots import Slot
 from tests.conftest import bits, run_config, start_engine
 
+NAMES = tuple(f"c{i}" for i in range(10))
 A, B = Slot(0, "up", "g0", "A"), Slot(0, "up", "g0", "B")
 
 
@@ -26,7 +27,7 @@ def uploads_of(num_clients, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("num_clients", [1, 2, 3, 7])
 def test_the_mean_is_numpys(num_clients):
     uploads = uploads_of(num_clients)
-    downloads, memory = mean_of_uploads(uploads, {})
+    downloads, memory = mean_of_uploads(uploads, {}, Facts(tuple(uploads)))
     assert list(downloads) == list(uploads) and memory == {}
     for slot in (A, B):
         expected = np.mean([u[slot].numpy().astype(np.float64) for u in uploads.values()], axis=0)
@@ -39,20 +40,20 @@ def test_the_mean_is_numpys(num_clients):
 @pytest.mark.parametrize("num_clients", [1, 2, 3, 5, 10])
 def test_the_mean_of_equal_uploads_is_the_upload_to_the_bit(num_clients, dtype):
     upload = {A: (torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 1e-3).to(dtype)}
-    downloads, _ = mean_of_uploads({f"c{i}": upload for i in range(num_clients)}, {})
+    downloads, _ = mean_of_uploads({f"c{i}": upload for i in range(num_clients)}, {}, Facts(NAMES[:num_clients]))
     assert all(bits(download[A]) == bits(upload[A]) for download in downloads.values())
 
 
 def test_the_mean_does_not_depend_on_the_order_of_clients():
     uploads = uploads_of(7)
-    downloads, _ = mean_of_uploads(uploads, {})
-    backwards, _ = mean_of_uploads(dict(reversed(uploads.items())), {})
+    downloads, _ = mean_of_uploads(uploads, {}, Facts(tuple(uploads)))
+    backwards, _ = mean_of_uploads(dict(reversed(uploads.items())), {}, Facts(tuple(uploads)))
     assert all(bits(downloads["c0"][slot]) == bits(backwards["c0"][slot]) for slot in (A, B))
 
 
 def roles_shared(config):
     client = next(iter(start_engine(config).clients.values()))
-    return {slot.role for slot in client.send()}, {slot.role for slot in client.trainee.tensors}
+    return {slot.role for slot in client.send(1)}, {slot.role for slot in client.trainee.tensors}
 
 
 @pytest.mark.parametrize(
@@ -86,16 +87,21 @@ def test_every_method_trains_as_many_scalars_in_experts_and_attention(tmp_path, 
 
     def budget(name):
         client = start_engine(run_config(tmp_path, "ada", method=name)).clients["ada"]
-        return sum(t.numel() for slot, t in client.trainee.tensors.items() if slot.role != "router")
+        router = sum(t.numel() for slot, t in client.trainee.tensors.items() if slot.role == "router")
+        return client.trained_parameters([1, 2]) - router
 
-    assert budget(method) == budget("comigs")
+    if method == "ffa-lora":  # it rests A: of each linear only B, (out, rank), is trained
+        client = start_engine(run_config(tmp_path, "ada", method=method)).clients["ada"]
+        assert budget(method) == sum(t.numel() for slot, t in client.trainee.tensors.items() if slot.matrix == "B")
+    else:
+        assert budget(method) == budget("comigs")
 
 
 def test_clients_may_have_different_numbers_and_ranks_of_specialists(tmp_path):
     entries = {"ada": {"specialists": 3, "specialist_rank": 4}, "bob": {"specialists": 0}}
     engine = start_engine(run_config(tmp_path, entries=entries))
-    uploads = {name: client.send() for name, client in engine.clients.items()}
-    downloads, _ = engine.clients["ada"].method.aggregate(uploads, {})
+    uploads = {name: client.send(1) for name, client in engine.clients.items()}
+    downloads, _ = engine.clients["ada"].method.aggregate(uploads, {}, Facts(tuple(uploads)))
     for name, client in engine.clients.items():
         client.receive(downloads[name])
     assert engine.clients["ada"].shape.num_experts == 4 and engine.clients["bob"].shape.num_experts == 1

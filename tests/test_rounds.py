@@ -12,7 +12,7 @@ import torch
 
 from comigs import api
 from comigs.engines.rounds import Reply, drift, pack_server, run_rounds, traffic, unpack_server
-from comigs.methods.method import Method
+from comigs.methods.method import Facts, Method
 from comigs.record import RunFolder
 from comigs.slots import Slot
 from tests.conftest import copy_of, run_config, same, start_engine
@@ -21,7 +21,7 @@ A, B, ATTENTION = Slot(0, "up", "g0", "A"), Slot(0, "up", "g0", "B"), Slot(1, "q
 QUIET = lambda event: None  # noqa: E731
 
 
-def halves(uploads, memory):
+def halves(uploads, memory, facts=None):
     """A method with a memory, and a download of its own for each client: nothing in it may get lost or mixed up."""
     total = sum(u[A] for u in uploads.values()) + memory.get("carried/over", torch.zeros(2, 3))
     return {name: {A: (total + u[A]) / 2} for name, u in uploads.items()}, {"carried/over": total / 3}
@@ -156,7 +156,7 @@ def test_drift_is_zero_for_clients_that_agree_and_unknown_where_it_means_nothing
 
 def test_traffic_counts_the_bytes_of_what_was_sent_by_role():
     upload = {A: torch.zeros(2, 3), B: torch.zeros(5, 2, dtype=torch.bfloat16), ATTENTION: torch.zeros(7)}
-    assert traffic(upload, {A: torch.zeros(2, 3)}) == {
+    assert traffic("ada", {"ada": upload}, {"ada": {A: torch.zeros(2, 3)}}, reads_peers=False) == {
         "uploaded_bytes": 24 + 20 + 28,
         "downloaded_bytes": 24,
         "uploaded_by_role": {"generalist": {"slots": 2, "bytes": 44}, "attention": {"slots": 1, "bytes": 28}},
@@ -224,7 +224,7 @@ def test_what_is_reported_is_what_is_written_and_the_summary_follows_from_it(tmp
         assert figures["test"]["nats_per_token"] == final["nats_per_token"] < base["nats_per_token"]
         trained = [x for x in own if x["kind"] == "train"]
         assert [x["round"] for x in trained] == [1, 2, 3]
-        upload = start_engine(config).clients[name].send()
+        upload = start_engine(config).clients[name].send(1)
         assert {x["uploaded_bytes"] for x in trained} == {sum(t.numel() * 4 for t in upload.values())}
         assert figures["uploaded_bytes"] == sum(x["uploaded_bytes"] for x in trained)
     nats = [figures["test"]["nats_per_token"] for figures in summary["clients"].values()]
@@ -281,7 +281,8 @@ def test_losses_at_a_fixed_seed_stay_what_they_were(tmp_path, method):
             client.receive(downloads.get(name, {}))
             log = client.train(round, lambda level, nats: None)
             losses[name] += [*log.train_losses, *log.router_losses]
-            uploads[name] = client.send()
-        downloads, memory = client.method.aggregate({n: copy_of(u) for n, u in uploads.items()}, memory)
+            uploads[name] = client.send(round)
+        facts = Facts(tuple(engine.clients))
+        downloads, memory = client.method.aggregate({n: copy_of(u) for n, u in uploads.items()}, memory, facts)
     for name, values in losses.items():
         assert values == pytest.approx(TRACE[method][name], abs=1e-5, rel=0)

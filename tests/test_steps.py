@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comigs.client.client import new_trainee
-from comigs.client.steps import NonFiniteLoss, Plan, RoundLog, experts_differ, local_round, step
+from comigs.client.steps import NonFiniteLoss, Plan, RoundLog, Rules, experts_differ, local_round, step
 from comigs.config import ClientSection
 from comigs.experts.start import starting_tensors
 from tests import naive
@@ -17,6 +17,9 @@ from tests.conftest import attach, bits, copy_of, random_tensors, same, shape_of
 
 EVERYTHING = lambda slot: True  # noqa: E731
 LEVELS = [("experts",), ("router",), ("experts", "router")]
+
+
+SPLIT = {"experts": "train", "router": "valid"}
 
 
 def draw(split, number, windows=3, length=5):
@@ -57,10 +60,11 @@ class Case:
 
     def step(self, *groups, number=7, trains=EVERYTHING, log=None, batch=None):
         batch = batch or draw("train", number)
-        return step(self.attachment, self.trainee, self.plan, groups, batch, trains, log)
+        return step(self.attachment, self.trainee, self.plan, groups, batch, Rules(trains), log)
 
     def round(self, trains=EVERYTHING, drawn=None, seen=None):
-        def noting_draw(split, number):
+        def noting_draw(level, number):
+            split = SPLIT[level]
             if drawn is not None:
                 drawn.append((split, number))
             return draw(split, number)
@@ -69,7 +73,7 @@ class Case:
             if seen is not None:
                 seen.append((group, nats))
 
-        return local_round(self.attachment, self.trainee, self.plan, noting_draw, trains, on_step)
+        return local_round(self.attachment, self.trainee, self.plan, noting_draw, Rules(trains), on_step)
 
     def of(self, group):
         """Tensors and moments of one level, by name."""

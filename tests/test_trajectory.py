@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from comigs.client.client import new_trainee
-from comigs.client.steps import Plan, local_round
+from comigs.client.steps import Plan, Rules, local_round
 from comigs.config import ClientSection
-from comigs.methods.method import mean_of_uploads
+from comigs.methods.method import Facts, mean_of_uploads
 from tests.golden import load
 
 SETTINGS = ClientSection(steps=4, batch_size=2, router_every=3, router_steps=2, lr=2e-3, leaky_gradients=True)
@@ -24,8 +24,9 @@ def replay(settings):
     server = load.slots(tensors, "init.server.")
     position = 0
 
-    def draw(split, _):
+    def draw(level, _):
         nonlocal position
+        split = "train" if level == "experts" else "valid"
         assert order[position] == [client, split]  # our loop wants the batches that the authors' loop took
         position += 1
         return tensors[f"batch{position - 1:03d}.x"].numpy(), tensors[f"batch{position - 1:03d}.y"].numpy()
@@ -38,11 +39,11 @@ def replay(settings):
             for slot in shared:
                 trainee.tensors[slot].copy_(server[slot])
             attachment.bind(trainee.tensors)
-            local_round(attachment, trainee, plan, draw, lambda slot: True, lambda group, loss: None)
+            local_round(attachment, trainee, plan, draw, Rules(), lambda group, loss: None)
             expected = load.slots(tensors, f"round{round_}.client{client}.trained.")
             worst = max(worst, *((trainee.tensors[s] - t).abs().max().item() for s, t in expected.items()))
             uploads[str(client)] = {slot: trainee.tensors[slot] for slot in shared}
-        downloads, _ = mean_of_uploads(uploads, {})
+        downloads, _ = mean_of_uploads(uploads, {}, Facts(tuple(uploads)))
         server = downloads["0"]
         expected = load.slots(tensors, f"round{round_}.server.")
         worst = max(worst, *((t - expected[s]).abs().max().item() for s, t in server.items()))

@@ -79,6 +79,14 @@ class ExpertsSection(Section):
     top_k: int = Field(
         2, ge=1, description="experts used per token; a client with one expert has no router and no choice"
     )
+    routing: Literal["token", "sequence", "client"] = Field(
+        "token",
+        description='what weighs the experts: each "token"; the mean of the "sequence" up to the token; '
+        'or one free weight per expert and block for the whole "client"',
+    )
+    router_start: float = Field(
+        0.02, ge=0, description="standard deviation of the router's starting weights; 0: uniform mixing exactly"
+    )
 
 
 class ClientSection(Section):
@@ -96,7 +104,16 @@ class ClientSection(Section):
     router_every: int = Field(
         30, ge=1, description="local steps between router phases, counted over the whole run (tau)"
     )
-    router_steps: int = Field(10, ge=0, description="router steps in a phase, each on a batch of valid")
+    router_steps: int = Field(10, ge=0, description="router steps in a phase, each on a batch of router_data")
+    router_data: Literal["valid", "train", "crossfit"] = Field(
+        "valid",
+        description='what the router learns from: "valid"; "train"; or "crossfit", a fold of train that the experts '
+        "did not see since the last router phase (for clients without validation text)",
+    )
+    folds: int = Field(4, ge=2, description="parts of train in crossfit; each phase leaves out the next one")
+    valid_share: float = Field(
+        1.0, gt=0, le=1, description="share of every valid text, from its start, that the router learns from"
+    )
     balance_coef: float = Field(0.01, ge=0, description="weight of the balance loss")
     generalist_share: float = Field(
         0.5, ge=0, lt=1, description="load that the balance loss gives the first generalist; 0: equal"
@@ -165,6 +182,9 @@ class Config(Section):
     experts: ExpertsSection = Field(ExpertsSection(), description="what every client trains")
     client: ClientSection = Field(ClientSection(), description="how every client trains in a round")
     evaluation: EvaluationSection = Field(EvaluationSection(), description="what is measured during the run")
+    options: Mapping[str, bool | int | float | str] = Field(
+        {}, description="settings of the method's own; `comigs list methods` shows them"
+    )
     clients: tuple[ClientEntry, ...] = Field(description="who takes part, one [[clients]] each")
 
     @field_validator("name")
@@ -238,14 +258,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises UserError with one line for whatever is wrong.
     """
     path = Path(path)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}; a config is a TOML file") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as TOML: {error}") from None
+    tree = read_toml(path)
     for override in overrides:
         _apply(tree, override)
     tree.setdefault("name", path.stem)
@@ -253,6 +266,18 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     if isinstance(data, dict):
         data["root"] = str((path.parent / str(data.get("root", "."))).resolve())
     return parse_config(tree, source=str(path))
+
+
+def read_toml(path: Path, what: str = "config") -> dict[str, Any]:
+    """A TOML file as plain values. Raises UserError."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {what} file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}; a {what} is a TOML file") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as TOML: {error}") from None
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:

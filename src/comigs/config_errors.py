@@ -17,7 +17,7 @@ MUST = {  # pydantic's kinds of error in the words of someone who writes TOML
     "bool_type": "true or false", "bool_parsing": "true or false", "string_type": "text in quotes",
     "greater_than": "above {gt}", "greater_than_equal": "{ge} or more", "less_than": "below {lt}",
     "less_than_equal": "{le} or less", "tuple_type": "a list", "path_type": "a path in quotes",
-    "literal_error": "{expected}",
+    "literal_error": "{expected}", "dict_type": "a section, or {{ key = value }}",
 }  # fmt: skip
 
 

@@ -6,11 +6,14 @@ Shapes: A (R, in), B (out, R), delta = scaling * B @ A (out, in).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Scaling = Literal["rslora", "lora"]
+Pair = tuple[Tensor, Tensor]  # A (R, in), B (out, R)
 
 
 def scaling(alpha: float, rank: int, kind: Scaling = "rslora") -> float:
@@ -21,3 +24,49 @@ def scaling(alpha: float, rank: int, kind: Scaling = "rslora") -> float:
 def delta(A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
     """The weight update (out, in) that the pair stands for."""
     return scale * (B_OR @ A_RI)
+
+
+def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+    """One pair whose product is sum_k w_k B_k @ A_k, exactly: A's as rows, w_k B_k as columns. Rank: the sum."""
+    A_RI = torch.cat([A for A, _ in pairs])
+    B_OR = torch.cat([w * B for (_, B), w in zip(pairs, weights, strict=True)], dim=1)
+    return A_RI, B_OR
+
+
+def factorize(pair: Pair, rank: int) -> Pair:
+    """The best pair of rank `rank` for B @ A in the Frobenius norm (its SVD cut off), without ever forming B @ A.
+
+    A has orthonormal rows (zero rows where the product's rank is below `rank`), B carries the singular values. Signs
+    are fixed (largest entry of each row of A positive), so that equal products give equal factors. QR of both factors
+    leaves an SVD of (R, R): O((in + out) R^2).
+    """
+    A_RI, B_OR = pair
+    left_OR, r_RR = torch.linalg.qr(B_OR)
+    right_IR, s_RR = torch.linalg.qr(A_RI.T)
+    U, S, Vh = torch.linalg.svd(r_RR @ s_RR.T)
+    kept = min(rank, len(S))
+    A = Vh[:kept] @ right_IR.T
+    B = left_OR @ (U[:, :kept] * S[:kept])
+    largest = A.abs().argmax(dim=1, keepdim=True)
+    sign = torch.where(A.gather(1, largest) < 0, -1.0, 1.0).to(A.dtype)
+    return pad((A * sign, B * sign.T), rank)
+
+
+def pad(pair: Pair, rank: int) -> Pair:
+    """The same product with zero rows and columns up to `rank`."""
+    (A_RI, B_OR), more = pair, rank - pair[0].shape[0]
+    return (
+        torch.cat([A_RI, A_RI.new_zeros(more, A_RI.shape[1])]),
+        torch.cat([B_OR, B_OR.new_zeros(B_OR.shape[0], more)], dim=1),
+    )
+
+
+def first_rows(pair: Pair, rank: int) -> Pair:
+    """The pair's first `rank` rows of A and columns of B."""
+    return pair[0][:rank], pair[1][:, :rank]
+
+
+def product_norm(pair: Pair) -> float:
+    """Frobenius norm of B @ A from the two (R, R) Gram matrices: tr(B^T B A A^T)^(1/2)."""
+    A_RI, B_OR = pair
+    return math.sqrt(max(0.0, float(((B_OR.T @ B_OR) * (A_RI @ A_RI.T).T).sum())))

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["generalist", "specialist", "router", "attention"]
-SPELLING = re.compile(r"(0|[1-9][0-9]*)\.(\w+)\.([gs](?:0|[1-9][0-9]*)|router|attention)\.([ABW])")
+Role = Literal["generalist", "specialist", "router", "attention", "update", "merged"]
+SPELLING = re.compile(r"(0|[1-9][0-9]*)\.(\w+)\.([gs](?:0|[1-9][0-9]*)|router|attention|update|merged)\.([ABW])")
 
 
 @dataclass(frozen=True, order=True)
@@ -17,8 +17,9 @@ class Slot:
     layer: index of the transformer block, from 0.
     site: the frozen linear it adds to: an MLP linear ("up", "gate", "down"), an attention linear ("q", "c_attn", ...),
         or "mlp" for the router, which reads the MLP's input.
-    part: "g0", "g1", ... (generalists), "s0", "s1", ... (specialists), "router" or "attention".
-    matrix: "A" (rank, in), "B" (out, rank), or "W" (experts, width) for a router.
+    part: "g0", "g1", ... (generalists), "s0", "s1", ... (specialists), "router" or "attention". In methods that merge:
+        "update", only in downloads, a factored change of the frozen linear; "merged", the sum of all updates so far.
+    matrix: "A" (rank, in), "B" (out, rank), or "W": (experts, width) of a router, (out, in) of what is merged.
     """
 
     layer: int
@@ -29,9 +30,9 @@ class Slot:
     @property
     def role(self) -> Role:
         """What the part is: the one thing that decides whether a tensor may leave a client."""
-        if self.part in ("router", "attention"):
-            return self.part  # type: ignore[return-value]
-        return "generalist" if self.part.startswith("g") else "specialist"
+        if re.fullmatch(r"[gs]\d+", self.part):
+            return "generalist" if self.part.startswith("g") else "specialist"
+        return self.part  # type: ignore[return-value]
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.site}.{self.part}.{self.matrix}"

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from comigs.bases.load import Base
-from comigs.client.evaluate import Evaluation, evaluate
-from comigs.client.steps import Batch, Group, NonFiniteLoss, OnStep, Plan, RoundLog, Trainee, local_round
-from comigs.config import ClientSection, Config, Split
-from comigs.data.batches import sample_windows
+from comigs.client.draw import batch_for, check_text, probe_windows
+from comigs.client.evaluate import Evaluation, evaluate, measure
+from comigs.client.steps import Batch, Group, NonFiniteLoss, OnStep, Plan, RoundLog, Rules, Trainee, local_round
+from comigs.config import SPLITS, ClientSection, Config, Split
+from comigs.data.batches import evaluation_windows
 from comigs.data.prepare import ClientData
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.experts.start import starting_tensors
-from comigs.methods.method import Download, Method
+from comigs.methods.method import Download, Method, Tensors, pairs
 from comigs.seeds import generator
 from comigs.slots import Slot
 
@@ -39,10 +42,10 @@ class Client:
         self.base = base
         self.attachment = attachment
         self.data = data
+        self.text = data  # what it trains on
         self.shape = method.shape(config.shape_of(config.client_named(name)))
-        shapes = attachment.slot_shapes(self.shape, method.routed)
-        start = starting_tensors(shapes, config.seed, name)
-        self.trainee = new_trainee({s: t.to(base.device) for s, t in start.items()}, config.client)
+        self.shapes = attachment.slot_shapes(self.shape, method.mixing == "routed", method.merges)
+        self.trainee = new_trainee(self._start(), config.client)
         lr = config.client.lr or base.architecture.lr
         self.plan = Plan(
             settings=config.client,
@@ -52,49 +55,117 @@ class Client:
             dtype=base.dtype,
             joint=method.schedule == "joint",
         )
+        check_text(name, data, config)
 
-    @property
-    def trained_parameters(self) -> int:
-        """Scalars this client trains."""
-        return sum(t.numel() for t in self.trainee.tensors.values())
+    def pool(self, everyone: Sequence[ClientData]) -> None:
+        """Train on everybody's text, with as many times the batch; what is measured stays the client's own."""
+        settings, count = self.plan.settings, len(everyone)
+        self.text = ClientData(*(tuple(s for d in everyone for s in getattr(d, split)) for split in SPLITS))
+        batch_size = settings.batch_size * count
+        micro = settings.micro_batch_size or settings.batch_size
+        pooled = settings.model_copy(update={"batch_size": batch_size, "micro_batch_size": micro})
+        self.plan = replace(self.plan, settings=pooled)
+
+    def _start(self) -> dict[Slot, Tensor]:
+        start = starting_tensors(self.shapes, self.config.seed, self.name, self.config.experts.router_start)
+        return {slot: tensor.to(self.base.device) for slot, tensor in start.items()}
+
+    def trained_parameters(self, rounds: Iterable[int]) -> int:
+        """Scalars this client trains in any of these rounds."""
+        which = list(rounds)
+        trained = (t for slot, t in self.trainee.tensors.items() if any(self._trains(slot, r) for r in which))
+        return sum(t.numel() for t in trained)
+
+    def _trains(self, slot: Slot, round: int) -> bool:
+        return slot.role != "merged" and self.method.trains(slot, round)
 
     def receive(self, download: Download) -> None:
         """Write the server's tensors over the client's. Optimiser moments, specialists and router stay as they were."""
         own = self.trainee.tensors
-        for slot, tensor in download.items():  # all of it is checked before any of it is written
+        written = {slot: tensor for slot, tensor in download.items() if slot.role != "update"}
+        for slot, tensor in written.items():  # all of it is checked before any of it is written
             if not self.method.receives(slot) or slot.role in PRIVATE or slot not in own:
                 raise AssertionError(f"{self.name}: a download may not touch {slot}")
-            if tensor.shape != own[slot].shape or not bool(tensor.isfinite().all()):
-                raise AssertionError(f"{self.name}: {slot} of the download has another shape or is not finite")
+            if tensor.shape != own[slot].shape:
+                raise AssertionError(f"{self.name}: {slot} of the download has another shape")
         for slot, tensor in download.items():
+            if not bool(tensor.isfinite().all()):
+                raise AssertionError(f"{self.name}: {slot} of the download is not finite")
+        for slot, tensor in written.items():
             own[slot].copy_(tensor)
+        self._merge({slot: tensor for slot, tensor in download.items() if slot.role == "update"})
+
+    def _merge(self, update: Download) -> None:
+        """Add factored updates to the frozen change of their linears, and start the LoRA that went into them anew."""
+        own = self.trainee.tensors
+        for (layer, site, _), (A_RI, B_OR) in pairs(update).items():
+            merged_OI = own[Slot(layer, site, "merged", "W")]
+            merged_OI += (B_OR @ A_RI).to(merged_OI)
+        if update and self.method.restarts:
+            for slot, tensor in self._start().items():
+                if self.method.shares(slot):
+                    own[slot].copy_(tensor)
 
     def train(self, round: int, on_step: OnStep) -> RoundLog:
         """One round of local steps and router steps. Raises UserError when a loss is NaN or infinite."""
         self.attachment.bind(self.trainee.tensors)
+        own, method = self.trainee.tensors, self.method
+        looks_back = method.penalty is not None or method.settle is not None
+        anchor = {slot: tensor.clone() for slot, tensor in own.items()} if looks_back else {}
+        penalty = None if method.penalty is None else partial(method.penalty, own, anchor)
+        rules = Rules(lambda slot: self._trains(slot, round), penalty)
         try:
-            return local_round(
-                self.attachment,
-                self.trainee,
-                self.plan,
-                self._draw,
-                lambda slot: self.method.trains(slot, round),
-                on_step,
-            )
+            log = local_round(self.attachment, self.trainee, self.plan, self._draw, rules, on_step)
         except NonFiniteLoss as error:
             raise UserError(
                 f"client {self.name}: {error} in round {round}, {error.batch}; this batch was not learnt from and the "
                 f"state after round {round - 1} is kept. Start a new run with client.lr lower than {self.plan.lr:g}, "
                 "or look at the text"
             ) from None
+        if method.settle is not None:
+            self._settle(method.settle(own, anchor))
+        return log
 
-    def send(self) -> dict[Slot, Tensor]:
-        """A copy of what the method shares. Specialists and routers never leave, whatever the method says."""
-        upload = {slot: t.detach().clone() for slot, t in self.trainee.tensors.items() if self.method.shares(slot)}
+    def _settle(self, settled: Tensors) -> None:
+        """Write what the method made of the tensors. What it set to zero loses its moments: AdamW would revive it."""
+        for slot, tensor in settled.items():
+            own = self.trainee.tensors[slot]
+            zeroed = (tensor == 0) & (own != 0)
+            own.copy_(tensor)
+            for optimizer in self.trainee.optimizers.values():
+                for key in MOMENTS[:2]:
+                    if key in optimizer.state.get(own, {}):
+                        optimizer.state[own][key][zeroed] = 0
+
+    def send(self, round: int) -> dict[Slot, Tensor]:
+        """A copy of what the method shares and this round trained. Specialists and routers never leave, whatever the
+        method says."""
+        own = self.trainee.tensors
+        upload = {s: t.detach().clone() for s, t in own.items() if self.method.shares(s) and self._trains(s, round)}
         for slot in upload:
             if slot.role in PRIVATE:
                 raise AssertionError(f'method "{self.method.name}" tried to share {slot}, which never leaves a client')
         return upload
+
+    def probe(self, models: Mapping[str, Download], round: int) -> dict[str, float]:
+        """Nats per token of each upload in this client's place, on a fixed sample of its valid."""
+        windows = probe_windows(self.config, self.name, self.data, round, self.method.probe)
+        return {author: self._nats({**self.trainee.tensors, **model}, windows) for author, model in models.items()}
+
+    def finish(self) -> None:
+        """What the method does with a client's model at the very end, judged on all of its valid."""
+        if self.method.finish is not None:
+            length, batch_size = self.config.data.sequence_length, self.config.evaluation.batch_size
+            windows = list(evaluation_windows(self.data.valid, length, batch_size))
+            own = self.trainee.tensors
+            finished = self.method.finish(dict(own), lambda tensors: self._nats(tensors, windows))
+            for slot, tensor in finished.items():
+                own[slot].copy_(tensor)
+
+    def _nats(self, tensors: Tensors, windows: Iterable[Batch]) -> float:
+        """Nats per token of a model with these tensors on these windows."""
+        self.attachment.bind(tensors)
+        return measure(self.attachment, windows, self.base.dtype).nats_per_token
 
     def evaluate(self, split: Split, untouched_base: bool = False) -> Evaluation:
         """Every token of a split once, with the client's own model or with the base alone."""
@@ -109,14 +180,10 @@ class Client:
             )
         return result
 
-    def _draw(self, split: str, number: int) -> Batch:
-        """The same batch for the same (seed, client, split, number), whatever was drawn before."""
-        return sample_windows(
-            getattr(self.data, split),
-            generator(self.config.seed, "batch", self.name, split, number),
-            self.config.client.batch_size,
-            self.config.data.sequence_length,
-        )
+    def _draw(self, level: Group, number: int) -> Batch:
+        settings, length = self.plan.settings, self.config.data.sequence_length
+        random = partial(generator, self.config.seed, "batch", self.name)
+        return batch_for(level, number, self.trainee.local_steps, settings, length, random, self.text)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What training goes on from: {"experts": tensors by slot, "optimizer": both AdamW states and step counts}."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from comigs.client.loss import sum_cross_entropy
-from comigs.client.steps import autocast
+from comigs.client.steps import Batch, autocast
 from comigs.data.batches import evaluation_windows
 from comigs.data.corpus import TokenStore
 from comigs.experts.attach import Attachment
@@ -56,10 +56,17 @@ def evaluate(
 
     length: tokens per window. batch_size: windows at once. dtype: of autocast.
     """
+    return measure(
+        attachment, evaluation_windows(stores, length, batch_size), dtype, sum(store.num_bytes for store in stores)
+    )
+
+
+def measure(attachment: Attachment, windows: Iterable[Batch], dtype: torch.dtype, num_bytes: int = 0) -> Evaluation:
+    """Evaluate whatever the attachment is bound to on these windows, which stand for `num_bytes` bytes of text."""
     model = attachment.model
     nats, tokens, shares = 0.0, 0, None
     with torch.no_grad(), evaluation_mode(model):
-        for inputs, targets in evaluation_windows(stores, length, batch_size):
+        for inputs, targets in windows:
             x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
             with autocast(dtype, x.device):
                 nats += float(sum_cross_entropy(model, x, y))
@@ -67,7 +74,6 @@ def evaluate(
             if routings := attachment.routings():
                 batch_LE = torch.stack([r.weights_TE.sum(dim=0) for r in routings]).double()
                 shares = batch_LE if shares is None else shares + batch_LE
-    num_bytes = sum(store.num_bytes for store in stores)
     return Evaluation(nats, tokens, num_bytes, None if shares is None else (shares / tokens).tolist())
 
 

@@ -26,7 +26,7 @@ from comigs.slots import Slot
 Group = Literal["experts", "router"]
 Batch = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets, both (windows, length)
 OnStep = Callable[[Group, float], None]  # (level, nats per token) after each step
-Draw = Callable[[str, int], Batch]  # (split, how many batches of it came before) -> the next batch
+Draw = Callable[[Group, int], Batch]  # (level, how many batches it has had before) -> its next batch
 
 
 @dataclass
@@ -42,8 +42,12 @@ class Trainee:
     router_steps: int = 0
 
     def group(self, group: Group) -> list[Tensor]:
-        """The tensors one level trains, in slot order."""
-        return [t for slot, t in sorted(self.tensors.items()) if (slot.role == "router") == (group == "router")]
+        """The tensors one level trains, in slot order; what is merged belongs to neither."""
+        return [
+            t
+            for slot, t in sorted(self.tensors.items())
+            if slot.role != "merged" and (slot.role == "router") == (group == "router")
+        ]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,14 @@ class Plan:
         if group == "router":
             return self.router_lr
         return self.lr / 10 + (self.lr - self.lr / 10) * (1 + math.cos(math.pi * done / self.total_steps)) / 2
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the method says about one round. trains(slot); penalty(): added to the loss of local steps, or None."""
+
+    trains: Callable[[Slot], bool] = lambda slot: True
+    penalty: Callable[[], Tensor] | None = None
 
 
 @dataclass
@@ -83,7 +95,7 @@ class NonFiniteLoss(ArithmeticError):
 
 
 def local_round(
-    attachment: Attachment, trainee: Trainee, plan: Plan, draw: Draw, trains: Callable[[Slot], bool], on_step: OnStep
+    attachment: Attachment, trainee: Trainee, plan: Plan, draw: Draw, rules: Rules, on_step: OnStep
 ) -> RoundLog:
     """`steps` local steps, and after every `router_every` of them (over the whole run) a phase of router steps."""
     settings, log = plan.settings, RoundLog()
@@ -91,7 +103,7 @@ def local_round(
         log.learning_rate = plan.rate("experts", trainee.local_steps)
         groups: tuple[Group, ...] = ("experts", "router") if plan.joint else ("experts",)
         with naming("train", trainee.local_steps):
-            loss = step(attachment, trainee, plan, groups, draw("train", trainee.local_steps), trains, log)
+            loss = step(attachment, trainee, plan, groups, draw("experts", trainee.local_steps), rules, log)
         trainee.local_steps += 1
         log.train_losses.append(loss)
         on_step("experts", loss)
@@ -99,8 +111,8 @@ def local_round(
         phase_is_due = trainee.local_steps % settings.router_every == 0
         if not plan.joint and phase_is_due and trainee.group("router"):
             for _ in range(settings.router_steps):
-                with naming("valid", trainee.router_steps):
-                    loss = step(attachment, trainee, plan, ("router",), draw("valid", trainee.router_steps), trains)
+                with naming(settings.router_data, trainee.router_steps):
+                    loss = step(attachment, trainee, plan, ("router",), draw("router", trainee.router_steps), rules)
                 trainee.router_steps += 1
                 log.router_losses.append(loss)
                 on_step("router", loss)
@@ -109,7 +121,7 @@ def local_round(
 
 def step(
     attachment: Attachment, trainee: Trainee, plan: Plan, groups: tuple[Group, ...], batch: Batch,
-    trains: Callable[[Slot], bool], log: RoundLog | None = None,
+    rules: Rules, log: RoundLog | None = None,
 ) -> float:  # fmt: skip
     """One AdamW step of `groups` on one batch; returns the batch's mean nats per token.
 
@@ -117,7 +129,7 @@ def step(
     """
     settings = plan.settings
     routed = "router" in trainee.optimizers and "router" in groups and experts_differ(trainee.tensors)
-    with gradients_for(trainee, groups, trains, leaky=settings.leaky_gradients):
+    with gradients_for(trainee, groups, rules.trains, leaky=settings.leaky_gradients):
         nats, balance_nats, tokens = 0.0, 0.0, batch[0].size
         for inputs, targets in micro_batches(batch, settings.micro_batch_size, attachment.model.device):
             share = inputs.numel() / tokens
@@ -129,9 +141,12 @@ def step(
             balance_nats += float(balance.detach()) * share
             if not math.isfinite(nats):
                 raise NonFiniteLoss(f"the loss is {nats}")
-            loss.backward()
+            if loss.requires_grad:  # a method may train nothing of a client in a round
+                loss.backward()
             if log is not None:
                 _note_shares(log, attachment)
+        if rules.penalty is not None and "experts" in groups:
+            rules.penalty().backward()
         # while experts are all equal the router's true gradient is zero, and AdamW would step on rounding noise
         stepped = [group for group in groups if group == "experts" or routed]
         for group in stepped:
@@ -159,7 +174,7 @@ def gradients_for(
     """
     stepped = {id(t) for group in groups for t in trainee.group(group)}
     for slot, tensor in trainee.tensors.items():
-        tensor.requires_grad_(trains(slot) and (leaky or id(tensor) in stepped))
+        tensor.requires_grad_(slot.role != "merged" and trains(slot) and (leaky or id(tensor) in stepped))
     try:
         yield
     finally:

@@ -29,6 +29,30 @@ def sample_windows(
     return _batch(windows[:, :-1]), _batch(windows[:, 1:])
 
 
+def fold_windows(
+    stores: Sequence[TokenStore], generator: np.random.Generator, num_windows: int, length: int, fold: int, folds: int,
+    inside: bool,
+) -> Batch:  # fmt: skip
+    """Random windows that lie wholly inside, or wholly outside, part `fold` of `folds` of each store's tokens.
+
+    The parts are equal stretches of the stream, so that a document is cut at most where two parts meet. Otherwise as
+    `sample_windows`. Every part must have at least length + 1 tokens.
+    """
+    windows = []
+    for chosen in generator.integers(len(stores), size=num_windows):
+        tokens = stores[chosen].tokens
+        first, end = (len(tokens) * f // folds for f in (fold, fold + 1))
+        before, after = max(0, first - length), max(0, len(tokens) - end - length)  # starts of windows on either side
+        if inside:
+            start = first + generator.integers(end - first - length)
+        else:
+            start = generator.integers(before + after)
+            start = start if start < before else end + start - before
+        windows.append(tokens[start : start + length + 1])
+    stacked = np.stack(windows)
+    return _batch(stacked[:, :-1]), _batch(stacked[:, 1:])
+
+
 def evaluation_windows(stores: Sequence[TokenStore], length: int, batch_size: int) -> Iterator[Batch]:
     """Windows that have every token of every store as a target once, but each store's first separator.
 

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from comigs.config import Config, Split
 from comigs.data.prepare import ClientData
 from comigs.engines.rounds import Reply, Report, Task
 from comigs.experts.attach import Attachment
-from comigs.methods.method import Download, Method
+from comigs.methods.method import Download, Method, Upload
 
 
 class InProcess:
@@ -29,26 +30,38 @@ class InProcess:
         self, config: Config, method: Method, base: Base, data: Mapping[str, ClientData], report: Report
     ) -> None:
         self.report = report
-        self.attachment = Attachment(base.model, base.architecture, config.experts)
+        self.attachment = Attachment(base.model, base.architecture, config.experts, summed=method.mixing == "sum")
         self.clients = {
             c.name: Client(c.name, config, method, base, self.attachment, data[c.name]) for c in config.clients
         }
+        self.trainers = set(self.clients)
+        if method.pooled:  # the first client stands for the one place that has everybody's text
+            first = next(iter(self.clients.values()))
+            self.trainers = {first.name}
+            first.pool(list(data.values()))
+        self._base_evaluations: dict[tuple[Path, ...], Evaluation] = {}
 
     def exchange(self, task: Task, downloads: Mapping[str, Download]) -> dict[str, Reply]:
         """One client after the other."""
         return {name: self._answer(client, task, downloads.get(name, {})) for name, client in self.clients.items()}
 
+    def probe(self, uploads: Mapping[str, Upload], round: int) -> dict[str, dict[str, float]]:
+        """reader -> author -> nats per token of the author's upload on a sample of the reader's valid."""
+        return {name: client.probe(uploads, round) for name, client in self.clients.items()}
+
     def _answer(self, client: Client, task: Task, download: Download) -> Reply:
         start = time.perf_counter()
         metrics = []
         for split in task.evaluate_base:
-            metrics.append(_evaluated(client, split, 0, client.evaluate(split, untouched_base=True), "base"))
+            metrics.append(_evaluated(client, split, 0, self._base_evaluation(client, split), "base"))
         client.receive(download)
+        if not task.train:
+            client.finish()
         for split in task.evaluate:
             metrics.append(_evaluated(client, split, task.round - 1, client.evaluate(split), "personal"))
         timing: dict[str, Any] = {"round": task.round, "client": client.name, "tokens_per_second": None}
-        upload: Download = {}
-        if task.train:
+        upload: Upload | None = None
+        if task.train and client.name in self.trainers:
             began, step = time.perf_counter(), 0
 
             def on_step(group: Group, nats: float) -> None:
@@ -58,12 +71,18 @@ class InProcess:
                              "level": group, "nats_per_token": nats})  # fmt: skip
 
             log = client.train(task.round, on_step)
-            upload = client.send()
+            upload = client.send(task.round)
             metrics.append(trained(client, task.round, log))
             timing["tokens_per_second"] = log.trained_tokens / (time.perf_counter() - began)
-        return Reply(
-            upload, metrics, timing | {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory()}
-        )
+        timing |= {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory()}
+        return Reply(upload, metrics, timing, sum(store.num_tokens for store in client.data.train))
+
+    def _base_evaluation(self, client: Client, split: Split) -> Evaluation:
+        """The base is the same for all: a text that several clients have is read once."""
+        text = tuple(store.folder for store in getattr(client.data, split))
+        if text not in self._base_evaluations:
+            self._base_evaluations[text] = client.evaluate(split, untouched_base=True)
+        return self._base_evaluations[text]
 
     def save(self) -> dict[str, Mapping[str, Tensor]]:
         """Every client's experts and optimisers."""
@@ -94,7 +113,7 @@ def trained(client: Client, round: int, log: RoundLog) -> dict[str, Any]:
         "router_nats_per_token": _mean(log.router_losses),
         "balance_loss": _mean(log.balance_losses),
         "trained_tokens": log.trained_tokens,
-        "trained_parameters": client.trained_parameters,
+        "trained_parameters": client.trained_parameters([round]),
         **_shares(client, shares),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from comigs.config import Config, Split
 from comigs.engines.signs import failure_signs
-from comigs.methods.method import Download, Memory, Method, Upload
+from comigs.methods.method import Download, Facts, Memory, Method, Upload
 from comigs.record import RunFolder
 from comigs.slots import Slot
 
@@ -38,18 +38,26 @@ class Task:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client sends back. metrics: lines of metrics.jsonl; timing: its line of timings.jsonl."""
+    """What a client sends back.
 
-    upload: Upload
+    upload: None where it did not train. metrics: lines of metrics.jsonl; timing: its line of timings.jsonl.
+    train_tokens: in its train split.
+    """
+
+    upload: Upload | None
     metrics: list[dict[str, Any]]
     timing: dict[str, Any] = field(default_factory=dict)
+    train_tokens: int = 0
 
 
 class Engine(Protocol):
     """Carries one exchange to all clients and back."""
 
     def exchange(self, task: Task, downloads: Mapping[str, Download]) -> dict[str, Reply]:
-        """One message to each client and its reply, by client."""
+        """One message to each client and its reply, by client; of clients that are gone there is none."""
+
+    def probe(self, uploads: Mapping[str, Upload], round: int) -> dict[str, dict[str, float]]:
+        """reader -> author -> nats per token of the author's upload on a sample of the reader's valid."""
 
     def save(self) -> dict[str, Mapping[str, Tensor]]:
         """Clients' states by path in the run, where the engine holds them."""
@@ -75,13 +83,19 @@ def run_rounds(config: Config, method: Method, engine: Engine, folder: RunFolder
 
     for round in range(last.round + 1, config.rounds + 1):
         replies = engine.exchange(_task(config, round), downloads)
-        uploads = {name: reply.upload for name, reply in replies.items()}
-        sent, (downloads, memory) = downloads, method.aggregate(uploads, memory)
+        uploads = {name: reply.upload for name, reply in replies.items() if reply.upload is not None}
+        facts = Facts(
+            clients=tuple(c.name for c in config.clients),
+            train_tokens={name: reply.train_tokens for name, reply in replies.items()},
+            peer_nats=engine.probe(uploads, round) if method.probe else {},
+        )
+        merged, memory = method.aggregate(uploads, memory, facts)
+        sent, downloads = downloads, next_downloads(downloads, merged, delivered=set(replies))
 
         metrics = [line for reply in replies.values() for line in reply.metrics]
         for line in metrics:
             if line["kind"] == "train":
-                line |= traffic(uploads[line["client"]], downloads[line["client"]])
+                line |= traffic(line["client"], uploads, downloads, reads_peers=method.probe > 0)
         metrics.append({"kind": "server", "round": round, "drift": drift(uploads, sent)})
         metrics += failure_signs(history, metrics)
         history += metrics
@@ -113,8 +127,36 @@ def _task(config: Config, round: int) -> Task:
     )
 
 
-def traffic(upload: Upload, download: Download) -> dict[str, Any]:
-    """What a client sent and gets in a round: bytes of the tensors' values, and what they were by role."""
+def next_downloads(
+    waiting: Mapping[str, Download], merged: Mapping[str, Download], delivered: Collection[str]
+) -> dict[str, Download]:
+    """What each client gets next: the newest of every slot that it has not had yet.
+
+    waiting: what was to be delivered in this round. merged: what the server made of it. Updates, which are added and
+    not written, wait in line behind those a client has missed.
+    """
+    downloads = dict(merged)
+    for name in waiting.keys() - set(delivered):
+        missed, new = waiting[name], merged.get(name, {})
+        downloads[name] = {**missed, **new, **_both_updates(missed, new)}
+    return downloads
+
+
+def _both_updates(missed: Download, new: Download) -> Download:
+    """Two factored updates of one linear as one."""
+    both = {slot for slot in missed.keys() & new.keys() if slot.role == "update"}
+    return {slot: torch.cat([missed[slot], new[slot]], dim=0 if slot.matrix == "A" else 1) for slot in both}
+
+
+def traffic(
+    client: str, uploads: Mapping[str, Upload], downloads: Mapping[str, Download], reads_peers: bool
+) -> dict[str, Any]:
+    """What a client sent and gets in a round: bytes of the tensors' values, and what they were by role.
+
+    reads_peers: it was also given every other client's upload, to measure it.
+    """
+    upload, download = uploads[client], downloads.get(client, {})
+    peers = [u for name, u in uploads.items() if name != client] if reads_peers else []
     by_role: dict[str, dict[str, int]] = {}
     for slot, tensor in upload.items():
         sent = by_role.setdefault(slot.role, {"slots": 0, "bytes": 0})
@@ -122,7 +164,7 @@ def traffic(upload: Upload, download: Download) -> dict[str, Any]:
         sent["bytes"] += tensor.nbytes
     return {
         "uploaded_bytes": sum(tensor.nbytes for tensor in upload.values()),
-        "downloaded_bytes": sum(tensor.nbytes for tensor in download.values()),
+        "downloaded_bytes": sum(tensor.nbytes for given in (download, *peers) for tensor in given.values()),
         "uploaded_by_role": by_role,
     }
 

@@ -25,7 +25,7 @@ def summarize(config: Config, method: Method, metrics: Sequence[dict[str, Any]])
             "base_test": _figures([line for line in test if line["model"] == "base"][-1]),
             "uploaded_bytes": sum(line["uploaded_bytes"] for line in trained),
             "downloaded_bytes": sum(line["downloaded_bytes"] for line in trained),
-            "trained_parameters": trained[-1]["trained_parameters"],
+            "trained_parameters": max((line["trained_parameters"] for line in trained), default=0),
             "generalists": shape.generalists,
             "specialists": shape.specialists,
             "rank": shape.rank,

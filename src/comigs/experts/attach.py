@@ -7,6 +7,7 @@ mixtures. One attachment serves all clients of a process: `bind` moves reference
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,8 +24,10 @@ from comigs.slots import Slot, expert_parts
 class Attachment:
     """Mixtures in place of every MLP and LoRA on every attention linear of `model`. Use as a context, or `detach()`."""
 
-    def __init__(self, model: Any, architecture: Architecture, settings: ExpertsSection) -> None:
+    def __init__(self, model: Any, architecture: Architecture, settings: ExpertsSection, summed: bool = False) -> None:
+        """summed: a client's experts are one expert, whose LoRA is the sum of theirs."""
         self.model = model
+        self.summed = summed
         self.architecture = architecture
         self.settings = settings
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
@@ -46,8 +49,11 @@ class Attachment:
         self._undo.append((owner, name, getattr(owner, name)))
         setattr(owner, name, new)
 
-    def slot_shapes(self, shape: ExpertShape, routed: bool) -> dict[Slot, tuple[int, ...]]:
-        """Every trainable tensor of a client with these experts. routed: with a router, where it has a choice."""
+    def slot_shapes(self, shape: ExpertShape, routed: bool, merges: bool = False) -> dict[Slot, tuple[int, ...]]:
+        """Every tensor of a client with these experts.
+
+        routed: with a router, where it has a choice. merges: with a frozen change of every adapted linear.
+        """
         ranks = {"g": shape.rank, "s": shape.specialist_rank}
         parts = expert_parts(shape.generalists, shape.specialists)
         shapes: dict[Slot, tuple[int, ...]] = {}
@@ -60,7 +66,12 @@ class Attachment:
                 shapes |= _pair(layer, site, "attention", shape.attention_rank, linear_size(lora.linear))
             if routed and len(parts) > 1:
                 width = linear_size(getattr(mixture.mlp, self.architecture.up))[0]
+                width = 1 if self.settings.routing == "client" else width
                 shapes[Slot(layer, "mlp", "router", "W")] = (len(parts), width)
+        if merges:
+            sizes = {(s.layer, s.site): dims for s, dims in shapes.items() if s.matrix == "A"}
+            outs = {(s.layer, s.site): dims[0] for s, dims in shapes.items() if s.matrix == "B"}
+            shapes |= {Slot(*at, "merged", "W"): (outs[at], dims[1]) for at, dims in sizes.items()}
         return shapes
 
     def bind(self, tensors: Mapping[Slot, Tensor]) -> None:
@@ -70,7 +81,7 @@ class Attachment:
         )
         sites = list(self.architecture.mlp_linears())
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
-            mixture.experts = [
+            experts = [
                 Expert(
                     {site: tensors[Slot(layer, site, part, "A")] for site in sites},
                     {site: tensors[Slot(layer, site, part, "B")] for site in sites},
@@ -78,6 +89,13 @@ class Attachment:
                 )
                 for part in parts
             ]
+            if self.summed and experts:
+                experts = [replace(experts[0], beside=tuple(experts[1:]))]
+            mixture.experts = experts
+            mixture.merged = {
+                site: tensors[slot] for site in sites if (slot := Slot(layer, site, "merged", "W")) in tensors
+            }
+            mixture.routed_by = self.settings.routing
             mixture.W_ED = tensors.get(Slot(layer, "mlp", "router", "W"))
             mixture.top_k = self.settings.top_k
             mixture.routing = None
@@ -86,6 +104,7 @@ class Attachment:
                     tensors.get(Slot(layer, site, "attention", "A")),
                     tensors.get(Slot(layer, site, "attention", "B")),
                 )
+                lora.merged = tensors.get(Slot(layer, site, "merged", "W"))
                 if lora.A is not None:
                     lora.scale = self._scale(lora.A)
 

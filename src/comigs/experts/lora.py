@@ -9,7 +9,7 @@ from torch.nn import functional as F
 class LoraLinear(nn.Module):
     """`y = linear(x) + scale * x @ A^T @ B^T`; holds no tensor of its own, `A` and `B` are pointed at a client's.
 
-    x (..., in), A (R, in), B (out, R), y (..., out).
+    x (..., in), A (R, in), B (out, R), y (..., out). merged: a frozen change (out, in) of the linear, or None.
     """
 
     def __init__(self, linear: nn.Module) -> None:
@@ -18,9 +18,12 @@ class LoraLinear(nn.Module):
         self.A: Tensor | None = None
         self.B: Tensor | None = None
         self.scale = 1.0
+        self.merged: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.linear(x)
+        if self.merged is not None:
+            y = y + F.linear(x, self.merged.to(x.dtype))
         if self.A is None or self.B is None:
             return y
         return y + F.linear(F.linear(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))

@@ -23,28 +23,38 @@ from torch.nn import functional as F
 
 from comigs.bases.base import Architecture
 from comigs.experts.hidden import mixed_hidden
-from comigs.experts.router import Routing, route
+from comigs.experts.router import Routing, route, routing_inputs
 
 FUSED = {"NewGELUActivation": partial(F.gelu, approximate="tanh"), "GELUTanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert's tensors in one block: site -> A (R, in), site -> B (out, R), and its LoRA scaling."""
+    """One expert's LoRA in one block: site -> A (R, in), site -> B (out, R), and its scaling.
+
+    beside: experts whose LoRA is added to this one's, so that together they are a single expert ("sum" mixing).
+    """
 
     A: dict[str, Tensor]
     B: dict[str, Tensor]
     scale: float
+    beside: tuple[Expert, ...] = ()
+
+    def a(self, site: str) -> Tensor:
+        """A (R, in), the rows of those beside it below."""
+        return torch.cat([e.A[site] for e in (self, *self.beside)]) if self.beside else self.A[site]
 
     def scaled_b(self, site: str, dtype: torch.dtype) -> Tensor:
-        """scale * B (out, R)."""
-        return (self.scale * self.B[site]).to(dtype)
+        """scale * B (out, R), the columns of those beside it to the right."""
+        parts = [e.scale * e.B[site] for e in (self, *self.beside)]
+        return (torch.cat(parts, dim=-1) if self.beside else parts[0]).to(dtype)
 
 
 class Mixture(nn.Module):
     """Takes the place of a block's MLP. Holds no tensor of its own: `experts` and `W_ED` are pointed at a client's.
 
     experts empty: the frozen MLP alone. W_ED None: every expert weighs 1/E (uniform mixing; E = 1: weight 1).
+    merged: site -> a frozen change (out, in) of that linear. routed_by: ExpertsSection.routing.
     routing: the decision of the last forward pass, None without a router.
     """
 
@@ -56,7 +66,9 @@ class Mixture(nn.Module):
         self.inputs = [site for site in architecture.mlp_linears() if site != "down"]
         self.experts: Sequence[Expert] = ()
         self.W_ED: Tensor | None = None
+        self.merged: dict[str, Tensor] = {}
         self.top_k = 1
+        self.routed_by = "token"
         self.routing: Routing | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,17 +77,17 @@ class Mixture(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         frozen = {site: self._frozen(site, x_TD) for site in self.inputs}
         up_TI = frozen["up"]
-        weights_TE = self._routing_weights(x_TD).to(up_TI.dtype).expand(len(x_TD), -1)
+        weights_TE = self._routing_weights(x).to(up_TI.dtype).expand(len(x_TD), -1)
 
         # the A's of all experts and input linears are one product
-        A_RD = torch.cat([e.A[site] for site in self.inputs for e in self.experts])
-        ranks = [e.A[site].shape[0] for site in self.inputs for e in self.experts]
+        A_parts = [e.a(site) for site in self.inputs for e in self.experts]
+        A_RD, ranks = torch.cat(A_parts), [len(A) for A in A_parts]
         low = iter(torch.split(F.linear(x_TD, A_RD.to(x.dtype)).to(up_TI.dtype), ranks, dim=-1))
         lora = {site: [(next(low), e.scaled_b(site, up_TI.dtype)) for e in self.experts] for site in self.inputs}
 
         mixed_TI, lows_TR = mixed_hidden(
             self.act, frozen.get("gate"), up_TI, weights_TE,
-            lora.get("gate", ()), lora["up"], [e.A["down"].to(up_TI.dtype) for e in self.experts],
+            lora.get("gate", ()), lora["up"], [e.a("down").to(up_TI.dtype) for e in self.experts],
         )  # fmt: skip
         y_TD = self._frozen("down", mixed_TI)
         if self.W_ED is not None and self.top_k == 1:  # weights sum to less than 1, and so does the bias
@@ -83,18 +95,19 @@ class Mixture(nn.Module):
         B_DR = torch.cat([e.scaled_b("down", lows_TR.dtype) for e in self.experts], dim=-1)
         return (y_TD + F.linear(lows_TR, B_DR)).view(x.shape)
 
-    def _routing_weights(self, x_TD: Tensor) -> Tensor:
-        """(T, E), or (1, E) without a router; keeps the decision in `routing` for the balance loss and the record."""
+    def _routing_weights(self, x: Tensor) -> Tensor:
+        """x (..., L, D) -> (T, E), or (1, E) without a router; keeps the decision in `routing`, for loss and record."""
         if self.W_ED is None:
             self.routing = None
-            return x_TD.new_full((1, len(self.experts)), 1 / len(self.experts))
-        with torch.autocast(x_TD.device.type, enabled=False):  # a choice between experts deserves full precision
-            self.routing = route(F.linear(x_TD.to(self.W_ED.dtype), self.W_ED), self.top_k)
+            return x.new_full((1, len(self.experts)), 1 / len(self.experts))
+        with torch.autocast(x.device.type, enabled=False):  # a choice between experts deserves full precision
+            self.routing = route(F.linear(routing_inputs(x.to(self.W_ED.dtype), self.routed_by), self.W_ED), self.top_k)
         return self.routing.weights_TE
 
     def _frozen(self, site: str, x: Tensor) -> Tensor:
         linear = getattr(self.mlp, self.architecture.mlp_linears()[site])
-        return linear(x)  # type: ignore[no-any-return]
+        y: Tensor = linear(x)
+        return y + F.linear(x, self.merged[site].to(x.dtype)) if site in self.merged else y
 
     def _rescale_bias(self, y_TD: Tensor, weights_TE: Tensor) -> Tensor:
         bias = getattr(self.mlp, self.architecture.down).bias

@@ -40,6 +40,20 @@ def route(logits_TE: Tensor, top_k: int) -> Routing:
     return Routing(logits_TE, weights_TE, selected_TE, top_k)
 
 
+def routing_inputs(x_BLD: Tensor, routing: str) -> Tensor:
+    """What the router reads for each token, (T, D), or (T, 1) for "client".
+
+    "token": the MLP's input. "sequence": its mean over the tokens of the sequence up to this one, so that no token is
+    routed by what follows it. "client": a constant, so that the router's weights are the logits.
+    """
+    if routing == "client":
+        return x_BLD.new_ones(x_BLD.shape[:-1].numel(), 1)
+    if routing == "sequence":
+        count_L1 = torch.arange(1, x_BLD.shape[-2] + 1, device=x_BLD.device)[:, None]
+        x_BLD = x_BLD.cumsum(dim=-2) / count_L1
+    return x_BLD.reshape(-1, x_BLD.shape[-1])
+
+
 def balance_loss(routing: Routing, generalist_share: float) -> Tensor:
     """Load balance of one block, a scalar (METHOD: E^2 * mean_e(p_e * density_e * factor_e)).
 

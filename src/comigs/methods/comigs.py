@@ -11,7 +11,9 @@ from comigs.slots import Slot
 
 def method(config: Config) -> Method:
     """The server's mean over generalists and, unless `experts.share_attention` is false, attention LoRA."""
-    require_equal(config, "rank", "comigs averages generalists entry by entry. Set specialist_rank, which may differ")
+    require_equal(
+        config, "rank", f"{config.method} averages generalists entry by entry. Set specialist_rank, which may differ"
+    )
     shared = {"generalist", "attention"} if config.experts.share_attention else {"generalist"}
 
     def shares(slot: Slot) -> bool:

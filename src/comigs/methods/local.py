@@ -1,7 +1,7 @@
 """Every client alone: every expert is a specialist, mixed uniformly, and nothing is shared."""
 
 from comigs.config import Config, ExpertShape
-from comigs.methods.method import Method, mean_of_uploads
+from comigs.methods.method import Method, mean_of_uploads, one_expert
 from comigs.slots import Slot
 
 
@@ -12,6 +12,8 @@ def method(config: Config) -> Method:
         return False
 
     def all_specialists(shape: ExpertShape) -> ExpertShape:
+        if shape.generalists and shape.specialist_rank != shape.rank:
+            return one_expert("specialist")(shape)
         return shape.model_copy(update={"generalists": 0, "specialists": shape.num_experts})
 
     return Method(
@@ -21,6 +23,7 @@ def method(config: Config) -> Method:
         shares=shares,
         receives=shares,
         aggregate=mean_of_uploads,
+        weights="-",
         shape=all_specialists,
-        routed=False,
+        mixing="uniform",
     )

@@ -3,36 +3,60 @@
 A method is a record of functions over slots and tensors; it never sees a client, a model or data. Its contract, which
 `tests/test_method_contract.py` holds every file of this folder to:
 
-- an upload holds the slots it `shares` and a download touches the slots it `receives`, nothing else. No method can
-  share a specialist or a router: a client refuses to send them, whatever the method says;
-- `aggregate` is pure and gives one download per client; identical uploads come back unchanged; permuting clients
-  permutes downloads; every client's upload counts; one client alone trains as if there were no server;
+- an upload holds the slots that it `shares` and trained this round, a download touches the slots it `receives`,
+  nothing else. No method can share a specialist or a router: a client refuses to send them, whatever the method says;
+- `aggregate` is pure and gives one download to every client it can; a client it leaves out gets what it was last
+  given; identical uploads come back unchanged; permuting clients permutes downloads; every client's upload counts; one
+  client alone trains as if there were no server;
+- any of the clients may be missing from a round's uploads;
 - tensors keep dtype and device; `memory` (the server's carry-over) survives being saved and loaded;
-- unequal ranks work, or `check` refuses them before anything runs.
+- unequal ranks work, or `method(config)` refuses them before anything runs.
 
-A new method is a new file here with `def method(config: Config) -> Method`; `methods/ffa_lora.py` is `ffa-lora`.
+A new method is a new file here with `def method(config: Config) -> Method`, and, where it has settings of its own,
+`class Options(Section)`, read from the config's [options]; `methods/ffa_lora.py` is `ffa-lora`.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Literal, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from comigs import methods
-from comigs.config import Config, ExpertShape
+from comigs import lowrank, methods
+from comigs.config import Config, ExpertShape, Section
+from comigs.config_errors import one_line
 from comigs.errors import UserError, nearest
 from comigs.slots import Slot
 
-Upload = Mapping[Slot, Tensor]
-Download = Mapping[Slot, Tensor]
+Tensors = Mapping[Slot, Tensor]
+Upload = Tensors
+Download = Tensors
 Memory = Mapping[str, Tensor]
-Aggregate = Callable[[Mapping[str, Upload], Memory], tuple[dict[str, Download], Memory]]
+Settings = TypeVar("Settings", bound=Section)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the server knows of a round beside the uploads.
+
+    clients: all clients of the run, in the config's order, whether they sent something or not.
+    train_tokens: tokens in a client's train split, of those that sent something.
+    peer_nats: reader -> author -> nats per token of the author's model on the reader's valid; empty without `probe`.
+    """
+
+    clients: tuple[str, ...]
+    train_tokens: Mapping[str, int] = field(default_factory=dict)
+    peer_nats: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+Aggregate = Callable[[Mapping[str, Upload], Memory, Facts], tuple[dict[str, Download], Memory]]
 
 
 @dataclass(frozen=True)
@@ -40,13 +64,22 @@ class Method:
     """One whole recipe.
 
     name, summary, paper: for people; summary is one line, paper an arXiv number.
-    shares(slot): the slot is in a client's upload. receives(slot): it is in a client's download.
+    weights: how much each client counts in the server's merge, in a few words for people.
+    shares(slot): the slot is in a client's upload in rounds that train it. receives(slot): it is in a download.
     shape(shape): which of a client's experts are generalists and which specialists, the budget kept as configured.
     trains(slot, round): the slot is trained in that round (from 1).
-    aggregate(uploads by client, memory) -> (downloads by client, memory).
-    routed: tokens are routed; False mixes all experts uniformly.
-    schedule: "alternating" trains the router by itself on valid, every `router_every` local steps (bi-level);
-        "joint" trains it with the experts on train.
+    aggregate(uploads by client, memory, facts) -> (downloads by client, memory).
+    mixing: "routed" by token; "uniform": the mean of all experts; "sum": one expert, whose LoRA is the sum of all.
+    schedule: "alternating" trains the router by itself, every `router_every` local steps (bi-level); "joint" trains
+        it with the experts on train.
+    penalty(tensors, anchor): added to the loss of local steps; anchor: the tensors as the round began.
+    settle(tensors, anchor): what a client's tensors become between its training and its upload; entries that it sets
+        to zero stay zero until a download writes them, for their optimiser moments are cleared.
+    merges: a client adds every "update" it receives to a frozen (out, in) change of that linear ("merged").
+    restarts: whoever merged an update draws its shared A anew as at the start and sets B to zero.
+    probe: windows of its valid on which each client measures every other client's upload (Facts.peer_nats); 0: none.
+    finish(tensors, nats): what a client's tensors become at the very end; nats(tensors): per token, on its valid.
+    pooled: one model is trained on the text of all clients with as many times the batch, and everybody gets it.
     """
 
     name: str
@@ -55,25 +88,55 @@ class Method:
     shares: Callable[[Slot], bool]
     receives: Callable[[Slot], bool]
     aggregate: Aggregate
+    weights: str = "equal"
     shape: Callable[[ExpertShape], ExpertShape] = lambda shape: shape
     trains: Callable[[Slot, int], bool] = lambda slot, round: True
-    routed: bool = True
+    mixing: Literal["routed", "uniform", "sum"] = "routed"
     schedule: Literal["alternating", "joint"] = "alternating"
+    penalty: Callable[[Tensors, Tensors], Tensor] | None = None
+    settle: Callable[[Tensors, Tensors], Tensors] | None = None
+    merges: bool = False
+    restarts: bool = False
+    probe: int = 0
+    finish: Callable[[Tensors, Callable[[Tensors], float]], Tensors] | None = None
+    pooled: bool = False
 
 
 def load_method(config: Config) -> Method:
     """The method that the config names: a file of this folder or `package.module`. Raises UserError."""
     name = config.method
+    module = method_module(name)
+    build: Callable[[Config], Method] | None = getattr(module, "method", None)
+    if build is None:
+        raise UserError(f'method: "{name}" cannot be used: expected a module with method(config)')
+    given, known = config.options, getattr(module, "Options", Section)
+    if unknown := [key for key in given if key not in known.model_fields]:
+        takes = ", ".join(known.model_fields) or "none"
+        near = nearest(unknown[0], list(known.model_fields))
+        raise UserError(f'options.{unknown[0]}: "{name}" has no such option.{near} Its options: {takes}')
+    options(config, known)
+    return build(config)
+
+
+def method_module(name: str) -> ModuleType:
+    """The module that defines the method of that name. Raises UserError with the nearest name."""
     path = name if "." in name else f"comigs.methods.{name.replace('-', '_')}"
     if "." not in name and name not in list_methods():
         raise UserError(
             f'method: unknown method "{name}".{nearest(name, list_methods())} Known: {", ".join(list_methods())}'
         )
     try:
-        build: Callable[[Config], Method] = importlib.import_module(path).method
-    except (ImportError, AttributeError) as error:
+        return importlib.import_module(path)
+    except ImportError as error:
         raise UserError(f'method: "{name}" cannot be used: {error}; expected a module with method(config)') from None
-    return build(config)
+
+
+def options(config: Config, kind: type[Settings]) -> Settings:
+    """The config's [options] as the method's own section. Raises UserError naming the field."""
+    try:
+        return kind.model_validate(dict(config.options))
+    except ValidationError as error:
+        raise UserError(f"options.{one_line(error, dict(config.options), {'': kind})}") from None
 
 
 def list_methods() -> list[str]:
@@ -81,23 +144,65 @@ def list_methods() -> list[str]:
     return [i.name.replace("_", "-") for i in pkgutil.iter_modules(methods.__path__) if i.name != "method"]
 
 
-def mean_of_uploads(uploads: Mapping[str, Upload], memory: Memory) -> tuple[dict[str, Download], Memory]:
-    """Unweighted mean over clients, slot by slot (1602.05629 with equal weights); the same download for all.
+def mean_of_uploads(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
+    """Unweighted mean over clients, slot by slot (1602.05629 with equal weights); the same download for all."""
+    return dict.fromkeys(facts.clients, mean(uploads.values())), memory
+
+
+def mean(uploads: Iterable[Upload]) -> Download:
+    """Mean of uploads slot by slot. Empty without uploads.
 
     Summed in float64, so that the result is independent of the clients' order and exact for equal uploads.
     """
-    first = next(iter(uploads.values()))
-    assert all(upload.keys() == first.keys() for upload in uploads.values()), "clients share different slots"
-    mean = {
-        slot: torch.stack([u[slot].to(torch.float64) for u in uploads.values()]).mean(dim=0).to(tensor.dtype)
-        for slot, tensor in first.items()
+    given = list(uploads)
+    if not given:
+        return {}
+    assert all(upload.keys() == given[0].keys() for upload in given), "clients share different slots"
+    return {
+        slot: torch.stack([u[slot].to(torch.float64) for u in given]).mean(dim=0).to(tensor.dtype)
+        for slot, tensor in given[0].items()
     }
-    return dict.fromkeys(uploads, mean), memory
 
 
-def require_equal(config: Config, field: Literal["rank", "num_experts"], why: str) -> None:
-    """Refuse clients whose experts differ in `field`. Raises UserError naming two of them."""
-    values = {c.name: getattr(config.shape_of(c), field) for c in config.clients}
+def pairs(tensors: Tensors) -> dict[tuple[int, str, str], lowrank.Pair]:
+    """(layer, site, part) -> (A, B) of every LoRA in `tensors`, in float64."""
+    return {
+        (slot.layer, slot.site, slot.part): (
+            A.to(torch.float64),
+            tensors[Slot(slot.layer, slot.site, slot.part, "B")].to(torch.float64),
+        )
+        for slot, A in tensors.items()
+        if slot.matrix == "A"
+    }
+
+
+def slots(at: tuple[int, str, str], pair: lowrank.Pair, like: Tensor) -> dict[Slot, Tensor]:
+    """The inverse of `pairs` for one of them, with the dtype and device of `like`."""
+    return {Slot(*at, "A"): pair[0].to(like), Slot(*at, "B"): pair[1].to(like)}
+
+
+def one_expert(role: Literal["generalist", "specialist"]) -> Callable[[ExpertShape], ExpertShape]:
+    """A `Method.shape`: a single expert of the ranks of all experts together (two of rank 8: one of rank 16)."""
+
+    def shape(shape: ExpertShape) -> ExpertShape:
+        total = shape.generalists * shape.rank + shape.specialists * shape.specialist_rank
+        counts = {"generalists": int(role == "generalist"), "specialists": int(role == "specialist")}
+        return shape.model_copy(update={**counts, "rank": total, "specialist_rank": total})
+
+    return shape
+
+
+def shares_all(slot: Slot) -> bool:
+    """A `Method.shares` and `receives`: every expert and the attention LoRA (no router, no specialist)."""
+    return slot.role in ("generalist", "attention")
+
+
+def require_equal(
+    config: Config, field: Literal["rank", "num_experts"], why: str,
+    shape: Callable[[ExpertShape], ExpertShape] = lambda shape: shape,
+) -> None:  # fmt: skip
+    """Refuse clients whose experts differ in `field` after `shape`. Raises UserError naming two of them."""
+    values = {c.name: getattr(shape(config.shape_of(c)), field) for c in config.clients}
     first = next(iter(values))
     for name, value in values.items():
         if value != values[first]:

@@ -30,11 +30,10 @@ class PersonalModel:
         recorded = folder.environment()["base_fingerprint"]
         if recorded != base.fingerprint:
             raise UserError(f'{folder.path}: base "{base.name}" is not the one these experts were trained on')
-        self.attachment = Attachment(base.model, base.architecture, config.experts)
+        self.attachment = Attachment(base.model, base.architecture, config.experts, summed=method.mixing == "sum")
         self.model, self.tokenizer = base.model, base.tokenizer
-        tensors = {
-            s: torch.empty(z, device=base.device) for s, z in self.attachment.slot_shapes(shape, method.routed).items()
-        }
+        shapes = self.attachment.slot_shapes(shape, method.mixing == "routed", method.merges)
+        tensors = {slot: torch.empty(size, device=base.device) for slot, size in shapes.items()}
         name = "personal" if last.finished else f"round-{last.round:04d}.experts"
         load_tensors(tensors, folder.load(f"clients/{client}/{name}"), client)
         self.attachment.bind(tensors)
@@ -64,7 +63,9 @@ class PersonalModel:
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         arguments = {
             **encoded.to(self.model.device), "streamer": streamer, "max_new_tokens": min(max_new_tokens, room),
-            "pad_token_id": self.tokenizer.eos_token_id, "do_sample": False, **settings,
+            "pad_token_id": self.tokenizer.eos_token_id, "do_sample": False,
+            "use_cache": self.config.experts.routing != "sequence",  # which reads the whole text so far
+            **settings,
         }  # fmt: skip
         failure: list[BaseException] = []
 

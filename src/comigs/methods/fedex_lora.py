@@ -1,0 +1,53 @@
+"""FedEx-LoRA: factors averaged, and what that misses of the mean update added to the frozen weights. 2410.09432.
+
+The residual, mean(B A) - mean(B) mean(A), is sent as factors: B_1..B_n and mean(B) side by side, of rank (n + 1) R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from comigs import lowrank
+from comigs.config import Config
+from comigs.methods.method import (
+    Download,
+    Facts,
+    Memory,
+    Method,
+    Upload,
+    mean,
+    one_expert,
+    pairs,
+    require_equal,
+    shares_all,
+    slots,
+)  # fmt: skip
+from comigs.slots import Slot
+
+
+def method(config: Config) -> Method:
+    """One expert; the merge is exact."""
+    experts, shape = config.experts, one_expert("generalist")
+    require_equal(config, "rank", "fedex-lora averages A and B entry by entry", shape)
+
+    def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
+        average, factors = mean(uploads.values()), [pairs(upload) for upload in uploads.values()]
+        download = dict(average)
+        for at, of_means in pairs(average).items():
+            scale = lowrank.scaling(experts.alpha, len(of_means[0]), experts.scaling)
+            weights = [*[scale / len(factors)] * len(factors), -scale]
+            residual = lowrank.stack([*[f[at] for f in factors], of_means], weights)
+            download |= slots((*at[:2], "update"), residual, average[Slot(*at, "A")])
+        return dict.fromkeys(facts.clients, download), memory
+
+    return Method(
+        name="fedex-lora",
+        summary="factors averaged, and the rest of the exact mean merged into the clients' frozen weights",
+        paper="2410.09432",
+        shares=shares_all,
+        receives=lambda slot: shares_all(slot) or slot.role == "update",
+        aggregate=aggregate,
+        shape=shape,
+        mixing="uniform",
+        merges=True,
+    )

@@ -1,0 +1,21 @@
+"""pFedMoE: a shared expert, a private one and a private router, all trained together on train. 2402.01350, adapted.
+
+Their shared part is a small model beside a big private one; here both are LoRA experts of one size, as for comigs.
+"""
+
+from dataclasses import replace
+
+from comigs.config import Config
+from comigs.methods import comigs
+from comigs.methods.method import Method
+
+
+def method(config: Config) -> Method:
+    """comigs on one level."""
+    return replace(
+        comigs.method(config),
+        name="pfedmoe",
+        summary="as comigs, but experts and router learn together from train (one level)",
+        paper="2402.01350",
+        schedule="joint",
+    )
