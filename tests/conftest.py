@@ -72,6 +72,7 @@ def run_config(root: Path, names: str = "ada bob", entries: Mapping[str, Mapping
         "experts": {"rank": 2},
         "client": {"steps": 2, "batch_size": 4, "router_every": 2, "router_steps": 2, "lr": 5e-3},
         "evaluation": {"batch_size": 8},
+        "options": {},
     }
     plain = {key: value for key, value in tree.items() if not isinstance(value, dict)}
     merged = {key: {**sections.get(key, {}), **tree.get(key, {})} for key in sections}

@@ -25,9 +25,9 @@ from comigs.config import parse_config
 from comigs.console import MANY, Console
 from comigs.record import RunFolder
 from comigs.report.tables import Table
-from tests.runs import ENVIRONMENT, comigs, copied_run, finished, write_config
+from tests.runs import ENVIRONMENT, comigs, copied_run, finished, refused, write_config
 
-COMMANDS = ("run", "resume", "evaluate", "report", "generate", "prepare", "list")
+COMMANDS = ("run", "resume", "evaluate", "report", "compare", "generate", "prepare", "list")
 
 
 @pytest.fixture
@@ -311,8 +311,9 @@ def test_report_of_several_runs(tmp_path, capsys):
     one = copied_run(tmp_path)
     two = one.rename(tmp_path / "one")
     one = copied_run(tmp_path)
-    done = comigs(capsys, "report", one, two, "--out", tmp_path / "both.html")
-    assert done.out.splitlines() == [str(one / "report.html"), str(two / "report.html"), str(tmp_path / "both.html")]
+    done = comigs(capsys, "report", one, two)
+    assert done.out.splitlines() == [str(one / "report.html"), str(two / "report.html")]
+    assert refused(capsys, "report", one, two, "--out", tmp_path / "both.html").endswith("comigs compare RUN...")
 
 
 def test_output_that_cannot_show_a_letter(tmp_path):

@@ -46,7 +46,7 @@ class Setting:
     def aggregate(self, uploads, memory=None, peer_nats=None):
         """As the round loop calls it. peer_nats: reader -> author -> nats; as good as equal where not given."""
         nats = {r: {a: 1.0 + 0.1 * i + 0.03 * j for j, a in enumerate(NAMES)} for i, r in enumerate(NAMES)}
-        facts = Facts(NAMES, dict.fromkeys(uploads, 100), (peer_nats or nats) if self.method.probe else {})
+        facts = Facts(NAMES, dict.fromkeys(uploads, 100), (peer_nats or nats) if self.method.reads_peers else {})
         return self.method.aggregate(uploads, memory or {}, facts)
 
     def memory(self):

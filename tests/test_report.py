@@ -14,7 +14,7 @@ import pytest
 from comigs.errors import UserError
 from comigs.report import report
 from comigs.report.report import write_report, write_reports
-from tests.test_report_runs import LANGUAGES, change_metrics, write_run
+from tests.test_report_runs import change_metrics, write_run
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -211,31 +211,25 @@ def test_failing_half_way_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest
     assert not list(folder.glob(".*"))
 
 
-def test_several_runs_side_by_side(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path / n, method=n) for n in ("comigs", "fedavg")]
-    written = write_reports(folders, tmp_path / "all.html")
-    assert [p.relative_to(tmp_path).as_posix() for p in written] == [
-        "comigs/report.html",
-        "fedavg/report.html",
-        "all.html",
-    ]
-    text = Page(written[-1].read_text()).text
-    assert "2 runs side by side" in text
-    assert "fedavg" in text
-    assert "Not like for like" not in text
-    assert write_reports(folders) == written[:2]
+def test_several_runs_get_a_page_each(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, method=name) for name in ("comigs", "fedavg")]
+    written = write_reports(folders)
+    assert written == [folder / "report.html" for folder in folders]
+    assert ["comigs on base" in page(folder).text.replace("  ", " ") for folder in folders] == [True, False]
     assert write_reports(folders[:1], tmp_path / "one.html") == [tmp_path / "one.html"]
 
 
-def test_side_by_side_warns_where_runs_cannot_be_compared(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", clients=LANGUAGES[:2])]
-    assert "Not like for like" in Page(write_reports(runs, tmp_path / "all.html")[-1].read_text()).text
+def test_one_page_for_several_runs_is_another_command(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(UserError, match="comigs compare"):
+        write_reports(folders, tmp_path / "all.html")
+    assert not list(tmp_path.rglob("*.html"))
 
 
 def test_one_bad_run_of_several_writes_nothing(tmp_path: Path) -> None:
     good = write_run(tmp_path / "good")
     with pytest.raises(UserError, match="no such run folder"):
-        write_reports([good, tmp_path / "bad"], tmp_path / "all.html")
+        write_reports([good, tmp_path / "bad"])
     assert not list(tmp_path.rglob("*.html"))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from comigs.bases.load import Base, load_base, loaders, modules
+from comigs.budget import budgets
 from comigs.config import SPLITS, Config, Split, parse_config
 from comigs.data.prepare import ClientData
 from comigs.data.prepare import prepare as prepare_data
@@ -29,10 +30,10 @@ from comigs.engines.summary import summarize
 from comigs.environment import describe, environment
 from comigs.errors import Stopped, UserError, nearest
 from comigs.files import command, require_free
-from comigs.methods.method import Method, list_methods, load_method
+from comigs.methods.method import Method, list_methods, load_method, method_module
 from comigs.personal.model import PersonalModel
 from comigs.record import RunFolder
-from comigs.report.format import plural
+from comigs.report.format import plural, size
 from comigs.report.tables import Table
 
 Say = Callable[[str], None]
@@ -150,14 +151,10 @@ def evaluation_table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], spl
 
 def inventory() -> dict[str, Table]:
     """The methods, bases and datasets there are, for people."""
-    config = parse_config({"clients": [{"name": "example", "text": "debian-faq:fr"}]})
-    methods = [load_method(config.model_copy(update={"method": name})) for name in list_methods()]
     families = [t for m in modules().values() if hasattr(m, "ARCHITECTURE") for t in m.ARCHITECTURE.model_types]
     named = [(name, first_line(load)) for name, load in loaders().items()]
     return {
-        "methods": Table(
-            ("method", "what it does", "paper"), tuple((m.name, m.summary, m.paper) for m in methods), names=3
-        ),
+        "methods": _methods(),
         "bases": Table(
             ("base.name", "what it is"),
             (*named, ("FOLDER or ORG/MODEL", "a local folder or hub name of: " + ", ".join(families))),
@@ -169,6 +166,24 @@ def inventory() -> dict[str, Table]:
             names=3,
         ),
     }
+
+
+def _methods() -> Table:
+    """Every method and its budget with the default experts on the bundled base, four clients."""
+    entries = [{"name": name, "text": name} for name in ("a", "b", "c", "d")]
+    config = parse_config({"base": {"name": "mini", "dtype": "float32", "device": "cpu"}, "clients": entries})
+    base, rows = load_base(config.base), []
+    for name in list_methods():
+        settings = config.model_copy(update={"method": name})
+        method, budget = load_method(settings), next(iter(budgets(settings, base).values()))
+        own = getattr(method_module(name), "Options", None)
+        options = ", ".join(f"{key} = {field.default}" for key, field in own.model_fields.items()) if own else ""
+        rows.append(
+            (name, method.summary, method.weights, options, method.paper, f"{budget.trained_parameters:,}",
+             size(budget.uploaded_bytes), size(budget.downloaded_bytes))
+        )  # fmt: skip
+    headers = ("method", "what it does", "weight of a client", "[options]", "paper", "trained", "up", "down")
+    return Table(headers, tuple(rows), names=5)
 
 
 def first_line(function: Callable[..., Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -138,13 +139,76 @@ def evaluate(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
-    out: Annotated[Path | None, typer.Option(help="With several runs: one page that compares them.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With one run: where its page goes.")] = None,
 ) -> None:
     """Write report.html into each run: gains, curves, routing, costs. One file that opens offline."""
     from comigs.report.report import write_reports
 
     for page in write_reports(runs, out):
         typer.echo(page)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sweep file, see docs/sweep.md.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/NAME.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once; they share the CPUs.")] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Only runs with TEXT in their path. Repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and the time they take.")] = False,
+) -> None:
+    """Run methods x datasets x seeds x settings of FILE. What is done is skipped, what was stopped goes on."""
+    from comigs.console import Console
+    from comigs.files import command
+    from comigs.sweep.plan import read_plan
+    from comigs.sweep.run import run_sweep, show
+
+    console = Console()
+    plan = read_plan(file, out, only)
+    if dry_run:
+        show(plan, jobs, console.say)
+        return
+    given = [*(["--out", str(out)] if out else []), *(["--jobs", str(jobs)] if jobs > 1 else [])]
+    given += [word for text in only or [] for word in ("--only", text)]
+    failed = run_sweep(plan, jobs, console.say, shlex.join(["comigs", "sweep", str(file), *given]))
+    if failed:
+        console.result(f"{len(failed)} of {len(plan.runs)} runs failed:")
+        for label, problem in failed.items():
+            console.result(f"  {label}: {problem}")
+        raise typer.Exit(1)
+    console.say(f"next: {command('compare', plan.folder)}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS...", help="Run folders, or folders that hold some at any depth.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Default: `compare` in the folder that holds the runs.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A setting or method. Default: the sweep's own, else local.")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(metavar="METRIC", help="perplexity, nats_per_token or bits_per_byte.")
+    ] = "perplexity",
+) -> None:
+    """Compare finished runs over seeds: tables, paired tests, plots, one page. Other data is kept apart."""
+    from comigs.console import Console
+    from comigs.report.compare.compared import compare_runs
+    from comigs.report.compare.write import write_comparison
+
+    compared = compare_runs(runs, metric, baseline)
+    written = write_comparison(compared, out)
+    console = Console()
+    for title, table in compared.tables(brief=True):
+        console.table(table, title)
+    for note in compared.notes:
+        console.say(f"note: {note}")
+    console.say(f"{written[0].parent}: {', '.join(path.name for path in written[1:])}")
+    console.result(f"page: {written[0]}")
 
 
 @app.command()
@@ -185,13 +249,21 @@ def prepare(config: ConfigFile, overrides: Set = None) -> None:
 
 
 @app.command(name="list")
-def list_everything() -> None:
-    """The methods, bases and datasets there are."""
+def list_everything(
+    what: Annotated[
+        str | None, typer.Argument(metavar="[WHAT]", help="methods, bases or datasets; default: all.")
+    ] = None,
+) -> None:
+    """The methods, bases and datasets there are. Costs of methods: default experts on mini, per client and round."""
     from comigs import api
     from comigs.console import Console
 
-    for title, table in api.inventory().items():
-        Console().table(table, title)
+    tables = api.inventory()
+    if what is not None and what not in tables:
+        raise UserError(f'list: given "{what}"; there are: {", ".join(tables)}')
+    for title, table in tables.items():
+        if what in (None, title):
+            Console().table(table, title)
 
 
 def main() -> None:

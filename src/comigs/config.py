@@ -63,6 +63,12 @@ class DataSection(Section):
     test_fraction: float = Field(
         0.1, gt=0, lt=1, description="share of documents in test where splits are made by hash"
     )
+    train_share: float = Field(
+        1.0, gt=0, le=1, description="share of each client's train text that is used, from its start, in bytes"
+    )
+    valid_share: float = Field(
+        1.0, gt=0, le=1, description="share of each client's valid text that is used, from its start, in bytes"
+    )
 
 
 class ExpertsSection(Section):
@@ -111,9 +117,6 @@ class ClientSection(Section):
         "did not see since the last router phase (for clients without validation text)",
     )
     folds: int = Field(4, ge=2, description="parts of train in crossfit; each phase leaves out the next one")
-    valid_share: float = Field(
-        1.0, gt=0, le=1, description="share of every valid text, from its start, that the router learns from"
-    )
     balance_coef: float = Field(0.01, ge=0, description="weight of the balance loss")
     generalist_share: float = Field(
         0.5, ge=0, lt=1, description="load that the balance loss gives the first generalist; 0: equal"

@@ -71,8 +71,9 @@ class Console:
         for number, header in enumerate(table.headers):
             footer = table.last[number] if table.last else ""
             shown.add_column(header, Text(footer), justify="left" if number < table.names else "right", overflow="fold")
-        for row in table.rows:
-            shown.add_row(*(Text(cell) for cell in row))
+        style = dict.fromkeys(table.best, "bold") | dict.fromkeys(table.second, "underline")
+        for r, row in enumerate(table.rows):
+            shown.add_row(*(Text(cell, style.get((r, c), "")) for c, cell in enumerate(row)))
         self.out.print(shown)
 
     def report(self, event: Mapping[str, Any]) -> None:

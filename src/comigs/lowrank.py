@@ -36,11 +36,12 @@ def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
 def factorize(pair: Pair, rank: int) -> Pair:
     """The best pair of rank `rank` for B @ A in the Frobenius norm (its SVD cut off), without ever forming B @ A.
 
-    A has orthonormal rows (zero rows where the product's rank is below `rank`), B carries the singular values. Signs
-    are fixed (largest entry of each row of A positive), so that equal products give equal factors. QR of both factors
-    leaves an SVD of (R, R): O((in + out) R^2).
+    A has orthonormal rows, B carries the singular values. Signs are fixed (largest entry of each row of A positive),
+    so that equal products give equal factors. QR of both factors leaves an SVD of (R, R): O((in + out) R^2).
     """
-    A_RI, B_OR = pair
+    # padded first, so that rows beyond the product's rank are orthonormal too: a zero row beside a zero column of B
+    # would never get a gradient
+    A_RI, B_OR = pad(pair, max(rank, len(pair[0])))
     left_OR, r_RR = torch.linalg.qr(B_OR)
     right_IR, s_RR = torch.linalg.qr(A_RI.T)
     U, S, Vh = torch.linalg.svd(r_RR @ s_RR.T)

@@ -46,16 +46,18 @@ class Client:
         self.shape = method.shape(config.shape_of(config.client_named(name)))
         self.shapes = attachment.slot_shapes(self.shape, method.mixing == "routed", method.merges)
         self.trainee = new_trainee(self._start(), config.client)
-        lr = config.client.lr or base.architecture.lr
+        settings, lr = config.client, config.client.lr or base.architecture.lr
+        if method.schedule == "joint" or not self.trainee.group("router"):  # no phases to set a fold of train aside for
+            settings = settings.model_copy(update={"router_data": "valid"})
         self.plan = Plan(
-            settings=config.client,
+            settings=settings,
             lr=lr,
             router_lr=config.client.router_lr or lr,
             total_steps=config.rounds * config.client.steps,
             dtype=base.dtype,
             joint=method.schedule == "joint",
         )
-        check_text(name, data, config)
+        check_text(name, data, settings, config.data.sequence_length)
 
     def pool(self, everyone: Sequence[ClientData]) -> None:
         """Train on everybody's text, with as many times the batch; what is measured stays the client's own."""
@@ -79,10 +81,13 @@ class Client:
     def _trains(self, slot: Slot, round: int) -> bool:
         return slot.role != "merged" and self.method.trains(slot, round)
 
-    def receive(self, download: Download) -> None:
-        """Write the server's tensors over the client's. Optimiser moments, specialists and router stay as they were."""
+    def receive(self, download: Download, round: int = 1) -> None:
+        """Write the server's tensors over the client's, as the method adopts them, before training in `round`.
+
+        Optimiser moments, specialists and router stay as they were.
+        """
         own = self.trainee.tensors
-        written = {slot: tensor for slot, tensor in download.items() if slot.role != "update"}
+        written: Tensors = {slot: tensor for slot, tensor in download.items() if slot.role != "update"}
         for slot, tensor in written.items():  # all of it is checked before any of it is written
             if not self.method.receives(slot) or slot.role in PRIVATE or slot not in own:
                 raise AssertionError(f"{self.name}: a download may not touch {slot}")
@@ -91,6 +96,9 @@ class Client:
         for slot, tensor in download.items():
             if not bool(tensor.isfinite().all()):
                 raise AssertionError(f"{self.name}: {slot} of the download is not finite")
+        if self.method.adopt is not None and written:
+            windows = probe_windows(self.config, self.name, self.data, round, self.method.probe)
+            written = self.method.adopt(own, written, lambda tensors: self._nats({**own, **tensors}, windows))
         for slot, tensor in written.items():
             own[slot].copy_(tensor)
         self._merge({slot: tensor for slot, tensor in download.items() if slot.role == "update"})

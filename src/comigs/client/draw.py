@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 
 import numpy as np
 
 from comigs.client.steps import Batch, Group
 from comigs.config import ClientSection, Config
 from comigs.data.batches import fold_windows, sample_windows
-from comigs.data.corpus import TokenStore
 from comigs.data.prepare import ClientData
 from comigs.errors import UserError
 from comigs.seeds import generator
@@ -31,8 +29,7 @@ def batch_for(
         phases = local_steps // settings.router_every - (level == "router")  # before the steps this batch belongs to
         fold, inside = phases % settings.folds, level == "router"
         return fold_windows(data.train, random, settings.batch_size, length, fold, settings.folds, inside)
-    stores = data.train if source == "train" else first_part(data.valid, settings.valid_share, length)
-    return sample_windows(stores, random, settings.batch_size, length)
+    return sample_windows(data.train if source == "train" else data.valid, random, settings.batch_size, length)
 
 
 def probe_windows(config: Config, client: str, data: ClientData, round: int, num_windows: int) -> list[Batch]:
@@ -41,19 +38,12 @@ def probe_windows(config: Config, client: str, data: ClientData, round: int, num
     return [sample_windows(data.valid, random, num_windows, config.data.sequence_length)]
 
 
-def first_part(stores: Sequence[TokenStore], share: float, length: int) -> Sequence[TokenStore]:
-    """The stores cut to their first `share` of tokens, but to no less than one window."""
-    if share == 1:
-        return stores
-    return [replace(s, tokens=s.tokens[: max(length + 1, round(share * len(s.tokens)))]) for s in stores]
-
-
-def check_text(client: str, data: ClientData, config: Config) -> None:
+def check_text(client: str, data: ClientData, settings: ClientSection, length: int) -> None:
     """Raises UserError where a fold of train would be shorter than one window."""
-    settings, need = config.client, config.data.sequence_length + 2
-    shortest = min(store.num_tokens for store in data.train)
+    need, shortest = length + 1, min(store.num_tokens for store in data.train)
     if settings.router_data == "crossfit" and shortest // settings.folds < need:
+        most = shortest // need
         raise UserError(
             f"client.folds: given {settings.folds}, but client {client} has {shortest:,} tokens to train on; a fold "
-            f'needs {need} at least. Use at most {max(1, shortest // need)}, or client.router_data = "train"'
+            f'needs {need} at least. Use {f"at most {most}, or " if most > 1 else ""}client.router_data = "train"'
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from comigs.config import SPLITS, Config, DataSection, Split
 from comigs.data.corpus import Encoder, TokenStore, open_store, store_folder
+from comigs.data.document import text_digest
 from comigs.data.partition import Partition, check_disjoint, named, partition
 from comigs.data.writer import StoreWriter
 from comigs.errors import UserError
@@ -69,6 +72,11 @@ def _stores(part: Partition, data: DataSection, encoder: Encoder, progress: Prog
             writers[split].add(document.text)
         for split, writer in writers.items():
             stores[split] = writer.commit(part.text_sha256(split))
+    shares: dict[Split, float] = {"train": data.train_share, "valid": data.valid_share, "test": 1.0}
+    for split, share in shares.items():
+        if share < 1:
+            with named(part.client):
+                stores[split] = _first_part(part, split, round(share * stores[split].num_bytes), data.cache, encoder)
     for split in SPLITS:
         _check_length(stores[split], part.client, split, data.sequence_length)
         if progress is not None:
@@ -80,6 +88,29 @@ def _stores(part: Partition, data: DataSection, encoder: Encoder, progress: Prog
     if progress is not None and part.num_repeated:
         progress(f"{part.client}: left out {part.num_repeated:,} documents that repeat an earlier one")
     return stores
+
+
+def _first_part(part: Partition, split: Split, num_bytes: int, cache: Path, encoder: Encoder) -> TokenStore:
+    """A store of its own for the first `num_bytes` of a split's text; the last document is cut."""
+    text_sha256 = hashlib.sha256(b"".join(text_digest(t) for t in _first_texts(part, split, num_bytes))).hexdigest()
+    folder = store_folder(cache, text_sha256, encoder)
+    if folder.exists():
+        return open_store(folder)
+    with StoreWriter(folder, encoder) as writer:
+        for text in _first_texts(part, split, num_bytes):
+            writer.add(text)
+        return writer.commit(text_sha256)
+
+
+def _first_texts(part: Partition, split: Split, num_bytes: int) -> Iterator[str]:
+    left = num_bytes
+    for _, document in part.read([split]):
+        raw = document.text.encode()
+        if text := raw[:left].decode(errors="ignore"):
+            yield text
+        left -= len(raw)
+        if left <= 0:
+            return
 
 
 def _check_length(store: TokenStore, client: str, split: Split, length: int) -> None:

@@ -54,7 +54,7 @@ class InProcess:
         metrics = []
         for split in task.evaluate_base:
             metrics.append(_evaluated(client, split, 0, self._base_evaluation(client, split), "base"))
-        client.receive(download)
+        client.receive(download, task.round)
         if not task.train:
             client.finish()
         for split in task.evaluate:

@@ -87,7 +87,7 @@ def run_rounds(config: Config, method: Method, engine: Engine, folder: RunFolder
         facts = Facts(
             clients=tuple(c.name for c in config.clients),
             train_tokens={name: reply.train_tokens for name, reply in replies.items()},
-            peer_nats=engine.probe(uploads, round) if method.probe else {},
+            peer_nats=engine.probe(uploads, round) if method.reads_peers else {},
         )
         merged, memory = method.aggregate(uploads, memory, facts)
         sent, downloads = downloads, next_downloads(downloads, merged, delivered=set(replies))
@@ -95,7 +95,7 @@ def run_rounds(config: Config, method: Method, engine: Engine, folder: RunFolder
         metrics = [line for reply in replies.values() for line in reply.metrics]
         for line in metrics:
             if line["kind"] == "train":
-                line |= traffic(line["client"], uploads, downloads, reads_peers=method.probe > 0)
+                line |= traffic(line["client"], uploads, downloads, reads_peers=method.reads_peers)
         metrics.append({"kind": "server", "round": round, "drift": drift(uploads, sent)})
         metrics += failure_signs(history, metrics)
         history += metrics

@@ -33,6 +33,7 @@ def summarize(config: Config, method: Method, metrics: Sequence[dict[str, Any]])
         }
     return {
         "method": method.name,
+        "weights": method.weights,
         "base": config.base.name,
         "seed": config.seed,
         "rounds": config.rounds,

@@ -48,7 +48,8 @@ class Facts:
 
     clients: all clients of the run, in the config's order, whether they sent something or not.
     train_tokens: tokens in a client's train split, of those that sent something.
-    peer_nats: reader -> author -> nats per token of the author's model on the reader's valid; empty without `probe`.
+    peer_nats: reader -> author -> nats per token of the author's model on the reader's valid; empty without
+        `reads_peers`.
     """
 
     clients: tuple[str, ...]
@@ -77,7 +78,10 @@ class Method:
         to zero stay zero until a download writes them, for their optimiser moments are cleared.
     merges: a client adds every "update" it receives to a frozen (out, in) change of that linear ("merged").
     restarts: whoever merged an update draws its shared A anew as at the start and sets B to zero.
-    probe: windows of its valid on which each client measures every other client's upload (Facts.peer_nats); 0: none.
+    probe: windows of its valid, drawn anew each round, on which a client compares models.
+    reads_peers: each client measures every other client's upload (Facts.peer_nats).
+    adopt(own, download, nats): what a client writes of a download that it may weigh against its own tensors first;
+        nats(tensors): per token, on `probe` windows of its valid.
     finish(tensors, nats): what a client's tensors become at the very end; nats(tensors): per token, on its valid.
     pooled: one model is trained on the text of all clients with as many times the batch, and everybody gets it.
     """
@@ -98,6 +102,8 @@ class Method:
     merges: bool = False
     restarts: bool = False
     probe: int = 0
+    reads_peers: bool = False
+    adopt: Callable[[Tensors, Download, Callable[[Tensors], float]], Tensors] | None = None
     finish: Callable[[Tensors, Callable[[Tensors], float]], Tensors] | None = None
     pooled: bool = False
 
@@ -132,9 +138,12 @@ def method_module(name: str) -> ModuleType:
 
 
 def options(config: Config, kind: type[Settings]) -> Settings:
-    """The config's [options] as the method's own section. Raises UserError naming the field."""
+    """The config's [options] as the method's own section, or those of them that it has.
+
+    Raises UserError naming the field.
+    """
     try:
-        return kind.model_validate(dict(config.options))
+        return kind.model_validate({key: value for key, value in config.options.items() if key in kind.model_fields})
     except ValidationError as error:
         raise UserError(f"options.{one_line(error, dict(config.options), {'': kind})}") from None
 

@@ -32,6 +32,7 @@ def method(config: Config) -> Method:
         weights="softmax of -perplexity on the client's own valid",
         aggregate=aggregate,
         probe=options(config, Options).probe_windows,
+        reads_peers=True,
     )
 
 

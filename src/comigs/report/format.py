@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from statistics import median
 
 NONE = "\N{EN DASH}"
 
@@ -67,6 +69,55 @@ def rounds(values: Iterable[int]) -> str:
         else:
             parts.append([value])
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]} to {p[-1]}" for p in parts)
+
+
+def spread(mean: float | None, sd: float | None, places: int) -> str:
+    """Mean and standard deviation, as 95.27 ± 0.42; one seed has no deviation."""
+    if mean is None:
+        return NONE
+    return f"{mean:,.{places}f}" + ("" if sd is None else f" \N{PLUS-MINUS SIGN} {sd:,.{places}f}")
+
+
+def places(means: Iterable[float], sds: Iterable[float | None]) -> int:
+    """Decimals for a column of means: two figures of the middle deviation, or four of the largest mean without one."""
+    known = [sd for sd in sds if sd]
+    if known:
+        return min(5, max(0, 1 - math.floor(math.log10(median(known)))))
+    largest = max((abs(m) for m in means), default=0)
+    return min(4, max(0, 3 - math.floor(math.log10(largest)))) if largest else 0
+
+
+def signed(mean: float | None, sd: float | None, places: int) -> str:
+    """A difference with its deviation, as -0.031 ± 0.004; no -0.000."""
+    if mean is None:
+        return NONE
+    return f"{round(mean, places) + 0.0:+.{places}f}" + ("" if sd is None else f" \N{PLUS-MINUS SIGN} {sd:.{places}f}")
+
+
+def change(value: float | None) -> str:
+    """A fraction as a percentage with its sign."""
+    if value is None:
+        return NONE
+    rounded = round(100 * value, 1)
+    return f"{rounded:+,.1f} %" if rounded else "0.0 %"
+
+
+def probability(value: float | None) -> str:
+    """A p value: 0.43, 0.031, <0.001."""
+    if value is None:
+        return NONE
+    return "<0.001" if value < 0.001 else f"{value:.{2 if value >= 0.0995 else 3}f}"
+
+
+def ratio(value: float) -> str:
+    """A factor, with more decimals near 1: 0.50x, 1.010x."""
+    return f"{value:.{3 if abs(value - 1) < 0.1 else 2}f}\N{MULTIPLICATION SIGN}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """a, b and c; long lists are cut."""
+    shown = [*names[:7], f"{len(names) - 7} more"] if len(names) > 8 else [*names]
+    return " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)
 
 
 def plural(number: int, word: str) -> str:

@@ -99,9 +99,10 @@ class ClientSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a finished run."""
+    """The result of a finished run. `weights`: how much each client counts in the server's merge, in words."""
 
     method: str
+    weights: str | None
     base: str
     seed: int
     rounds: int
@@ -267,6 +268,7 @@ def _summary(f: Fields) -> Summary:
     clients, mean = f.section("clients"), f.section("mean")
     return Summary(
         method=f.text("method"),
+        weights=f.optional_text("weights"),
         base=f.text("base"),
         seed=f.integer("seed"),
         rounds=f.integer("rounds"),

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from comigs.errors import UserError
 from comigs.files import write_whole, writing
 from comigs.report import format as f
 from comigs.report import plots, tables
@@ -19,7 +20,7 @@ from comigs.report.read import Run, read_run
 from comigs.report.results import results
 from comigs.report.signs import failure_signs
 
-_HERE = Path(__file__).parent
+HERE = Path(__file__).parent
 
 
 def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
@@ -33,16 +34,17 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def write_reports(run_folders: Iterable[str | Path], out: str | Path | None = None) -> list[Path]:
-    """Write the page of every run into its folder; with several runs and `out`, also one page with all side by side.
+    """Write the page of every run into its folder, or of a single run to `out`.
 
-    With a single run, `out` is where its page goes. Every run is read before anything is written.
+    Every run is read before anything is written. Raises UserError.
     """
     folders = [Path(folder) for folder in run_folders]
     if len(folders) == 1:
         return [write_report(folders[0], out)]
+    if out is not None:
+        raise UserError(f"--out {out}: is for one run; to see {len(folders)} side by side: comigs compare RUN...")
     runs = [read_run(folder) for folder in folders]
-    written = [_write(run.folder / "report.html", report_page(run)) for run in runs]
-    return [*written, _write(Path(out), comparison_page(runs))] if out else written
+    return [_write(run.folder / "report.html", report_page(run)) for run in runs]
 
 
 def report_page(run: Run) -> str:
@@ -50,7 +52,7 @@ def report_page(run: Run) -> str:
     r = results(run)
     mean_perplexity = run.summary.test.perplexity_of_mean if run.summary else None
     uploaded = sum(c.uploaded_bytes for c in r.clients)
-    return _render(
+    return render(
         "report.html.j2",
         name=run.config.name,
         method=run.summary.method if run.summary else run.config.method,
@@ -79,11 +81,6 @@ def report_page(run: Run) -> str:
     )
 
 
-def comparison_page(runs: list[Run]) -> str:
-    """Several runs side by side as HTML."""
-    return _render("comparison.html.j2", table_=tables.comparison_table(runs), comparable=tables.comparable(runs))
-
-
 def _pictures(run: Run) -> dict[str, Any]:
     """The plots, those that have anything to show."""
     curves, shares, drift = loss_curves(run), share_lines(run), drift_points(run)
@@ -97,11 +94,12 @@ def _pictures(run: Run) -> dict[str, Any]:
     }
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A template of this folder with the style sheet in it, as HTML; values are escaped."""
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
+    style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     return environment.get_template(template).render(style=style, **values)
 
 

@@ -20,12 +20,17 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Table:
-    """Headers, rows and a closing row (mean or total), all text. The first `names` columns are words, not numbers."""
+    """Headers, rows and a closing row (mean or total), all text. The first `names` columns are words, not numbers.
+
+    best, second: (row, column) of the cells to mark as the best and second best of their column.
+    """
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     last: tuple[str, ...] | None = None
     names: int = 1
+    best: frozenset[tuple[int, int]] = frozenset()
+    second: frozenset[tuple[int, int]] = frozenset()
 
 
 def headline(run: Run) -> str:
@@ -165,34 +170,6 @@ def settings(run: Run) -> tuple[tuple[str, str], ...]:
         ("router steps", f"{c.client.router_steps} after every {c.client.router_every} local steps"),
         ("seed", str(c.seed)),
     )
-
-
-def comparison_table(runs: Sequence[Run]) -> Table:
-    """One row per run: the means over its clients."""
-    rows = []
-    for run in runs:
-        r = results(run)
-        rows.append((
-            run.config.name, run.folder.name, run.config.method, run.config.base.name, str(run.config.seed),
-            str(len(r.clients)), str(r.rounds) + ("" if run.summary else f" of {run.config.rounds}"), r.split,
-            f.perplexity(r.base.perplexity), f.perplexity(r.personal.perplexity), f.percent(r.gain),
-            f.decimal(r.personal.bits_per_byte), f.count(mean(c.trained_parameters for c in r.clients)),
-            f.size(r.uploaded_per_client_and_round), str(len({w.sign for w in run.warnings})),
-        ))  # fmt: skip
-    headers = (
-        "run", "folder", "method", "base", "seed", "clients", "rounds", "split", "base perplexity",
-        "personal perplexity", "gain", "bits/byte", "trained parameters", "upload / round", "signs",
-    )  # fmt: skip
-    return Table(headers, tuple(rows), names=4)
-
-
-def comparable(runs: Sequence[Run]) -> bool:
-    """Whether all runs measured the same base on the same text: same clients, base perplexities, split."""
-    seen = set()
-    for run in runs:
-        r = results(run)
-        seen.add((r.split, tuple(sorted((c.name, f.decimal(c.base.nats_per_token)) for c in r.clients))))
-    return len(seen) <= 1
 
 
 def _client_row(c: ClientResult, r: Results) -> tuple[str, ...]:
