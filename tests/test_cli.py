@@ -27,7 +27,7 @@ from comigs.record import RunFolder
 from comigs.report.tables import Table
 from tests.runs import ENVIRONMENT, comigs, copied_run, finished, refused, write_config
 
-COMMANDS = ("run", "resume", "evaluate", "report", "compare", "generate", "prepare", "list")
+COMMANDS = ("run", "resume", "evaluate", "report", "compare", "sweep", "generate", "prepare", "list")
 
 
 @pytest.fixture

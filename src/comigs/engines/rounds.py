@@ -172,10 +172,11 @@ def traffic(
 def drift(uploads: Mapping[str, Upload], sent: Mapping[str, Download]) -> float | None:
     """How far clients pull apart: mean distance of an upload from the mean upload, over the length of the mean's step.
 
-    None in the first round, which starts from no download, and where clients share nothing or unequal shapes.
+    None in the first round, which starts from no download, and where clients share nothing or unequal shapes or none
+    sent anything.
     """
     shapes = {frozenset((slot, t.shape) for slot, t in u.items()) for u in (*uploads.values(), *sent.values())}
-    if not sent or len(shapes) != 1 or not next(iter(shapes)):
+    if not sent or not uploads or len(shapes) != 1 or not next(iter(shapes)):
         return None
     everyone = list(uploads.values())
     mean = {slot: sum(u[slot] for u in everyone) / len(everyone) for slot in everyone[0]}

@@ -51,10 +51,13 @@ def weighed(tensors: Tensors, personal: float, shared: float) -> Tensors:
 
 
 def compass_search(cost: Callable[[tuple[float, float]], float], evaluations: int) -> tuple[float, float]:
-    """The best of `evaluations` points: steps of 1/2 along either axis inside [-1, 1]^2, halved where none helps."""
+    """The best of `evaluations` points: steps of 1/2 along either axis inside [-1, 1]^2, halved where none helps.
+
+    Fewer points where steps get too small to matter.
+    """
     best, step = (1.0, 1.0), 0.5
     lowest, seen = cost(best), {best}
-    while len(seen) < evaluations:
+    while len(seen) < evaluations and step > 1e-6:
         around = [(best[0] + a * step, best[1] + b * step) for a, b in ((-1, 0), (0, -1), (1, 0), (0, 1))]
         new = [p for p in around if p not in seen and max(map(abs, p)) <= 1]
         better = False

@@ -44,17 +44,21 @@ def method(config: Config) -> Method:
     ranks = {client.name: shape(config.shape_of(client)).rank for client in config.clients}
 
     def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
+        """memory: "CLIENT/LAYER.SITE.PART" -> the ranks that the client had not pruned when it last sent something."""
         factors = {name: pairs(upload) for name, upload in uploads.items()}
+        sent = {f"{c}/{at[0]}.{at[1]}.{at[2]}": torch.tensor(used_rank(f[at])) for c, f in factors.items() for at in f}
+        memory, beyond = {**memory, **sent}, set()
         downloads: dict[str, dict[Slot, Tensor]] = {name: {} for name in facts.clients}
         for at in next(iter(factors.values()), {}):
             average = weighted_mean([f[at] for f in factors.values()])
+            like = next(iter(uploads.values()))[Slot(*at, "A")]
             for client in facts.clients:
                 rank = ranks[client] if at[2] != "attention" else len(average[0])
-                kept = used_rank(factors[client][at]) if client in factors else rank
-                like = next(iter(uploads.values()))[Slot(*at, "A")]
-                own = lowrank.pad(lowrank.first_rows(average, min(rank, kept)), rank)
-                downloads[client] |= slots(at, own, like)
-        return dict(downloads), memory
+                kept = int(memory.get(f"{client}/{at[0]}.{at[1]}.{at[2]}", rank))
+                if client not in factors and kept > used_rank(average):
+                    beyond.add(client)  # it uses ranks that nobody sent: zeros there would never learn again
+                downloads[client] |= slots(at, lowrank.pad(lowrank.first_rows(average, kept), rank), like)
+        return {name: download for name, download in downloads.items() if name not in beyond}, memory
 
     def penalty(tensors: Tensors, anchor: Tensors) -> Tensor:
         return settings.penalty * torch.stack([tail_norm(pair, settings.gamma) for pair in both(tensors)]).sum()
@@ -91,10 +95,7 @@ def both(tensors: Tensors) -> list[lowrank.Pair]:
 
 
 def weighted_mean(factors: list[lowrank.Pair]) -> lowrank.Pair:
-    """Mean of pairs padded to the largest rank, weighted by the norms of their products (equally where all are zero).
-
-    Summed in an order that depends on the pairs alone.
-    """
+    """Mean of pairs padded to the largest rank, weighted by their products' norms (equally where all are zero)."""
     largest = max(len(A) for A, _ in factors)
     norms = [lowrank.product_norm(pair) for pair in factors]
     total = sum(norms)

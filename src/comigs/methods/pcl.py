@@ -39,9 +39,10 @@ def method(config: Config) -> Method:
 def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
     """Client i gets sum_j softmax_j(-perplexity of model j on valid_i) theta_j."""
     downloads: dict[str, Download] = {}
-    for reader, nats in facts.peer_nats.items():
-        authors = sorted(uploads, key=lambda name: (nats[name], _fingerprint(uploads[name])))
-        weights = torch.softmax(torch.tensor([-math.exp(min(nats[a], 700)) for a in authors], dtype=torch.float64), 0)
+    for reader, nats in facts.peer_nats.items() if uploads else ():
+        perplexity = {a: math.exp(nats[a] if nats[a] < 700 else 700) for a in uploads}  # of what a float holds
+        authors = sorted(uploads, key=lambda name: (perplexity[name], _fingerprint(uploads[name])))
+        weights = torch.softmax(torch.tensor([-perplexity[a] for a in authors], dtype=torch.float64), 0)
         downloads[reader] = {slot: _mean(slot, [uploads[a] for a in authors], weights) for slot in uploads[authors[0]]}
     return downloads, memory
 
