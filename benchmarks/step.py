@@ -23,7 +23,7 @@ from rich.table import Table
 from comigs.bases.load import Base, load_base
 from comigs.client.client import new_trainee
 from comigs.client.loss import sum_cross_entropy
-from comigs.client.steps import Plan, autocast, step
+from comigs.client.steps import Plan, Rules, autocast, step
 from comigs.config import BaseSection, ClientSection, ExpertShape, ExpertsSection
 from comigs.experts.attach import Attachment
 from comigs.experts.mixture import Mixture
@@ -70,6 +70,7 @@ def naive_forward(mixture: Mixture, x: torch.Tensor) -> torch.Tensor:
     x_TD = x.reshape(-1, x.shape[-1])
     weights_TE = mixture._routing_weights(x_TD).to(x.dtype).expand(len(x_TD), -1)
     y_TD = torch.zeros_like(x_TD)
+    act = getattr(mixture.mlp, mixture.architecture.activation)
     for e, expert in enumerate(mixture.experts):
 
         def adapted(site: str, h: torch.Tensor, expert: Any = expert) -> torch.Tensor:
@@ -77,7 +78,7 @@ def naive_forward(mixture: Mixture, x: torch.Tensor) -> torch.Tensor:
             return mixture._frozen(site, h) + torch.nn.functional.linear(low, expert.scaled_b(site, h.dtype))
 
         up = adapted("up", x_TD)
-        hidden = mixture.act(adapted("gate", x_TD)) * up if "gate" in mixture.inputs else mixture.act(up)
+        hidden = act(adapted("gate", x_TD)) * up if "gate" in mixture.inputs else act(up)
         y_TD = y_TD + weights_TE[:, e, None] * adapted("down", hidden)
     return y_TD.view(x.shape)
 
@@ -96,7 +97,7 @@ def mixture(base: Base, experts: int, naive: bool = False) -> Callable[[Any, Any
     plan = Plan(settings, lr=1e-4, router_lr=1e-4, total_steps=1000, dtype=base.dtype)
 
     def run(x: torch.Tensor, y: torch.Tensor) -> None:
-        step(attachment, trainee, plan, ("experts",), (x.numpy(), y.numpy()), lambda slot: True)
+        step(attachment, trainee, plan, ("experts",), (x.numpy(), y.numpy()), Rules())
 
     return run
 

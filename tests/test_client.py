@@ -31,7 +31,7 @@ def saved(client):
 
 
 def test_receiving_writes_the_downloads_slots_and_nothing_else(tmp_path):
-    client = client_of(tmp_path)
+    client = client_of(tmp_path, options={"adopt": "all"})
     client.train(1, QUIET)
     before, tensors = saved(client), dict(client.trainee.tensors)
     shared = [slot for slot in tensors if slot.role in ("generalist", "attention")]

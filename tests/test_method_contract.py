@@ -122,7 +122,8 @@ def test_a_download_touches_what_the_method_receives_and_nothing_private(setting
             assert all(slot.role == "merged" or setting.method.shares(slot) for slot in changed)
         else:
             assert {slot for slot in changed if slot.role != "merged"} <= written.keys()
-        assert same(written, {s: client.trainee.tensors[s] for s in written})
+        if setting.method.adopt is None:
+            assert same(written, {s: client.trainee.tensors[s] for s in written})
 
 
 def test_identical_uploads_come_back_unchanged(setting):

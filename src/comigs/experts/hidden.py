@@ -1,113 +1,142 @@
 """The hidden layer of all experts as one autograd function that recomputes instead of storing.
 
 Plain autograd would keep about five (T, I) tensors per expert and block for the backward pass. This keeps the frozen
-products only, which all experts share, and rebuilds each expert's hidden layer from them when its turn comes.
+products only, which all experts share, and rebuilds each expert's hidden layer from them when its turn comes: a chunk
+of tokens at a time, in a few buffers that stay in the processor's cache, and in float32 (float64 where the base is),
+because element-wise work in bfloat16 is slower on a CPU, and less exact (docs/performance.md).
 
-T tokens, I MLP width, E experts, R LoRA rank (may differ between experts).
+T tokens, C tokens of a chunk, I MLP width, E experts, R LoRA rank (may differ between experts).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-Activation = Callable[[Tensor], Tensor]
+from comigs.experts.activation import Activation
+
+CHUNK = 1 << 16  # numbers in a buffer, per CPU thread: as float32 256 KB, of which a core's second cache holds several
+CHUNK_ELSEWHERE = 1 << 24  # on other devices, where it bounds the memory alone
+
+
+class ExpertLora(NamedTuple):
+    """One expert's part: for each frozen product (low^T (R, T), scaled B^T (R, I)), and A (R, I) of `down`."""
+
+    inputs: Sequence[tuple[Tensor, Tensor]]
+    A_RI: Tensor
 
 
 class MixedHidden(torch.autograd.Function):
-    """(gate, up, weights, lows, B's, down A's) -> (sum_e w_e h_e (T, I), the experts' (w_e h_e) @ A_e^T side by side).
+    """(weights (T, E), frozen products, experts' tensors) -> (sum_e w_e h_e, all experts' A_e @ (w_e h_e)^T).
 
-    h_e = act(gate + low_ge @ B_ge^T) * (up + low_ue @ B_ue^T), or act(up + low_ue @ B_ue^T) where gate is None.
+    With z_e = frozen + low_e @ B_e^T: h_e = act(z_e) of the only product, or act(gate's z_e) * (up's z_e) of two.
     Call through `mixed_hidden`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, act: Activation, gate_TI: Tensor | None, up_TI: Tensor, weights_TE: Tensor, *lora: Tensor | None
+        ctx: Any, act: Activation, num_frozen: int, weights_TE: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        experts = _by_expert(lora)
-        ctx.act = act
-        ctx.save_for_backward(gate_TI, up_TI, weights_TE, *lora)
-        mixed_TI, lows = None, []
-        for e, (low_g, B_g, low_u, B_u, A_d) in enumerate(experts):
-            assert A_d is not None
-            h_TI = (
-                act(_plus(gate_TI, low_g, B_g)) * _plus(up_TI, low_u, B_u)
-                if gate_TI is not None
-                else act(_plus(up_TI, low_u, B_u))
-            )
-            h_TI *= weights_TE[:, e, None]
-            lows.append(F.linear(h_TI, A_d))
-            mixed_TI = _plus_equals(mixed_TI, h_TI)
-        assert mixed_TI is not None
-        return mixed_TI, torch.cat(lows, dim=-1)
+        ctx.act, ctx.num_frozen = act, num_frozen
+        ctx.save_for_backward(weights_TE, *tensors)
+        frozen, experts = tensors[:num_frozen], _by_expert(tensors[num_frozen:], num_frozen)
+        weights, mixed_TI = weights_TE.split(1, dim=-1), torch.empty_like(frozen[0])
+        lows = [weights_TE.new_empty(len(lora.A_RI), len(mixed_TI)) for lora in experts]
+        for rows, (mixed_CI, h_CI, spare) in _chunks(mixed_TI, 3, weights_TE.dtype):
+            mixed_CI.zero_()
+            for e, lora in enumerate(experts):
+                act.value(_z(frozen[0], lora.inputs[0], rows, h_CI), spare)
+                if num_frozen == 2:
+                    h_CI *= _z(frozen[1], lora.inputs[1], rows, spare)
+                h_CI *= weights[e][rows]
+                torch.mm(lora.A_RI, h_CI.T, out=lows[e][:, rows])
+                mixed_CI += h_CI
+            mixed_TI[rows] = mixed_CI
+        return mixed_TI, torch.cat(lows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_mixed_TI, grad_lows = grads
-        gate_TI, up_TI, weights_TE, *lora = ctx.saved_tensors
-        experts = _by_expert(lora)
-        grad_gate: Tensor | None = None
-        grad_up: Tensor | None = None
-        grad_weights = torch.empty_like(weights_TE)
-        grad_lora: list[Tensor | None] = []
-        per_expert = grad_lows.split([A_d.shape[0] for *_, A_d in experts], dim=-1)
-        for e, ((low_g, B_g, low_u, B_u, A_d), grad_low) in enumerate(zip(experts, per_expert, strict=True)):
-            wants = ctx.needs_input_grad[4 + 5 * e : 9 + 5 * e]
-            u_TI = _plus(up_TI, low_u, B_u)
-            pre_TI = u_TI if gate_TI is None else _plus(gate_TI, low_g, B_g)
-            with torch.enable_grad():
-                pre_TI.requires_grad_()
-                a_TI = ctx.act(pre_TI)
-            h_TI = a_TI.detach() if gate_TI is None else a_TI.detach() * u_TI
-
-            w_T1 = weights_TE[:, e, None]
-            inner_TI = torch.addmm(grad_mixed_TI, grad_low, A_d)  # gradient to w_e h_e
-            grad_weights[:, e] = (inner_TI * h_TI).sum(dim=-1)
-            grad_A_d = (w_T1 * grad_low).T @ h_TI if wants[4] else None
-            grad_h = inner_TI.mul_(w_T1)
-            (grad_pre,) = torch.autograd.grad(a_TI, pre_TI, grad_h if gate_TI is None else grad_h * u_TI)
-            grad_u = grad_pre if gate_TI is None else grad_h.mul_(a_TI.detach())
-
-            grad_lora += [None, None] if gate_TI is None else _lora_grads(grad_pre, low_g, B_g, wants[:2])
-            grad_lora += [*_lora_grads(grad_u, low_u, B_u, wants[2:4]), grad_A_d]
-            grad_up = _plus_equals(grad_up, grad_u)
-            grad_gate = None if gate_TI is None else _plus_equals(grad_gate, grad_pre)
-        return (None, grad_gate, grad_up, grad_weights, *grad_lora)
+        weights_TE, *tensors = ctx.saved_tensors
+        S = ctx.num_frozen
+        frozen, experts = tensors[:S], _by_expert(tensors[S:], S)
+        weights, per_expert = weights_TE.split(1, dim=-1), grad_lows.split([len(lora.A_RI) for lora in experts])
+        wanted = ctx.needs_input_grad[2:]
+        grad_weights = torch.empty_like(weights_TE) if wanted[0] else None
+        grad_frozen = [torch.empty_like(f_TI) for f_TI in frozen]
+        flat = [t.new_zeros(t.shape) if w else None for t, w in zip(tensors[S:], wanted[1 + S :], strict=True)]
+        totals = _by_expert(flat, S)
+        for rows, (a_CI, grad_z, grad_h, spare, *rest) in _chunks(frozen[0], 3 + 2 * S, weights_TE.dtype):
+            sums, up = rest[:S], rest[S:]
+            for sum_CI in sums:
+                sum_CI.zero_()
+            for e, (lora, total) in enumerate(zip(experts, totals, strict=True)):
+                ctx.act.value_and_slope(_z(frozen[0], lora.inputs[0], rows, a_CI), grad_z, spare)
+                h_CI = torch.mul(a_CI, _z(frozen[1], lora.inputs[1], rows, up[0]), out=spare) if up else a_CI
+                w_C1, grad_low_RC = weights[e][rows], per_expert[e][:, rows]
+                grad_h.copy_(grad_mixed_TI[rows]).addmm_(grad_low_RC.T, lora.A_RI)  # the gradient to w_e h_e
+                if total.A_RI is not None:
+                    total.A_RI.addmm_(grad_low_RC * w_C1.T, h_CI)
+                if grad_weights is not None:
+                    grad_weights[rows, e] = torch.mul(grad_h, h_CI, out=spare).sum(dim=-1)
+                grad_z *= grad_h.mul_(w_C1)
+                grad_zs = [grad_z.mul_(up[0]), grad_h.mul_(a_CI)] if up else [grad_z]
+                _add_grads(grad_zs, sums, lora.inputs, total.inputs, rows)
+            for grad_TI, sum_CI in zip(grad_frozen, sums, strict=True):
+                grad_TI[rows] = sum_CI
+        return (None, None, grad_weights, *grad_frozen, *flat)
 
 
 def mixed_hidden(
-    act: Activation, gate_TI: Tensor | None, up_TI: Tensor, weights_TE: Tensor,
-    gate_lora: Sequence[tuple[Tensor, Tensor]], up_lora: Sequence[tuple[Tensor, Tensor]], down_A: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mixed hidden layer (T, I), and the experts' weighted low-rank inputs to `down` side by side (T, sum of R).
+    act: Activation, frozen: Sequence[Tensor], weights_TE: Tensor, experts: Sequence[ExpertLora]
+) -> tuple[Tensor, Tensor]:
+    """Mixed hidden layer (T, I), and the experts' weighted low-rank inputs to `down` below each other (sum of R, T).
 
-    gate_lora, up_lora: per expert (low (T, R), B (I, R)), with B scaled. down_A: per expert (R, I). All of one dtype.
+    frozen: up's product (T, I), or gate's and up's; all else is of one dtype, in which the work is done.
     """
-    flat: list[Tensor | None] = []
-    for e, A_RI in enumerate(down_A):
-        flat += [*(gate_lora[e] if gate_lora else (None, None)), *up_lora[e], A_RI]
-    return MixedHidden.apply(act, gate_TI, up_TI, weights_TE, *flat)  # type: ignore[no-any-return, no-untyped-call]
+    flat = [t for lora in experts for t in (*(t for pair in lora.inputs for t in pair), lora.A_RI)]
+    with torch.autocast(weights_TE.device.type, enabled=False):
+        mixed: tuple[Tensor, Tensor] = MixedHidden.apply(act, len(frozen), weights_TE, *frozen, *flat)  # type: ignore[no-untyped-call]
+    return mixed
 
 
-def _by_expert(lora: Sequence[Any]) -> list[tuple[Any, ...]]:
-    return [tuple(lora[i : i + 5]) for i in range(0, len(lora), 5)]
+def _by_expert(flat: Sequence[Any], num_frozen: int) -> list[ExpertLora]:
+    size = 2 * num_frozen + 1
+    parts = [flat[i : i + size] for i in range(0, len(flat), size)]
+    return [ExpertLora(list(zip(p[:-1:2], p[1::2], strict=True)), p[-1]) for p in parts]
 
 
-def _plus(frozen_TI: Tensor, low_TR: Tensor, B_IR: Tensor) -> Tensor:
-    return torch.addmm(frozen_TI, low_TR, B_IR.T)
+def _chunks(like_TI: Tensor, num_buffers: int, dtype: torch.dtype) -> Iterator[tuple[slice, list[Tensor]]]:
+    """The rows of each chunk of tokens, and buffers (C, I) to work in."""
+    T = len(like_TI)
+    numbers = CHUNK * torch.get_num_threads() if like_TI.device.type == "cpu" else CHUNK_ELSEWHERE
+    size = math.ceil(
+        T / math.ceil(like_TI.numel() / numbers)
+    )  # all alike: a product of two rows takes as long as one of eighty
+    buffers = like_TI.new_empty(num_buffers, size, like_TI.shape[1], dtype=dtype)
+    for start in range(0, T, size):
+        yield slice(start, min(T, start + size)), list(buffers[:, : T - start].unbind())
 
 
-def _plus_equals(total: Tensor | None, part: Tensor) -> Tensor:
-    """The sum so far, in the first part's memory: nobody else needs it any more."""
-    return part if total is None else total.add_(part)
+def _z(frozen_TI: Tensor, low_and_B: tuple[Tensor, Tensor], rows: slice, out: Tensor) -> Tensor:
+    low_RT, B_RI = low_and_B
+    return out.copy_(frozen_TI[rows]).addmm_(low_RT[:, rows].T, B_RI)
 
 
-def _lora_grads(grad_TI: Tensor, low_TR: Tensor, B_IR: Tensor, wants: Sequence[bool]) -> list[Tensor | None]:
-    return [grad_TI @ B_IR if wants[0] else None, grad_TI.T @ low_TR if wants[1] else None]
+def _add_grads(
+    grad_zs: Sequence[Tensor], sums: Sequence[Tensor], inputs: Sequence[tuple[Tensor, Tensor]],
+    totals: Sequence[tuple[Tensor | None, Tensor | None]], rows: slice,
+) -> None:  # fmt: skip
+    """From each z's gradient (C, I): to the frozen product, to low^T and to B^T."""
+    for grad_z, sum_CI, (low_RT, B_RI), (total_low, total_B) in zip(grad_zs, sums, inputs, totals, strict=True):
+        sum_CI += grad_z
+        if total_low is not None:
+            torch.mm(B_RI, grad_z.T, out=total_low[:, rows])
+        if total_B is not None:
+            total_B.addmm_(low_RT[:, rows], grad_z)

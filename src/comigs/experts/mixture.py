@@ -14,18 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comigs.bases.base import Architecture
-from comigs.experts.hidden import mixed_hidden
+from comigs.experts.activation import activation_of
+from comigs.experts.hidden import ExpertLora, mixed_hidden
 from comigs.experts.router import Routing, route, routing_inputs
-
-FUSED = {"NewGELUActivation": partial(F.gelu, approximate="tanh"), "GELUTanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Mixture(nn.Module):
         super().__init__()
         self.mlp = mlp
         self.architecture = architecture
-        self.act = fused(getattr(mlp, architecture.activation))
+        self.act = activation_of(getattr(mlp, architecture.activation), next(mlp.parameters()).device)
         self.inputs = [site for site in architecture.mlp_linears() if site != "down"]
         self.experts: Sequence[Expert] = ()
         self.W_ED: Tensor | None = None
@@ -75,31 +72,29 @@ class Mixture(nn.Module):
         if not self.experts:
             return self.mlp(x)  # type: ignore[no-any-return]
         x_TD = x.reshape(-1, x.shape[-1])
-        frozen = {site: self._frozen(site, x_TD) for site in self.inputs}
-        up_TI = frozen["up"]
-        weights_TE = self._routing_weights(x).to(up_TI.dtype).expand(len(x_TD), -1)
+        frozen = [self._frozen(site, x_TD) for site in self.inputs]
+        dtype = torch.promote_types(frozen[0].dtype, torch.float32)  # of all that is trained and element-wise
+        weights_TE = self._routing_weights(x).to(dtype).expand(len(x_TD), -1)
 
         # the A's of all experts and input linears are one product
-        A_parts = [e.a(site) for site in self.inputs for e in self.experts]
-        A_RD, ranks = torch.cat(A_parts), [len(A) for A in A_parts]
-        low = iter(torch.split(F.linear(x_TD, A_RD.to(x.dtype)).to(up_TI.dtype), ranks, dim=-1))
-        lora = {site: [(next(low), e.scaled_b(site, up_TI.dtype)) for e in self.experts] for site in self.inputs}
-
-        mixed_TI, lows_TR = mixed_hidden(
-            self.act, frozen.get("gate"), up_TI, weights_TE,
-            lora.get("gate", ()), lora["up"], [e.a("down").to(up_TI.dtype) for e in self.experts],
-        )  # fmt: skip
+        A_parts = [e.a(site) for e in self.experts for site in self.inputs]
+        low_RT = iter(F.linear(x_TD, torch.cat(A_parts).to(x.dtype)).to(dtype).T.split([len(A) for A in A_parts]))
+        experts = []
+        for e in self.experts:
+            inputs = [(next(low_RT), e.scaled_b(site, dtype).T.contiguous()) for site in self.inputs]
+            experts.append(ExpertLora(inputs, e.a("down").to(dtype)))
+        mixed_TI, lows_RT = mixed_hidden(self.act, frozen, weights_TE, experts)
         y_TD = self._frozen("down", mixed_TI)
+        change_TD = F.linear(lows_RT.T, torch.cat([e.scaled_b("down", dtype) for e in self.experts], dim=-1))
         if self.W_ED is not None and self.top_k == 1:  # weights sum to less than 1, and so does the bias
-            y_TD = self._rescale_bias(y_TD, weights_TE)
-        B_DR = torch.cat([e.scaled_b("down", lows_TR.dtype) for e in self.experts], dim=-1)
-        return (y_TD + F.linear(lows_TR, B_DR)).view(x.shape)
+            change_TD = self._rescale_bias(change_TD, weights_TE)
+        return (y_TD + change_TD).to(y_TD.dtype).view(x.shape)
 
     def _routing_weights(self, x: Tensor) -> Tensor:
         """x (..., L, D) -> (T, E), or (1, E) without a router; keeps the decision in `routing`, for loss and record."""
         if self.W_ED is None:
             self.routing = None
-            return x.new_full((1, len(self.experts)), 1 / len(self.experts))
+            return torch.full((1, len(self.experts)), 1 / len(self.experts), device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # a choice between experts deserves full precision
             self.routing = route(F.linear(routing_inputs(x.to(self.W_ED.dtype), self.routed_by), self.W_ED), self.top_k)
         return self.routing.weights_TE
@@ -112,8 +107,3 @@ class Mixture(nn.Module):
     def _rescale_bias(self, y_TD: Tensor, weights_TE: Tensor) -> Tensor:
         bias = getattr(self.mlp, self.architecture.down).bias
         return y_TD if bias is None else y_TD + (weights_TE.sum(dim=-1, keepdim=True) - 1) * bias
-
-
-def fused(activation: Any) -> Any:
-    """The same function in one kernel where `transformers` spells it out in six."""
-    return FUSED.get(type(activation).__name__, activation)

@@ -2,11 +2,17 @@
 
 2409.13931. Its variants are numbers: 1g1s, 2g (`generalists = 2, specialists = 0`), 2s (`generalists = 0,
 specialists = 2, share_attention = false`), 1gXs (`specialists` differs between clients).
+
+Two things are ours (docs/decisions/0007): the server keeps the length of the clients' steps, which a plain mean
+shortens where they differ, and a client goes only as far towards a download as its valid asks. Both are options;
+`configs/paper.toml` has neither.
 """
 
-import os
+from __future__ import annotations
+
+import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,7 +20,16 @@ from pydantic import Field
 
 from comigs.config import Config, Section
 from comigs.methods.method import (
-    Download, Facts, Memory, Method, Tensors, Upload, mean, options, require_equal,
+    Download,
+    Facts,
+    Memory,
+    Method,
+    Tensors,
+    Upload,
+    mean,
+    mean_of_uploads,
+    options,
+    require_equal,
 )  # fmt: skip
 from comigs.slots import Slot
 
@@ -22,20 +37,31 @@ from comigs.slots import Slot
 class Options(Section):
     """[options] of comigs."""
 
-    adopt: Literal["mean", "valid"] = Field(
-        "mean", description='what a client makes of a download: "mean" takes it; "valid" goes as far towards it as valid asks'
+    server_step: Literal["mean", "full"] = Field(
+        "full", description='"mean": the mean of uploads; "full": a step that way, as long as the clients\' own'
     )
-    server_lr: float = Field(1.0, gt=0, description="server's step along the (momentum of the) mean update; 1: the mean itself")
-    server_momentum: float = Field(0.0, ge=0, lt=1, description="Nesterov momentum of the server's steps; 0: none")
-    probe_windows: int = Field(16, ge=1, description="windows of valid on which that is decided, drawn anew each round")
+    adopt: Literal["all", "valid"] = Field(
+        "valid", description='"all" of a download, or as far towards it as "valid" asks'
+    )
+    probe_windows: int = Field(16, ge=1, description="windows of valid on which adopt decides, drawn anew each round")
 
 
 def method(config: Config) -> Method:
+    """The paper's method, with our server step and adoption where the options say so."""
+    settings = options(config, Options)
+    return replace(
+        as_published(config),
+        aggregate=full_step if settings.server_step == "full" else mean_of_uploads,
+        adopt=adopt_as_valid_asks if settings.adopt == "valid" else None,
+        probe=settings.probe_windows,
+    )
+
+
+def as_published(config: Config) -> Method:
     """The server's mean over generalists and, unless `experts.share_attention` is false, attention LoRA."""
     require_equal(
         config, "rank", f"{config.method} averages generalists entry by entry. Set specialist_rank, which may differ"
     )
-    settings = options(config, Options)
     shared = {"generalist", "attention"} if config.experts.share_attention else {"generalist"}
 
     def shares(slot: Slot) -> bool:
@@ -47,43 +73,45 @@ def method(config: Config) -> Method:
         paper="2409.13931",
         shares=shares,
         receives=shares,
-        aggregate=partial(stepped_mean, lr=settings.server_lr, momentum=settings.server_momentum),
-        adopt=adopt_as_valid_asks if settings.adopt == "valid" else None,
-        probe=settings.probe_windows,
+        aggregate=mean_of_uploads,
     )
 
 
-def stepped_mean(
-    uploads: Mapping[str, Upload], memory: Memory, facts: Facts, lr: float, momentum: float
-) -> tuple[dict[str, Download], Memory]:
-    """From the last download a Nesterov step along the mean update (2311.08105, algorithm 1, outer optimiser SGD).
+def full_step(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
+    """From the last download a step along the mean update, as long as the clients' own updates are on average.
 
-    v = momentum * v + (mean - last), download = last + lr * (mean - last + momentum * v). The first round has no last
-    download and takes the mean.
+    download = last + (mean_k |d_k| / |d|) d, with d_k = upload_k - last and d = mean_k d_k. The factor is 1 where all
+    updates agree and sqrt(n) where n clients' updates are orthogonal. The first round, which has no last download,
+    takes the mean.
     """
     average = mean(uploads.values())
-    if lr == 1 and momentum == 0:
-        return dict.fromkeys(facts.clients, average), memory
-    download, kept = {}, dict(memory)
-    for slot, tensor in average.items():
-        if (last := memory.get(f"last/{slot}")) is not None:
-            update = tensor - last
-            velocity = momentum * memory.get(f"velocity/{slot}", torch.zeros_like(update)) + update
-            kept[f"velocity/{slot}"] = velocity
-            tensor = last + lr * (update + momentum * velocity)
-        download[slot] = kept[f"last/{slot}"] = tensor
-    return dict.fromkeys(facts.clients, download), kept
+    if average and all(f"last/{slot}" in memory for slot in average):
+        last = {slot: memory[f"last/{slot}"].to(torch.float64) for slot in average}
+        lengths = [_length({slot: u[slot] - last[slot] for slot in average}) for u in uploads.values()]
+        update = {slot: tensor - last[slot] for slot, tensor in average.items()}
+        if (length := _length(update)) > 0:
+            factor = sum(sorted(lengths)) / len(lengths) / length
+            average = {slot: (last[slot] + factor * step).to(average[slot]) for slot, step in update.items()}
+    return dict.fromkeys(facts.clients, average), dict(memory) | {f"last/{slot}": t for slot, t in average.items()}
 
 
 def adopt_as_valid_asks(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Tensors:
-    """own + share * (download - own), the share in [0, 1] at the lowest point of a parabola through 0, 1/2 and 1."""
+    """own + share * (download - own): the best share of 0, 1/2, 1 and the lowest point of a parabola through them.
+
+    A client whose text has little in common with the others' so keeps what it learnt; where the download is better
+    for what its valid stands for, it takes it. The mixing of 2003.13461 (APFL), chosen anew each round, on valid.
+    """
 
     def at(share: float) -> Tensors:
         return {slot: torch.lerp(own[slot], tensor, share) for slot, tensor in download.items()}
 
-    ends = {share: nats(at(share)) for share in (0.0, 0.5, 1.0)}
-    bend = ends[0.0] - 2 * ends[0.5] + ends[1.0]
-    share = 0.5 + (ends[0.0] - ends[1.0]) / (4 * bend) if bend > 0 else min(ends, key=lambda s: ends[s])
-    if os.environ.get("COMIGS_DEBUG"):
-        print("adopt", share, ends, file=open(os.environ["COMIGS_DEBUG"], "a"))
-    return at(min(1.0, max(0.0, share)))
+    nats_at = {share: nats(at(share)) for share in (0.0, 0.5, 1.0)}
+    bend = nats_at[0.0] - 2 * nats_at[0.5] + nats_at[1.0]
+    if bend > 0:
+        lowest = min(1.0, max(0.0, 0.5 + (nats_at[0.0] - nats_at[1.0]) / (4 * bend)))
+        nats_at.setdefault(lowest, nats(at(lowest)))  # a parabola may be wrong: it is measured as well
+    return at(min(nats_at, key=lambda share: nats_at[share]))
+
+
+def _length(tensors: Tensors) -> float:
+    return math.sqrt(sum(float(t.to(torch.float64).square().sum()) for t in tensors.values()))

@@ -35,7 +35,7 @@ def method(config: Config) -> Method:
         return weighed(tensors, *compass_search(cost, settings.evaluations))
 
     return replace(
-        comigs.method(config),
+        comigs.as_published(config),
         name="fdlora",
         summary="a shared LoRA plus a personal one; at the end each client weighs the two on its valid",
         paper="2406.07925",

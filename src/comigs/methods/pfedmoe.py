@@ -13,7 +13,7 @@ from comigs.methods.method import Method
 def method(config: Config) -> Method:
     """comigs on one level."""
     return replace(
-        comigs.method(config),
+        comigs.as_published(config),
         name="pfedmoe",
         summary="as comigs, but experts and router learn together from train (one level)",
         paper="2402.01350",
