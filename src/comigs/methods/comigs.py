@@ -109,7 +109,7 @@ def adopt_as_valid_asks(own: Tensors, download: Download, nats: Callable[[Tensor
     bend = nats_at[0.0] - 2 * nats_at[0.5] + nats_at[1.0]
     if bend > 0:
         lowest = min(1.0, max(0.0, 0.5 + (nats_at[0.0] - nats_at[1.0]) / (4 * bend)))
-        nats_at.setdefault(lowest, nats(at(lowest)))  # a parabola may be wrong: it is measured as well
+        nats_at[lowest] = nats_at.get(lowest) or nats(at(lowest))  # measured as well, for a parabola may be wrong
     return at(min(nats_at, key=lambda share: nats_at[share]))
 
 
