@@ -102,7 +102,7 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once(wants_gradient):
                 loss.backward()
         with LargestLogits(257) as plain:
             attachment.model(inputs)
-    assert ours.most == ROWS
+    assert ROWS // 2 < ours.most <= ROWS
     assert plain.most == inputs.numel() > 7 * ROWS  # what the recorder would have seen
 
 

@@ -5,14 +5,15 @@ T tokens, C tokens of a chunk, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 23  # logits that exist at once, as bfloat16 16 MB
-BLOCK = 1 << 17  # of them, what a CPU thread works on at a time: as float32 a quarter of a core's second cache
+from comigs.experts.hidden import even_slices
+
+CHUNK = 1 << 24  # logits that exist at once: as bfloat16 32 MB
+BLOCK = 1 << 17  # of them, what a CPU thread works on at a time: as float32 512 KB, which a core's second cache holds
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -25,7 +26,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
         wants_grad = ctx.needs_input_grad[0]
         grad_TD = torch.empty_like(hidden_TD) if wants_grad else None
-        for rows in _slices(len(targets_T), CHUNK // vocabulary):
+        for rows in even_slices(len(targets_T), CHUNK // vocabulary):
             h_CD = hidden_TD[rows].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
                 logits_CV = head(h_CD)
@@ -45,7 +46,7 @@ def _sum_nats(logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype, to_gradi
     """Sum of -log p(target), computed in `dtype`. to_gradient: the logits become its gradient, p - [is target]."""
     C, V = logits_CV.shape
     total = torch.zeros((), dtype=dtype, device=logits_CV.device)
-    for rows in _slices(C, BLOCK * torch.get_num_threads() // V if logits_CV.device.type == "cpu" else C):
+    for rows in even_slices(C, BLOCK * torch.get_num_threads() // V if logits_CV.device.type == "cpu" else C):
         p, target = logits_CV[rows].to(dtype), targets_C[rows, None]  # where that is their dtype, p is the logits
         chosen, largest = p.gather(-1, target), p.amax(dim=-1, keepdim=True)
         norm = p.sub_(largest).exp_().sum(dim=-1, keepdim=True)
@@ -53,12 +54,6 @@ def _sum_nats(logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype, to_gradi
         if to_gradient:
             logits_CV[rows] = p.div_(norm).scatter_add_(-1, target, torch.full_like(norm, -1))
     return total
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    """range(length) in pieces of `size`, 1 at least."""
-    size = max(1, size)
-    return (slice(start, start + size) for start in range(0, length, size))
 
 
 def sum_cross_entropy(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:

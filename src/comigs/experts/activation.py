@@ -53,20 +53,21 @@ def by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
     return Activation(lambda x, spare: x.copy_(function(x)), value_and_slope)
 
 
-def _gelu_sigmoid(x: Tensor, square: Tensor, out: Tensor) -> Tensor:
-    return torch.addcmul(x, x, square, value=CUBE, out=out).mul_(ROOT).sigmoid_()
+def _root_plus(square: Tensor, factor: float, out: Tensor) -> Tensor:
+    """ROOT * (1 + factor * x^2) in one pass."""
+    return torch.add(torch.tensor(ROOT, dtype=square.dtype), square, alpha=factor * ROOT, out=out)
 
 
 def _gelu(x: Tensor, spare: Tensor) -> None:
-    torch.mul(x, x, out=spare)
-    x.mul_(_gelu_sigmoid(x, spare, spare))
+    square = torch.mul(x, x, out=spare)
+    x.mul_(_root_plus(square, CUBE, spare).mul_(x).sigmoid_())
 
 
 def _gelu_and_slope(x: Tensor, slope: Tensor, spare: Tensor) -> None:
-    torch.mul(x, x, out=slope)
-    s = _gelu_sigmoid(x, slope, spare)
+    square = torch.mul(x, x, out=slope)
+    s = _root_plus(square, CUBE, spare).mul_(x).sigmoid_()
     x.mul_(s)
-    slope.mul_(3 * CUBE * ROOT).add_(ROOT).mul_(x)
+    _root_plus(square, 3 * CUBE, slope).mul_(x)  # q'(x) f(x)
     slope.addcmul_(slope, s, value=-1).add_(s)
 
 

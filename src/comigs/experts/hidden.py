@@ -114,14 +114,17 @@ def _by_expert(flat: Sequence[Any], num_frozen: int) -> list[ExpertLora]:
 
 def _chunks(like_TI: Tensor, num_buffers: int, dtype: torch.dtype) -> Iterator[tuple[slice, list[Tensor]]]:
     """The rows of each chunk of tokens, and buffers (C, I) to work in."""
-    T = len(like_TI)
     numbers = CHUNK * torch.get_num_threads() if like_TI.device.type == "cpu" else CHUNK_ELSEWHERE
-    size = math.ceil(
-        T / math.ceil(like_TI.numel() / numbers)
-    )  # all alike: a product of two rows takes as long as one of eighty
-    buffers = like_TI.new_empty(num_buffers, size, like_TI.shape[1], dtype=dtype)
-    for start in range(0, T, size):
-        yield slice(start, min(T, start + size)), list(buffers[:, : T - start].unbind())
+    slices = even_slices(len(like_TI), numbers // like_TI.shape[1])
+    buffers = like_TI.new_empty(num_buffers, slices[0].stop, like_TI.shape[1], dtype=dtype)
+    for rows in slices:
+        yield rows, list(buffers[:, : rows.stop - rows.start].unbind())
+
+
+def even_slices(length: int, largest: int) -> list[slice]:
+    """range(length) in pieces alike, as few as can be: a product of two rows takes as long as one of eighty."""
+    size = math.ceil(length / math.ceil(length / max(1, largest)))
+    return [slice(start, min(length, start + size)) for start in range(0, length, size)]
 
 
 def _z(frozen_TI: Tensor, low_and_B: tuple[Tensor, Tensor], rows: slice, out: Tensor) -> Tensor:
