@@ -63,12 +63,28 @@ def balance(logits_TE: Tensor, top_k: int, share: float) -> Tensor:
     return E**2 * total / E
 
 
+def read_by_the_router(x: Tensor, routing: str) -> list[Tensor]:
+    """What decides for each token of x (B, L, D): the token; all tokens of its sequence up to it; or nothing at all."""
+    seen = []
+    for sequence in x:
+        for t in range(len(sequence)):
+            if routing == "token":
+                seen.append(sequence[t])
+            elif routing == "sequence":
+                seen.append(sum(sequence[: t + 1]) / (t + 1))
+            else:
+                seen.append(torch.ones(1, dtype=x.dtype))
+    return seen
+
+
 class NaiveMixture(nn.Module):
     """sum over the chosen e of w_e(x) * MLP_e(x), each MLP_e a full forward pass of its own."""
 
-    def __init__(self, mlp: nn.Module, layer: int, tensors: Mapping[str, Tensor], alpha: float, top_k: int) -> None:
+    def __init__(
+        self, mlp: nn.Module, layer: int, tensors: Mapping[str, Tensor], alpha: float, top_k: int, routing: str
+    ) -> None:
         super().__init__()
-        self.mlp, self.top_k, self.logits_TE = mlp, top_k, None
+        self.mlp, self.top_k, self.routing, self.logits_TE = mlp, top_k, routing, None
         sites = LLAMA_MLP if hasattr(mlp, "gate_proj") else GPT2_MLP
         found = {name.split(".")[2] for name in tensors if name.startswith(f"{layer}.")} - {"router", "attention"}
         parts = sorted(found, key=lambda part: (part[0] == "s", int(part[1:])))
@@ -88,7 +104,7 @@ class NaiveMixture(nn.Module):
         if self.W is None:
             return sum(each) / len(each)
         each_TD = [y.reshape(-1, y.shape[-1]) for y in each]
-        self.logits_TE = x.reshape(-1, x.shape[-1]) @ self.W.T
+        self.logits_TE = torch.stack(read_by_the_router(x, self.routing)) @ self.W.T
         rows = [sum(w * each_TD[e][t] for e, w in choose(row, self.top_k)) for t, row in enumerate(self.logits_TE)]
         return torch.stack(rows).reshape(x.shape)
 
@@ -102,13 +118,15 @@ class MergedLinear(nn.Module):
         return functional_call(self.linear, {"weight": self.weight}, (x,))
 
 
-def naive_model(model: Any, tensors: Mapping[Any, Tensor], top_k: int, alpha: float = 16.0) -> Any:
+def naive_model(
+    model: Any, tensors: Mapping[Any, Tensor], top_k: int, alpha: float = 16.0, routing: str = "token"
+) -> Any:
     """A copy of the whole model in which every expert of every block is an MLP of its own."""
     named = {str(slot): tensor for slot, tensor in tensors.items()}
     whole = copy.deepcopy(model)
     is_gpt2 = hasattr(whole, "transformer")
     for layer, block in enumerate(whole.transformer.h if is_gpt2 else whole.model.layers):
-        block.mlp = NaiveMixture(block.mlp, layer, named, alpha, top_k)
+        block.mlp = NaiveMixture(block.mlp, layer, named, alpha, top_k, routing)
         attention = block.attn if is_gpt2 else block.self_attn
         for site, name in (GPT2_ATTENTION if is_gpt2 else LLAMA_ATTENTION).items():
             A, B = named.get(f"{layer}.{site}.attention.A"), named.get(f"{layer}.{site}.attention.B")

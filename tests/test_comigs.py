@@ -54,6 +54,15 @@ def test_updates_at_right_angles_go_sqrt_n_times_the_mean():
     np.testing.assert_allclose(moved, np.sqrt(4) * 0.25, rtol=1e-6)
 
 
+def test_updates_that_oppose_each_other_go_no_further_than_sqrt_n_times_the_mean():
+    start = tensors(0)
+    uploads = {
+        name: {s: t + (1.0 if number % 2 else -0.99) for s, t in start.items()} for number, name in enumerate(NAMES)
+    }
+    second, first = two_rounds(uploads)
+    np.testing.assert_allclose(second - first, np.sqrt(4) * 0.005, rtol=1e-3)
+
+
 def test_where_all_agree_or_one_is_alone_the_download_is_the_upload_to_the_bit():
     for uploads in (dict.fromkeys(NAMES, tensors(5)), {"ada": tensors(5)}):
         _, memory = full_step(dict.fromkeys(NAMES, tensors(0)), {}, FACTS)

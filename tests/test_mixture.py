@@ -20,6 +20,9 @@ from transformers import (
 
 from comigs.bases import llama
 from comigs.bases.load import architecture_of
+from comigs.config import ExpertsSection
+from comigs.experts.attach import Attachment
+from comigs.slots import Slot
 from tests import naive
 from tests.conftest import attach, copy_of, random_tensors, shape_of, tiny
 
@@ -65,13 +68,15 @@ def loss_and_gradients(model, embeddings, targets, tensors):
     return logits.detach(), dict(zip([*map(str, tensors), "input"], gradients, strict=True))
 
 
-def assert_equals_naive(model, architecture, shape, top_k, routed, tolerance=1e-5, dtype=torch.float32):
+def assert_equals_naive(
+    model, architecture, shape, top_k, routed, tolerance=1e-5, dtype=torch.float32, routing="token"
+):  # fmt: skip
     """Forward and gradients of the attached model and of the naive one, from the same tensors and input."""
     model = model.to(dtype)
     random = torch.Generator().manual_seed(5)
     embeddings = torch.randn((2, 7, 16), generator=random, dtype=torch.float64).to(dtype)
     targets = torch.randint(97, (2, 7), generator=random)
-    with attach(model, architecture, top_k) as attachment:
+    with attach(model, architecture, top_k, routing=routing) as attachment:
         tensors = random_tensors(attachment, shape, routed, dtype=dtype)
         trained = {slot: t.clone().requires_grad_() for slot, t in tensors.items()}
         attachment.bind(trained)
@@ -79,11 +84,12 @@ def assert_equals_naive(model, architecture, shape, top_k, routed, tolerance=1e-
         assert len(attachment.routings()) == (2 if routed and shape.num_experts > 1 else 0)
     again = {slot: t.clone().requires_grad_() for slot, t in tensors.items()}
     expected, expected_gradients = loss_and_gradients(
-        naive.naive_model(model, again, top_k), embeddings, targets, again
+        naive.naive_model(model, again, top_k, routing=routing), embeddings, targets, again
     )
     torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
     unused = [name for name, gradient in expected_gradients.items() if not gradient.any()]
-    assert len(unused) == 0 or top_k == 1  # with few tokens, an expert may be nobody's first choice
+    # with few tokens, an expert may be nobody's first choice; a whole client leaves all but K of its experts unused
+    assert len(unused) == 0 or top_k == 1 or (routing == "client" and top_k < shape.num_experts)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -93,6 +99,126 @@ def assert_equals_naive(model, architecture, shape, top_k, routed, tolerance=1e-
 def test_forward_and_gradients_equal_the_naive_mixture(model_type, num_experts, top_k):
     model = built(model_type)
     assert_equals_naive(model, architecture_of(model), shape_of(1, num_experts - 1), top_k, routed=True)
+
+
+@pytest.mark.parametrize("routing", ["sequence", "client"])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(2, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_routing_by_sequence_and_by_client_equals_the_naive_mixture(model_type, num_experts, top_k, routing):
+    model = built(model_type)
+    shape = shape_of(1, num_experts - 1)
+    assert_equals_naive(model, architecture_of(model), shape, top_k, routed=True, routing=routing)
+
+
+@pytest.mark.parametrize("routing", ["token", "sequence", "client"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_what_is_written_later_changes_nothing_before_it(model_type, routing):
+    """Logits and routing weights of a text's beginning, whatever follows and whatever stands beside it."""
+    model = built(model_type)
+    ids = torch.randint(97, (3, 10), generator=torch.Generator().manual_seed(4))
+    with attach(model, architecture_of(model), routing=routing) as attachment:
+        attachment.bind(random_tensors(attachment, shape_of(1, 2), routed=True))
+        logits = attachment.model(ids).logits
+        weights = [r.weights_TE.reshape(3, 10, 3) for r in attachment.routings()]
+        other = ids.clone()
+        other[0, 6:] = (other[0, 6:] + 1) % 97
+        other[2] = (other[2] + 1) % 97
+        changed = attachment.model(other).logits
+        others = [r.weights_TE.reshape(3, 10, 3) for r in attachment.routings()]
+    for sequence, same_until in ((0, 6), (1, 10)):
+        here = (sequence, slice(same_until))
+        torch.testing.assert_close(changed[here], logits[here], rtol=0, atol=1e-5)
+        for one, two in zip(weights, others, strict=True):
+            torch.testing.assert_close(one[here], two[here], rtol=0, atol=1e-5)
+    assert (changed[0, 6:] - logits[0, 6:]).abs().max() > 1e-3
+    varies = [w.std(dim=1).max() > 1e-3 for w in weights]
+    assert all(varies) if routing != "client" else not any(varies)
+
+
+def test_routing_by_client_is_the_softmax_of_the_routers_weights():
+    model = built("gpt2")
+    with attach(model, architecture_of(model), top_k=3, routing="client") as attachment:
+        tensors = random_tensors(attachment, shape_of(1, 2), routed=True)
+        attachment.bind(tensors)
+        attachment.model(torch.arange(9)[None])
+        routers = [t for slot, t in sorted(tensors.items()) if slot.role == "router"]
+        for router, routing in zip(routers, attachment.routings(), strict=True):
+            assert router.shape == (3, 1)
+            torch.testing.assert_close(routing.weights_TE, router[:, 0].softmax(0).expand(9, 3))
+
+
+def one_expert(tensors, parts, alpha=16.0):
+    """`parts` as one expert "g0" of all their ranks: rows of the A's, columns of the B's times their own scale."""
+    whole = {slot: t for slot, t in tensors.items() if slot.part not in parts}
+    for layer, site in {(slot.layer, slot.site) for slot in tensors if slot.part in parts}:
+        A, B = ([tensors[Slot(layer, site, part, matrix)] for part in parts] for matrix in "AB")
+        total = sum(len(a) for a in A)
+        scaled = [b * alpha / len(a) ** 0.5 for a, b in zip(A, B, strict=True)]
+        whole[Slot(layer, site, "g0", "A")] = torch.cat(A)
+        whole[Slot(layer, site, "g0", "B")] = torch.cat(scaled, dim=1) * total**0.5 / alpha
+    return whole
+
+
+@pytest.mark.parametrize(("shape", "parts"), [
+    (shape_of(1, 1, 2, 5), ("g0", "s0")), (shape_of(2, 1), ("g0", "g1", "s0")), (shape_of(1, 0), ("g0",)),
+])  # fmt: skip
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_experts_whose_sum_adapts_the_base_equal_one_expert_of_all_their_factors(model_type, shape, parts):
+    """Forward and gradients; ranks may differ, and so do the scales."""
+    model = built(model_type)
+    random = torch.Generator().manual_seed(5)
+    embeddings, targets = torch.randn((2, 7, 16), generator=random), torch.randint(97, (2, 7), generator=random)
+    with Attachment(model, architecture_of(model), ExpertsSection(), summed=True) as attachment:
+        tensors = random_tensors(attachment, shape, routed=False)
+        trained = {slot: t.clone().requires_grad_() for slot, t in tensors.items()}
+        attachment.bind(trained)
+        logits, gradients = loss_and_gradients(attachment.model, embeddings, targets, trained)
+        assert attachment.routings() == []
+    again = {slot: t.clone().requires_grad_() for slot, t in tensors.items()}
+    plain = naive.naive_model(model, one_expert(again, parts), 1)
+    expected, expected_gradients = loss_and_gradients(plain, embeddings, targets, again)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    for name, gradient in expected_gradients.items():
+        assert gradient.any()
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "routed"), [(1, 1, False), (2, 2, True), (3, 1, True)])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_what_is_merged_equals_a_base_whose_weights_are_changed_by_it(model_type, num_experts, top_k, routed):
+    """In every linear of MLP and attention; forward and all gradients, the input's too."""
+    model = built(model_type)
+    architecture, shape = architecture_of(model), shape_of(1, num_experts - 1)
+    random = torch.Generator().manual_seed(5)
+    embeddings, targets = torch.randn((2, 7, 16), generator=random), torch.randint(97, (2, 7), generator=random)
+    changed = copy.deepcopy(model)
+    with attach(model, architecture, top_k) as attachment:
+        tensors = random_tensors(attachment, shape, routed)
+        shapes = attachment.slot_shapes(shape, routed, merges=True)
+        merged = {s: 0.1 * torch.randn(dims, generator=random) for s, dims in shapes.items() if s.role == "merged"}
+        assert shapes.keys() == tensors.keys() | merged.keys()
+        trained = {slot: t.clone().requires_grad_() for slot, t in tensors.items()}
+        attachment.bind(trained | merged)
+        logits, gradients = loss_and_gradients(attachment.model, embeddings, targets, trained)
+        attachment.bind(tensors)
+        without = attachment.model(inputs_embeds=embeddings).logits
+        attachment.unbind()
+        bare = attachment.model(inputs_embeds=embeddings).logits
+    torch.testing.assert_close(bare, changed(inputs_embeds=embeddings).logits, rtol=0, atol=1e-5)
+    blocks = changed.get_submodule(architecture.blocks)
+    paths = {site: f"mlp.{name}" for site, name in architecture.mlp_linears().items()} | dict(architecture.attention)
+    assert {(s.layer, s.site) for s in merged} == {(layer, site) for layer in range(2) for site in paths}
+    for slot, change in merged.items():
+        linear = blocks[slot.layer].get_submodule(paths[slot.site])
+        linear.weight.data += change if isinstance(linear, torch.nn.Linear) else change.T
+    again = {slot: t.clone().requires_grad_() for slot, t in tensors.items()}
+    expected, expected_gradients = loss_and_gradients(
+        naive.naive_model(changed, again, top_k), embeddings, targets, again
+    )
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+    assert (logits - without).abs().max() > 0.05
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 4])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from comigs.experts.router import balance_loss, route
+from comigs.experts.router import balance_loss, route, routing_inputs
 from tests import naive
 from tests.conftest import attach, random_tensors, shape_of, tiny
 
@@ -108,6 +108,37 @@ def test_balance_loss_is_least_where_the_first_expert_has_its_share_and_the_othe
 
     possible = [(a, b, 12 - a - b) for a in range(13) for b in range(13 - a)]
     assert min(possible, key=loss) == wanted
+
+
+def random_sequences():
+    return torch.from_numpy(np.random.default_rng(3).normal(size=(4, 9, 5)))
+
+
+def test_a_token_is_routed_by_itself_by_its_sequence_so_far_or_by_nothing():
+    x_BLD = random_sequences()
+    flat = x_BLD.numpy().reshape(-1, 5)
+    assert np.array_equal(routing_inputs(x_BLD, "token").numpy(), flat)
+    prefix_means = [x_BLD[b, : t + 1].numpy().mean(axis=0) for b in range(4) for t in range(9)]
+    np.testing.assert_allclose(routing_inputs(x_BLD, "sequence").numpy(), prefix_means, rtol=1e-12)
+    assert np.array_equal(routing_inputs(x_BLD, "client").numpy(), np.ones((36, 1)))
+
+
+@pytest.mark.parametrize("routing", ["token", "sequence", "client"])
+def test_no_token_is_routed_by_a_later_one_or_by_another_sequence(routing):
+    """To the bit, wherever the text goes on differently; and by sequence, an earlier token does count."""
+    x_BLD = random_sequences()
+    other = x_BLD.clone()
+    other[1, 6:] += 100.0
+    other[2] -= 50.0
+    one, two = (routing_inputs(x, routing).reshape(4, 9, -1) for x in (x_BLD, other))
+    for sequence, untouched in ((0, 9), (1, 6), (3, 9)):
+        assert torch.equal(one[sequence, :untouched], two[sequence, :untouched])
+    assert torch.equal(one[1, 6:], two[1, 6:]) == (routing == "client")
+    earlier = x_BLD.clone()
+    earlier[1, 2] += 1.0
+    changed = (routing_inputs(earlier, routing).reshape(4, 9, -1) != one).any(dim=-1)[1].tolist()
+    counts = {"token": [2], "sequence": [2, 3, 4, 5, 6, 7, 8], "client": []}[routing]
+    assert [t for t, c in enumerate(changed) if c] == counts
 
 
 def test_routing_in_the_model_stays_float32_under_autocast():

@@ -267,9 +267,9 @@ def _load(config: Config, say: Say = ignore) -> tuple[Base, Config]:
 
 def large(number: int) -> str:
     """4.2 M, 135 M, 7.1 B; small numbers as they are."""
-    for size, unit in ((10**9, "B"), (10**6, "M")):
-        if number >= size:
-            return f"{number / size:.{1 if number < 100 * size else 0}f} {unit}"
+    for power, unit in ((10**9, "B"), (10**6, "M")):
+        if number >= power:
+            return f"{number / power:.{1 if number < 100 * power else 0}f} {unit}"
     return f"{number:,}"
 
 

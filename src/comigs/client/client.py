@@ -87,15 +87,16 @@ class Client:
         Optimiser moments, specialists and router stay as they were.
         """
         own = self.trainee.tensors
-        written: Tensors = {slot: tensor for slot, tensor in download.items() if slot.role != "update"}
-        for slot, tensor in written.items():  # all of it is checked before any of it is written
-            if not self.method.receives(slot) or slot.role in PRIVATE or slot not in own:
+        for slot, tensor in download.items():  # all of it is checked before any of it is written
+            place = Slot(slot.layer, slot.site, "merged", "W") if slot.role == "update" else slot
+            if not self.method.receives(slot) or slot.role in PRIVATE or place not in own:
                 raise AssertionError(f"{self.name}: a download may not touch {slot}")
-            if tensor.shape != own[slot].shape:
+            side = slice(None) if place == slot else slice(1, 2) if slot.matrix == "A" else slice(0, 1)
+            if tensor.shape[side] != own[place].shape[side]:  # the rank of an update is free
                 raise AssertionError(f"{self.name}: {slot} of the download has another shape")
-        for slot, tensor in download.items():
             if not bool(tensor.isfinite().all()):
                 raise AssertionError(f"{self.name}: {slot} of the download is not finite")
+        written: Tensors = {slot: tensor for slot, tensor in download.items() if slot.role != "update"}
         if self.method.adopt is not None and written:
             windows = probe_windows(self.config, self.name, self.data, round, self.method.probe)
             written = self.method.adopt(own, written, lambda tensors: self._nats({**own, **tensors}, windows))

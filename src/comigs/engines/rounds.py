@@ -136,7 +136,7 @@ def next_downloads(
     not written, wait in line behind those a client has missed.
     """
     downloads = dict(merged)
-    for name in waiting.keys() - set(delivered):
+    for name in sorted(waiting.keys() - set(delivered)):
         missed, new = waiting[name], merged.get(name, {})
         downloads[name] = {**missed, **new, **_both_updates(missed, new)}
     return downloads

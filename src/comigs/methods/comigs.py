@@ -81,8 +81,8 @@ def full_step(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tu
     """From the last download a step along the mean update, as long as the clients' own updates are on average.
 
     download = last + (mean_k |d_k| / |d|) d, with d_k = upload_k - last and d = mean_k d_k. The factor is 1 where all
-    updates agree and sqrt(n) where n clients' updates are orthogonal. The first round, which has no last download,
-    takes the mean.
+    updates agree and sqrt(n) where n clients' updates are orthogonal, and no more where they oppose each other. The
+    first round, which has no last download, takes the mean.
     """
     average = mean(uploads.values())
     if average and all(f"last/{slot}" in memory for slot in average):
@@ -90,7 +90,7 @@ def full_step(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tu
         lengths = [_length({slot: u[slot] - last[slot] for slot in average}) for u in uploads.values()]
         update = {slot: tensor - last[slot] for slot, tensor in average.items()}
         if (length := _length(update)) > 0:
-            factor = sum(sorted(lengths)) / len(lengths) / length
+            factor = min(sum(sorted(lengths)) / len(lengths) / length, math.sqrt(len(lengths)))
             average = {slot: (last[slot] + factor * step).to(average[slot]) for slot, step in update.items()}
     return dict.fromkeys(facts.clients, average), dict(memory) | {f"last/{slot}": t for slot, t in average.items()}
 

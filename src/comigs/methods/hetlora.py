@@ -30,6 +30,8 @@ from comigs.methods.method import (
 )  # fmt: skip
 from comigs.slots import Slot
 
+At = tuple[int, str, str]  # layer, site, part
+
 
 class Options(Section):
     """[options] of hetlora."""
@@ -45,7 +47,7 @@ def method(config: Config) -> Method:
 
     def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
         """memory: "CLIENT/LAYER.SITE.PART" -> the ranks that the client had not pruned when it last sent something."""
-        factors = {name: pairs(upload) for name, upload in uploads.items()}
+        factors = {name: rescaled(pairs(upload), up=True) for name, upload in uploads.items()}
         sent = {f"{c}/{at[0]}.{at[1]}.{at[2]}": torch.tensor(used_rank(f[at])) for c, f in factors.items() for at in f}
         memory, beyond = {**memory, **sent}, set()
         downloads: dict[str, dict[Slot, Tensor]] = {name: {} for name in facts.clients}
@@ -57,8 +59,17 @@ def method(config: Config) -> Method:
                 kept = int(memory.get(f"{client}/{at[0]}.{at[1]}.{at[2]}", rank))
                 if client not in factors and kept > used_rank(average):
                     beyond.add(client)  # it uses ranks that nobody sent: zeros there would never learn again
-                downloads[client] |= slots(at, lowrank.pad(lowrank.first_rows(average, kept), rank), like)
+                own = rescaled({at: lowrank.pad(lowrank.first_rows(average, kept), rank)}, up=False)[at]
+                downloads[client] |= slots(at, own, like)
         return {name: download for name, download in downloads.items() if name not in beyond}, memory
+
+    def rescaled(factors: dict[At, lowrank.Pair], up: bool) -> dict[At, lowrank.Pair]:
+        """LoRA's scale, which differs between ranks, put into B on the way up and taken out again on the way down."""
+        result = {}
+        for at, (A, B) in factors.items():
+            scale = lowrank.scaling(config.experts.alpha, len(A), config.experts.scaling)
+            result[at] = (A, B * scale if up else B / scale)
+        return result
 
     def penalty(tensors: Tensors, anchor: Tensors) -> Tensor:
         return settings.penalty * torch.stack([tail_norm(pair, settings.gamma) for pair in both(tensors)]).sum()

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from comigs.config import Config
+from comigs.config import SPLITS, Config, Split
 from comigs.errors import UserError
 from comigs.report.compare.find import Found
 from comigs.report.read import Run
@@ -65,14 +65,18 @@ class _Group:
 
 def group(found: Sequence[Found]) -> tuple[Dataset, ...]:
     """Finished runs into datasets and settings. Raises UserError for two runs of the same setting and seed."""
-    by_data: dict[Hashable, dict[Hashable, _Group]] = {}
+    by_data: list[tuple[_Data, dict[Hashable, _Group]]] = []
     placed = all(f.place is not None for f in found) and len({tuple(f.place or ()) for f in found}) == 1
     for f in found:
         fields = fields_of(f.run.config)
         own = tuple((f.place or {}).values()) if placed else ()
-        groups = by_data.setdefault(data_of(f.run), {})
+        data = data_of(f.run)
+        groups = next((groups for known, groups in by_data if known.joined_by(data)), None)
+        if groups is None:
+            groups = {}
+            by_data.append((data, groups))
         groups.setdefault((own, json.dumps(fields, sort_keys=True)), _Group(fields)).found.append(f)
-    datasets = [list(groups.values()) for groups in by_data.values()]
+    datasets = [list(groups.values()) for _, groups in by_data]
     differing = varying([[g.fields for g in groups] for groups in datasets])
     axes = varying([[g.place for g in groups] for groups in datasets]) if placed else []
     names = _setting_names(datasets, differing, axes, placed)
@@ -91,14 +95,37 @@ def fields_of(config: Config) -> Fields:
     return {name: value for name, value in flat.items() if not _of(name, (*_SAME, *_NAMES, *_DATA))}
 
 
-def data_of(run: Run) -> str:
-    """What must be equal for figures to be comparable: base, text of every client and split, length of windows."""
+@dataclass
+class _Data:
+    """What must be equal for figures to be comparable.
+
+    measured: base, clients, test text, length of windows. learnt: split -> the text that is learnt from, of splits that
+    are used whole: a run that uses a share of it (data.train_share) is another setting on the same data.
+    """
+
+    measured: str
+    learnt: dict[Split, str]
+
+    def joined_by(self, other: _Data) -> bool:
+        """Whether the other's run belongs here; remembers what it says of the text."""
+        both = self.learnt.keys() & other.learnt.keys()
+        if self.measured != other.measured or any(self.learnt[s] != other.learnt[s] for s in both):
+            return False
+        self.learnt |= other.learnt
+        return True
+
+
+def data_of(run: Run) -> _Data:
+    """The text, base and windows of a run; from its config where env.json does not say."""
     config, environment = run.config, run.environment
-    return json.dumps([
-        environment.get("base_fingerprint", config.base.name),
-        environment.get("data", [c.model_dump(mode="json", include={"name", "text"}) for c in config.clients]),
-        config.data.distribution, config.data.sequence_length,
-    ], sort_keys=True)  # fmt: skip
+    texts = environment.get("data") or {
+        c.name: dict.fromkeys(SPLITS, c.model_dump(mode="json", include={"text"})) for c in config.clients
+    }
+    of = {split: json.dumps({name: own.get(split) for name, own in texts.items()}, sort_keys=True) for split in SPLITS}
+    fingerprint = environment.get("base_fingerprint", config.base.name)
+    measured = [fingerprint, of["test"], config.data.distribution, config.data.sequence_length]
+    whole: dict[Split, bool] = {"train": config.data.train_share == 1, "valid": config.data.valid_share == 1}
+    return _Data(json.dumps(measured), {split: of[split] for split, is_whole in whole.items() if is_whole})
 
 
 def taken_as_equal(runs: Iterable[Run]) -> dict[str, list[str]]:
