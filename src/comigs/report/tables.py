@@ -160,8 +160,13 @@ def settings(run: Run) -> tuple[tuple[str, str], ...]:
     """The settings people ask for first, as (name, value)."""
     c = run.config
     steps = f"{c.client.steps} a round, {c.client.steps * c.rounds} in all"
+    merge = run.summary.weights if run.summary else None
+    weights = (("weight of a client", merge),) if merge else ()
+    options = tuple((f"options.{name}", str(value)) for name, value in c.options.items())
     return (
         ("method", c.method),
+        *options,
+        *weights,
         ("base", c.base.name),
         ("rounds", str(c.rounds)),
         ("local steps", steps),
