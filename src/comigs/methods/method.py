@@ -70,7 +70,7 @@ class Method:
     shape(shape): which of a client's experts are generalists and which specialists, the budget kept as configured.
     trains(slot, round): the slot is trained in that round (from 1).
     aggregate(uploads by client, memory, facts) -> (downloads by client, memory).
-    mixing: "routed" by token; "uniform": the mean of all experts; "sum": one expert, whose LoRA is the sum of all.
+    mixing: "routed" by the router; "uniform": the mean of all experts; "sum": one expert, whose LoRA is their sum.
     schedule: "alternating" trains the router by itself, every `router_every` local steps (bi-level); "joint" trains
         it with the experts on train.
     penalty(tensors, anchor): added to the loss of local steps; anchor: the tensors as the round began.
