@@ -21,6 +21,7 @@ from transformers import (
 from comigs.bases import llama
 from comigs.bases.load import architecture_of
 from comigs.config import ExpertsSection
+from comigs.experts import activation, hidden
 from comigs.experts.attach import Attachment
 from comigs.slots import Slot
 from tests import naive
@@ -245,6 +246,53 @@ def test_every_known_model_family_equals_the_naive_mixture(model_type):
 
 def test_the_families_tested_are_all_there_are():
     assert set(CONFIGS) == {"gpt2", *llama.ARCHITECTURE.model_types}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_several_chunks_of_tokens_equal_the_naive_mixture(model_type, monkeypatch):
+    monkeypatch.setattr(hidden, "CHUNK", 5 * 64)  # 14 tokens in chunks of 5 or 13, of which the last is shorter
+    model = built(model_type)
+    assert_equals_naive(model, architecture_of(model), shape_of(1, 2), top_k=2, routed=True)
+
+
+@pytest.mark.parametrize(
+    ("length", "largest", "sizes"), [(14, 5, [5, 5, 4]), (12, 5, [4, 4, 4]), (3, 9, [3]), (2, 0, [1, 1])]
+)
+def test_even_slices(length, largest, sizes):
+    slices = hidden.even_slices(length, largest)
+    assert [s.stop - s.start for s in slices] == sizes
+    assert [i for s in slices for i in range(length)[s]] == list(range(length))
+
+
+@pytest.mark.parametrize("name", ["gelu", "relu", "gelu_10", "gelu_pytorch_tanh", "silu"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_any_activation_equals_the_naive_mixture(model_type, name):
+    """Most are not spelled out and go through autograd."""
+    config = copy.deepcopy(CONFIGS[model_type])
+    config.activation_function = config.hidden_act = name
+    torch.manual_seed(0)
+    model = randomised(AutoModelForCausalLM.from_config(config))
+    assert_equals_naive(model, architecture_of(model), shape_of(1, 1), top_k=2, routed=True)
+
+
+@pytest.mark.parametrize(
+    ("ours", "reference"),
+    [
+        (activation.GELU, lambda x: F.gelu(x, approximate="tanh")),
+        (activation.SILU, F.silu),
+        (activation.by_autograd(F.gelu), F.gelu),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+def test_activations_and_their_slopes(ours, reference, dtype, tolerance):
+    x = torch.cat([torch.linspace(-100, 100, 41), torch.linspace(-9, 9, 500)]).double().requires_grad_()
+    y = reference(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    value, both, our_slope = (x.detach().to(dtype).clone() for _ in range(3))
+    ours.value(value, torch.empty_like(value))
+    ours.value_and_slope(both, our_slope, torch.empty_like(both))
+    for found, expected in ((value, y), (both, y), (our_slope, slope)):
+        torch.testing.assert_close(found.double(), expected.detach(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("num_experts", "top_k", "tolerance"), [(1, 1, 1e-12), (3, 1, 1e-12), (3, 2, 1e-6)])

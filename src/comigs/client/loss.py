@@ -45,15 +45,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _sum_nats(logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype, to_gradient: bool) -> Tensor:
     """Sum of -log p(target), computed in `dtype`. to_gradient: the logits become its gradient, p - [is target]."""
     C, V = logits_CV.shape
-    total = torch.zeros((), dtype=dtype, device=logits_CV.device)
-    for rows in even_slices(C, BLOCK * torch.get_num_threads() // V if logits_CV.device.type == "cpu" else C):
-        p, target = logits_CV[rows].to(dtype), targets_C[rows, None]  # where that is their dtype, p is the logits
-        chosen, largest = p.gather(-1, target), p.amax(dim=-1, keepdim=True)
+    blocks = even_slices(C, BLOCK * torch.get_num_threads() // V if logits_CV.device.type == "cpu" else C)
+    buffer = logits_CV.new_empty(blocks[0].stop, V, dtype=dtype)
+    targets_C1 = targets_C[:, None]
+    chosen_C1 = logits_CV.gather(-1, targets_C1).to(dtype)
+    log_norm_C1 = torch.empty_like(chosen_C1)
+    for rows in blocks:
+        p = buffer[: rows.stop - rows.start].copy_(logits_CV[rows])
+        largest = p.amax(dim=-1, keepdim=True)
         norm = p.sub_(largest).exp_().sum(dim=-1, keepdim=True)
-        total += (norm.log() + largest - chosen).sum()
+        log_norm_C1[rows] = norm.log() + largest
         if to_gradient:
-            logits_CV[rows] = p.div_(norm).scatter_add_(-1, target, torch.full_like(norm, -1))
-    return total
+            logits_CV[rows] = p.div_(norm).scatter_add_(-1, targets_C1[rows], torch.full_like(norm, -1))
+    return (log_norm_C1 - chosen_C1).sum()
 
 
 def sum_cross_entropy(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from comigs.experts.activation import Activation
 
-CHUNK = 1 << 17  # numbers in a buffer, per CPU thread: as float32 512 KB, a quarter of a core's second cache
+CHUNK = 1 << 16  # numbers in a buffer, per CPU thread: as float32 256 KB, of which a core's second cache holds several
 CHUNK_ELSEWHERE = 1 << 24  # on other devices, where it bounds the memory alone
 
 
