@@ -87,7 +87,7 @@ def mixture(base: Base, experts: int, naive: bool = False) -> Callable[[Any, Any
     """Our own step with this many experts, two of them used per token."""
     if naive:
         Mixture.forward = naive_forward  # type: ignore[method-assign]
-    attachment = Attachment(base.model, base.architecture, ExpertsSection(top_k=min(2, experts)))
+    attachment = Attachment(base.model, base.architecture, ExpertsSection(top_k=min(2, experts), strength="each"))
     shape = ExpertShape(
         generalists=1, specialists=experts - 1, rank=RANK, specialist_rank=RANK, attention_rank=2 * RANK
     )

@@ -54,7 +54,7 @@ def random_tensors(
 
 
 def attach(model: Any, architecture: Architecture, top_k: int = 2, **settings: Any) -> Attachment:
-    return Attachment(model, architecture, ExpertsSection(top_k=top_k, **settings))
+    return Attachment(model, architecture, ExpertsSection(**{"top_k": top_k, "strength": "each", **settings}))
 
 
 def run_config(root: Path, names: str = "ada bob", entries: Mapping[str, Mapping[str, Any]] | None = None,

@@ -169,7 +169,7 @@ def test_experts_whose_sum_adapts_the_base_equal_one_expert_of_all_their_factors
     model = built(model_type)
     random = torch.Generator().manual_seed(5)
     embeddings, targets = torch.randn((2, 7, 16), generator=random), torch.randint(97, (2, 7), generator=random)
-    with Attachment(model, architecture_of(model), ExpertsSection(), summed=True) as attachment:
+    with Attachment(model, architecture_of(model), ExpertsSection(strength="each"), summed=True) as attachment:
         tensors = random_tensors(attachment, shape, routed=False)
         trained = {slot: t.clone().requires_grad_() for slot, t in tensors.items()}
         attachment.bind(trained)
@@ -362,3 +362,31 @@ def test_zero_experts_and_a_router_are_the_base_itself(base):
         tensors = random_tensors(attachment, shape_of(1, 2), routed=True)
         attachment.bind({slot: t.zero_() if slot.matrix == "B" else t for slot, t in copy_of(tensors).items()})
         torch.testing.assert_close(attachment.model(input_ids).logits, untouched, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "mixing"), [
+    (2, 2, "routed"), (3, 3, "routed"), (2, 1, "uniform"), (3, 2, "uniform"), (3, 1, "sum"), (1, 1, "uniform"),
+])  # fmt: skip
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_experts_that_share_the_weight_evenly_act_like_one_lora_of_all_their_ranks(
+    model_type, num_experts, top_k, mixing
+):
+    """Exact where the experts' hidden layers are equal (LoRA on `down` alone), and for a sum everywhere."""
+    model, rank = built(model_type), 3
+    tokens = torch.randint(97, (2, 7), generator=torch.Generator().manual_seed(0))
+    settings = ExpertsSection(top_k=top_k, strength="together")
+    with Attachment(model, architecture_of(model), settings, summed=mixing == "sum") as attachment:
+        many = random_tensors(attachment, shape_of(num_experts, 0, rank), routed=mixing == "routed")
+        for slot, tensor in many.items():
+            if slot.role == "router" or (mixing != "sum" and slot.matrix == "B" and slot.site in ("up", "gate")):
+                tensor.zero_()
+        attachment.bind(many)
+        logits = model(tokens).logits
+        one = {s: t for s, t in many.items() if s.role == "attention"}
+        for slot in (s for s in many if s.part == "g0"):
+            factors = [many[Slot(slot.layer, slot.site, f"g{e}", slot.matrix)] for e in range(num_experts)]
+            one[slot] = torch.cat(factors, dim=0 if slot.matrix == "A" else 1)
+        attachment.bind(one)
+        torch.testing.assert_close(logits, model(tokens).logits, rtol=0, atol=1e-5)
+        attachment.bind({})
+        assert (logits - model(tokens).logits).abs().max() > 1e-3

@@ -273,7 +273,7 @@ TRACE = {
 @pytest.mark.parametrize("method", TRACE)
 def test_losses_at_a_fixed_seed_stay_what_they_were(tmp_path, method):
     as_published = {"server_step": "mean", "adopt": "all"} if method == "comigs" else {}
-    experts = {"rank": 2, "specialists": 2}
+    experts = {"rank": 2, "specialists": 2, "strength": "each"}
     engine = start_engine(run_config(tmp_path, method=method, experts=experts, options=as_published))
     losses = {"ada": [], "bob": []}
     downloads, memory = {}, {}

@@ -82,6 +82,11 @@ class ExpertsSection(Section):
     share_attention: bool = Field(True, description="false: attention LoRA stays home (the all-specialist setting)")
     alpha: float = Field(16.0, gt=0, description="LoRA alpha")
     scaling: Literal["rslora", "lora"] = Field("rslora", description="alpha / sqrt(rank) or alpha / rank")
+    strength: Literal["together", "each"] = Field(
+        "together",
+        description='"each": every expert has that scale, as in the paper; "together": it is corrected so that experts '
+        "that share a token's weight act like one LoRA of all their ranks",
+    )
     top_k: int = Field(
         2, ge=1, description="experts used per token; a client with one expert has no router and no choice"
     )

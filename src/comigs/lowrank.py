@@ -21,6 +21,15 @@ def scaling(alpha: float, rank: int, kind: Scaling = "rslora") -> float:
     return alpha / math.sqrt(rank) if kind == "rslora" else alpha / rank
 
 
+def joint_strength(count: int, summed: bool) -> float:
+    """The factor that makes `count` experts of rank R act like one LoRA of rank count * R under rsLoRA.
+
+    Each would have alpha / sqrt(R), the one LoRA alpha / sqrt(count R). Their mean (weights 1 / count) is weaker than
+    it by sqrt(count), for independent updates of equal size, and their sum as much stronger.
+    """
+    return 1 / math.sqrt(count) if summed else math.sqrt(count)
+
+
 def delta(A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
     """The weight update (out, in) that the pair stands for."""
     return scale * (B_OR @ A_RI)

@@ -61,7 +61,7 @@ def slots(tensors: dict[str, Tensor], prefix: str = "") -> dict[Slot, Tensor]:
 
 
 def attached(tensors: dict[str, Tensor], top_k: int, dtype: torch.dtype = torch.float32) -> Attachment:
-    return Attachment(base_model(tensors).to(dtype), ARCHITECTURE, ExpertsSection(top_k=top_k))
+    return Attachment(base_model(tensors).to(dtype), ARCHITECTURE, ExpertsSection(top_k=top_k, strength="each"))
 
 
 def config_of(metadata: dict[str, str]) -> dict[str, Any]:

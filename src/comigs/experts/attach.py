@@ -81,11 +81,13 @@ class Attachment:
         )
         sites = list(self.architecture.mlp_linears())
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
+            router = tensors.get(Slot(layer, "mlp", "router", "W"))
+            strength = self._strength(len(parts), routed=router is not None)
             experts = [
                 Expert(
                     {site: tensors[Slot(layer, site, part, "A")] for site in sites},
                     {site: tensors[Slot(layer, site, part, "B")] for site in sites},
-                    self._scale(tensors[Slot(layer, sites[0], part, "A")]),
+                    strength * self._scale(tensors[Slot(layer, sites[0], part, "A")]),
                 )
                 for part in parts
             ]
@@ -96,7 +98,7 @@ class Attachment:
                 site: tensors[slot] for site in sites if (slot := Slot(layer, site, "merged", "W")) in tensors
             }
             mixture.routed_by = self.settings.routing
-            mixture.W_ED = tensors.get(Slot(layer, "mlp", "router", "W"))
+            mixture.W_ED = router
             mixture.top_k = self.settings.top_k
             mixture.routing = None
             for site, lora in adapted.items():
@@ -107,6 +109,11 @@ class Attachment:
                 lora.merged = tensors.get(Slot(layer, site, "merged", "W"))
                 if lora.A is not None:
                     lora.scale = self._scale(lora.A)
+
+    def _strength(self, num_experts: int, routed: bool) -> float:
+        sharing = min(self.settings.top_k, num_experts) if routed else num_experts
+        together = self.settings.strength == "together" and sharing > 1
+        return lowrank.joint_strength(sharing, self.summed) if together else 1.0
 
     def _scale(self, A_RI: Tensor) -> float:
         return lowrank.scaling(self.settings.alpha, A_RI.shape[0], self.settings.scaling)
