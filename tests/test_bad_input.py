@@ -187,10 +187,10 @@ def test_a_loss_that_goes_wrong_later_keeps_the_last_good_round(config, capsys):
 
     draw = Client._draw
 
-    def drift_off(client, split, number):
-        if client.name == "bob" and split == "train" and number == 3:
+    def drift_off(client, level, number):
+        if client.name == "bob" and level == "experts" and number == 3:
             client.trainee.tensors[next(iter(client.trainee.tensors))].fill_(float("inf"))
-        return draw(client, split, number)
+        return draw(client, level, number)
 
     with patch.object(Client, "_draw", drift_off):
         line = refused(capsys, "run", config)

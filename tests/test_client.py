@@ -204,7 +204,7 @@ def test_no_upload_has_a_byte_of_specialists_routers_or_text(tmp_path):
         for name, client in engine.clients.items():
             raw, private = bytes_of(replies[name].upload), private_windows(client.trainee.tensors)
             assert leaks(raw, private) == []
-            assert not any(part in raw for part in (b"s0", b"s1", b"router"))
+            assert not any(name in raw for name in (b".s0.", b".s1.", b".router."))  # two letters alone may be a number
             for other, owner in engine.clients.items():
                 assert not texts_of(tmp_path, other) & windows_of(raw, 24)
                 for store in (*owner.data.train, *owner.data.valid, *owner.data.test):  # nor of the text as tokens
