@@ -17,7 +17,7 @@ FLOORS = [
     {"client"},
     {"engines", "report", "personal"},
     {"budget"},
-    {"api", "console", "sweep"},
+    {"api", "console", "federation", "sweep"},
     {"__init__"},  # the front door; opens what is below when it is asked for
     {"cli"},
 ]
