@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check bench docs
+.PHONY: demo federation test test-all check bench docs
 .DEFAULT_GOAL := demo
 
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -13,6 +13,9 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 
 demo: $(BIN)/.ready  ## train four clients on the bundled text and write a report (about two minutes)
 	$(BIN)/comigs run configs/quickstart.toml
+
+federation: $(BIN)/.ready  ## the same over a network: a server and four devices, all on this machine (about four minutes)
+	$(BIN)/python scripts/federation_demo.py
 
 test: $(BIN)/.ready  ## everything but the slow tests
 	$(BIN)/python -m pytest -m 'not slow and not gpu'

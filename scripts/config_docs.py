@@ -1,4 +1,4 @@
-"""Write docs/config.md from the descriptions in comigs/config.py: `make docs`."""
+"""Write docs/config.md from the descriptions in comigs/config: `make docs`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 INTRO = """# The config
 
-Made from `src/comigs/config.py` by `make docs`; do not edit. A run is one TOML file; `configs/quickstart.toml` is a
+Made from `src/comigs/config` by `make docs`; do not edit. A run is one TOML file; `configs/quickstart.toml` is a
 short one. What is not in the file has its default, and the resolved config is written into the run. Unknown keys are
 refused. A default of "none" cannot be written in TOML: leave the key out. On the command line:
 `--set client.steps=20`, `--set clients.fr.rank=4`.

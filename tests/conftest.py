@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from torch import Tensor
 
 from comigs.bases.base import Architecture
 from comigs.bases.load import Base, load_base
+from comigs.client.client import Client
 from comigs.config import BaseSection, Config, ExpertShape, ExpertsSection, parse_config
 from comigs.data.prepare import prepare
 from comigs.engines.in_process import InProcess
 from comigs.experts.attach import Attachment
 from comigs.methods.method import load_method
+from comigs.record import RunFolder
 from comigs.slots import Slot
 
 torch.set_num_threads(1)  # the numbers some tests hold were made with one thread
@@ -72,6 +76,8 @@ def run_config(root: Path, names: str = "ada bob", entries: Mapping[str, Mapping
         "experts": {"rank": 2},
         "client": {"steps": 2, "batch_size": 4, "router_every": 2, "router_steps": 2, "lr": 5e-3},
         "evaluation": {"batch_size": 8},
+        "participation": {},
+        "upload": {},
         "options": {},
     }
     plain = {key: value for key, value in tree.items() if not isinstance(value, dict)}
@@ -80,10 +86,24 @@ def run_config(root: Path, names: str = "ada bob", entries: Mapping[str, Mapping
     return parse_config({"rounds": 2, **merged, **plain, "clients": clients})
 
 
-def start_engine(config: Config) -> InProcess:
-    """All clients of a run, ready for the first exchange."""
-    base = load_base(config.base)
-    return InProcess(config, load_method(config), base, prepare(config, base.encoder), lambda event: None)
+@dataclass(frozen=True)
+class Started:
+    """An engine ready for the first exchange, and all its clients in memory, to look at and to change."""
+
+    engine: InProcess
+    clients: dict[str, Client]
+    attachment: Attachment
+    trainers: set[str]
+
+
+def start_engine(config: Config) -> Started:
+    """Everything that a run of this config has, in a new run folder beside the text."""
+    path = next(p for n in count() if not (p := config.data.root / f"started-{n}").exists())
+    base, folder = load_base(config.base), RunFolder.create(path, config, {})
+    data = prepare(config, base.encoder)
+    engine = InProcess(config, load_method(config), base, data, folder, lambda event: None)
+    clients = {client.name: engine.client(client.name) for client in config.clients}
+    return Started(engine, clients, engine.attachment, engine.trainers)
 
 
 def copy_of(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:

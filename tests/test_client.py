@@ -10,14 +10,14 @@ import safetensors.torch
 import torch
 
 from comigs import api
+from comigs.client.client import Client
 from comigs.client.steps import NonFiniteLoss
-from comigs.engines.rounds import Task
 from comigs.errors import UserError
 from comigs.slots import Slot
 from tests.conftest import WORDS, bits, copy_of, run_config, same, start_engine
+from tests.test_idle_clients import exchange
 
 QUIET = lambda level, nats: None  # noqa: E731
-TRAIN_ONLY = {"train": True, "evaluate": (), "evaluate_base": ()}
 
 
 def client_of(root, name="ada", **tree):
@@ -97,6 +97,33 @@ def test_a_client_goes_on_from_its_saved_state_to_the_bit(tmp_path, shape):
         for part in ("experts", "optimizer"):
             assert same(client.state()[part], resumed.state()[part])
     assert client.trainee.local_steps == resumed.trainee.local_steps == 6
+
+
+@pytest.mark.parametrize("built", ["at its start", "trained before", "with the state"])
+def test_a_client_is_exactly_what_was_saved_whatever_it_was_before(tmp_path, built):
+    """Moments of tensors that the saved state never stepped are gone too."""
+    config = run_config(tmp_path, client={"steps": 1, "batch_size": 4, "router_every": 2, "router_steps": 1})
+    engine = start_engine(config).engine
+    client = engine.client("ada")
+    client.train(1, QUIET)  # no router step yet
+    state = saved(client)
+    assert not any("router" in name for name in state["optimizer"] if name != "router_steps")
+    if built == "with the state":
+        other = Client("ada", config, client.method, client.base, client.attachment, client.data, state)
+    else:
+        other = engine.client("ada")
+        for round in (1, 2, 3) if built == "trained before" else ():
+            other.train(round, QUIET)
+        other.load_state(state)
+    for part in ("experts", "optimizer"):
+        assert same(state[part], other.state()[part])
+    for tensors in state.values():
+        for tensor in tensors.values():
+            tensor.zero_()  # it has its own
+    assert same(saved(client)["experts"], other.state()["experts"])
+    logs = [c.train(2, QUIET) for c in (client, other)]
+    assert logs[0] == replace(logs[1], share_sum_LE=logs[0].share_sum_LE)
+    assert all(same(client.state()[part], other.state()[part]) for part in ("experts", "optimizer"))
 
 
 def test_a_saved_state_holds_every_tensor_and_every_moment(tmp_path):
@@ -198,20 +225,22 @@ MANY_STEPS = {"steps": 4, "batch_size": 4, "router_every": 2, "router_steps": 2,
 
 def test_no_upload_has_a_byte_of_specialists_routers_or_text(tmp_path):
     config = run_config(tmp_path, "ada bob", client=MANY_STEPS, experts={"rank": 2, "specialists": 2})
-    engine = start_engine(config)
+    engine = start_engine(config).engine
     for round in (1, 2):
-        replies = engine.exchange(Task(round=round, **TRAIN_ONLY), {})
-        for name, client in engine.clients.items():
+        replies = exchange(engine, round)
+        clients = {name: engine.client(name, staged=True) for name in replies}
+        for name, client in clients.items():
             raw, private = bytes_of(replies[name].upload), private_windows(client.trainee.tensors)
             assert leaks(raw, private) == []
             assert not any(name in raw for name in (b".s0.", b".s1.", b".router."))  # two letters alone may be a number
-            for other, owner in engine.clients.items():
+            for other, owner in clients.items():
                 assert not texts_of(tmp_path, other) & windows_of(raw, 24)
                 for store in (*owner.data.train, *owner.data.valid, *owner.data.test):  # nor of the text as tokens
                     assert not windows_of(store.tokens.tobytes(), 24) & windows_of(raw, 24)
             # the same look does find them where they are
             assert leaks(bytes_of(client.trainee.tensors), private) == sorted(private)
             assert leaks(raw, {"shared": windows_of(raw[-64:], 16)}) == ["shared"]
+        engine.folder.commit(round, [], [])
 
 
 def test_the_servers_folder_has_no_byte_of_specialists_routers_or_text(tmp_path):

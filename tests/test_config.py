@@ -23,9 +23,13 @@ FULL = {
     "client": {"steps": 1, "batch_size": 2, "micro_batch_size": 1, "lr": 1e-3, "router_lr": 0.5, "betas": [0.1, 0.2],
                "leaky_gradients": True},
     "evaluation": {"every": 0, "splits": ["train", "valid"], "batch_size": 1},
+    "participation": {"clients_per_round": 2, "min_clients": 2, "deadline": 60.5, "late": "discount",
+                      "late_discount": 0.25, "max_failures": 1},
+    "upload": {"format": "int8", "merge": "trimmed", "trim": 0.1, "max_norm": 5, "max_norm_ratio": 2.5},
     "clients": [
-        {"name": "ann", "text": 'folder:"quoted"\\é', "specialists": 1, "rank": 2, "specialist_rank": 1},
-        {"name": "b-o.b_2", "text": {"train": "a", "valid": "b", "test": "c"}},
+        {"name": "ann", "text": 'folder:"quoted"\\é', "specialists": 1, "rank": 2, "specialist_rank": 1, "weight": 1},
+        {"name": "b-o.b_2", "text": {"train": "a", "valid": "b", "test": "c"}, "weight": 2.5},
+        {"name": "away", "weight": 0.5},
     ],
 }  # fmt: skip
 
@@ -67,7 +71,8 @@ def test_every_field_says_what_it_is(section):
 
 
 def test_every_section_is_known():
-    assert set(Config.model_fields) & set(SECTIONS) == {"base", "data", "experts", "client", "evaluation", "clients"}
+    named = {"base", "data", "experts", "client", "evaluation", "participation", "upload", "clients"}
+    assert set(Config.model_fields) & set(SECTIONS) == named
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -127,7 +132,7 @@ def test_later_overrides_win(tmp_path):
 
 def test_shapes_of_clients_that_differ():
     config = parse_config(FULL | {"experts": {"rank": 4, "specialists": 3, "top_k": 1}})
-    ann, bob = (config.shape_of(c) for c in config.clients)
+    ann, bob, _ = (config.shape_of(c) for c in config.clients)
     assert (ann.specialists, ann.rank, ann.specialist_rank, ann.attention_rank) == (1, 2, 1, 4)
     assert (bob.specialists, bob.rank, bob.specialist_rank, bob.num_experts) == (3, 4, 4, 4)
 
@@ -159,4 +164,4 @@ def test_the_page_is_up_to_date():
     spec.loader.exec_module(docs)
     assert docs.PAGE.read_text(encoding="utf-8") == docs.page(), "run: make docs"
     rows = re.findall(r"^\| `(\w+)` \|", docs.page(), re.MULTILINE)
-    assert len(rows) == sum(len(s.model_fields) for s in SECTIONS.values()) - 6  # the sections themselves
+    assert len(rows) == sum(len(s.model_fields) for s in SECTIONS.values()) - 8  # the sections themselves

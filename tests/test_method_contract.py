@@ -10,9 +10,13 @@ import safetensors.torch
 import torch
 
 from comigs import api
+from comigs.bases.load import load_base
 from comigs.client.client import PRIVATE
-from comigs.engines.rounds import pack_server, unpack_server
+from comigs.config import parse_config
+from comigs.engines.check import check_upload, expected_upload, shapes_of_clients
+from comigs.engines.waiting import next_downloads, pack_server, unpack_server
 from comigs.errors import Stopped, UserError
+from comigs.experts.attach import Attachment
 from comigs.methods.method import Facts, list_methods, load_method
 from comigs.slots import Slot
 from tests.conftest import copy_of, run_config, same, start_engine
@@ -105,6 +109,41 @@ def test_an_upload_holds_what_the_method_shares_and_nothing_private(setting):
         shared = {slot for slot in client.trainee.tensors if setting.method.shares(slot)}
         assert set(upload) == {slot for slot in shared if setting.method.trains(slot, 1)}
         assert not [slot for slot in upload if slot.role in PRIVATE]
+
+
+@pytest.mark.parametrize("round", [1, 2])
+def test_an_upload_is_what_the_server_expects(setting, round):
+    """Slots and shapes, known from the config and the base's linears alone."""
+    shapes = setting.engine.engine.shapes
+    for name in setting.engine.trainers:
+        upload = setting.clients[name].send(round)
+        assert check_upload(upload, expected_upload(setting.method, shapes[name], round)) is None
+        for slot in list(upload)[:1]:
+            del upload[slot]
+            assert check_upload(upload, expected_upload(setting.method, shapes[name], round)) == f"missing: {slot}"
+
+
+def test_clients_that_sent_nothing_cost_the_server_a_number_each(name):
+    """They share one download, so that a thousand idle clients are no more than one."""
+    entries = [{"name": f"c{n}", "text": "x", "weight": n + 1} for n in range(40)]
+    config = parse_config({"clients": entries, "method": name, "base": {"name": "tiny-gpt2"}})
+    method, base = load_method(config), load_base(config.base)
+    with Attachment(base.model, base.architecture, config.experts) as attachment:
+        shapes = shapes_of_clients(config, method, attachment)
+    assert len({id(s) for s in shapes.values()}) == 1
+    senders, names = ("c0", "c7", "c30"), tuple(shapes)
+    random = torch.Generator().manual_seed(0)
+    uploads = {
+        n: {s: torch.randn(d, generator=random) for s, d in expected_upload(method, shapes[n], 1).items()}
+        for n in (senders[:1] if method.pooled else senders)
+    }
+    nats = {r: dict.fromkeys(uploads, 1.0) for r in uploads if method.reads_peers}
+    downloads, memory = method.aggregate(uploads, {}, Facts(names, dict.fromkeys(uploads, 1.0), nats))
+    waiting = next_downloads(downloads, downloads, delivered=senders)
+    assert len({id(waiting[n]) for n in waiting if n not in senders}) <= 1
+    packed = pack_server(waiting, memory)
+    few = pack_server({n: waiting[n] for n in (*senders, "c1") if n in waiting}, memory)
+    assert packed.keys() == few.keys()
 
 
 def test_a_download_touches_what_the_method_receives_and_nothing_private(setting):

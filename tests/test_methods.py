@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
+from comigs.config import UploadSection
 from comigs.errors import UserError
-from comigs.methods.method import Facts, list_methods, load_method, mean_of_uploads
+from comigs.methods.method import Facts, list_methods, load_method, mean, mean_of_uploads
 from comigs.slots import Slot
 from tests.conftest import bits, run_config, start_engine
 
@@ -49,6 +51,83 @@ def test_the_mean_does_not_depend_on_the_order_of_clients():
     downloads, _ = mean_of_uploads(uploads, {}, Facts(tuple(uploads)))
     backwards, _ = mean_of_uploads(dict(reversed(uploads.items())), {}, Facts(tuple(uploads)))
     assert all(bits(downloads["c0"][slot]) == bits(backwards["c0"][slot]) for slot in (A, B))
+
+
+@pytest.mark.parametrize("num_clients", [1, 2, 3, 4, 7, 8])
+def test_the_median_is_numpys(num_clients):
+    uploads = uploads_of(num_clients)
+    median = mean(uploads.values(), "median")
+    for slot in (A, B):
+        expected = np.median([u[slot].numpy().astype(np.float64) for u in uploads.values()], axis=0)
+        np.testing.assert_array_equal(median[slot].numpy(), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("num_clients", "trim", "cut"), [(1, 0.4, 0), (3, 0.25, 0), (4, 0.25, 1), (8, 0.25, 2), (7, 0.3, 2), (5, 0, 0)]
+)
+def test_the_trimmed_mean_is_the_mean_without_the_largest_and_smallest(num_clients, trim, cut):
+    uploads = uploads_of(num_clients)
+    trimmed = mean(uploads.values(), "trimmed", trim)
+    for slot in (A, B):
+        values = np.sort([u[slot].numpy().astype(np.float64) for u in uploads.values()], axis=0)
+        expected = np.mean(values[cut : num_clients - cut], axis=0)
+        np.testing.assert_array_equal(trimmed[slot].numpy(), expected.astype(np.float32))
+
+
+def test_one_upload_is_looked_at_after_the_other():
+    """Whatever is kept of an upload is in the sum: they may come from the disk one by one."""
+    uploads, alive = uploads_of(9), []
+
+    def one_by_one():
+        for upload in uploads.values():
+            copy = {slot: tensor.clone() for slot, tensor in upload.items()}
+            alive.append([weakref.ref(tensor) for tensor in copy.values()])
+            yield copy
+            del copy
+            assert sum(ref() is not None for refs in alive[:-1] for ref in refs) == 0
+
+    result, whole = mean(one_by_one()), mean(uploads.values())
+    assert all(bits(result[slot]) == bits(whole[slot]) for slot in (A, B))
+
+
+def test_uploads_of_other_slots_are_never_averaged():
+    uploads = uploads_of(2)
+    with pytest.raises(AssertionError, match="clients share different slots"):
+        mean([uploads["c0"], {A: uploads["c1"][A]}])
+
+
+ROBUST = ["comigs", "fdlora", "fedalt", "fedavg", "fedprox", "fedsa-lora", "ffa-lora", "local", "pfedmoe", "rolora"]
+
+
+@pytest.mark.parametrize("how", ["trimmed", "median"])
+@pytest.mark.parametrize("name", list_methods())
+def test_who_averages_can_do_so_robustly_and_who_does_not_refuses_before_anything_runs(tmp_path, name, how):
+    config = run_config(tmp_path, method=name, upload={"merge": how})
+    if name not in ROBUST:
+        with pytest.raises(UserError, match=f'^upload.merge: given "{how}", but {name} merges in its own way'):
+            load_method(config)
+        return
+    method, names = load_method(config), NAMES[:6]
+    shared = [s for s in (A, Slot(0, "up", "g1", "A"), Slot(0, "q", "attention", "A")) if method.shares(s)]
+    random = torch.Generator().manual_seed(0)
+    uploads = {n: {slot: torch.randn(3, 4, generator=random) for slot in shared} for n in names}
+    uploads["c5"] = {slot: t * 1e6 for slot, t in uploads["c5"].items()}  # a liar
+    downloads, _ = method.aggregate(uploads, {}, Facts(names, upload=config.upload))
+    received = [t for download in downloads.values() for t in download.values()]
+    assert all(float(t.abs().max()) < 10 for t in received) and bool(received) == bool(shared)
+
+
+@pytest.mark.parametrize("how", ["trimmed", "median"])
+def test_a_full_step_is_as_long_as_the_steps_that_count(tmp_path, how):
+    """One of 1e6 times the length changes neither direction nor length by more than another client would."""
+    method = load_method(run_config(tmp_path, upload={"merge": how}))
+    facts = Facts(NAMES[:5], upload=UploadSection(merge=how))
+    last, random = torch.zeros(6, 7), torch.Generator().manual_seed(0)
+    steps = {n: torch.randn(6, 7, generator=random) for n in NAMES[:5]}
+    steps["c4"] *= 1e6
+    downloads, _ = method.aggregate({n: {A: last + s} for n, s in steps.items()}, {f"last/{A}": last}, facts)
+    usual = np.median([float(step.norm()) for step in steps.values()])
+    assert float(downloads["c0"][A].norm()) == pytest.approx(usual, rel=0.2)
 
 
 def roles_shared(config):

@@ -16,7 +16,8 @@ import torch
 from comigs import api
 from comigs.client.client import Client
 from comigs.client.draw import probe_windows
-from comigs.engines.rounds import Task, drift
+from comigs.engines.rounds import Task
+from comigs.engines.traffic import drift
 from comigs.errors import Stopped, UserError
 from comigs.methods import fdlora, hetlora, pcl
 from comigs.methods.method import Facts, list_methods, load_method
@@ -82,12 +83,16 @@ def changes(client, scaling="rslora"):
     return dict(total)
 
 
+def probed(engine, uploads, round):
+    return {name: client.probe(uploads, round) for name, client in engine.clients.items()}
+
+
 def exchange(engine, round=1, memory=None, missing=()):
     """What a round does after training: send, merge, receive. Returns downloads and memory."""
     clients = {name: client for name, client in engine.clients.items() if name not in missing}
     uploads = {name: client.send(round) for name, client in clients.items()}
     method = next(iter(clients.values())).method
-    nats = engine.probe(uploads, round) if method.reads_peers else {}
+    nats = probed(engine, uploads, round) if method.reads_peers else {}
     facts = Facts(tuple(engine.clients), {n: TOKENS[n] for n in uploads}, nats)
     downloads, memory = method.aggregate(uploads, memory or {}, facts)
     for name, client in clients.items():
@@ -180,7 +185,7 @@ def test_flexlora_gives_each_client_numpys_svd_of_the_mean_weighted_by_train_tok
 
 def test_the_server_is_told_how_many_tokens_each_client_trains_on(tmp_path):
     engine = engine_of(tmp_path, "flexlora")
-    replies = engine.exchange(Task(1, True, (), ()), {})
+    replies = engine.engine.exchange(dict.fromkeys(NAMES, Task(1, True, (), ())), {}).replies
     for name, reply in replies.items():
         assert reply.train_tokens == sum(len(store.tokens) for store in engine.clients[name].data.train)
     assert len({reply.train_tokens for reply in replies.values()}) > 1
@@ -358,8 +363,8 @@ def test_pcl_measures_each_model_whole_on_the_readers_valid(tmp_path):
             tensor.mul_(0.1)
     uploads = {name: client.send(1) for name, client in engine.clients.items()}
     before = {name: copy_of(client.trainee.tensors) for name, client in engine.clients.items()}
-    nats = engine.probe(uploads, 1)
-    assert nats == engine.probe(uploads, 1) and nats != engine.probe(uploads, 2)  # a sample for each round
+    nats = probed(engine, uploads, 1)
+    assert nats == probed(engine, uploads, 1) and nats != probed(engine, uploads, 2)  # a sample for each round
     for reader, client in engine.clients.items():
         ((inputs, targets),) = probe_windows(config, reader, client.data, 1, 3)
         assert inputs.shape == (3, config.data.sequence_length)

@@ -12,7 +12,8 @@ import torch
 from comigs.bases.load import load_base
 from comigs.data.prepare import prepare
 from comigs.engines.in_process import InProcess
-from comigs.engines.rounds import next_downloads, run_rounds
+from comigs.engines.rounds import Answers, run_rounds
+from comigs.engines.waiting import next_downloads, unpack_server
 from comigs.methods.method import list_methods, load_method
 from comigs.record import RunFolder
 from comigs.slots import Slot
@@ -31,34 +32,26 @@ ABSENCES = {  # round -> who is gone; the fifth exchange delivers the last downl
 
 
 class Losing(InProcess):
-    """An engine that does not reach some clients in some rounds."""
+    """An engine that does not reach some clients in some rounds; once: they are back when they are asked again."""
 
-    gone: dict[int, set[str]]
+    def __init__(self, config, folder, gone, stop_in=None, once=False):
+        base, self.gone, self.stop_in, self.once, self.asked = load_base(config.base), gone, stop_in, once, set()
+        data = prepare(config, base.encoder)
+        super().__init__(config, load_method(config), base, data, folder, lambda event: None)
 
-    def __init__(self, config, gone, stop_in=None):
-        base, self.gone, self.stop_in = load_base(config.base), gone, stop_in
-        super().__init__(config, load_method(config), base, prepare(config, base.encoder), lambda event: None)
-
-    def exchange(self, task, downloads):
-        if task.round == self.stop_in:
+    def exchange(self, tasks, downloads):
+        (round,) = {task.round for task in tasks.values()}
+        if round == self.stop_in:
             raise KeyboardInterrupt
-        return self.reaching(task.round, super().exchange, task, downloads)
-
-    def probe(self, uploads, round):
-        return self.reaching(round, super().probe, uploads, round)
-
-    def reaching(self, round, do, *arguments):
-        everyone = self.clients
-        self.clients = {name: client for name, client in everyone.items() if name not in self.gone.get(round, ())}
-        try:
-            return do(*arguments)
-        finally:
-            self.clients = everyone
+        away = set() if self.once and round in self.asked else self.gone.get(round, set())
+        self.asked.add(round)
+        reached = {name: task for name, task in tasks.items() if name not in away}
+        return Answers(super().exchange(reached, downloads).replies, dict.fromkeys(away & tasks.keys(), "gone"))
 
 
-def run(config, path, gone, watch=None, stop_in=None):
+def run(config, path, gone, watch=None, **losing):
     """A run over the engine above. watch(uploads, memory): called before each merge."""
-    engine, method = Losing(config, gone, stop_in), load_method(config)
+    method = load_method(config)
     if watch is not None:
         merge = method.aggregate
 
@@ -69,7 +62,7 @@ def run(config, path, gone, watch=None, stop_in=None):
         method = replace(method, aggregate=watched)
     folder = RunFolder.open(path) if path.exists() else RunFolder.create(path, config, {})
     with folder:
-        run_rounds(config, method, engine, folder, lambda event: None)
+        run_rounds(config, method, Losing(config, folder, gone, **losing), folder, lambda event: None)
     return folder
 
 
@@ -108,6 +101,20 @@ def test_who_was_not_reached_gets_the_newest_of_every_slot():
     assert waiting["bob"].keys() == {A, B} and merged["bob"].keys() == {A, ATTENTION}  # neither is changed
 
 
+def test_what_many_wait_for_is_one_object_however_many_there_are():
+    many = [f"c{n}" for n in range(100)]
+    missed, older = {A: tensors(1), B: tensors(1)}, {A: tensors(0), ATTENTION: tensors(0)}
+    waiting = dict.fromkeys(many[:50], missed) | dict.fromkeys(many[50:], older)
+    new = {A: tensors(2), B: tensors(2)}
+    given = next_downloads(waiting, dict.fromkeys(many, new), delivered={"c0"})
+    assert all(given[name] is new for name in many[:50])  # nothing of what they missed is left
+    assert len({id(given[name]) for name in many[50:]}) == 1 and given["c99"].keys() == {A, B, ATTENTION}
+    newest = {A: tensors(3)}
+    turn = next_downloads(given, dict.fromkeys(many, newest), delivered=())
+    assert len({id(download) for download in turn.values()}) == 2
+    assert len({id(t) for download in turn.values() for t in download.values()}) == 3
+
+
 def test_updates_wait_in_line_and_add_up():
     random = np.random.default_rng(0)
     line = [{UPDATE_A: torch.from_numpy(random.normal(size=(r, 5))),
@@ -126,13 +133,19 @@ def test_updates_wait_in_line_and_add_up():
 
 @pytest.mark.parametrize("method", list_methods())
 def test_a_run_goes_on_without_those_who_are_gone(tmp_path, method):
-    """One, two or all of them: each client trains in the rounds in which it was reached, and no more."""
+    """One, two or all of them: each client trains in the rounds in which it was reached, and no more.
+
+    Where all are gone the round is asked again; the text of all in one place has one client whose upload matters.
+    """
     gone = {1: {"cyd"}, 2: set(NAMES), 3: {"ada", "bob"}}
     config = config_of(tmp_path, method, rounds=3, client={"steps": 1, "batch_size": 2})
-    folder = run(config, tmp_path / "run", gone)
+    folder = run(config, tmp_path / "run", gone, once=True)
     trained = [(x["client"], x["round"]) for x in folder.metrics() if x["kind"] == "train"]
     trains = NAMES[:1] if method == "centralized" else NAMES
-    assert sorted(trained) == [(n, r) for n in trains for r in (1, 2, 3) if n not in gone[r]]
+    back = {r for r in gone if gone[r] >= set(trains)}
+    assert sorted(trained) == [(n, r) for n in trains for r in (1, 2, 3) if n not in gone[r] or r in back]
+    absent = {(x["client"], x["round"]) for x in folder.metrics() if x["kind"] == "absent"}
+    assert absent == {(n, r) for r in gone if r not in back for n in gone[r]}
     for mine in personal(folder).values():
         assert all(bool(t.isfinite().all()) for t in mine.values())
 
@@ -181,8 +194,8 @@ def test_a_run_stopped_while_a_download_waits_and_gone_on_with_equals_one_never_
     whole = run(config, tmp_path / "whole", gone)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "stopped", gone, stop_in=3)
-    packed = RunFolder.open(tmp_path / "stopped").load("server/round-0002.state")
-    assert {name for name in packed if name.startswith("client/")} == {f"client/{name}" for name in NAMES}
+    packed = RunFolder.open(tmp_path / "stopped").load("server/state")
+    assert unpack_server(packed)[0].keys() == set(NAMES)
     run(config, tmp_path / "stopped", gone)
     wanted, given = personal(whole), personal(RunFolder.open(tmp_path / "stopped"))
     assert all(same(wanted[name], given[name]) for name in NAMES)
@@ -191,6 +204,7 @@ def test_a_run_stopped_while_a_download_waits_and_gone_on_with_equals_one_never_
 
 def test_nobody_notices_that_another_is_gone_where_nothing_is_shared(tmp_path):
     config = config_of(tmp_path, "local", rounds=2)
-    one, whole = (personal(run(config, tmp_path / n, gone)) for n, gone in (("one", {1: {"bob"}}), ("whole", {})))
+    gone = {"one": {1: {"bob"}}, "whole": {}}
+    one, whole = (personal(run(config, tmp_path / name, gone[name])) for name in gone)
     assert same(one["ada"], whole["ada"]) and same(one["cyd"], whole["cyd"])
     assert not same(one["bob"], whole["bob"])  # it is a round behind

@@ -96,10 +96,29 @@ def test_a_model_of_a_run_under_way(tmp_path):
         api.run(config, tmp_path / "run", report=stop)
     folder = api.open_run(tmp_path / "run")
     with closing(api.open_personal_model(tmp_path / "run", "ann")) as model:
-        saved = folder.load("clients/ann/round-0001.experts")
+        saved = folder.load("clients/ann/experts")
         assert {str(slot) for slot in model.tensors} == saved.keys()
         assert all(torch.equal(t, saved[str(slot)]) for slot, t in model.tensors.items())
         assert model.generate("the ", max_new_tokens=3)
+
+
+def test_a_client_that_was_not_asked_yet_has_no_model(tmp_path):
+    config = api.open_run(finished() / "run").config()
+    one = config.participation.model_copy(update={"clients_per_round": 1})
+
+    def stop(event):
+        if event["kind"] == "server":
+            raise KeyboardInterrupt
+
+    with pytest.raises(UserError, match="every whole round is kept"):
+        api.run(config.model_copy(update={"participation": one}), tmp_path / "run", report=stop)
+    folder = api.open_run(tmp_path / "run")
+    (asked,) = [line["client"] for line in folder.metrics() if line["kind"] == "train"]
+    api.open_personal_model(folder.path, asked).close()
+    (other,) = {"ann", "bob"} - {asked}
+    with pytest.raises(UserError, match=f'holds no model of client "{other}"; it was not asked yet') as raised:
+        api.open_personal_model(folder.path, other)
+    assert "\n" not in str(raised.value)
 
 
 def test_experts_of_another_shape_are_refused(tmp_path):

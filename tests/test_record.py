@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from itertools import count
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,11 +21,26 @@ from tests.runs import files
 CONFIG = parse_config({"clients": [{"name": "ann", "text": "x"}]})
 
 
-def tensors_of(round):
-    return {
-        f"clients/ann/round-{round:04d}.experts": {"A": torch.full((2, 3), float(round)), "B": torch.ones(4)},
-        f"server/round-{round:04d}.state": {"memory": torch.tensor(round)},
+def staged_in(round):
+    """What a round stages: bob is at work in the first round only."""
+    tensors = {
+        "clients/ann/experts": {"A": torch.full((2, 3), float(round)), "B": torch.ones(4)},
+        "server/state": {"memory": torch.tensor(round)},
     }
+    return tensors | ({"clients/bob/experts": {"A": torch.zeros(3)}} if round == 1 else {})
+
+
+def held_after(round):
+    """path -> (the round it is of, its tensors)."""
+    held = {}
+    for r in range(1, round + 1):
+        held |= {path: (r, tensors) for path, tensors in staged_in(r).items()}
+    return held
+
+
+def file_of(path, round):
+    parent, _, name = path.rpartition("/")
+    return f"{parent}/round-{round:04d}.{name}.safetensors"
 
 
 def lines_of(round):
@@ -31,7 +48,11 @@ def lines_of(round):
 
 
 def commit(folder, round):
-    folder.commit(round, lines_of(round), [{"round": round, "seconds": 0.5}], tensors_of(round))
+    for path, tensors in staged_in(round).items():
+        folder.stage(path, tensors, round)
+    folder.scratch.mkdir(exist_ok=True)
+    (folder.scratch / "upload").write_bytes(b"in between")
+    folder.commit(round, lines_of(round), [{"round": round, "seconds": 0.5}])
 
 
 def new_run(path, rounds=1):
@@ -45,13 +66,16 @@ def check_whole(folder, round):
     """The folder, rewound, holds exactly the first `round` rounds and nothing else."""
     assert folder.rewind().round == round
     assert folder.metrics() == [line for r in range(1, round + 1) for line in lines_of(r)]
-    expected = tensors_of(round) if round else {}
-    for name, tensors in expected.items():
-        loaded = folder.load(name)
+    expected = held_after(round)
+    for path, (_, tensors) in expected.items():
+        assert folder.holds(path)
+        loaded = folder.load(path)
         assert loaded.keys() == tensors.keys()
         assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
     others = {"config.toml", "env.json", "metrics.jsonl", "timings.jsonl", "checkpoint.json"}
-    assert {name for name in files(folder.path) if name != ".lock"} == others | {f"{n}.safetensors" for n in expected}
+    newest = {file_of(path, of) for path, (of, _) in expected.items()}
+    assert {name for name in files(folder.path) if name != ".lock"} == others | newest
+    assert set(folder.checkpoint().files) == newest | {"metrics.jsonl"}
     timings = (folder.path / "timings.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in timings] == list(range(1, round + 1))
 
@@ -96,11 +120,70 @@ def test_rewind_drops_what_was_not_committed(tmp_path):
         file.write('{"round": 3}\n')
     (folder.path / "clients" / "ann" / "round-0003.experts.safetensors").write_bytes(b"half")
     (folder.path / "clients" / "ann" / ".round-0003.optimizer.safetensors.unfinished").write_bytes(b"half")
+    folder.stage("clients/eve/experts", {"A": torch.zeros(2)}, 3)
+    folder.scratch.mkdir()
+    (folder.scratch / "upload").touch()
     check_whole(folder, 2)
+    assert not folder.holds("clients/eve/experts", staged=True)
 
 
-def test_the_round_before_is_deleted(tmp_path):
-    check_whole(new_run(tmp_path / "run", rounds=3), 3)
+def test_the_round_before_is_deleted_and_who_is_idle_keeps_its_file(tmp_path):
+    folder = new_run(tmp_path / "run")
+    bob = folder.path / "clients" / "bob" / "round-0001.experts.safetensors"
+    before = bob.stat()
+    for round in (2, 3):
+        commit(folder, round)
+        check_whole(folder, round)
+    assert (bob.stat().st_ino, bob.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    bob.write_bytes(b"damaged")
+    commit(folder, 4)  # nor is it read
+    assert folder.checkpoint().files["clients/bob/round-0001.experts.safetensors"]
+
+
+def test_what_is_staged_is_not_part_of_the_run_before_the_commit(tmp_path):
+    folder = new_run(tmp_path / "run")
+    folder.stage("clients/ann/experts", {"A": torch.tensor(2.0)}, 2)
+    folder.stage("clients/eve/experts", {"A": torch.tensor(3.0)}, 2)
+    for reader in (folder, RunFolder.open(folder.path)):
+        assert float(reader.load("clients/ann/experts")["A"][0, 0]) == 1
+        assert not reader.holds("clients/eve/experts")
+    assert float(folder.load("clients/ann/experts", staged=True)["A"]) == 2
+    assert float(folder.load("clients/bob/experts", staged=True)["A"][0]) == 0  # of which nothing is staged
+    folder.stage("clients/ann/experts", {"A": torch.tensor(4.0)}, 2)  # asked again
+    folder.commit(2, [], [])
+    for reader in (folder, RunFolder.open(folder.path)):
+        assert float(reader.load("clients/ann/experts")["A"]) == 4
+        assert float(reader.load("clients/eve/experts")["A"]) == 3
+
+
+def test_a_finished_run_keeps_personal_models_and_nothing_else(tmp_path):
+    folder = new_run(tmp_path / "run", rounds=2)
+    for name in ("ann", "bob"):
+        folder.stage(f"clients/{name}/personal", {"A": torch.tensor(7.0)}, 3)
+    folder.stage("clients/ann/experts", {"A": torch.tensor(4.0)}, 3)
+    folder.commit(2, [], [], finished=True)
+    for reader in (folder, RunFolder.open(folder.path)):
+        assert reader.rewind().finished and not reader.holds("clients/ann/experts")
+        assert float(reader.load("clients/bob/personal")["A"]) == 7
+    found = {str(p.relative_to(folder.path)) for p in folder.path.rglob("*.safetensors")}
+    assert found == {"clients/ann/personal.safetensors", "clients/bob/personal.safetensors"}
+
+
+def test_a_commit_that_fails_leaves_the_last_one_and_can_be_made_again(tmp_path):
+    whole, folder = new_run(tmp_path / "whole", rounds=2), new_run(tmp_path / "run")
+    full = patch("comigs.record.RunFolder._write_checkpoint", side_effect=OSError(28, "No space left on device"))
+    with full, pytest.raises(UserError, match="no space left on the disk"):
+        commit(folder, 2)
+    assert RunFolder.open(folder.path).checkpoint().round == 1
+    commit(folder, 2)
+    assert files(folder.path) == files(whole.path)
+
+
+def test_the_hash_of_the_metrics_is_of_all_of_them_however_they_came(tmp_path):
+    folder = new_run(tmp_path / "run", rounds=2)
+    commit(RunFolder.open(folder.path), 3)  # by a process that was not there before
+    expected = hashlib.sha256((folder.path / "metrics.jsonl").read_bytes()).hexdigest()
+    assert folder.checkpoint().files["metrics.jsonl"] == expected
 
 
 @pytest.mark.parametrize("at", [0, 9, 60, -1])
@@ -111,7 +194,7 @@ def test_a_flipped_byte_in_a_tensor_file_is_found(tmp_path, at):
     raw[at] ^= 1
     file.write_bytes(raw)
     with pytest.raises(UserError, match=r"round-0001\.experts\.safetensors: damaged"):
-        folder.load("clients/ann/round-0001.experts")
+        folder.load("clients/ann/experts")
 
 
 def test_a_flipped_byte_in_the_metrics_is_found(tmp_path):
@@ -146,12 +229,12 @@ def test_a_missing_tensor_file_is_named(tmp_path):
     folder = new_run(tmp_path / "run")
     (folder.path / "server" / "round-0001.state.safetensors").unlink()
     with pytest.raises(UserError, match=r"round-0001\.state\.safetensors: cannot be read: No such file"):
-        folder.load("server/round-0001.state")
+        folder.load("server/state")
 
 
 def test_only_committed_tensors_are_loaded(tmp_path):
     with pytest.raises(UserError, match="not of this run"):
-        new_run(tmp_path / "run").load("clients/ann/round-0002.experts")
+        new_run(tmp_path / "run").load("clients/ann/optimizer")
 
 
 def test_only_one_process_works_on_a_run(tmp_path):

@@ -11,9 +11,15 @@ from typing import Any
 
 import pytest
 
+from comigs.engines.summary import summarize
 from comigs.errors import UserError
-from comigs.report import report
-from comigs.report.report import write_report, write_reports
+from comigs.methods.method import load_method
+from comigs.report import format as f
+from comigs.report import report, tables
+from comigs.report.read import read_run
+from comigs.report.report import report_page, write_report, write_reports
+from comigs.report.results import results
+from tests.fake_engine import Numbers, rounds_of
 from tests.test_report_runs import change_metrics, write_run
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -136,6 +142,36 @@ def test_failure_signs_are_gathered_by_client(tmp_path: Path) -> None:
     assert "none detected" not in text
     assert "fr , rounds 3 to 5, 8: 99 % to s0 at 8" in text
     assert "server , round 9: 0.1 to 0.6" in text
+
+
+def test_who_was_absent_and_who_has_no_result_is_said_and_the_mean_says_over_whom(tmp_path: Path) -> None:
+    def trouble(name: str, task: Any, reply: Any) -> Any:
+        gone = name == "bob" or (name == "cyd" and task.round in (2, 3, 5))
+        return "no answer by the deadline" if gone else reply
+
+    folder = rounds_of(tmp_path, Numbers("ada bob cyd dan", trouble), rounds=4)
+    config = folder.config()
+    folder.write_json("summary.json", summarize(config, load_method(config), folder.metrics()))
+    run = read_run(folder.path)
+    table = tables.absence_table(run)
+    assert table is not None
+    assert [row[:2] for row in table.rows] == [("bob", "1 to 3"), ("cyd", "2 to 3, at the end")]
+    clients = tables.client_table(run)
+    assert clients.last is not None and clients.last[0] == "mean of 2"
+    assert [row[3] for row in clients.rows].count(f.NONE) == 2
+    assert tables.headline(run).startswith("4 clients (2 measured), mean test perplexity")
+    page = report_page(run)
+    assert "Who was asked and did not answer" in page and "left out" in page and "asked several times in a row" in page
+    assert tables.absence_table(read_run(write_run(tmp_path / "whole"))) is None
+
+
+def test_clients_that_are_drawn_and_robust_merges_are_settings_that_are_shown(tmp_path: Path) -> None:
+    engine = Numbers("ada bob cyd dan")
+    folder = rounds_of(tmp_path, engine, rounds=2, participation={"clients_per_round": 2}, upload={"merge": "median"})
+    run = read_run(folder.path)
+    settings = dict(tables.settings(run))
+    assert settings["clients in a round"] == "2 of 4" and settings["upload.merge"] == "median"
+    assert results(run).uploaded_per_client_and_round == 2 * 3 * 4  # of those that were asked
 
 
 @pytest.mark.parametrize("shares", [None, [None] * 6])

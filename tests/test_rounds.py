@@ -11,14 +11,16 @@ import safetensors.torch
 import torch
 
 from comigs import api
-from comigs.engines.rounds import Reply, drift, pack_server, run_rounds, traffic, unpack_server
+from comigs.engines.traffic import drift, traffic, traffics
+from comigs.engines.waiting import pack_server, unpack_server
+from comigs.errors import UserError
 from comigs.methods.method import Facts, Method
 from comigs.record import RunFolder
 from comigs.slots import Slot
 from tests.conftest import copy_of, run_config, same, start_engine
+from tests.fake_engine import A, B, Numbers, averaging, rounds_of
 
-A, B, ATTENTION = Slot(0, "up", "g0", "A"), Slot(0, "up", "g0", "B"), Slot(1, "q", "attention", "A")
-QUIET = lambda event: None  # noqa: E731
+ATTENTION = Slot(1, "q", "attention", "A")
 
 
 def halves(uploads, memory, facts=None):
@@ -30,58 +32,11 @@ def halves(uploads, memory, facts=None):
 METHOD = Method("halves", "a test's own", "-", lambda slot: True, lambda slot: True, halves)
 
 
-class Numbers:
-    """An engine without a model: each client adds its own number and the round's to what it received."""
-
-    def __init__(self, fail_at=None):
-        self.state = {"ada": torch.zeros(2, 3), "bob": torch.ones(2, 3)}
-        self.tasks, self.received, self.sent, self.fail_at = [], [], [], fail_at
-
-    def exchange(self, task, downloads):
-        self.tasks.append(task)
-        self.received.append({name: dict(d) for name, d in downloads.items()})
-        replies = {}
-        for number, name in enumerate(self.state):
-            if (task.round, name) == self.fail_at:
-                raise KeyboardInterrupt
-            if name in downloads:
-                self.state[name] = downloads[name][A].clone()
-            lines = [
-                {"kind": "evaluation", "round": task.round - 1, "client": name, "split": split, "model": "personal",
-                 "nats_per_token": self.state[name].mean().item()} for split in task.evaluate
-            ]  # fmt: skip
-            if task.train:
-                self.state[name] = self.state[name] + number + task.round / 7
-                nats = self.state[name].mean().item()
-                lines.append({"kind": "train", "round": task.round, "client": name, "train_nats_per_token": nats})
-            replies[name] = Reply({A: self.state[name].clone()} if task.train else {}, lines, {"round": task.round})
-        self.sent.append({name: dict(reply.upload) for name, reply in replies.items()})
-        return replies
-
-    def save(self):
-        return {f"clients/{name}/state": {"x": t} for name, t in self.state.items()}
-
-    def restore(self, load):
-        self.state = {name: load(f"clients/{name}/state")["x"] for name in self.state}
-
-    def personal(self):
-        return {f"clients/{name}/personal": {"x": t} for name, t in self.state.items()}
-
-
-def rounds_of(tmp_path, name, engine, **tree):
-    """Run (on) in a folder of that name."""
-    config = run_config(tmp_path, "ada bob", **tree)
-    path = tmp_path / name
-    folder = RunFolder.open(path) if path.exists() else RunFolder.create(path, config, {})
-    with folder:
-        run_rounds(config, METHOD, engine, folder, QUIET)
-    return folder
-
-
 def test_one_exchange_a_round_and_one_more_to_deliver_the_last_download(tmp_path):
     engine = Numbers()
-    rounds_of(tmp_path, "run", engine, rounds=4)
-    assert [(task.round, task.train) for task in engine.tasks] == [*((r, True) for r in (1, 2, 3, 4)), (5, False)]
+    rounds_of(tmp_path, engine, METHOD, rounds=4)
+    asked = [(task.round, task.train) for tasks in engine.tasks for task in tasks.values()]
+    assert asked == [(r, True) for r in (1, 2, 3, 4) for _ in "ab"] + [(5, False)] * 2
     assert engine.received[0] == {}
     memory = {}
     for sent, received in zip(engine.sent[:-1], engine.received[1:], strict=True):
@@ -101,31 +56,58 @@ def test_one_exchange_a_round_and_one_more_to_deliver_the_last_download(tmp_path
 )
 def test_a_round_is_evaluated_after_its_download_and_test_at_the_end(tmp_path, every, splits, expected):
     engine = Numbers()
-    rounds_of(tmp_path, "run", engine, rounds=4, evaluation={"every": every, "splits": splits})
-    assert [task.evaluate for task in engine.tasks] == expected
-    base = tuple(dict.fromkeys((*(splits if every else ()), "test")))
-    assert [task.evaluate_base for task in engine.tasks] == [base, (), (), (), ()]
+    rounds_of(tmp_path, engine, METHOD, rounds=4, evaluation={"every": every, "splits": splits})
+    for name in engine.names:
+        assert [tasks[name].evaluate for tasks in engine.tasks] == expected
+        base = tuple(dict.fromkeys((*(splits if every else ()), "test")))
+        assert [tasks[name].evaluate_base for tasks in engine.tasks] == [base, (), (), (), ()]
 
 
 @pytest.mark.parametrize("round", [1, 2, 3, 4])
 @pytest.mark.parametrize("client", ["ada", "bob"])
 def test_a_run_stopped_anywhere_and_resumed_equals_one_never_stopped(tmp_path, round, client):
-    whole = rounds_of(tmp_path, "whole", Numbers(), rounds=3)
+    whole = rounds_of(tmp_path, Numbers(), METHOD, "whole", rounds=3)
     with pytest.raises(KeyboardInterrupt):
-        rounds_of(tmp_path, "stopped", Numbers(fail_at=(round, client)), rounds=3)
-    resumed = rounds_of(tmp_path, "stopped", engine := Numbers(), rounds=3)
-    assert engine.tasks[0].round == round  # at most the current round is done again
+        rounds_of(tmp_path, Numbers(fail_at=(round, client)), METHOD, "stopped", rounds=3)
+    resumed = rounds_of(tmp_path, engine := Numbers(), METHOD, "stopped", rounds=3)
+    assert engine.tasks[0]["ada"].round == round  # at most the current round is done again
     assert (resumed.path / "metrics.jsonl").read_bytes() == (whole.path / "metrics.jsonl").read_bytes()
     for name in ("ada", "bob"):
         assert same(resumed.load(f"clients/{name}/personal"), whole.load(f"clients/{name}/personal"))
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
-    folder = rounds_of(tmp_path, "run", Numbers())
+    folder = rounds_of(tmp_path, Numbers(), METHOD)
     before = (folder.path / "metrics.jsonl").read_bytes()
-    again = Numbers()
-    rounds_of(tmp_path, "run", again)
+    rounds_of(tmp_path, again := Numbers(), METHOD)
     assert again.tasks == [] and (folder.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_where_nobody_takes_the_last_download_there_is_no_result_until_the_run_is_resumed(tmp_path):
+    def gone(name, task, reply):
+        return reply if task.train else "gone"
+
+    with pytest.raises(UserError, match=r"nobody took the last download.* go on with: comigs resume \S*run$"):
+        rounds_of(tmp_path, Numbers(trouble=gone))
+    folder = rounds_of(tmp_path, engine := Numbers())
+    assert [task.train for tasks in engine.tasks for task in tasks.values()] == [False, False]
+    assert folder.checkpoint().finished
+    whole = rounds_of(tmp_path, Numbers(), name="whole")
+    assert (folder.path / "metrics.jsonl").read_bytes() == (whole.path / "metrics.jsonl").read_bytes()
+
+
+def test_the_configs_weights_replace_train_tokens(tmp_path):
+    seen = []
+
+    def aggregate(uploads, memory, facts):
+        seen.append(facts)
+        return {}, memory
+
+    method, weights = averaging(aggregate=aggregate), {"ada": {"weight": 0.5}, "bob": {"weight": 3}}
+    rounds_of(tmp_path, Numbers(), method, rounds=1)
+    rounds_of(tmp_path, Numbers(), method, "weighed", rounds=1, entries=weights, upload={"trim": 0.1})
+    assert [facts.weights for facts in seen] == [{"ada": 9, "bob": 9}, {"ada": 0.5, "bob": 3}]
+    assert [facts.upload.trim for facts in seen] == [0.25, 0.1]
 
 
 def uploads_of(*values):
@@ -155,12 +137,20 @@ def test_drift_is_zero_for_clients_that_agree_and_unknown_where_it_means_nothing
 
 
 def test_traffic_counts_the_bytes_of_what_was_sent_by_role():
-    upload = {A: torch.zeros(2, 3), B: torch.zeros(5, 2, dtype=torch.bfloat16), ATTENTION: torch.zeros(7)}
-    assert traffic("ada", {"ada": upload}, {"ada": {A: torch.zeros(2, 3)}}, reads_peers=False) == {
-        "uploaded_bytes": 24 + 20 + 28,
+    upload = {A: torch.zeros(2, 3), B: torch.zeros(5, 2), ATTENTION: torch.zeros(7, 1)}
+    expected = {
+        "uploaded_bytes": 24 + 40 + 28,
         "downloaded_bytes": 24,
-        "uploaded_by_role": {"generalist": {"slots": 2, "bytes": 44}, "attention": {"slots": 1, "bytes": 28}},
+        "uploaded_by_role": {"generalist": {"slots": 2, "bytes": 64}, "attention": {"slots": 1, "bytes": 28}},
     }
+    download = {A: torch.zeros(2, 3)}
+    assert traffic(upload, {}, download) == expected
+    assert traffic(upload, {}, download, "bfloat16")["uploaded_bytes"] == 12 + 20 + 14
+    int8 = traffic(upload, download, download, "int8")  # A as a step: 6 numbers and a float32 scale for each of 2 rows
+    assert int8["uploaded_by_role"]["generalist"]["bytes"] == (6 + 2 * 4) + 20
+    assert traffics({"ada": upload, "bob": download}, {}, {"ada": download}, reads_peers=False)["ada"] == expected
+    both = traffics({"ada": upload, "bob": download}, {}, {"ada": download}, reads_peers=True)
+    assert both["ada"]["downloaded_bytes"] == 24 + 24 and both["bob"]["downloaded_bytes"] == 92
 
 
 @pytest.mark.parametrize("kind", ["one for all", "one each", "none", "views of one", "one that is remembered"])
@@ -177,16 +167,29 @@ def test_what_the_server_goes_on_from_survives_its_file(tmp_path, kind):
     if kind == "one that is remembered":
         memory["last"] = merged
     folder = RunFolder.create(tmp_path / "run", run_config(tmp_path), {})
-    folder.commit(1, [], [], {"server/round-0001.state": pack_server(downloads, memory)})
-    loaded, loaded_memory = unpack_server(folder.load("server/round-0001.state"))
+    folder.stage("server/state", pack_server(downloads, memory), 1)
+    folder.commit(1, [], [])
+    loaded, loaded_memory = unpack_server(folder.load("server/state"))
     assert loaded.keys() == downloads.keys() and same(dict(loaded_memory), memory)
     assert all(same(downloads[name], dict(loaded[name])) for name in downloads)
 
 
-def test_a_download_for_all_is_kept_once():
-    one = {A: torch.ones(100, 100)}
-    packed = pack_server(dict.fromkeys("abcdefgh", one), {})
-    assert sum(t.numel() == 10000 for t in packed.values()) == 1
+def test_each_tensor_is_kept_once_and_a_client_is_a_number():
+    one, other = {A: torch.ones(100, 100), B: torch.ones(2)}, {B: torch.zeros(50)}
+    downloads = {f"c{n}": one for n in range(500)} | {f"d{n}": one | other for n in range(500)}
+    packed = pack_server(downloads, {"last": one[A]})
+    assert sum(t.numel() for t in packed.values() if t.is_floating_point()) == 10000 + 2 + 50
+    assert len(packed) == 3 + 2 * (501 + 2)  # a table for each download that differs, for the memory, for the clients
+    loaded, memory = unpack_server(packed)
+    assert len({id(d) for d in loaded.values()}) == 501  # what is one object stays one
+    assert len({id(t) for d in loaded.values() for t in d.values()} | {id(memory["last"])}) == 3
+
+
+def test_drift_is_of_those_who_sent_something():
+    one, other = {A: torch.zeros(2), B: torch.zeros(3)}, {A: torch.zeros(5)}
+    sent = {"x": one, "y": one, "z": one, "w": other}
+    uploads = {name: {A: torch.full((2,), 1.0 + n), B: torch.zeros(3)} for n, name in enumerate("xyz")}
+    assert drift(uploads, sent) == pytest.approx((1 + 0 + 1) / 3 / 2)
 
 
 def personal(path):

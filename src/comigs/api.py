@@ -21,19 +21,22 @@ import torch
 from comigs.bases.load import Base, load_base, loaders, modules
 from comigs.budget import budgets
 from comigs.config import SPLITS, Config, Split, parse_config
-from comigs.data.prepare import ClientData
+from comigs.data.prepare import Texts, require_text
 from comigs.data.prepare import prepare as prepare_data
 from comigs.data.sources import list_sources
+from comigs.engines.check import Shapes, shapes_of_clients
 from comigs.engines.in_process import InProcess
 from comigs.engines.rounds import Report, run_rounds
 from comigs.engines.summary import summarize
 from comigs.environment import describe, environment
 from comigs.errors import Stopped, UserError, nearest
+from comigs.estimate import available_memory, measured_pace, memory_needed, require_memory, run_seconds
+from comigs.experts.attach import Attachment
 from comigs.files import command, require_free
 from comigs.methods.method import Method, list_methods, load_method, method_module
 from comigs.personal.model import PersonalModel
 from comigs.record import RunFolder
-from comigs.report.format import plural, size
+from comigs.report.format import duration, listed, plural, size
 from comigs.report.tables import Table
 
 Say = Callable[[str], None]
@@ -52,9 +55,13 @@ def run(config: Config, out: Path | str | None = None, report: Report = ignore, 
     path = Path(out) if out is not None else free_folder(Path("runs") / config.name)
     require_free(path)
     load_method(config)  # refuses what it cannot do before anything is loaded
+    require_text(config)
     base, config = _load(config, say)
     data = _read(config, base, report, say)
-    with RunFolder.create(path, config, environment(base, data)) as folder, _going_on(folder):
+    known = data if _everybody_trains(config) else data.outlines()
+    with _attached(config, base) as (attachment, shapes):
+        require_memory(memory_needed(config, base, shapes, attachment), base.device)
+    with RunFolder.create(path, config, environment(base, known)) as folder, _going_on(folder):
         say(f"run folder {path}")
         report({"kind": "note", "message": "measuring the base"})
         _go_on(folder, config, base, data, report)
@@ -80,17 +87,67 @@ def resume(path: Path | str, report: Report = ignore, say: Say = ignore) -> RunF
             )
         data = _read(config, base, report, say)
         _require_same_text(folder, data)
+        if _everybody_trains(config):  # else what a client goes on from is checked when it is asked
+            for part in last.newest:
+                folder.load(part)
         say(f"going on after round {last.round} of {config.rounds}")
         report({"kind": "note", "message": "measuring" if last.round else "measuring the base"})
         _go_on(folder, config, base, data, report)
     return folder
 
 
-def prepare(config: Config, say: Say = ignore) -> dict[str, ClientData]:
+def dry_run(config: Config, report: Report = ignore, say: Say = ignore) -> tuple[Table, list[str]]:
+    """What a run of this config would take: a table of its clients, and lines on memory and time.
+
+    Text is prepared and two steps are timed; nothing else is written or trained. Raises UserError as `run` does.
+    """
+    method = load_method(config)
+    require_text(config)
+    base, config = _load(config, say)
+    data = _read(config, base, report, say)
+    with _attached(config, base) as (attachment, shapes):
+        needed = memory_needed(config, base, shapes, attachment)
+        require_memory(needed, base.device)
+        report({"kind": "note", "message": "timing two steps"})
+        pace = measured_pace(config, base, shapes, attachment)
+    store = next(iter(data.values())).train[0]
+    seconds = run_seconds(config, method, pace, data.outlines(), store.num_tokens / store.num_bytes)
+    tokens = config.client.batch_size * config.data.sequence_length
+    return _plan_table(config, base), [
+        f"a local step of {tokens:,} tokens takes {pace.step_seconds:.2g} s here, the run about {duration(seconds)}",
+        f"memory: about {size(needed)} at its peak, {size(available_memory(base.device))} free on {base.device}",
+    ]
+
+
+def _plan_table(config: Config, base: Base) -> Table:
+    """Clients by what they train and send; those alike in one row."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    method = load_method(config)
+    for entry, (name, budget) in zip(config.clients, budgets(config, base).items(), strict=True):
+        alike.setdefault((method.shape(config.shape_of(entry)), budget), []).append(name)
+    rows = [
+        (listed(names), str(shape.generalists), str(shape.specialists), f"{budget.trained_parameters:,}",
+         f"{budget.router_parameters:,}", size(budget.uploaded_bytes), size(budget.downloaded_bytes))
+        for (shape, budget), names in alike.items()
+    ]  # fmt: skip
+    headers = ("client", "generalists", "specialists", "trained", "router", "up / round", "down / round")
+    return Table(headers, tuple(rows))
+
+
+@contextmanager
+def _attached(config: Config, base: Base) -> Iterator[tuple[Attachment, dict[str, Shapes]]]:
+    method = load_method(config)
+    with Attachment(base.model, base.architecture, config.experts, summed=method.mixing == "sum") as attachment:
+        yield attachment, shapes_of_clients(config, method, attachment)
+
+
+def prepare(config: Config, say: Say = ignore) -> Texts:
     """Read, split, check and tokenise the clients' text. Raises UserError."""
     load_method(config)
     base, config = _load(config)
-    return prepare_data(config, base.encoder, say)
+    data = prepare_data(config, base.encoder, say)
+    dict(data)  # a look at a client's text tokenises it
+    return data
 
 
 def open_run(path: Path | str) -> RunFolder:
@@ -191,9 +248,9 @@ def first_line(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").strip().partition("\n")[0]
 
 
-def _go_on(folder: RunFolder, config: Config, base: Base, data: Mapping[str, ClientData], report: Report) -> None:
+def _go_on(folder: RunFolder, config: Config, base: Base, data: Texts, report: Report) -> None:
     method = load_method(config)
-    engine = InProcess(config, method, base, data, report)
+    engine = InProcess(config, method, base, data, folder, report)
     try:
         run_rounds(config, method, engine, folder, report)
     finally:
@@ -220,8 +277,8 @@ def _going_on(folder: RunFolder) -> Iterator[None]:
         ) from None
 
 
-def _require_same_text(folder: RunFolder, data: Mapping[str, ClientData]) -> None:
-    then, now = folder.environment()["data"], describe(data)
+def _require_same_text(folder: RunFolder, data: Texts) -> None:
+    then, now = (_hashes(described) for described in (folder.environment()["data"], describe(data.outlines())))
     changed = [name for name in now if now[name] != then.get(name)]
     if changed:
         raise UserError(
@@ -230,9 +287,20 @@ def _require_same_text(folder: RunFolder, data: Mapping[str, ClientData]) -> Non
         )
 
 
-def _read(config: Config, base: Base, report: Report, say: Say) -> dict[str, ClientData]:
-    """Every client's data, with one line each about how much there is."""
+def _hashes(described: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: {split: facts["sha256"] for split, facts in own.items()} for name, own in described.items()}
+
+
+def _everybody_trains(config: Config) -> bool:
+    return config.participation.clients_per_round is None
+
+
+def _read(config: Config, base: Base, report: Report, say: Say) -> Texts:
+    """Every client's data: tokenised, with one line each about how much there is, where all train from the start."""
     data = prepare_data(config, base.encoder, lambda line: report({"kind": "note", "message": line}))
+    if not _everybody_trains(config):
+        say(f"{plural(len(data), 'client')}: a client's text is tokenised when it is first asked")
+        return data
     width = max(len(name) for name in data)
     for name, client in data.items():
         amounts = (f"{split} {sum(s.num_tokens for s in getattr(client, split)):,}" for split in SPLITS)

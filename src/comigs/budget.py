@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from comigs.bases.load import Base
 from comigs.config import Config
-from comigs.engines.rounds import traffic
+from comigs.engines.check import expected_upload, shapes_of_clients
+from comigs.engines.traffic import traffics
 from comigs.experts.attach import Attachment
 from comigs.experts.start import starting_tensors
-from comigs.methods.method import Facts, load_method
+from comigs.methods.method import Facts, Upload, load_method
 
 
 @dataclass(frozen=True)
@@ -29,34 +31,30 @@ def budgets(config: Config, base: Base) -> dict[str, Budget]:
     """Each client's budget, by name. The server's merge is really done once for each kind of round."""
     method, names = load_method(config), [c.name for c in config.clients]
     with Attachment(base.model, base.architecture, config.experts) as attachment:
-        tensors = {}
-        for client in config.clients:
-            shape = method.shape(config.shape_of(client))
-            shapes = attachment.slot_shapes(shape, method.mixing == "routed", method.merges)
-            tensors[client.name] = starting_tensors(shapes, config.seed, client.name)
+        shapes = shapes_of_clients(config, method, attachment)
     trainers = names[:1] if method.pooled else names
     facts = Facts(
-        tuple(names), dict.fromkeys(names, 1), {r: dict.fromkeys(names, 1.0) for r in names if method.reads_peers}
+        tuple(names), dict.fromkeys(names, 1.0), {r: dict.fromkeys(names, 1.0) for r in names if method.reads_peers}
     )
     sent = dict.fromkeys(names, 0)
     got = dict.fromkeys(names, 0)
     for round in (1, 2):
-        uploads = {
-            n: {s: t for s, t in tensors[n].items() if method.shares(s) and method.trains(s, round)} for n in trainers
-        }
+        expected = {name: expected_upload(method, shapes[name], round) for name in trainers}
+        uploads: dict[str, Upload] = {n: starting_tensors(slots, config.seed, n) for n, slots in expected.items()}
         downloads, _ = method.aggregate(uploads, {}, facts)
+        everyone: dict[str, Upload] = {name: uploads.get(name, {}) for name in names}
+        moved = traffics(everyone, downloads, downloads, config.upload.format, method.reads_peers)
         for name in names:
-            bytes_of = traffic(name, {name: {}, **uploads}, downloads, method.reads_peers)
-            sent[name] += bytes_of["uploaded_bytes"]
-            got[name] += bytes_of["downloaded_bytes"]
+            sent[name] += moved[name]["uploaded_bytes"]
+            got[name] += moved[name]["downloaded_bytes"]
     return {
         name: Budget(
             trained_parameters=sum(
-                t.numel()
-                for slot, t in tensors[name].items()
+                math.prod(dims)
+                for slot, dims in shapes[name].items()
                 if slot.role not in ("router", "merged") and any(method.trains(slot, r) for r in (1, 2))
             ),
-            router_parameters=sum(t.numel() for slot, t in tensors[name].items() if slot.role == "router"),
+            router_parameters=sum(math.prod(dims) for slot, dims in shapes[name].items() if slot.role == "router"),
             uploaded_bytes=sent[name] / 2,
             downloaded_bytes=got[name] / 2,
         )

@@ -9,12 +9,13 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
-from comigs.errors import Stopped, UserError
+from comigs import cli_federation
+from comigs.ending import exit_code
+from comigs.errors import UserError
 
 if TYPE_CHECKING:
     from comigs.config import Config
@@ -27,6 +28,8 @@ app = typer.Typer(
     help="Many devices, each with private text, fine-tune one language model together; each ends with its own.",
     epilog="Start with: comigs run configs/quickstart.toml",
 )  # fmt: skip
+
+app.add_typer(cli_federation.app)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; configs/quickstart.toml is one.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
@@ -70,6 +73,14 @@ def run(
     overrides: Set = None,
     method: Annotated[str | None, typer.Option(help="See `comigs list`. Short for --set method=...")] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=...")] = None,
+    engine: Annotated[str, typer.Option(help="in-process, or flower: clients on devices of their own.")] = "in-process",
+    federation: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --engine flower: the federation's folder.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show what it would take: parameters, bytes, memory, time. Trains nothing."),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Train all clients of CONFIG together, measure each one's own model, write a report."""
@@ -78,13 +89,31 @@ def run(
 
     if out is not None:
         require_free(out)
+    cli_federation.require_engine(engine, federation)
     settings = _config(config, overrides, method, seed)
     console = Console(settings, quiet)
+    if dry_run:
+        _show_plan(settings, console)
+        return
     with console:
-        from comigs import api
+        if federation is not None:
+            path = cli_federation.run_in(federation, settings, out, console)
+        else:
+            from comigs import api
 
-        folder = api.run(settings, out, console.report, console.say)
-    _finish(folder.path, console)
+            path = api.run(settings, out, console.report, console.say).path
+    _finish(path, console, federation is not None)
+
+
+def _show_plan(settings: Config, console: Console) -> None:
+    """What a run would take."""
+    from comigs import api
+
+    with console:
+        table, lines = api.dry_run(settings, console.report, console.say)
+    console.table(table)
+    for line in lines:
+        console.result(line)
 
 
 @app.command()
@@ -95,14 +124,18 @@ def resume(run: RunPath, quiet: Quiet = False) -> None:
 
     folder = RunFolder.open(run)
     console = Console(folder.config(), quiet)
+    federated = "federation" in folder.environment()
     with console:
-        from comigs import api
+        if federated:
+            cli_federation.resume_in(folder, console)
+        else:
+            from comigs import api
 
-        api.resume(run, console.report, console.say)
-    _finish(run, console)
+            api.resume(run, console.report, console.say)
+    _finish(run, console, federated)
 
 
-def _finish(path: Path, console: Console) -> None:
+def _finish(path: Path, console: Console, federated: bool) -> None:
     """The table of clients and the page."""
     from comigs.files import command
     from comigs.report.read import read_run
@@ -113,7 +146,10 @@ def _finish(path: Path, console: Console) -> None:
     run = read_run(path)
     console.table(client_table(run, brief=True))
     console.result(f"report: {page}")
-    console.say(f'next:   {command("generate", path)} --client {run.clients[0]} --prompt "..."')
+    if federated:
+        console.say(f"next:   each client's own model is on its device, in runs/{cli_federation.run_id(path)}")
+    else:
+        console.say(f'next:   {command("generate", path)} --client {run.clients[0]} --prompt "..."')
 
 
 @app.command()
@@ -267,34 +303,7 @@ def list_everything(
 
 
 def main() -> None:
-    """Entry point. What a user did wrong is one line and exit code 2; Ctrl-C is exit code 130."""
+    """Entry point."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are for people who call it themselves
-    try:
-        code = app(standalone_mode=False, prog_name="comigs")
-    except Stopped as stop:
-        _end(f"stopped: {stop}", stop.exit_code)
-    except UserError as error:
-        _end(f"error: {error}", error.exit_code)
-    except click.exceptions.NoArgsIsHelpError:  # `comigs` alone: it has shown the help
-        sys.exit(2)
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        _end(f"error: {error.format_message()} (try: {context.command_path if context else 'comigs'} --help)", 2)
-    except (KeyboardInterrupt, click.Abort):
-        code = Stopped.exit_code
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        _end(f"error: {error.filename}: {error.strerror}", 2)
-    if code == Stopped.exit_code:  # also what typer makes of a Ctrl-C
-        _end("stopped", code)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _end(message: str, code: int) -> NoReturn:
-    print(" ".join(message.splitlines()), file=sys.stderr)
-    sys.exit(code)
+    sys.exit(exit_code(lambda: app(standalone_mode=False, prog_name="comigs")))

@@ -33,7 +33,7 @@ class Console:
         self.quiet = quiet
         self.progress: Progress | None = None
         self.began: tuple[float, float] | None = None  # (seconds, exchanges done) when the first step came
-        self.reached: dict[str, float] = {}  # client -> exchanges done, with a fraction
+        self.reached: dict[str, float] = {}  # client -> which share of its steps in this round is done
         self.lines: dict[str, list[Mapping[str, Any]]] = defaultdict(list)  # kind -> of the round being shown
 
     def __enter__(self) -> Self:
@@ -106,10 +106,15 @@ class Console:
                 task, description=description, completed=done, total=self._total(), left=self._left(done)
             )
 
-    def _total(self) -> int:
-        """Exchanges of all clients: one a round, and the last one, which only measures."""
+    def _before(self, round: int) -> int:
+        """Exchanges with clients before that round."""
         assert self.config is not None
-        return (self.config.rounds + 1) * len(self.config.clients)
+        return (round - 1) * (self.config.participation.clients_per_round or len(self.config.clients))
+
+    def _total(self) -> int:
+        """Exchanges of the whole run: of those asked in each round, and the last one with all, which only measures."""
+        assert self.config is not None
+        return self._before(self.config.rounds + 1) + len(self.config.clients)
 
     def _left(self, done: float) -> str:
         """'about 20 s left', from the pace since the first step; '' before there is any."""
@@ -121,23 +126,32 @@ class Console:
         return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
 
     def _note(self, event: Mapping[str, Any]) -> None:
-        self._show(event["message"])
+        """say: it is worth a line of its own."""
+        if event.get("say"):
+            self.say(event["message"], style="yellow")
+        else:
+            self._show(event["message"])
 
     def _step(self, step: Mapping[str, Any]) -> None:
         assert self.config is not None
-        if not self.reached:
-            self.reached = {c.name: step["round"] - 1.0 for c in self.config.clients}
-            self.began = time.monotonic(), sum(self.reached.values())
-        share = min(step["step"] / self.config.client.steps, 1)
-        self.reached[step["client"]] = max(self.reached[step["client"]], step["round"] - 1 + share)
+        before = self._before(step["round"])
+        self.began = self.began or (time.monotonic(), before)
+        self.reached[step["client"]] = min(step["step"] / self.config.client.steps, 1)
         where = f"round {step['round']}/{self.config.rounds}  {step['client']}"
-        self._show(f"{where}  {step['level']} {step['nats_per_token']:.3f} nats/token", sum(self.reached.values()))
+        done = before + sum(self.reached.values())
+        self._show(f"{where}  {step['level']} {step['nats_per_token']:.3f} nats/token", done)
 
     def _train(self, line: Mapping[str, Any]) -> None:
         self.lines["train"].append(line)
 
     def _evaluation(self, line: Mapping[str, Any]) -> None:
         self.lines[line["model"]].append(line)
+
+    def _absent(self, line: Mapping[str, Any]) -> None:
+        assert self.config is not None
+        last = line["round"] > self.config.rounds
+        where = "last exchange" if last else f"round {line['round']}/{self.config.rounds}"
+        self.say(f"{where}  {line['client']}  absent: {line['reason']}", style="yellow")
 
     def _server(self, server: Mapping[str, Any]) -> None:
         """A round is whole: a line per client, or of their means where there are many."""
@@ -155,11 +169,12 @@ class Console:
             if personal := _measured(self.lines["personal"], members):
                 parts.append(f"{personal} after round {server['round'] - 1}")
             self.say(f"{start}  {name:{width}}  {', '.join(parts)}")
-        done = server["round"] * len(names)
+        done = self._before(server["round"] + 1)
         if self.progress is None and server["round"] < rounds and (left := self._left(done)):
             self.say(f"{start}  {left}")
         self._show(LAST if server["round"] == rounds else f"{start} done", done)
         self.lines.clear()
+        self.reached.clear()
 
     def _warning(self, line: Mapping[str, Any]) -> None:
         who = f"client {line['client']}: " if line["client"] else ""

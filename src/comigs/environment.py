@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import torch
 
 from comigs.bases.load import Base
 from comigs.config import SPLITS
-from comigs.data.prepare import ClientData
+from comigs.data.corpus import TokenStore
+from comigs.data.prepare import ClientData, Outline, SplitText
 
 
-def environment(base: Base, data: Mapping[str, ClientData]) -> dict[str, Any]:
+def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[str, Any]:
     """What a run was made with: versions, commit, machine, base and text."""
     return {
         "versions": {n: version(n) for n in ("comigs", "torch", "transformers", "tokenizers", "numpy")}
@@ -34,20 +35,20 @@ def environment(base: Base, data: Mapping[str, ClientData]) -> dict[str, Any]:
     }
 
 
-def describe(data: Mapping[str, ClientData]) -> dict[str, Any]:
-    """Per client and split: how much text, and its hash. No text."""
+def describe(data: Mapping[str, ClientData | Outline]) -> dict[str, Any]:
+    """Per client and split: how much text, and its hash. No text. Tokens only where it is tokenised."""
     return {
-        name: {
-            split: {
-                "tokens": sum(s.num_tokens for s in stores),
-                "bytes": sum(s.num_bytes for s in stores),
-                "documents": sum(s.num_documents for s in stores),
-                "sha256": [s.text_sha256 for s in stores],
-            }
-            for split in SPLITS
-            if (stores := getattr(client, split))
-        }
+        name: {split: _amounts(stores) for split in SPLITS if (stores := getattr(client, split))}
         for name, client in data.items()
+    }
+
+
+def _amounts(parts: Sequence[TokenStore | SplitText]) -> dict[str, Any]:
+    tokens = [p.num_tokens for p in parts if isinstance(p, TokenStore)]
+    return ({"tokens": sum(tokens)} if tokens else {}) | {
+        "bytes": sum(p.num_bytes for p in parts),
+        "documents": sum(p.num_documents for p in parts),
+        "sha256": [p.text_sha256 for p in parts],
     }
 
 

@@ -2,18 +2,25 @@
 
 `checkpoint.json` is the commit point: it is replaced in one step after everything it names is on the disk, so a kill
 at any moment leaves the last whole round, and at most the current round is done again.
+
+Tensors go by a path without a round (clients/fr/experts). What is staged is a new file, and belongs to the run from
+the next commit on; files of clients that were idle stay as they are.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +34,8 @@ from comigs.files import command, require_free, write_whole, writing
 
 Tensors = Mapping[str, Tensor]
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
+SUFFIX = ".safetensors"
+PERSONAL = "personal"  # the one name that has no round: it is written once, at the end
 RESTORE = "restore it from a copy or start a new run"
 
 
@@ -36,7 +45,7 @@ class Checkpoint:
 
     round: the last whole round, 0 before the first. finished: the last download is in and test is measured.
     metrics_bytes, timings_bytes: lengths of metrics.jsonl and timings.jsonl up to here.
-    files: sha256 of each tensor file and of metrics.jsonl up to here, by path in the run.
+    files: sha256 of the newest tensor files and of metrics.jsonl up to here, by file in the run.
     """
 
     round: int
@@ -54,13 +63,25 @@ class Checkpoint:
             raise TypeError
         return checkpoint
 
+    @cached_property
+    def newest(self) -> dict[str, str]:
+        """clients/fr/experts -> its file in the run."""
+        return {_without_round(file): file for file in self.files if file.endswith(SUFFIX)}
+
 
 class RunFolder:
-    """A run on disk. Open one with `create` or `open`; as a context it is locked against a second writer."""
+    """A run on disk. Open one with `create` or `open`; as a context it is locked against a second writer.
+
+    scratch: a folder for what is needed until the next commit only; `commit` and `rewind` remove it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.scratch = path / ".scratch"
         self._lock = ExitStack()
+        self._last: Checkpoint | None = None  # as this writer left it; None: read it from the disk
+        self._digest = hashlib.sha256()  # of metrics.jsonl up to `_last`
+        self._staged: dict[str, tuple[str, str]] = {}  # path -> its file and sha256
 
     @classmethod
     def create(cls, path: Path, config: Config, environment: Mapping[str, Any]) -> RunFolder:
@@ -86,11 +107,8 @@ class RunFolder:
     def open(cls, path: Path) -> RunFolder:
         """An existing run. Raises UserError where it is none."""
         if not (path / "checkpoint.json").is_file() or not (path / "config.toml").is_file():
-            what = (
-                "not a run folder (it has no config.toml and checkpoint.json)"
-                if path.exists()
-                else "no such run folder"
-            )
+            found = "not a run folder (it has no config.toml and checkpoint.json)"
+            what = found if path.exists() else "no such run folder"
             raise UserError(f"{path}: {what}; start a run with: comigs run CONFIG")
         return cls(path)
 
@@ -141,36 +159,71 @@ class RunFolder:
             file = self.path / name
             if not file.is_file() or file.stat().st_size < length:
                 raise UserError(f"{file}: shorter than when round {last.round} ended; {RESTORE}")
-        if hashlib.sha256(self._committed_metrics(last)).hexdigest() != last.files.get(METRICS):
+        digest = hashlib.sha256((self.path / METRICS).read_bytes()[: last.metrics_bytes])
+        if digest.hexdigest() != last.files.get(METRICS):
             raise UserError(f"{self.path / METRICS}: damaged (changed since round {last.round} ended); {RESTORE}")
         with self._writing():
             for name, length in lengths.items():
                 os.truncate(self.path / name, length)
-            self._delete_all_but(last.files)
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            for path in {*self.path.glob(f"*/**/*{SUFFIX}"), *self.path.glob("**/.*.unfinished")}:
+                if str(path.relative_to(self.path)) not in last.files:
+                    path.unlink()
+        self._last, self._digest, self._staged = last, digest, {}
         return last
+
+    def stage(self, path: str, tensors: Tensors, round: int) -> None:
+        """Write tensors to the disk, to become the newest of `path` (clients/fr/experts) with the next commit.
+
+        Raises UserError where the disk refuses.
+        """
+        last = self._last or self.rewind()
+        parent, _, name = path.rpartition("/")
+        file = f"{parent}/{name if name == PERSONAL else f'round-{round:04d}.{name}'}{SUFFIX}"
+        assert file not in last.files, f"{file} is part of the run already"
+        with self._writing():
+            (self.path / parent).mkdir(parents=True, exist_ok=True)
+            write_whole(self.path / file, lambda unfinished: write_tensors(unfinished, tensors))
+            self._staged[path] = file, _sha256(self.path / file)
 
     def commit(
         self, round: int, metrics: Iterable[Mapping[str, Any]], timings: Iterable[Mapping[str, Any]],
-        tensors: Mapping[str, Tensors], finished: bool = False,
+        finished: bool = False,
     ) -> None:  # fmt: skip
-        """Make a round's outcome the point to resume from. tensors: by path in the run, without ".safetensors".
+        """Make a round's outcome, with what was staged since the last one, the point to resume from.
 
-        Raises UserError where the disk refuses; the last commit then stays what it was.
+        finished: of all tensors only clients' personal models are kept. Raises UserError where the disk refuses; the
+        last commit then stays what it was.
         """
+        last, raw = self._last or self.rewind(), _json_lines(metrics)
+        self._last = None  # where this fails, whatever comes next rewinds first
+        (digest := self._digest.copy()).update(raw)
+        newest = {path: (file, last.files[file]) for path, file in last.newest.items()} | self._staged
+        kept = {path: of for path, of in newest.items() if not finished or path.endswith(f"/{PERSONAL}")}
+        files = dict(sorted(kept.values())) | {METRICS: digest.hexdigest()}
         with self._writing():
-            files = {f"{name}.safetensors": self._save(f"{name}.safetensors", saved) for name, saved in tensors.items()}
-            timings_bytes, metrics_bytes = self._append(TIMINGS, timings), self._append(METRICS, metrics)
-            files[METRICS] = _sha256(self.path / METRICS)
-            self._write_checkpoint(Checkpoint(round, finished, metrics_bytes, timings_bytes, files))
-            self._delete_all_but(files)
+            timings_bytes, metrics_bytes = self._append(TIMINGS, _json_lines(timings)), self._append(METRICS, raw)
+            now = Checkpoint(round, finished, metrics_bytes, timings_bytes, files)
+            self._write_checkpoint(now)
+            for file in {*last.files, *(file for file, _ in newest.values())} - files.keys():
+                (self.path / file).unlink(missing_ok=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        self._last, self._digest, self._staged = now, digest, {}
 
-    def load(self, name: str) -> dict[str, Tensor]:
-        """Tensors of the last commit by path in the run, without ".safetensors".
+    def holds(self, path: str, staged: bool = False) -> bool:
+        """There is something to load from that path."""
+        return path in (self._last or self.checkpoint()).newest or (staged and path in self._staged)
 
-        Raises UserError where the file is missing or is not, byte for byte, what was committed.
+    def load(self, path: str, staged: bool = False) -> dict[str, Tensor]:
+        """The newest tensors of a path (clients/fr/experts), mapped into memory: as committed, or staged since then.
+
+        Raises UserError where the file is missing or is not, byte for byte, what was written.
         """
-        file = f"{name}.safetensors"
-        expected = self.checkpoint().files.get(file)
+        last = self._last or self.checkpoint()
+        file = last.newest.get(path, f"{path}{SUFFIX}")
+        expected = last.files.get(file)
+        if staged and path in self._staged:
+            file, expected = self._staged[path]
         try:
             if expected is None or _sha256(self.path / file) != expected:
                 raise UserError(
@@ -189,43 +242,24 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The committed lines of metrics.jsonl."""
-        raw = self._committed_metrics(self.checkpoint())
+        raw = (self.path / METRICS).read_bytes()
         try:
-            return [json.loads(line) for line in raw.splitlines()]
+            return [json.loads(line) for line in raw[: self.checkpoint().metrics_bytes].splitlines()]
         except ValueError:
             raise UserError(f"{self.path / METRICS}: damaged; {RESTORE}") from None
-
-    def _committed_metrics(self, last: Checkpoint) -> bytes:
-        return (self.path / METRICS).read_bytes()[: last.metrics_bytes]
 
     def _writing(self) -> AbstractContextManager[None]:
         return writing(self.path, f"make room or allow writing, then go on with: {command('resume', self.path)}")
 
-    def _save(self, name: str, tensors: Tensors) -> str:
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        try:  # one key of metadata only: safetensors writes several in any order, and equal runs give equal bytes
-            write_whole(path, lambda unfinished: save_file(whole, unfinished, metadata={"comigs": "1"}))
-        except SafetensorError as error:  # safetensors wraps the operating system's errors
-            raise OSError(*_errno_in(str(error))) from None
-        return _sha256(path)
-
-    def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> int:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    def _append(self, name: str, raw: bytes) -> int:
+        with (self.path / name).open("ab") as file:
+            file.write(raw)
             file.flush()
             os.fsync(file.fileno())
             return file.tell()
 
     def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        _write_text(self.path / "checkpoint.json", json.dumps(checkpoint.__dict__, indent=1))
-
-    def _delete_all_but(self, files: Mapping[str, str]) -> None:
-        """Tensors of other rounds, and what a killed process was writing."""
-        for path in {*self.path.glob("*/**/*.safetensors"), *self.path.glob("**/.*.unfinished")}:
-            if str(path.relative_to(self.path)) not in files:
-                path.unlink()
+        _write_text(self.path / "checkpoint.json", json.dumps(asdict(checkpoint), indent=1))
 
     def _read_json(self, name: str) -> dict[str, Any]:
         try:
@@ -237,6 +271,26 @@ class RunFolder:
         return content
 
 
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    """A safetensors file. Raises OSError."""
+    whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    try:  # one key of metadata only: safetensors writes several in any order, and equal runs give equal bytes
+        save_file(whole, path, metadata={"comigs": "1"})
+    except SafetensorError as error:  # the operating system's errors are in there, as "... (os error 28)"
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
+
+
+def _without_round(file: str) -> str:
+    """clients/fr/round-0003.experts.safetensors -> clients/fr/experts."""
+    parent, _, name = file.removesuffix(SUFFIX).rpartition("/")
+    return f"{parent}/{re.sub(r'^round-[0-9]+[.]', '', name)}"
+
+
+def _json_lines(lines: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
+
+
 def _write_text(path: Path, text: str) -> None:
     write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
@@ -244,10 +298,3 @@ def _write_text(path: Path, text: str) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _errno_in(message: str) -> tuple[int, str]:
-    """The operating system's error number inside a safetensors message like "I/O error: ... (os error 28)"."""
-    _, _, tail = message.partition("os error ")
-    number = tail.rstrip(')" \n')
-    return (int(number) if number.isdigit() else 5), message

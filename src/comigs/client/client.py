@@ -28,14 +28,17 @@ from comigs.slots import Slot
 PRIVATE = ("specialist", "router")  # roles that no method can make a client send
 GROUPS: tuple[Group, ...] = get_args(Group)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+State = Mapping[str, Mapping[str, Tensor]]  # what `Client.state` gives
 
 
 class Client:
     """One participant. Many share one attachment, which is pointed at whichever client is at work."""
 
     def __init__(
-        self, name: str, config: Config, method: Method, base: Base, attachment: Attachment, data: ClientData
-    ) -> None:
+        self, name: str, config: Config, method: Method, base: Base, attachment: Attachment, data: ClientData,
+        state: State | None = None,
+    ) -> None:  # fmt: skip
+        """state: what it goes on from; None: from its start. Raises UserError where the state is not this client's."""
         self.name = name
         self.config = config
         self.method = method
@@ -43,12 +46,13 @@ class Client:
         self.attachment = attachment
         self.data = data
         self.text = data  # what it trains on
+        self.is_trainer = True  # False: another client trains for it (pooled)
         self.shape = method.shape(config.shape_of(config.client_named(name)))
         self.shapes = attachment.slot_shapes(self.shape, method.mixing == "routed", method.merges)
-        self.trainee = new_trainee(self._start(), config.client)
-        settings, lr = config.client, config.client.lr or base.architecture.lr
-        if method.schedule == "joint" or not self.trainee.group("router"):  # no phases to set a fold of train aside for
-            settings = settings.model_copy(update={"router_data": "valid"})
+        self.trainee = new_trainee(self._start() if state is None else self._unwritten(), config.client)
+        if state is not None:
+            self.load_state(state)
+        settings, lr = settings_of(config, method, self.shapes), config.client.lr or base.architecture.lr
         self.plan = Plan(
             settings=settings,
             lr=lr,
@@ -71,6 +75,9 @@ class Client:
     def _start(self) -> dict[Slot, Tensor]:
         start = starting_tensors(self.shapes, self.config.seed, self.name, self.config.experts.router_start)
         return {slot: tensor.to(self.base.device) for slot, tensor in start.items()}
+
+    def _unwritten(self) -> dict[Slot, Tensor]:
+        return {slot: torch.empty(dims, device=self.base.device) for slot, dims in self.shapes.items()}
 
     def trained_parameters(self, rounds: Iterable[int]) -> int:
         """Scalars this client trains in any of these rounds."""
@@ -204,18 +211,28 @@ class Client:
                 moments |= {f"{by_id[id(param)]}/{key}": values[key] for key in MOMENTS}
         return {"experts": {str(slot): tensor for slot, tensor in t.tensors.items()}, "optimizer": moments}
 
-    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """The inverse of `state`. Raises UserError where the tensors are not this client's."""
+    def load_state(self, state: State) -> None:
+        """The inverse of `state`; copies. Raises UserError where the tensors are not this client's."""
         t, moments = self.trainee, state["optimizer"]
         load_tensors(t.tensors, state["experts"], self.name)
         t.local_steps, t.router_steps = int(moments["local_steps"]), int(moments["router_steps"])
         slots = {id(tensor): slot for slot, tensor in t.tensors.items()}
         for optimizer in t.optimizers.values():
+            optimizer.state.clear()
             for group in optimizer.param_groups:
                 for param in group["params"]:
                     keys = {key: f"{slots[id(param)]}/{key}" for key in MOMENTS}
                     if keys["step"] in moments:
-                        optimizer.state[param] = {key: moments[name].to(param.device) for key, name in keys.items()}
+                        optimizer.state[param] = {
+                            key: moments[name].to(param.device, copy=True) for key, name in keys.items()
+                        }
+
+
+def settings_of(config: Config, method: Method, slots: Iterable[Slot]) -> ClientSection:
+    """[client] as a client with these slots trains by it."""
+    if method.schedule == "joint" or not any(slot.role == "router" for slot in slots):
+        return config.client.model_copy(update={"router_data": "valid"})  # no phases to set a fold of train aside for
+    return config.client
 
 
 def new_trainee(tensors: dict[Slot, Tensor], settings: ClientSection) -> Trainee:

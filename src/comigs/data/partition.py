@@ -1,6 +1,6 @@
 """Documents to clients and splits, without leaks: no text is in two splits or at two clients.
 
-One pass over a source keeps about 60 bytes per document and none of its text; tokenising is a second pass, and only
+One pass over a source keeps about 70 bytes per document and none of its text; tokenising is a second pass, and only
 where the tokens are not there yet.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comigs.config import SPLITS, ClientEntry, DataSection, Split
-from comigs.data.document import Document, content_digest, text_digest
+from comigs.data.document import Document, chunks, content_digest, text_digest
 from comigs.data.sources import open_source
 from comigs.errors import UserError
 
@@ -30,7 +30,7 @@ REPEATED = len(SPLITS)  # the "split" of a document whose text came before
 class Listing:
     """What one pass over a source found, one entry per document.
 
-    texts: sha256 of the exact text. contents: digest of the text, white space aside.
+    texts: sha256 of the exact text. contents: digest of the text, white space aside. sizes: bytes in UTF-8.
     splits: index into SPLITS, or REPEATED.
     """
 
@@ -38,6 +38,7 @@ class Listing:
     root: Path
     texts: NDArray[np.bytes_]
     contents: NDArray[np.bytes_]
+    sizes: NDArray[np.int64]
     splits: NDArray[np.uint8]
 
     def read(self) -> Iterator[tuple[int, Document]]:
@@ -73,6 +74,14 @@ class Partition:
         """(num_documents,) digests of the split's texts, white space aside."""
         return self._of(split, "contents")
 
+    def num_bytes(self, split: Split) -> int:
+        """Of the split's texts, in UTF-8."""
+        return int(self._of(split, "sizes").sum())
+
+    def num_documents(self, split: Split) -> int:
+        """In the split."""
+        return len(self._of(split, "sizes"))
+
     @property
     def num_repeated(self) -> int:
         """Documents left out because the same text came before in the same source."""
@@ -91,14 +100,15 @@ def partition(entry: ClientEntry, data: DataSection) -> Partition:
     with named(entry.name):
         if isinstance(entry.text, str):
             return Partition(entry.name, (_list_by_hash(entry.text, data),))
+        assert entry.text is not None, "require_text() refuses these"
         listings = []
         for index, split in enumerate(SPLITS):
             spec = getattr(entry.text, split)
-            texts, contents, _ = _scan(spec, data.root)
+            texts, contents, sizes, _ = _scan(spec, data.root)
             if not len(texts):
                 raise UserError(f'text.{split} = "{spec}": there is no text in it')
             splits = np.where(_first_of_each(contents), index, REPEATED).astype(np.uint8)
-            listings.append(Listing(spec, data.root, texts, contents, splits))
+            listings.append(Listing(spec, data.root, texts, contents, sizes, splits))
         return Partition(entry.name, tuple(listings))
 
 
@@ -148,7 +158,7 @@ def named(client: str) -> Iterator[None]:
 
 
 def _list_by_hash(spec: str, data: DataSection) -> Listing:
-    texts, contents, shares = _scan(spec, data.root)
+    texts, contents, sizes, shares = _scan(spec, data.root)
     first = _first_of_each(contents)
     if first.sum() < MIN_DOCUMENTS:
         raise UserError(
@@ -157,20 +167,26 @@ def _list_by_hash(spec: str, data: DataSection) -> Listing:
         )
     splits = np.full(len(texts), REPEATED, dtype=np.uint8)
     splits[first] = split_by_hash(shares[first], data.valid_fraction, data.test_fraction)
-    return Listing(spec, data.root, texts, contents, splits)
+    return Listing(spec, data.root, texts, contents, sizes, splits)
 
 
-def _scan(spec: str, root: Path) -> tuple[NDArray[np.bytes_], NDArray[np.bytes_], NDArray[np.float64]]:
-    """Digests of the texts, of their contents, and the shares, of all documents of a source."""
-    texts, contents, shares = bytearray(), bytearray(), array("d")
+def _scan(
+    spec: str, root: Path
+) -> tuple[NDArray[np.bytes_], NDArray[np.bytes_], NDArray[np.int64], NDArray[np.float64]]:
+    """Digests of the texts, of their contents, their sizes, and the shares, of all documents of a source."""
+    texts, contents, sizes, shares = bytearray(), bytearray(), array("q"), array("d")
     for document in _documents(spec, root):
         try:
             texts += text_digest(document.text)
             contents += content_digest(document.text)
+            sizes.append(sum(len(piece.encode()) for piece in chunks(document.text)))
             shares.append(share(document))
         except UnicodeEncodeError:
             raise UserError(f"{document.name!a}: not valid Unicode (half a surrogate pair); write it anew") from None
-    return np.frombuffer(texts, "S32"), np.frombuffer(contents, "S16"), np.frombuffer(shares, np.float64)
+    return (
+        np.frombuffer(texts, "S32"), np.frombuffer(contents, "S16"),
+        np.frombuffer(sizes, np.int64), np.frombuffer(shares, np.float64),
+    )  # fmt: skip
 
 
 def _documents(spec: str, root: Path) -> Iterator[Document]:

@@ -1,147 +1,102 @@
-"""All clients in this process, one after the other, on one base: for research, tests and the demo."""
+"""All clients in this process, one after the other, on one base: for research, tests and the demo.
+
+Only the client at work is in memory. Its experts and optimisers are in the run folder while it is idle.
+"""
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from comigs.bases.load import Base
-from comigs.client.client import Client
+from comigs.client.client import Client, settings_of
+from comigs.client.draw import check_text
 from comigs.client.evaluate import Evaluation
-from comigs.client.steps import Group, RoundLog
 from comigs.config import Config, Split
 from comigs.data.prepare import ClientData
-from comigs.engines.rounds import Reply, Report, Task
+from comigs.engines.answer import answer, of_the_base
+from comigs.engines.check import shapes_of_clients
+from comigs.engines.exchange import Answers, Reply, Report, Task
+from comigs.engines.spool import Spool
+from comigs.engines.wire import as_received, decode, encode, plain
 from comigs.experts.attach import Attachment
 from comigs.methods.method import Download, Method, Upload
+from comigs.record import RunFolder
+from comigs.slots import Slot
+
+STATE = ("experts", "optimizer")  # the parts of a client's state, each a path in the run
 
 
 class InProcess:
-    """An engine whose messages are function calls. Holds the base once, and each client's small tensors."""
+    """An engine whose messages are function calls. Holds the base, and one client at a time.
+
+    trainers: names of the clients that train; where text is pooled, the first stands for the one place that has it all.
+    """
 
     def __init__(
-        self, config: Config, method: Method, base: Base, data: Mapping[str, ClientData], report: Report
-    ) -> None:
-        self.report = report
+        self, config: Config, method: Method, base: Base, data: Mapping[str, ClientData], folder: RunFolder,
+        report: Report,
+    ) -> None:  # fmt: skip
+        self.config, self.method, self.base, self.data = config, method, base, data
+        self.folder, self.report = folder, report
         self.attachment = Attachment(base.model, base.architecture, config.experts, summed=method.mixing == "sum")
-        self.clients = {
-            c.name: Client(c.name, config, method, base, self.attachment, data[c.name]) for c in config.clients
-        }
-        self.trainers = set(self.clients)
-        if method.pooled:  # the first client stands for the one place that has everybody's text
-            first = next(iter(self.clients.values()))
-            self.trainers = {first.name}
-            first.pool(list(data.values()))
+        self.shapes = shapes_of_clients(config, method, self.attachment)
+        self.trainers = {client.name for client in config.clients[: 1 if method.pooled else None]}
+        self.spool = Spool(folder.scratch / "uploads")
         self._base_evaluations: dict[tuple[Path, ...], Evaluation] = {}
+        if config.participation.clients_per_round is None:  # else it is found when a client is asked
+            for name, shapes in self.shapes.items():
+                check_text(name, data[name], settings_of(config, method, shapes), config.data.sequence_length)
 
-    def exchange(self, task: Task, downloads: Mapping[str, Download]) -> dict[str, Reply]:
+    def exchange(self, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
         """One client after the other."""
-        return {name: self._answer(client, task, downloads.get(name, {})) for name, client in self.clients.items()}
+        return Answers({name: self._ask(name, task, downloads.get(name, {})) for name, task in tasks.items()})
 
     def probe(self, uploads: Mapping[str, Upload], round: int) -> dict[str, dict[str, float]]:
         """reader -> author -> nats per token of the author's upload on a sample of the reader's valid."""
-        return {name: client.probe(uploads, round) for name, client in self.clients.items()}
+        received = {name: as_received(upload, self.config.upload.format) for name, upload in uploads.items()}
+        nats = {name: self.client(name, staged=True).probe(received, round) for name in uploads}
+        self.attachment.unbind()
+        return nats
 
-    def _answer(self, client: Client, task: Task, download: Download) -> Reply:
-        start = time.perf_counter()
-        metrics = []
-        for split in task.evaluate_base:
-            metrics.append(_evaluated(client, split, 0, self._base_evaluation(client, split), "base"))
-        client.receive(download, task.round)
-        if not task.train:
-            client.finish()
-        for split in task.evaluate:
-            metrics.append(_evaluated(client, split, task.round - 1, client.evaluate(split), "personal"))
-        timing: dict[str, Any] = {"round": task.round, "client": client.name, "tokens_per_second": None}
-        upload: Upload | None = None
-        if task.train and client.name in self.trainers:
-            began, step = time.perf_counter(), 0
+    def client(self, name: str, staged: bool = False) -> Client:
+        """A client as it was when the last round ended, or, staged, as it has left its exchange since then."""
+        path, state = f"clients/{name}", None
+        if self.folder.holds(f"{path}/{STATE[0]}", staged):
+            state = {part: self.folder.load(f"{path}/{part}", staged) for part in STATE}
+        client = Client(name, self.config, self.method, self.base, self.attachment, self.data[name], state)
+        client.is_trainer = name in self.trainers
+        if self.method.pooled and client.is_trainer:
+            client.pool(list(self.data.values()))
+        return client
 
-            def on_step(group: Group, nats: float) -> None:
-                nonlocal step
-                step += group == "experts"
-                self.report({"kind": "step", "round": task.round, "client": client.name, "step": step,
-                             "level": group, "nats_per_token": nats})  # fmt: skip
+    def _ask(self, name: str, task: Task, download: Download) -> Reply:
+        """One client's exchange, from the disk and back to the disk."""
+        client, received = self.client(name), as_received(download, self.config.upload.format)
+        reply = answer(client, task, received, self.report, self._base_evaluation)
+        state = client.state()
+        for part, tensors in state.items() if task.train else [("personal", state["experts"])]:
+            self.folder.stage(f"clients/{name}/{part}", tensors, task.round)
+        self.attachment.unbind()
+        if reply.upload is None:
+            return reply
+        return replace(reply, upload=self.spool.add(name, self._sent(name, task, reply.upload, received)))
 
-            log = client.train(task.round, on_step)
-            upload = client.send(task.round)
-            metrics.append(trained(client, task.round, log))
-            timing["tokens_per_second"] = log.trained_tokens / (time.perf_counter() - began)
-        timing |= {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory()}
-        return Reply(upload, metrics, timing, sum(store.num_tokens for store in client.data.train))
+    def _sent(self, name: str, task: Task, upload: Upload, received: Download) -> Upload:
+        """The upload as it comes in at the server, after the format that numbers travel in."""
+        format, path = self.config.upload.format, f"clients/{name}/residual"
+        if format == "float32":
+            return upload
+        held = self.folder.load(path) if self.folder.holds(path) else {}
+        encoded, residual = encode(upload, received, format, {Slot.parse(key): t for key, t in held.items()})
+        if residual:
+            self.folder.stage(path, plain(residual), task.round)
+        return decode(encoded, {slot: tuple(t.shape) for slot, t in upload.items()}, received, format)
 
     def _base_evaluation(self, client: Client, split: Split) -> Evaluation:
         """The base is the same for all: a text that several clients have is read once."""
         text = tuple(store.folder for store in getattr(client.data, split))
         if text not in self._base_evaluations:
-            self._base_evaluations[text] = client.evaluate(split, untouched_base=True)
+            self._base_evaluations[text] = of_the_base(client, split)
         return self._base_evaluations[text]
-
-    def save(self) -> dict[str, Mapping[str, Tensor]]:
-        """Every client's experts and optimisers."""
-        return {f"clients/{n}/{part}": t for n, c in self.clients.items() for part, t in c.state().items()}
-
-    def restore(self, load: Callable[[str], dict[str, Tensor]]) -> None:
-        """The inverse of `save`."""
-        for name, client in self.clients.items():
-            client.load_state({part: load(f"clients/{name}/{part}") for part in ("experts", "optimizer")})
-
-    def personal(self) -> dict[str, Mapping[str, Tensor]]:
-        """Every client's own model."""
-        return {f"clients/{name}/personal": client.state()["experts"] for name, client in self.clients.items()}
-
-
-def trained(client: Client, round: int, log: RoundLog) -> dict[str, Any]:
-    """The "train" line of metrics.jsonl."""
-    shares = None if log.share_sum_LE is None else (log.share_sum_LE.double() / log.trained_tokens).tolist()
-    return {
-        "kind": "train",
-        "round": round,
-        "client": client.name,
-        "local_steps": len(log.train_losses),
-        "router_steps": len(log.router_losses),
-        "learning_rate": log.learning_rate,
-        "train_nats_per_token": _mean(log.train_losses),
-        "train_nats_per_token_by_step": log.train_losses,
-        "router_nats_per_token": _mean(log.router_losses),
-        "balance_loss": _mean(log.balance_losses),
-        "trained_tokens": log.trained_tokens,
-        "trained_parameters": client.trained_parameters([round]),
-        **_shares(client, shares),
-    }
-
-
-def _evaluated(client: Client, split: Split, round: int, result: Evaluation, model: str) -> dict[str, Any]:
-    """The "evaluation" line of metrics.jsonl."""
-    return {
-        "kind": "evaluation",
-        "round": round,
-        "client": client.name,
-        "split": split,
-        "model": model,
-        **result.figures(),
-        **_shares(client, result.expert_share_LE),
-    }
-
-
-def _shares(client: Client, shares_LE: list[list[float]] | None) -> dict[str, Any]:
-    generalists = None if shares_LE is None else [sum(e[: client.shape.generalists]) for e in shares_LE]
-    return {"generalist_share_by_layer": generalists, "expert_share_by_layer": shares_LE}
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def peak_memory() -> int:
-    """Largest memory so far in bytes: of the GPU where one is used, else of this process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

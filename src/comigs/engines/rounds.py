@@ -1,225 +1,134 @@
-"""The round loop, once, over `exchange(task, downloads) -> replies`, whatever carries the messages."""
+"""The round loop, once, over `exchange(tasks, downloads) -> answers`, whatever carries the messages."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from comigs.config import Config, Split
+from comigs.config import Config
+from comigs.engines.check import common_start
+from comigs.engines.exchange import Answers, Engine, Event, Reply, Report, Task
+from comigs.engines.intake import NO_ANSWER, Intake, Started
+from comigs.engines.lines import check_lines
+from comigs.engines.participation import absent_line, has_trained, late_line, left_out, measured_base
 from comigs.engines.signs import failure_signs
-from comigs.methods.method import Download, Facts, Memory, Method, Upload
+from comigs.engines.traffic import drift
+from comigs.engines.waiting import next_downloads, pack_server, unpack_server
+from comigs.errors import UserError
+from comigs.files import command
+from comigs.methods.method import Download, Facts, Memory, Method
 from comigs.record import RunFolder
-from comigs.slots import Slot
 
-Event = Mapping[str, Any]  # a line of metrics.jsonl, or {"kind": "step", ...}, which is only shown
-Report = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the server asks of every client in one exchange, in this order: receive, evaluate, train, send.
-
-    round: the round to train (from 1). train: False in the last exchange, which only delivers and evaluates.
-    evaluate: splits to measure with the client's own model, as it is after the download of round - 1.
-    evaluate_base: splits to measure with the base alone.
-    """
-
-    round: int
-    train: bool
-    evaluate: tuple[Split, ...]
-    evaluate_base: tuple[Split, ...]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a client sends back.
-
-    upload: None where it did not train. metrics: lines of metrics.jsonl; timing: its line of timings.jsonl.
-    train_tokens: in its train split.
-    """
-
-    upload: Upload | None
-    metrics: list[dict[str, Any]]
-    timing: dict[str, Any] = field(default_factory=dict)
-    train_tokens: int = 0
-
-
-class Engine(Protocol):
-    """Carries one exchange to all clients and back."""
-
-    def exchange(self, task: Task, downloads: Mapping[str, Download]) -> dict[str, Reply]:
-        """One message to each client and its reply, by client; of clients that are gone there is none."""
-
-    def probe(self, uploads: Mapping[str, Upload], round: int) -> dict[str, dict[str, float]]:
-        """reader -> author -> nats per token of the author's upload on a sample of the reader's valid."""
-
-    def save(self) -> dict[str, Mapping[str, Tensor]]:
-        """Clients' states by path in the run, where the engine holds them."""
-
-    def restore(self, load: Callable[[str], dict[str, Tensor]]) -> None:
-        """The inverse of `save`."""
-
-    def personal(self) -> dict[str, Mapping[str, Tensor]]:
-        """Clients' final tensors by path in the run, where the engine holds them."""
+__all__ = ["Answers", "Engine", "Event", "Reply", "Report", "Task", "run_rounds", "task_of"]
 
 
 def run_rounds(config: Config, method: Method, engine: Engine, folder: RunFolder, report: Report) -> None:
-    """From the folder's last commit to the end of the run. Each round is committed before the next begins."""
+    """From the folder's last commit to the end of the run. Each round is committed before the next begins.
+
+    Raises UserError where too few clients are left that answer; every whole round is kept.
+    """
     last = folder.rewind()
     if last.finished:
         return
-    history = folder.metrics()
+    history, start, started = folder.metrics(), common_start(config.seed), Started()
     downloads: dict[str, Download] = {}
     memory: Memory = {}
     if last.round:
-        engine.restore(lambda path: folder.load(_numbered(path, last.round)))
-        downloads, memory = unpack_server(folder.load(_numbered("server/state", last.round)))
+        downloads, memory = unpack_server(folder.load("server/state"))
 
     for round in range(last.round + 1, config.rounds + 1):
-        replies = engine.exchange(_task(config, round), downloads)
-        uploads = {name: reply.upload for name, reply in replies.items() if reply.upload is not None}
+        intake = Intake(config, method, engine.shapes, start, started, history, downloads, round)
+        _ask(intake, engine, folder, report, measured_base(history))
         facts = Facts(
             clients=tuple(c.name for c in config.clients),
-            train_tokens={name: reply.train_tokens for name, reply in replies.items()},
-            peer_nats=engine.probe(uploads, round) if method.reads_peers else {},
+            weights=intake.weights(),
+            peer_nats=engine.probe(intake.uploads, round) if method.reads_peers else {},
+            upload=config.upload,
         )
-        merged, memory = method.aggregate(uploads, memory, facts)
-        sent, downloads = downloads, next_downloads(downloads, merged, delivered=set(replies))
+        merged, memory = method.aggregate(intake.uploads, memory, facts)
+        sent, downloads = downloads, next_downloads(downloads, merged, intake.reached)
 
-        metrics = [line for reply in replies.values() for line in reply.metrics]
-        for line in metrics:
-            if line["kind"] == "train":
-                line |= traffic(line["client"], uploads, downloads, reads_peers=method.reads_peers)
-        metrics.append({"kind": "server", "round": round, "drift": drift(uploads, sent)})
+        metrics = intake.metrics(downloads)
+        metrics.append({"kind": "server", "round": round, "drift": drift(intake.uploads, sent), **intake.whom()})
+        metrics += intake.warnings
         metrics += failure_signs(history, metrics)
+        folder.stage("server/state", pack_server(downloads, memory), round)
+        folder.commit(round, metrics, intake.timings())
         history += metrics
-        tensors = {**engine.save(), "server/state": pack_server(downloads, memory)}
-        numbered = {_numbered(path, round): saved for path, saved in tensors.items()}
-        folder.commit(round, metrics, [r.timing for r in replies.values()], numbered)
         for line in metrics:
             report(line)
+    _finish(config, engine, folder, report, history, downloads)
 
-    replies = engine.exchange(_task(config, config.rounds + 1), downloads)
+
+def _ask(intake: Intake, engine: Engine, folder: RunFolder, report: Report, measured: set[str]) -> None:
+    """Ask the clients of a round, and those of them again whose upload is missing while there are too few.
+
+    It ends: who fails too often is left out, and nobody is asked who has answered. Raises UserError when too few are
+    left.
+    """
+    config, round = intake.config, intake.round
+    needed, everyone = config.participation.min_clients, len(config.clients)
+    first, later = (task_of(config, round, base_known=known) for known in (False, True))
+    while True:
+        names, left = intake.to_ask(), everyone - len(intake.out)
+        if left < needed or not names:
+            raise UserError(
+                f"round {round}: {len(intake.uploads)} of the {needed} usable uploads that it needs "
+                f"(participation.min_clients), and {everyone - left} of {everyone} clients are left out, so too few "
+                f"are left to ask; every whole round is kept. When they are back, go on with: "
+                f"{command('resume', folder.path)}"
+            )
+        tasks = {name: later if name in measured else first for name in names}
+        intake.take(tasks, engine.exchange(tasks, {n: intake.downloads[n] for n in names if n in intake.downloads}))
+        if len(intake.uploads) >= needed:
+            return
+        reasons = [f"{name}: {reason}" for name, reason in intake.absent.items()]
+        why = "; ".join(reasons[:4] + [f"{len(reasons) - 4} more"] * (len(reasons) > 4))
+        note = f"round {round}: {len(intake.uploads)} of the {needed} uploads it needs; asking again ({why})"
+        report({"kind": "note", "message": note, "say": True})
+
+
+def _finish(
+    config: Config, engine: Engine, folder: RunFolder, report: Report, history: list[dict[str, Any]],
+    downloads: Mapping[str, Download],
+) -> None:  # fmt: skip
+    """The last exchange: everybody who is not left out gets the last download and measures its own model."""
+    round, out, measured = config.rounds + 1, left_out(history), measured_base(history)
+    tasks = {c.name: task_of(config, round, base_known=c.name in measured) for c in config.clients if c.name not in out}
+    answers = engine.exchange(tasks, {name: downloads[name] for name in tasks if name in downloads})
+    bad = {name: why for name, reply in answers.replies.items() if (why := check_lines(reply, name, tasks[name]))}
+    replies = {name: answers.replies[name] for name in tasks if name in answers.replies and name not in bad}
+    if not replies:
+        raise UserError(
+            f"nobody took the last download, so there is no result yet; every whole round is kept. When clients are "
+            f"back, go on with: {command('resume', folder.path)}"
+        )
     metrics = [line for reply in replies.values() for line in reply.metrics]
+    absent = {name: bad.get(name, answers.absent.get(name, NO_ANSWER)) for name in tasks if name not in replies}
+    metrics += [absent_line(round, name, why) for name, why in absent.items()]
+    late = {n: reply.round for n, reply in answers.late.items() if not has_trained(history, n, reply.round)}
+    metrics += [late_line(then, name, round, "dropped") for name, then in late.items()]
     metrics += failure_signs(history, metrics)
-    folder.commit(config.rounds, metrics, [r.timing for r in replies.values()], engine.personal(), finished=True)
+    folder.commit(config.rounds, metrics, [reply.timing for reply in replies.values()], finished=True)
     for line in metrics:
         report(line)
 
 
-def _task(config: Config, round: int) -> Task:
-    """Evaluations of round r travel with the exchange of round r + 1, after its download: one message a round."""
+def task_of(config: Config, round: int, base_known: bool) -> Task:
+    """What a client is asked in a round, rounds + 1 being the exchange at the end.
+
+    Evaluations of round r travel with the exchange of round r + 1, after its download: one message a round.
+
+    base_known: the base was measured on this client's text already.
+    """
     evaluation, is_last = config.evaluation, round == config.rounds + 1
     due = evaluation.every > 0 and round > 1 and (round - 1) % evaluation.every == 0
     watched = evaluation.splits if evaluation.every > 0 else ()
     splits = watched if due or is_last else ()
+    base = () if base_known else ("test",) if is_last else tuple(dict.fromkeys((*watched, "test")))
     return Task(
         round=round,
         train=not is_last,
         evaluate=tuple(dict.fromkeys((*splits, "test"))) if is_last else splits,
-        evaluate_base=tuple(dict.fromkeys((*watched, "test"))) if round == 1 else (),
+        evaluate_base=base,
     )
-
-
-def next_downloads(
-    waiting: Mapping[str, Download], merged: Mapping[str, Download], delivered: Collection[str]
-) -> dict[str, Download]:
-    """What each client gets next: the newest of every slot that it has not had yet.
-
-    waiting: what was to be delivered in this round. merged: what the server made of it. Updates, which are added and
-    not written, wait in line behind those a client has missed.
-    """
-    downloads = dict(merged)
-    for name in sorted(waiting.keys() - set(delivered)):
-        missed, new = waiting[name], merged.get(name, {})
-        downloads[name] = {**missed, **new, **_both_updates(missed, new)}
-    return downloads
-
-
-def _both_updates(missed: Download, new: Download) -> Download:
-    """Two factored updates of one linear as one."""
-    both = {slot for slot in missed.keys() & new.keys() if slot.role == "update"}
-    return {slot: torch.cat([missed[slot], new[slot]], dim=0 if slot.matrix == "A" else 1) for slot in both}
-
-
-def traffic(
-    client: str, uploads: Mapping[str, Upload], downloads: Mapping[str, Download], reads_peers: bool
-) -> dict[str, Any]:
-    """What a client sent and gets in a round: bytes of the tensors' values, and what they were by role.
-
-    reads_peers: it was also given every other client's upload, to measure it.
-    """
-    upload, download = uploads[client], downloads.get(client, {})
-    peers = [u for name, u in uploads.items() if name != client] if reads_peers else []
-    by_role: dict[str, dict[str, int]] = {}
-    for slot, tensor in upload.items():
-        sent = by_role.setdefault(slot.role, {"slots": 0, "bytes": 0})
-        sent["slots"] += 1
-        sent["bytes"] += tensor.nbytes
-    return {
-        "uploaded_bytes": sum(tensor.nbytes for tensor in upload.values()),
-        "downloaded_bytes": sum(tensor.nbytes for given in (download, *peers) for tensor in given.values()),
-        "uploaded_by_role": by_role,
-    }
-
-
-def drift(uploads: Mapping[str, Upload], sent: Mapping[str, Download]) -> float | None:
-    """How far clients pull apart: mean distance of an upload from the mean upload, over the length of the mean's step.
-
-    None in the first round, which starts from no download, and where clients share nothing or unequal shapes or none
-    sent anything.
-    """
-    shapes = {frozenset((slot, t.shape) for slot, t in u.items()) for u in (*uploads.values(), *sent.values())}
-    if not sent or not uploads or len(shapes) != 1 or not next(iter(shapes)):
-        return None
-    everyone = list(uploads.values())
-    mean = {slot: sum(u[slot] for u in everyone) / len(everyone) for slot in everyone[0]}
-    start = {slot: sum(d[slot] for d in sent.values()) / len(sent) for slot in mean}
-    step = _distance(mean, start)
-    apart = sum(_distance(upload, mean) for upload in everyone) / len(everyone)
-    return apart / step if step > 0 else None
-
-
-def _distance(a: Mapping[Slot, Any], b: Mapping[Slot, Any]) -> float:
-    return math.sqrt(sum(float((a[slot] - b[slot]).square().sum()) for slot in a))
-
-
-def pack_server(downloads: Mapping[str, Download], memory: Memory) -> dict[str, Tensor]:
-    """What the server goes on from, as named tensors. A download that many clients get is kept once.
-
-    Copies: views of one merged tensor, which a method may hand out, cannot be saved as they are.
-    """
-    distinct = list({id(d): d for d in downloads.values()}.values())
-    packed = {f"memory/{key}": tensor for key, tensor in memory.items()}
-    for number, download in enumerate(distinct):
-        packed |= {f"download/{number}/{slot}": tensor for slot, tensor in download.items()}
-    for name, download in downloads.items():
-        packed[f"client/{name}"] = torch.tensor([d is download for d in distinct].index(True))
-    return {key: tensor.clone() for key, tensor in packed.items()}
-
-
-def unpack_server(packed: Mapping[str, Tensor]) -> tuple[dict[str, Download], Memory]:
-    """The inverse of `pack_server`."""
-    memory, distinct, chosen = {}, defaultdict[int, dict[Slot, Tensor]](dict), {}
-    for key, tensor in packed.items():
-        kind, _, rest = key.partition("/")
-        if kind == "memory":
-            memory[rest] = tensor
-        elif kind == "download":
-            number, _, slot = rest.partition("/")
-            distinct[int(number)][Slot.parse(slot)] = tensor
-        else:
-            chosen[rest] = int(tensor)
-    return {name: distinct[number] for name, number in chosen.items()}, memory
-
-
-def _numbered(path: str, round: int) -> str:
-    """clients/fr/experts -> clients/fr/round-0003.experts, so that a commit never overwrites the one before."""
-    parent, _, name = path.rpartition("/")
-    return f"{parent}/round-{round:04d}.{name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -56,16 +57,17 @@ def _drift(everything: Sequence[Line], new: Sequence[Line]) -> Iterator[dict[str
 
 
 def _overfitting(everything: Sequence[Line], new: Sequence[Line]) -> Iterator[dict[str, Any]]:
-    measured = [
-        x for x in everything if x["kind"] == "evaluation" and x["split"] == "valid" and x["model"] == "personal"
-    ]
-    for client in sorted({x["client"] for x in new if x["kind"] == "evaluation" and x["split"] == "valid"}):
-        valid = [(x["round"], x["nats_per_token"]) for x in measured if x["client"] == client][-OVERFIT_ROUNDS - 1 :]
-        rounds, losses = [r for r, _ in valid], [nats for _, nats in valid]
-        train = [
-            x["train_nats_per_token"] for x in everything
-            if x["kind"] == "train" and x["client"] == client and x["round"] in rounds
-        ]  # fmt: skip
+    clients = {x["client"] for x in new if x["kind"] == "evaluation" and x["split"] == "valid"}
+    measured, trained = defaultdict[str, list[Line]](list), defaultdict[str, list[Line]](list)
+    for x in everything:
+        if x["kind"] == "train" and x["client"] in clients:
+            trained[x["client"]].append(x)
+        elif x["kind"] == "evaluation" and x["split"] == "valid" and x["model"] == "personal":
+            measured[x["client"]].append(x)
+    for client in sorted(clients):
+        valid = measured[client][-OVERFIT_ROUNDS - 1 :]
+        rounds, losses = [x["round"] for x in valid], [x["nats_per_token"] for x in valid]
+        train = [x["train_nats_per_token"] for x in trained[client] if x["round"] in rounds]
         long_enough = len(losses) == OVERFIT_ROUNDS + 1 and len(train) >= 2
         if long_enough and _rises(losses) and losses[-1] - losses[0] > OVERFIT_RISE and train[-1] < train[0]:
             yield _warning(

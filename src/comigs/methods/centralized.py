@@ -18,5 +18,6 @@ def method(config: Config) -> Method:
         summary="one model on the pooled text of all clients, n times the batch; all text leaves the devices",
         paper="-",
         weights="-",
+        averages=False,
         pooled=True,
     )

@@ -26,7 +26,6 @@ from comigs.methods.method import (
     Method,
     Tensors,
     Upload,
-    mean,
     mean_of_uploads,
     options,
     require_equal,
@@ -74,6 +73,7 @@ def as_published(config: Config) -> Method:
         shares=shares,
         receives=shares,
         aggregate=mean_of_uploads,
+        averages=True,
     )
 
 
@@ -82,15 +82,16 @@ def full_step(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tu
 
     download = last + (mean_k |d_k| / |d|) d, with d_k = upload_k - last and d = mean_k d_k. The factor is 1 where all
     updates agree and sqrt(n) where n clients' updates are orthogonal, and no more where they oppose each other. The
-    first round, which has no last download, takes the mean.
+    first round, which has no last download, takes the mean. Where `upload.merge` is no mean, it stands for both means.
     """
-    average = mean(uploads.values())
+    average = facts.mean(uploads.values())
     if average and all(f"last/{slot}" in memory for slot in average):
         last = {slot: memory[f"last/{slot}"].to(torch.float64) for slot in average}
         lengths = [_length({slot: u[slot] - last[slot] for slot in average}) for u in uploads.values()]
         update = {slot: tensor - last[slot] for slot, tensor in average.items()}
         if (length := _length(update)) > 0:
-            factor = min(sum(sorted(lengths)) / len(lengths) / length, math.sqrt(len(lengths)))
+            usual = facts.mean({"": torch.tensor(each, dtype=torch.float64)} for each in sorted(lengths))[""]
+            factor = min(float(usual) / length, math.sqrt(len(lengths)))
             average = {slot: (last[slot] + factor * step).to(average[slot]) for slot, step in update.items()}
     return dict.fromkeys(facts.clients, average), dict(memory) | {f"last/{slot}": t for slot, t in average.items()}
 

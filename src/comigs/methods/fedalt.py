@@ -18,7 +18,6 @@ from comigs.methods.method import (
     Memory,
     Method,
     Upload,
-    mean,
     one_expert,
     require_equal,
 )  # fmt: skip
@@ -45,14 +44,17 @@ def method(config: Config) -> Method:
         aggregate=aggregate,
         shape=shape,
         schedule="joint",
+        averages=True,
     )
 
 
 def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
     """g1 of client i is the mean of the others' g0; attention LoRA the mean of all."""
-    everyone = mean({s: t for s, t in upload.items() if s.role == "attention"} for upload in uploads.values())
-    downloads: dict[str, Download] = {}
-    for client in facts.clients:
-        others = mean({s: t for s, t in u.items() if s.part == "g0"} for name, u in uploads.items() if name != client)
-        downloads[client] = {**everyone, **{replace(slot, part="g1"): t for slot, t in others.items()}}
-    return downloads, memory
+    attention = facts.mean({s: u[s] for s in u if s.role == "attention"} for u in uploads.values())
+
+    def download(client: str | None) -> Download:
+        others = facts.mean({s: u[s] for s in u if s.part == "g0"} for name, u in uploads.items() if name != client)
+        return {**attention, **{replace(slot, part="g1"): t for slot, t in others.items()}}
+
+    downloads = dict.fromkeys(facts.clients, download(None))  # of those who sent nothing, everybody is another
+    return downloads | {name: download(name) for name in facts.clients if name in uploads}, memory

@@ -17,6 +17,7 @@ def method(config: Config) -> Method:
         aggregate=mean_of_uploads,
         shape=all_generalists,
         mixing="uniform",
+        averages=True,
     )
 
 

@@ -26,4 +26,5 @@ def method(config: Config) -> Method:
         aggregate=mean_of_uploads,
         shape=shape,
         mixing="uniform",
+        averages=True,
     )

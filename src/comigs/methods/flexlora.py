@@ -25,7 +25,7 @@ def method(config: Config) -> Method:
 
     def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
         factors = {name: pairs(upload) for name, upload in uploads.items()}
-        total = sum(facts.train_tokens[name] for name in uploads)
+        total = sum(facts.weights[name] for name in uploads)
         downloads: dict[str, Download] = {}
         merged: dict[int, dict[Slot, Tensor]] = {}  # by the client's rank
         for client in facts.clients:
@@ -35,8 +35,7 @@ def method(config: Config) -> Method:
                 for at, (A, _) in next(iter(factors.values()), {}).items():
                     wanted = rank if at[2] != "attention" else A.shape[0]
                     weights = [
-                        facts.train_tokens[n] / total * scale(f[at][0].shape[0]) / scale(wanted)
-                        for n, f in factors.items()
+                        facts.weights[n] / total * scale(f[at][0].shape[0]) / scale(wanted) for n, f in factors.items()
                     ]
                     pair = lowrank.factorize(lowrank.stack([f[at] for f in factors.values()], weights), wanted)
                     merged[rank] |= slots(at, pair, next(iter(next(iter(uploads.values())).values())))
@@ -47,7 +46,7 @@ def method(config: Config) -> Method:
         name="flexlora",
         summary="ranks may differ: products averaged, each client gets their best factors of its rank (SVD)",
         paper="2402.11505",
-        weights="tokens in train",
+        weights="tokens in train, or clients.NAME.weight",
         shares=shares_all,
         receives=shares_all,
         aggregate=aggregate,

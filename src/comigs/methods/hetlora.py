@@ -49,21 +49,26 @@ def method(config: Config) -> Method:
         """memory: "CLIENT/LAYER.SITE.PART" -> the ranks that the client had not pruned when it last sent something."""
         factors = {name: rescaled(pairs(upload), up=True) for name, upload in uploads.items()}
         sent = {f"{c}/{at[0]}.{at[1]}.{at[2]}": torch.tensor(used_rank(f[at])) for c, f in factors.items() for at in f}
-        memory, beyond = {**memory, **sent}, set()
-        downloads: dict[str, dict[Slot, Tensor]] = {name: {} for name in facts.clients}
-        for at in next(iter(factors.values()), {}):
-            average = weighted_mean([f[at] for f in factors.values()])
-            like = next(iter(uploads.values()))[Slot(*at, "A")]
-            for client in facts.clients:
-                rank = ranks[client] if at[2] != "attention" else len(average[0])
-                kept = int(memory.get(f"{client}/{at[0]}.{at[1]}.{at[2]}", rank))
-                if client not in factors and kept > used_rank(average):
-                    beyond.add(client)  # it uses ranks that nobody sent: zeros there would never learn again
-                own = rescaled({at: lowrank.pad(lowrank.first_rows(average, kept), rank)}, up=False)[at]
-                downloads[client] |= slots(at, own, like)
-        return {name: download for name, download in downloads.items() if name not in beyond}, memory
+        memory = {**memory, **sent}
+        averages = {at: weighted_mean([f[at] for f in factors.values()]) for at in next(iter(factors.values()), {})}
+        likes = {at: next(iter(uploads.values()))[Slot(*at, "A")] for at in averages}
+        used = {at: used_rank(average) for at, average in averages.items()}
+        downloads: dict[str, Download] = {}
+        made: dict[tuple[tuple[int, int], ...], Download] = {}  # by ranks, and those of them that are kept
+        for client in facts.clients:
+            rank = {at: ranks[client] if at[2] != "attention" else len(A) for at, (A, _) in averages.items()}
+            kept = {at: int(memory.get(f"{client}/{at[0]}.{at[1]}.{at[2]}", rank[at])) for at in averages}
+            if client not in factors and any(kept[at] > used[at] for at in averages):
+                continue  # it uses ranks that nobody sent: zeros there would never learn again
+            kind = tuple((rank[at], kept[at]) for at in averages)
+            if kind not in made:
+                cut = {at: lowrank.pad(lowrank.first_rows(averages[at], kept[at]), rank[at]) for at in averages}
+                parts = (slots(at, pair, likes[at]) for at, pair in rescaled(cut, up=False).items())
+                made[kind] = {slot: tensor for part in parts for slot, tensor in part.items()}
+            downloads[client] = made[kind]
+        return downloads, memory
 
-    def rescaled(factors: dict[At, lowrank.Pair], up: bool) -> dict[At, lowrank.Pair]:
+    def rescaled(factors: Mapping[At, lowrank.Pair], up: bool) -> dict[At, lowrank.Pair]:
         """LoRA's scale, which differs between ranks, put into B on the way up and taken out again on the way down."""
         result = {}
         for at, (A, B) in factors.items():

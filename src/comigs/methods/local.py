@@ -26,4 +26,5 @@ def method(config: Config) -> Method:
         weights="-",
         shape=all_specialists,
         mixing="uniform",
+        averages=True,
     )

@@ -9,6 +9,8 @@ A method is a record of functions over slots and tensors; it never sees a client
   given; identical uploads come back unchanged; permuting clients permutes downloads; every client's upload counts; one
   client alone trains as if there were no server;
 - any of the clients may be missing from a round's uploads;
+- clients that get the same get one object, so that an idle client costs the server a number; uploads may be read from
+  the disk at each look, so `aggregate` looks at one after the other where it can (`Facts.mean` does);
 - tensors keep dtype and device; `memory` (the server's carry-over) survives being saved and loaded;
 - unequal ranks work, or `method(config)` refuses them before anything runs.
 
@@ -30,7 +32,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from comigs import lowrank, methods
-from comigs.config import Config, ExpertShape, Section
+from comigs.config import Config, ExpertShape, Section, UploadSection
 from comigs.config_errors import one_line
 from comigs.errors import UserError, nearest
 from comigs.slots import Slot
@@ -40,6 +42,7 @@ Upload = Tensors
 Download = Tensors
 Memory = Mapping[str, Tensor]
 Settings = TypeVar("Settings", bound=Section)
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,21 @@ class Facts:
     """What the server knows of a round beside the uploads.
 
     clients: all clients of the run, in the config's order, whether they sent something or not.
-    train_tokens: tokens in a client's train split, of those that sent something.
+    weights: of those that sent something, where a method weighs them by their text: tokens in train, or as the config
+        says.
     peer_nats: reader -> author -> nats per token of the author's model on the reader's valid; empty without
         `reads_peers`.
+    upload: how uploads become one.
     """
 
     clients: tuple[str, ...]
-    train_tokens: Mapping[str, int] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
     peer_nats: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    upload: UploadSection = field(default_factory=UploadSection)
+
+    def mean(self, uploads: Iterable[Mapping[Key, Tensor]]) -> dict[Key, Tensor]:
+        """The mean of uploads, or what stands for it: `upload.merge`."""
+        return mean(uploads, self.upload.merge, self.upload.trim)
 
 
 Aggregate = Callable[[Mapping[str, Upload], Memory, Facts], tuple[dict[str, Download], Memory]]
@@ -84,6 +94,7 @@ class Method:
         nats(tensors): per token, on `probe` windows of its valid.
     finish(tensors, nats): what a client's tensors become at the very end; nats(tensors): per token, on its valid.
     pooled: one model is trained on the text of all clients with as many times the batch, and everybody gets it.
+    averages: whatever `aggregate` makes of uploads goes through Facts.mean, which `upload.merge` can replace.
     """
 
     name: str
@@ -106,6 +117,11 @@ class Method:
     adopt: Callable[[Tensors, Download, Callable[[Tensors], float]], Tensors] | None = None
     finish: Callable[[Tensors, Callable[[Tensors], float]], Tensors] | None = None
     pooled: bool = False
+    averages: bool = False
+
+    def sends(self, slot: Slot, round: int) -> bool:
+        """The slot is in a client's upload in that round: it is shared, and was trained. What is merged is neither."""
+        return self.shares(slot) and slot.role != "merged" and self.trains(slot, round)
 
 
 def load_method(config: Config) -> Method:
@@ -121,7 +137,26 @@ def load_method(config: Config) -> Method:
         near = nearest(unknown[0], list(known.model_fields))
         raise UserError(f'options.{unknown[0]}: "{name}" has no such option.{near} Its options: {takes}')
     options(config, known)
-    return build(config)
+    built = build(config)
+    _require_possible(config, built)
+    return built
+
+
+def _require_possible(config: Config, method: Method) -> None:
+    """Refuse settings of other sections that this method cannot follow. Raises UserError naming the field."""
+    merge, p = config.upload.merge, config.participation
+    if merge != "mean" and not method.averages:
+        raise UserError(
+            f'upload.merge: given "{merge}", but {config.method} merges in its own way; must be "mean" (fedavg, comigs '
+            f'and others that average uploads can do "{merge}")'
+        )
+    everybody = {"clients_per_round": (p.clients_per_round, len(config.clients)), "min_clients": (p.min_clients, 1)}
+    for field_, (given, allowed) in everybody.items():
+        if method.pooled and given not in (None, allowed):
+            raise UserError(
+                f"participation.{field_}: given {given}, but {config.method} trains one model in one place on "
+                "everybody's text; leave it out"
+            )
 
 
 def method_module(name: str) -> ModuleType:
@@ -155,22 +190,46 @@ def list_methods() -> list[str]:
 
 def mean_of_uploads(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
     """Unweighted mean over clients, slot by slot (1602.05629 with equal weights); the same download for all."""
-    return dict.fromkeys(facts.clients, mean(uploads.values())), memory
+    return dict.fromkeys(facts.clients, facts.mean(uploads.values())), memory
 
 
-def mean(uploads: Iterable[Upload]) -> Download:
-    """Mean of uploads slot by slot. Empty without uploads.
+def mean(
+    uploads: Iterable[Mapping[Key, Tensor]], how: Literal["mean", "trimmed", "median"] = "mean", trim: float = 0.25
+) -> dict[Key, Tensor]:
+    """Mean of uploads slot by slot, or what stands for it. Empty without uploads.
 
-    Summed in float64, so that the result is independent of the clients' order and exact for equal uploads.
+    how: "trimmed" leaves out the `trim` largest and smallest of n values of each number (floor(trim * n) at either
+    end); "median" all but the middle one, or two. Summed in float64, one upload in memory at a time, so that the mean
+    is independent of the clients' order and exact for equal uploads.
     """
+    if how == "mean":
+        return _running_mean(uploads)
     given = list(uploads)
-    if not given:
-        return {}
-    assert all(upload.keys() == given[0].keys() for upload in given), "clients share different slots"
+    cut = (len(given) - 1) // 2 if how == "median" else int(trim * len(given))
     return {
-        slot: torch.stack([u[slot].to(torch.float64) for u in given]).mean(dim=0).to(tensor.dtype)
-        for slot, tensor in given[0].items()
+        slot: _middle(torch.stack([upload[slot].to(torch.float64) for upload in given]), cut).to(tensor.dtype)
+        for slot, tensor in (given[0] if given else {}).items()
     }
+
+
+def _running_mean(uploads: Iterable[Mapping[Key, Tensor]]) -> dict[Key, Tensor]:
+    totals: dict[Key, Tensor] = {}
+    dtypes: dict[Key, torch.dtype] = {}
+    count = 0
+    for count, upload in enumerate(uploads, start=1):
+        if count == 1:
+            dtypes = {slot: tensor.dtype for slot, tensor in upload.items()}
+            totals = {slot: tensor.to(torch.float64, copy=True) for slot, tensor in upload.items()}
+            continue
+        assert upload.keys() == totals.keys(), "clients share different slots"
+        for slot, tensor in upload.items():
+            totals[slot] += tensor
+    return {slot: (total / count).to(dtypes[slot]) for slot, total in totals.items()}
+
+
+def _middle(values_N: Tensor, cut: int) -> Tensor:
+    """Mean over the first dimension without the `cut` smallest and largest."""
+    return values_N.sort(dim=0).values[cut : len(values_N) - cut].mean(dim=0)
 
 
 def pairs(tensors: Tensors) -> dict[tuple[int, str, str], lowrank.Pair]:

@@ -31,6 +31,7 @@ def method(config: Config) -> Method:
         paper="2404.09753",
         weights="softmax of -perplexity on the client's own valid",
         aggregate=aggregate,
+        averages=False,
         probe=options(config, Options).probe_windows,
         reads_peers=True,
     )

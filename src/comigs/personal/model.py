@@ -23,10 +23,15 @@ class PersonalModel:
     """model: the base with the client's experts attached, usable as any `transformers` model; tokenizer: its own."""
 
     def __init__(self, folder: RunFolder, client: str, base: Base) -> None:
-        config, method, last = folder.config(), load_method(folder.config()), folder.checkpoint()
+        folder.require_a_round()
+        config, method = folder.config(), load_method(folder.config())
         shape = method.shape(config.shape_of(config.client_named(client)))
-        if last.round == 0:
-            raise UserError(f"{folder.path}: no round is finished yet; go on with: comigs resume {folder.path}")
+        path = f"clients/{client}/{'personal' if folder.checkpoint().finished else 'experts'}"
+        if not folder.holds(path):
+            raise UserError(
+                f'{folder.path}: holds no model of client "{client}"; it was not asked yet, or its model is on its own '
+                "device"
+            )
         recorded = folder.environment()["base_fingerprint"]
         if recorded != base.fingerprint:
             raise UserError(f'{folder.path}: base "{base.name}" is not the one these experts were trained on')
@@ -34,8 +39,7 @@ class PersonalModel:
         self.model, self.tokenizer = base.model, base.tokenizer
         shapes = self.attachment.slot_shapes(shape, method.mixing == "routed", method.merges)
         tensors = {slot: torch.empty(size, device=base.device) for slot, size in shapes.items()}
-        name = "personal" if last.finished else f"round-{last.round:04d}.experts"
-        load_tensors(tensors, folder.load(f"clients/{client}/{name}"), client)
+        load_tensors(tensors, folder.load(path), client)
         self.attachment.bind(tensors)
         self.config, self.dtype, self.tensors = config, base.dtype, tensors
 

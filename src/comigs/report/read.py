@@ -72,6 +72,15 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class Absent:
+    """A client that was asked in a round (the exchange at the end is one more) and gave nothing usable."""
+
+    round: int
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Timing:
     """Seconds, speed and memory of one client's round; `client` is None for the whole round."""
 
@@ -84,7 +93,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class ClientSummary:
-    """One client's result; bytes are of the whole run."""
+    """One client's result, with no scores where it was gone at the end; bytes are of the whole run."""
 
     test: Score
     base_test: Score
@@ -123,6 +132,7 @@ class Run:
     evaluations: tuple[Evaluation, ...]
     drift: tuple[Drift, ...]
     warnings: tuple[Warned, ...]
+    absent: tuple[Absent, ...]
     timings: tuple[Timing, ...]
     summary: Summary | None
 
@@ -149,7 +159,8 @@ def read_run(folder: str | Path) -> Run:
         raise UserError(f"{folder}: no such run folder")
     config = load_config(folder / "config.toml")
     metrics = _lines(folder / "metrics.jsonl")
-    of = {kind: [m for m in metrics if m.text("kind") == kind] for kind in ("train", "evaluation", "server", "warning")}
+    kinds = ("train", "evaluation", "server", "warning", "absent")
+    of = {kind: [m for m in metrics if m.text("kind") == kind] for kind in kinds}
     timings = _lines(folder / "timings.jsonl") if (folder / "timings.jsonl").exists() else []
     summary = folder / "summary.json"
     return Run(
@@ -160,7 +171,11 @@ def read_run(folder: str | Path) -> Run:
         train=tuple(map(_train, of["train"])),
         evaluations=tuple(map(_evaluation, of["evaluation"])),
         drift=tuple(Drift(f.integer("round"), f.number("drift")) for f in of["server"]),
-        warnings=tuple(map(_warned, of["warning"])),
+        warnings=tuple(
+            Warned(f.integer("round"), f.optional_text("client"), f.text("sign"), f.text("message"))
+            for f in of["warning"]
+        ),
+        absent=tuple(Absent(f.integer("round"), f.text("client"), f.text("reason")) for f in of["absent"]),
         timings=tuple(map(_timing, timings)),
         summary=_summary(_object(summary)) if summary.exists() else None,
     )
@@ -240,18 +255,9 @@ def _evaluation(f: Fields) -> Evaluation:
     )
 
 
-def _warned(f: Fields) -> Warned:
-    return Warned(f.integer("round"), f.optional_text("client"), f.text("sign"), f.text("message"))
-
-
 def _timing(f: Fields) -> Timing:
-    return Timing(
-        round=f.integer("round"),
-        client=f.optional_text("client"),
-        seconds=f.number("seconds"),
-        tokens_per_second=f.number("tokens_per_second"),
-        peak_memory_bytes=f.optional_integer("peak_memory_bytes"),
-    )
+    seconds, speed, memory = f.number("seconds"), f.number("tokens_per_second"), f.optional_integer("peak_memory_bytes")
+    return Timing(f.integer("round"), f.optional_text("client"), seconds, speed, memory)
 
 
 def _score(f: Fields) -> Score:
@@ -280,8 +286,8 @@ def _summary(f: Fields) -> Summary:
 
 def _client_summary(f: Fields) -> ClientSummary:
     return ClientSummary(
-        test=_score(f.section("test")),
-        base_test=_score(f.section("base_test")),
+        test=_score(f.section("test")) if f.has("test") else Score(),
+        base_test=_score(f.section("base_test")) if f.has("base_test") else Score(),
         uploaded_bytes=f.integer("uploaded_bytes"),
         downloaded_bytes=f.integer("downloaded_bytes"),
         trained_parameters=f.optional_integer("trained_parameters"),

@@ -64,6 +64,7 @@ def report_page(run: Run) -> str:
         headline=re.sub(r"(?<=\d) (?=[kMGT]?B|%)", "\N{NO-BREAK SPACE}", tables.headline(run)),
         signs=failure_signs(run),
         clients=tables.client_table(run),
+        absences=tables.absence_table(run),
         num_clients=len(r.clients),
         two_ranks=any(c.specialist_rank not in (None, c.rank) for c in r.clients),
         perplexity_of_mean=None if mean_perplexity is None else f.perplexity(mean_perplexity),

@@ -39,10 +39,14 @@ class ClientResult:
 
 @dataclass(frozen=True)
 class Results:
-    """All clients and their mean, on `split`; `rounds` is how many are done."""
+    """All clients and the mean of those that were measured, on `split`.
+
+    rounds: how many are done. asked: clients in a round.
+    """
 
     split: str
     rounds: int
+    asked: int
     clients: tuple[ClientResult, ...]
     base: Score
     personal: Score
@@ -54,8 +58,13 @@ class Results:
 
     @property
     def uploaded_per_client_and_round(self) -> float:
-        """Bytes; 0 before the first round."""
-        return sum(c.uploaded_bytes for c in self.clients) / max(1, self.rounds * len(self.clients))
+        """Bytes, of the clients that are asked; 0 before the first round."""
+        return sum(c.uploaded_bytes for c in self.clients) / max(1, self.rounds * self.asked)
+
+    @property
+    def measured(self) -> int:
+        """Clients that the mean is over."""
+        return sum(c.gain is not None for c in self.clients)
 
 
 def gain(base: Score, personal: Score) -> float | None:
@@ -68,10 +77,13 @@ def gain(base: Score, personal: Score) -> float | None:
 def results(run: Run) -> Results:
     """The result of every client, in the config's order, and their mean."""
     clients = tuple(_client(run, name) for name in run.clients)
+    asked = run.config.participation.clients_per_round or len(clients)
     if run.summary is not None:
-        return Results("test", run.summary.rounds, clients, run.summary.base_test, run.summary.test)
+        return Results("test", run.summary.rounds, asked, clients, run.summary.base_test, run.summary.test)
     both = [c for c in clients if c.gain is not None] or clients  # means over different clients would compare nothing
-    return Results("valid", run.last_round, clients, _mean([c.base for c in both]), _mean([c.personal for c in both]))
+    return Results(
+        "valid", run.last_round, asked, clients, _mean([c.base for c in both]), _mean([c.personal for c in both])
+    )
 
 
 def _client(run: Run, name: str) -> ClientResult:
@@ -101,7 +113,7 @@ def describe_text(entry: ClientEntry) -> str:
     """The client's text as its config names it; where splits are given, the file of train."""
     if isinstance(entry.text, Text):
         return f"{entry.text.train.rpartition('/')[2]} (splits given)"
-    return entry.text
+    return entry.text or "on the client's device"
 
 
 def _latest(run: Run, name: str, split: str, model: str) -> Score:

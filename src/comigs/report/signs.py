@@ -10,6 +10,7 @@ from comigs.report.read import Run
 MEANING = {
     "collapsed-router": "The router sends nearly every token to one expert: the others are not used.",
     "drifting-generalists": "The clients' generalists move apart from round to round; their mean says less and less.",
+    "left-out": "A client was asked several times in a row and gave nothing usable: the run goes on without it.",
     "overfitting": "Training loss still falls while valid loss rises: the model learns its training text by heart.",
 }
 

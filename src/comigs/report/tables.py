@@ -37,6 +37,8 @@ def headline(run: Run) -> str:
     """The result in one sentence: clients, mean perplexity before and after, rounds, bytes uploaded."""
     r = results(run)
     clients = f.plural(len(r.clients), "client")
+    if 0 < r.measured < len(r.clients):
+        clients += f" ({r.measured} measured)"
     sent = f"{f.size(r.uploaded_per_client_and_round)} uploaded per client and round"
     if not r.uploaded_per_client_and_round:
         sent = "nothing uploaded"
@@ -135,6 +137,17 @@ def expert_share_table(run: Run) -> Table | None:
     return Table(("client", *names), tuple(rows))
 
 
+def absence_table(run: Run) -> Table | None:
+    """Who was asked and gave nothing usable, when, and why the last time; None where nobody was."""
+    rows, last = [], run.config.rounds
+    for client in dict.fromkeys(a.client for a in run.absent):
+        of_client = [a for a in run.absent if a.client == client]
+        rounds = [f.rounds(a.round for a in of_client if a.round <= last)]
+        when = ", ".join([r for r in rounds if r] + ["at the end"] * any(a.round > last for a in of_client))
+        rows.append((client, when, of_client[-1].reason))
+    return Table(("client", "rounds", "why, the last time"), tuple(rows), names=3) if rows else None
+
+
 def data_table(run: Run) -> Table | None:
     """Per client and split: how much text, and its fingerprint; None where env.json does not say."""
     data = run.environment.get("data")
@@ -163,10 +176,15 @@ def settings(run: Run) -> tuple[tuple[str, str], ...]:
     merge = run.summary.weights if run.summary else None
     weights = (("weight of a client", merge),) if merge else ()
     options = tuple((f"options.{name}", str(value)) for name, value in c.options.items())
+    wanted = c.participation.clients_per_round
+    asked = (("clients in a round", f"{wanted} of {len(c.clients)}"),) if wanted else ()
+    merge_ = (("upload.merge", c.upload.merge),) if c.upload.merge != "mean" else ()
     return (
         ("method", c.method),
         *options,
         *weights,
+        *merge_,
+        *asked,
         ("base", c.base.name),
         ("rounds", str(c.rounds)),
         ("local steps", steps),
@@ -191,8 +209,9 @@ def _client_row(c: ClientResult, r: Results) -> tuple[str, ...]:
 
 def _mean_row(r: Results) -> tuple[str, ...]:
     base, personal, clients = r.base, r.personal, r.clients
+    name = "mean" if r.measured in (0, len(clients)) else f"mean of {r.measured}"
     return (
-        "mean", "", f.perplexity(base.perplexity), f.perplexity(personal.perplexity),
+        name, "", f.perplexity(base.perplexity), f.perplexity(personal.perplexity),
         f.percent(r.gain), f.decimal(base.bits_per_byte), f.decimal(personal.bits_per_byte),
         f.count(mean(c.tokens for c in clients)), f.count(mean(c.trained_tokens for c in clients)), "", "",
         f.count(mean(c.trained_parameters for c in clients)), f.size(r.uploaded_per_client_and_round),

@@ -1,0 +1,27 @@
+"""The one configuration tree: frozen, validated, read from TOML and written back into every run.
+
+Each field says its unit and what `None` means; docs/config.md is made from these texts (scripts/config_docs.py).
+"""
+
+from comigs.config.sections import (
+    SPLITS,
+    BaseSection,
+    ClientEntry,
+    ClientSection,
+    DataSection,
+    EvaluationSection,
+    ExpertsSection,
+    ParticipationSection,
+    Section,
+    Split,
+    Text,
+    UploadSection,
+)
+from comigs.config.toml import load_config, parse_config, read_toml, to_toml
+from comigs.config.tree import SECTIONS, VERSION, Config, ExpertShape
+
+__all__ = [
+    "SECTIONS", "SPLITS", "VERSION", "BaseSection", "ClientEntry", "ClientSection", "Config", "DataSection",
+    "EvaluationSection", "ExpertShape", "ExpertsSection", "ParticipationSection", "Section", "Split", "Text",
+    "UploadSection", "load_config", "parse_config", "read_toml", "to_toml",
+]  # fmt: skip

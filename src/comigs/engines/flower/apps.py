@@ -1,0 +1,37 @@
+"""What Flower starts: one ServerApp per run on the server, one ClientApp per message on a device.
+
+The FAB is a pyproject alone that names `server` and `client` here. A ClientApp lives for one message, so it imports no
+torch: it hands the bytes to the resident trainer and its answer back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from comigs.engines.flower.link import ask
+from comigs.engines.flower.post import envelope, failure, opened
+
+server = ServerApp()
+client = ClientApp()
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    """A run, from its last commit to its end. run_config: "run-folder" and "federation", paths on the server."""
+    from comigs.engines.flower.server import go_on  # torch, which the ClientApp in this file must not wait for
+
+    go_on(grid, Path(str(context.run_config["run-folder"])), Path(str(context.run_config["federation"])))
+
+
+@client.train()
+def train(message: Message, context: Context) -> Message:
+    """Every request goes to the trainer, whose socket is node_config["trainer"]. Of an error only its type leaves."""
+    try:
+        reply = envelope(ask(Path(str(context.node_config["trainer"])), opened(message.content)))
+    except Exception as error:
+        reply = failure(type(error).__name__)
+    return Message(reply, reply_to=message)

@@ -1,0 +1,94 @@
+"""The lines of metrics.jsonl and timings.jsonl that a client writes, checked as what comes from another's machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from comigs.config import Split
+from comigs.engines.exchange import Reply, Task
+
+
+class Line(BaseModel):
+    """Exactly these fields, of exactly these types, finite."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    round: int
+    client: str
+
+
+class Shares(Line):
+    """Mean routing weights per block; None without a router."""
+
+    generalist_share_by_layer: list[float] | None
+    expert_share_by_layer: list[list[float]] | None
+
+
+class Train(Shares):
+    """What a client's round of training was like."""
+
+    kind: Literal["train"]
+    local_steps: int
+    router_steps: int
+    learning_rate: float
+    train_nats_per_token: float | None
+    train_nats_per_token_by_step: list[float]
+    router_nats_per_token: float | None
+    balance_loss: float | None
+    trained_tokens: int
+    trained_parameters: int
+
+
+class Evaluation(Shares):
+    """A model on a split of the client's text."""
+
+    kind: Literal["evaluation"]
+    split: Split
+    model: Literal["base", "personal"]
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
+class Timing(Line):
+    """What differs between two equal runs."""
+
+    tokens_per_second: float | None
+    seconds: float
+    peak_memory_bytes: int
+    received_bytes: int | None = None  # whole messages, in a federation
+    sent_bytes: int | None = None
+
+
+METRICS: TypeAdapter[list[Train | Evaluation]] = TypeAdapter(
+    list[Annotated[Train | Evaluation, Field(discriminator="kind")]]
+)
+
+
+def check_lines(reply: Reply, client: str, task: Task | None = None) -> str | None:
+    """What is wrong with the lines of a client's reply, in a few words that hold nothing of them.
+
+    They are what a client writes, about itself and the round that it answers, and about an upload if there is one.
+    task: what it was asked, where that is known; then it has measured just that.
+    """
+    try:
+        lines, timing = METRICS.validate_python(reply.metrics), Timing.model_validate(reply.timing)
+    except ValidationError:
+        return "metrics that are not as they should be"
+    measured = [(line.model, line.split) for line in lines if line.kind == "evaluation"]
+    due = {"train": reply.round, "base": 0, "personal": reply.round - 1}
+    rounds = [line.round == due[line.kind if line.kind == "train" else line.model] for line in lines]
+    trainings = len(lines) - len(measured)
+    fits = (
+        all(rounds)
+        and timing.round == reply.round
+        and {line.client for line in (timing, *lines)} == {client}
+        and trainings == (reply.upload is not None)
+    )
+    if fits and task is not None:
+        asked = [*(("base", split) for split in task.evaluate_base), *(("personal", split) for split in task.evaluate)]
+        fits = reply.round == task.round and sorted(measured) == sorted(asked)
+    return None if fits else "metrics of something else than it was asked for"

@@ -1,0 +1,92 @@
+"""A bundle: the one file that an operator gives to a device's owner, with all that the device needs to join."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from comigs.config import Section, read_toml
+from comigs.errors import UserError
+from comigs.federation import pki
+from comigs.federation.folder import Settings
+from comigs.federation.private import write_private
+from comigs.files import writing
+
+ABOUT = """
+This file lets one device take part in a federation of CoMiGS as client {client}.
+It holds the device's private key: keep it as you would keep a password, and give it to nobody.
+
+Join with:  comigs federation client THIS_FILE --text FOLDER
+
+The server at {address} will then ask the device, once a round, to
+- take in the experts that all devices share,
+- train them, and experts of its own, on the text in FOLDER,
+- measure the result,
+- send back the shared experts as numbers, how many tokens there are, and the losses it measured.
+The text, the device's own experts, its router and the state of its optimisers stay in the device's folder. What is
+sent is not encrypted against the server, and shared experts may remember text: see docs/privacy.md.
+
+The device runs only the comigs that is installed on it. Leave by stopping the command; nothing else is installed.
+"""
+
+
+class Bundle(Section):
+    """What the file says.
+
+    authority: certificate of the federation's own authority. key: the device's private key. app: sha256 of the only
+    Flower app it will run. check: sha256 of all the rest.
+    """
+
+    about: str = Field("", description="for people")
+    federation: str
+    client: str
+    address: str
+    app: str
+    authority: str
+    key: str
+    check: str = ""
+
+    def digest(self) -> str:
+        """What `check` has to be."""
+        rest = self.model_dump(exclude={"check"})
+        return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def new_bundle(settings: Settings, authority: str, client: str, key: str) -> Bundle:
+    """The bundle of one client."""
+    return Bundle(
+        about=ABOUT.lstrip().format(client=client, address=settings.address),
+        federation=settings.id,
+        client=client,
+        address=settings.address,
+        app=settings.app,
+        authority=authority,
+        key=key,
+    )
+
+
+def write_bundle(path: Path, bundle: Bundle) -> None:
+    """Write a bundle that only its owner can read. Raises UserError where there is something already."""
+    whole = bundle.model_copy(update={"check": bundle.digest()})
+    with writing(path.parent, "choose another file with --out"):
+        if path.exists():
+            raise UserError(f"{path}: exists already; nothing was changed. Choose another file with --out")
+        write_private(path, tomli_w.dumps(whole.model_dump(), multiline_strings=True))
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read a bundle. Raises UserError where it is none or not, character for character, what was written."""
+    tree = read_toml(path, "bundle")
+    try:
+        bundle = Bundle.model_validate(tree)
+        if bundle.check != bundle.digest():
+            raise ValueError
+        pki.valid_until(bundle.authority)
+        pki.check_device_key(bundle.key)
+    except (ValidationError, ValueError):
+        raise UserError(f"{path}: a damaged bundle, or none; ask the federation's operator for a new one") from None
+    return bundle

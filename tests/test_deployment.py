@@ -1,0 +1,450 @@
+"""A true federation on the loopback: SuperLink, front, SuperNodes, TLS, keys. Every byte that passes is kept.
+
+The first tests share one run of four clients and take about two minutes in all on two cores. Those that kill
+something and wait for the rest to notice take one to three minutes each: they are marked slow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, suppress
+from itertools import islice
+from pathlib import Path
+
+import httpx
+import pytest
+from safetensors.torch import load_file
+
+from comigs import api, load_config
+from comigs.federation.bundle import read_bundle, write_bundle
+from comigs.federation.folder import Federation
+from comigs.federation.server import free_port
+from comigs.slots import Slot
+from tests.runs import ENVIRONMENT, TINY, write_text
+
+CLIENTS = ("ann", "bob", "cyd", "dan")
+PAIR = ("ann", "bob")
+PATIENCE = 600  # seconds for what takes a minute at most on a quiet machine
+COMIGS = [sys.executable, "-P", "-c", "import sys; sys.argv[0] = 'comigs'; from comigs.cli import main; main()"]
+WINDOW = 48  # bytes; no two tensors or texts share so many by chance
+
+
+class Program:
+    """A `comigs` command that runs, and what it has printed."""
+
+    def __init__(self, folder, name, *words):
+        self.file = folder / f"{name}.out"
+        with self.file.open("a") as out:
+            self.process = subprocess.Popen(
+                [*COMIGS, *map(str, words)], cwd=folder, env=ENVIRONMENT, stdout=out, stderr=out, text=True,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        self.begin = self.file.stat().st_size
+
+    @property
+    def said(self):
+        return self.file.read_text()[self.begin :]
+
+    def says(self, words):
+        """Wait until it has said that."""
+        wait(lambda: words in self.said or self.process.poll() is not None, words)
+        assert words in self.said, self.said
+
+    def end(self, how=signal.SIGTERM):
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        return self.code()
+
+    def code(self):
+        try:
+            return self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(self.said) from None
+
+
+def wait(until, what=""):
+    end = time.monotonic() + PATIENCE
+    while not until():
+        assert time.monotonic() < end, f"in vain for {what}"
+        time.sleep(0.1)
+
+
+def command_line(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+    except OSError:
+        return ""
+
+
+def cwd(pid):
+    try:
+        return Path(f"/proc/{pid}/cwd").readlink()
+    except OSError:
+        return Path()
+
+
+class Recorder(threading.Thread):
+    """A machine in the middle that has the server's key: keeps every byte, either way, as it is inside the TLS."""
+
+    def __init__(self, federation, target):
+        super().__init__(daemon=True)
+        self.target, self.bytes, self.lock = target, bytearray(), threading.Lock()
+        self.server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.server_side.load_cert_chain(federation / "server.pem", federation / "server.key")
+        self.client_side = ssl.create_default_context(cafile=federation / "ca.pem")
+        self.listening = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.port = self.listening.getsockname()[1]
+        self.start()
+
+    def run(self):
+        with suppress(OSError):
+            while True:
+                device, _ = self.listening.accept()
+                threading.Thread(target=self._connect, args=(device,), daemon=True).start()
+
+    def _connect(self, device):
+        try:
+            device = self.server_side.wrap_socket(device, server_side=True)
+            front = socket.create_connection(("127.0.0.1", self.target))
+            front = self.client_side.wrap_socket(front, server_hostname="127.0.0.1")
+        except OSError:
+            device.close()
+            return
+        back = threading.Thread(target=self._pass, args=(front, device), daemon=True)
+        back.start()
+        self._pass(device, front)
+        back.join()
+        device.close()
+        front.close()
+
+    def _pass(self, source, target):
+        """Each direction of each connection is one piece of the record."""
+        heard = bytearray()
+        with suppress(OSError):
+            while piece := source.recv(65536):
+                heard += piece
+                target.sendall(piece)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+        with self.lock:
+            self.bytes += heard
+
+
+class Deployment:
+    """A federation with its server and four clients, in a folder."""
+
+    def __init__(self, folder):
+        self.folder, self.port = folder, free_port()
+        self.federation = folder / "fed"
+        self.comigs("federation", "init", "fed", "--port", self.port)
+        self.recorder = Recorder(self.federation, self.port)
+        for name in CLIENTS:
+            self.comigs("federation", "invite", "fed", name, "--out", f"{name}.first.toml")
+            bundle = read_bundle(folder / f"{name}.first.toml")
+            through = bundle.model_copy(update={"address": f"127.0.0.1:{self.recorder.port}"})
+            write_bundle(folder / f"{name}.toml", through)
+            write_text(folder, name)
+        self.server = self.serve()
+        self.devices = {name: self.join(name) for name in CLIENTS}
+        for device in self.devices.values():
+            device.says("is online")
+
+    def comigs(self, *words):
+        done = subprocess.run(
+            [*COMIGS, *map(str, words)], cwd=self.folder, env=ENVIRONMENT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def serve(self):
+        server = Program(self.folder, "server", "federation", "server", "fed")
+        server.says("is open at")
+        return server
+
+    def join(self, name):
+        words = ["federation", "client", f"{name}.toml", "--text", name, "--home", f"home-{name}", "--threads", 1]
+        return Program(self.folder, name, *words)
+
+    def config(self, name, clients=CLIENTS, more=""):
+        """A config without text, and the same with it."""
+        shared = TINY.partition("[[clients]]")[0].format(rounds=2)
+        for text, suffix in (("", ""), ("text = '{}'", "-alone")):
+            entries = "".join(f"[[clients]]\nname = '{c}'\n{text.format(c)}\n" for c in clients)
+            (self.folder / f"{name}{suffix}.toml").write_text(f"{shared}{entries}{more}", encoding="utf-8")
+        return self.folder / f"{name}.toml"
+
+    def run(self, config, out):
+        return Program(self.folder, out, "run", config, "--engine", "flower", "--federation", "fed", "--out", out)
+
+    def own_part(self, name, out):
+        """A client's folder of a run, on its device."""
+        return self.folder / f"home-{name}" / "runs" / (self.folder / out / ".run-id").read_text()
+
+    def pids(self):
+        """Processes that have to do with this folder."""
+        pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
+        return [pid for pid in pids if self.folder in (cwd(pid), *cwd(pid).parents) and pid != os.getpid()]
+
+    def pid(self, word, folder):
+        """The one process at work in `folder` whose command line has this word."""
+        (found,) = [pid for pid in self.pids() if word in command_line(pid) and cwd(pid) == self.folder / folder]
+        return found
+
+    def end(self):
+        for program in (*self.devices.values(), self.server):
+            program.end()
+        self.recorder.listening.close()
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory):
+    made = Deployment(tmp_path_factory.mktemp("deployment"))
+    yield made
+    made.end()
+    assert not made.pids(), "something was left running"
+
+
+class Copies(threading.Thread):
+    """Keeps a copy of every private file that appears on a device, before a later round replaces it."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.kept, self.over = folder, {}, threading.Event()
+
+    def run(self):
+        while not self.over.wait(0.05):
+            for path in self.folder.glob("home-*/runs/*/clients/*/*.safetensors"):
+                if path not in self.kept:
+                    with suppress(OSError):
+                        self.kept[path] = path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def first(deployment):
+    """The folder of a run that went well, with copies of what its devices held meanwhile."""
+    copies = Copies(deployment.folder)
+    copies.start()
+    try:
+        run = deployment.run(deployment.config("plain"), "first")
+        assert run.code() == 0, run.said
+    finally:
+        copies.over.set()
+        copies.join()
+    return deployment.folder / "first", copies.kept
+
+
+@pytest.fixture(scope="module")
+def alone(deployment):
+    """The same run in one process."""
+    return in_process(deployment, "alone", CLIENTS)
+
+
+@pytest.fixture(scope="module")
+def pair_alone(deployment):
+    """The same with the clients of the slow tests."""
+    return in_process(deployment, "pair", PAIR)
+
+
+def in_process(deployment, name, clients):
+    config = load_config(deployment.config(name, clients).with_name(f"{name}-alone.toml"))
+    folder = deployment.folder / f"{name}-run"
+    before = os.getcwd()
+    os.chdir(deployment.folder)
+    try:
+        api.run(config, folder)
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def equal(deployment, out, alone, clients):
+    """A run's own models, on the devices, are those of the run in one process, and so is its result."""
+    for name in clients:
+        ours = load_file(deployment.own_part(name, out) / "clients" / name / "personal.safetensors")
+        theirs = load_file(alone / "clients" / name / "personal.safetensors")
+        assert ours.keys() == theirs.keys() and all(bool((ours[key] == theirs[key]).all()) for key in ours), name
+    figures = [json.loads((run / "summary.json").read_text())["clients"] for run in (deployment.folder / out, alone)]
+    assert figures[0] == figures[1]
+
+
+def test_a_run_over_the_network_is_the_run_in_one_process(deployment, first, alone):
+    equal(deployment, "first", alone, CLIENTS)
+
+
+def test_the_operator_sees_who_is_there(deployment, first):
+    said = deployment.comigs("federation", "status", "fed")
+    lines = [line.split() for line in said.splitlines() if line.split()[:1] and line.split()[0] in CLIENTS]
+    assert [line[0] for line in lines] == list(CLIENTS)
+    assert all(line[3:] == ["yes", "yes", "now", "1"] for line in lines)
+
+
+def windows(raw):
+    """A few pieces of some bytes that, found elsewhere, prove that these were there: not of zeros and the like."""
+    pieces = (raw[at : at + WINDOW] for at in range(0, len(raw) - WINDOW, WINDOW))
+    return set(islice((piece for piece in pieces if len(set(piece)) > 12), 6))
+
+
+def test_no_specialist_router_or_text_leaves_a_device(deployment, first):
+    """Not over the network, and not onto the server's disk."""
+    run, copies = first
+    server = [path for folder in (run, deployment.federation) for path in folder.rglob("*") if path.is_file()]
+    seen = bytes(deployment.recorder.bytes) + b"".join(path.read_bytes() for path in server)
+    checked = dict.fromkeys(("specialist", "router", "generalist", "attention"), 0)
+    for path, raw in copies.items():
+        for key, tensor in load_tensors(raw).items():
+            role, pieces = role_of(key), windows(tensor)
+            found = sum(piece in seen for piece in pieces)
+            if ".optimizer." in path.name or role in ("specialist", "router"):
+                assert found == 0, f"{key} of {path.name} was seen"
+                checked[role] += len(pieces)
+            else:
+                checked[role] += found
+    assert min(checked.values()) > 20, checked  # there was something to find, and what is there is found
+    for name in CLIENTS:
+        texts = [path.read_text(encoding="utf-8") for path in (deployment.folder / name).iterdir()]
+        assert not [t for t in texts for at in range(0, len(t) - 20, 20) if t[at : at + 20].encode() in seen]
+        stores = [p for p in (deployment.folder / f"home-{name}" / "cache").rglob("*") if p.is_file()]
+        assert stores and not [path for path in stores for piece in windows(path.read_bytes()) if piece in seen]
+        key = read_bundle(deployment.folder / f"{name}.toml").key.splitlines()[2]
+        assert key.encode() not in seen
+
+
+def role_of(key):
+    """What a tensor of a client's state is; its optimisers' are SLOT/MOMENT, and their counts the router's affair."""
+    slot = key.partition("/")[0]
+    return Slot.parse(slot).role if "." in slot else "router"
+
+
+def load_tensors(raw):
+    """The bytes of each tensor of a safetensors file."""
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    places = {key: entry["data_offsets"] for key, entry in header.items() if key != "__metadata__"}
+    return {key: raw[8 + size + begin : 8 + size + end] for key, (begin, end) in places.items()}
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/control/list-runs", "/v1/control/start-run", "/v1/runtime/acquire-task", "/v1/fleet/register-node"]
+)
+def test_from_outside_only_what_devices_need_answers(deployment, path):
+    context = ssl.create_default_context(cafile=deployment.federation / "ca.pem")
+    at, headers = f"https://127.0.0.1:{deployment.port}", {"content-type": "application/protobuf"}
+    with httpx.Client(verify=context, trust_env=False, base_url=at, headers=headers) as stranger:
+        assert stranger.post(path).status_code == 404
+        assert stranger.post("/v1/fleet/pull-messages").status_code == 401
+
+
+def test_a_second_server_and_a_second_device_are_refused(deployment):
+    for name, words, problem in (
+        ("server-2", ("federation", "server", "fed"), "its server is running already"),
+        ("ann-2", ("federation", "client", "ann.toml", "--text", "ann", "--home", "home-ann"), "runs already"),
+    ):
+        second = Program(deployment.folder, name, *words)
+        assert second.code() == 2 and problem in second.said and second.said.count("\n") == 1
+
+
+@pytest.mark.slow  # two starts of a device
+def test_a_revoked_device_is_put_out_and_stays_out(deployment):
+    """And one with its bundle but another folder never gets in."""
+    deployment.comigs("federation", "invite", "fed", "eve", "--out", "eve.toml")
+    write_text(deployment.folder, "eve")
+    eve = deployment.join("eve")
+    eve.says("is online")
+    deployment.comigs("federation", "revoke", "fed", "eve")
+    assert eve.code() == 2 and "does not know this device's key any more" in eve.said
+    shutil.rmtree(deployment.folder / "home-eve")
+    again = deployment.join("eve")
+    assert again.code() == 2 and "does not let this device in" in again.said
+    assert '"eve" is online' not in again.said
+
+
+# What is killed: slow, for all that is left has to notice
+
+
+STEADY = "[participation]\nmin_clients = 2\ndeadline = 600\n"  # whoever is missing is asked again
+
+
+@pytest.mark.slow  # a minute for the run, half of one for the restart
+def test_a_device_killed_at_work_goes_on_where_it_was(deployment, pair_alone):
+    run = deployment.run(deployment.config("killed", PAIR, STEADY), "killed")
+    ann = deployment.devices["ann"]
+    ann.says(": round 1 of 2: trained and answered")
+    os.kill(deployment.pid("flower.supernode:main", "home-ann"), signal.SIGKILL)
+    assert ann.code() == 2 and "supernode ended with code -9" in ann.said
+    deployment.devices["ann"] = deployment.join("ann")
+    assert run.code() == 0, run.said
+    equal(deployment, "killed", pair_alone, PAIR)
+
+
+@pytest.mark.slow  # two runs' time and two starts of the server
+def test_a_server_killed_at_work_is_started_again_and_the_run_resumed(deployment, pair_alone):
+    run = deployment.run(deployment.config("crashed", PAIR, STEADY), "crashed")
+    run.says("round 1/2")
+    os.kill(deployment.pid("flower-superlink", "fed"), signal.SIGKILL)
+    assert deployment.server.code() == 2 and "superlink ended with code -9" in deployment.server.said
+    assert run.code() == 2 and "the server has stopped" in run.said and "comigs resume" in run.said
+    early = Program(deployment.folder, "early", "resume", "crashed")
+    assert early.code() == 2
+    deployment.server = deployment.serve()
+    wait(lambda: not [pid for pid in deployment.pids() if "flwr-serverapp" in command_line(pid)], "the old ServerApp")
+    again = Program(deployment.folder, "again", "resume", "crashed")
+    assert again.code() == 0, again.said
+    equal(deployment, "crashed", pair_alone, PAIR)
+
+
+@pytest.mark.slow  # as above
+def test_a_run_stopped_by_hand_is_resumed(deployment, pair_alone):
+    run = deployment.run(deployment.config("stopped", PAIR, STEADY), "stopped")
+    run.says("round 1/2")
+    assert run.end() == 130 and "comigs resume stopped" in run.said
+    again = Program(deployment.folder, "again", "resume", "stopped")
+    assert again.code() == 0, again.said
+    equal(deployment, "stopped", pair_alone, PAIR)
+
+
+@pytest.mark.slow  # two starts of the server and a run
+def test_an_app_that_was_not_pinned_is_not_run(deployment):
+    """Her device ends; the others go on without her."""
+    deployment.comigs("federation", "invite", "fed", "fay", "--out", "fay.first.toml")
+    other = read_bundle(deployment.folder / "fay.first.toml").model_copy(update={"app": "0" * 64})
+    write_bundle(deployment.folder / "fay.toml", other)
+    write_text(deployment.folder, "fay")
+    fay = deployment.join("fay")
+    fay.says("is online")
+    run = deployment.run(deployment.config("pinned", ("ann", "fay")), "pinned")
+    assert fay.code() == 2 and "nothing of it was run" in fay.said
+    assert not list((deployment.folder / "home-fay" / "runs").iterdir())
+    run.says("fay  absent")
+    run.end()
+
+
+@pytest.mark.slow  # a start of the server, and two of devices
+def test_who_was_revoked_while_the_server_was_down_stays_out(deployment):
+    deployment.devices.pop("dan").end()
+    deployment.server.end()
+    deployment.comigs("federation", "revoke", "fed", "dan")
+    deployment.server = deployment.serve()
+    dan = deployment.join("dan")
+    assert dan.code() == 2 and "does not let this device in" in dan.said
+
+
+@pytest.mark.slow  # a start of the server
+def test_a_server_killed_leaves_nothing_behind(deployment):
+    """The command itself, not one of its programs: nobody is left to tell them."""
+    os.kill(deployment.server.process.pid, signal.SIGKILL)
+    deployment.server.process.wait()
+    wait(lambda: not [pid for pid in deployment.pids() if cwd(pid) == deployment.federation], "an end")
+    assert not Federation.open(deployment.federation).running
+    with closing(socket.socket()) as probe:
+        assert probe.connect_ex(("127.0.0.1", deployment.port)) != 0
+    deployment.server = deployment.serve()

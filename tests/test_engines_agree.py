@@ -1,0 +1,100 @@
+"""In-process and Flower are one product: what is trained, sent, merged and measured is the same to the bit."""
+
+from __future__ import annotations
+
+import pytest
+
+from comigs import api
+from comigs.engines.flower.engine import Flower
+from comigs.engines.in_process import InProcess
+from comigs.methods.method import list_methods, load_method
+from comigs.record import RunFolder
+from tests.conftest import bits, run_config
+from tests.local_grid import Federation
+
+NAMES = ("ada", "bob", "cyd")
+WEIGHED = {name: {"weight": 1.0} for name in NAMES}  # a federation does not weigh by tokens, which clients claim
+UNEQUAL = {"ada": {"weight": 1.0}, "bob": {"weight": 2.0, "specialist_rank": 3}, "cyd": {"weight": 0.5}}
+RANKS = {name: {**WEIGHED[name], "rank": rank} for name, rank in zip(NAMES, (2, 3, 1), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    """Three resident trainers, for all runs of this file."""
+    root = tmp_path_factory.mktemp("federation")
+    run_config(root / "text", " ".join(NAMES))
+    return Federation(root, NAMES, root / "text")
+
+
+@pytest.fixture
+def both(federation, monkeypatch, tmp_path):
+    """Runs a config on both engines and compares everything."""
+
+    def run(config, out):
+        moved = {kind: [] for kind in (InProcess, Flower)}
+        for kind, seen in moved.items():
+            monkeypatch.setattr(kind, "exchange", recorded(kind.exchange, seen))
+        api.run(config, tmp_path / out / "in-process")
+        federation.run(tmp_path / out / "flower", config)
+        one, other = (RunFolder.open(tmp_path / out / kind) for kind in ("in-process", "flower"))
+        assert (one.path / "metrics.jsonl").read_bytes() == (other.path / "metrics.jsonl").read_bytes()
+        assert moved[InProcess] == moved[Flower] and len(moved[Flower]) == config.rounds + 1
+        for name in (client.name for client in config.clients):
+            own = federation.root / "devices" / name / "runs" / (other.path / ".run-id").read_text()
+            models = [folder.load(f"clients/{name}/personal") for folder in (one, RunFolder.open(own))]
+            assert all_bits(models[0]) == all_bits(models[1])
+        assert not list(other.path.glob("clients/*"))  # nothing personal was ever on the server
+        return one, other
+
+    return run
+
+
+def recorded(exchange, seen):
+    """Everything that went to clients and came back, as bits."""
+
+    def observed(self, tasks, downloads):
+        answers = exchange(self, tasks, downloads)
+        uploads = {n: r.upload and all_bits(r.upload) for n, r in answers.replies.items()}
+        lines = {n: (r.metrics, r.round) for n, r in answers.replies.items()}
+        given = {n: all_bits(d) for n, d in downloads.items() if d}
+        seen.append((dict(tasks), given, uploads, repr(lines), answers.absent, answers.late))
+        return answers
+
+    return observed
+
+
+def all_bits(tensors):
+    return {str(slot): bits(tensor) for slot, tensor in tensors.items()}
+
+
+FEDERABLE = [name for name in list_methods() if name != "centralized"]
+
+
+@pytest.mark.parametrize("name", FEDERABLE)
+def test_every_method_is_the_same_on_both_engines(name, both, federation):
+    config = run_config(federation.root / "text", "ada bob", WEIGHED, method=name, rounds=3)
+    assert not load_method(config).pooled
+    both(config, name)
+
+
+@pytest.mark.parametrize("name", ["comigs", "hetlora", "flora"])
+def test_so_it_is_with_clients_that_differ(name, both, federation):
+    entries = UNEQUAL if name == "comigs" else RANKS
+    both(run_config(federation.root / "text", " ".join(NAMES), entries, method=name, rounds=3), name)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"participation": {"clients_per_round": 2}},
+        {"participation": {"clients_per_round": 1}, "method": "flora"},
+        {"upload": {"merge": "median"}, "evaluation": {"every": 0}},
+        {"upload": {"format": "bfloat16"}, "method": "pcl"},
+        {"upload": {"format": "int8"}},
+        {"upload": {"format": "int8"}, "participation": {"clients_per_round": 2}},
+        {"evaluation": {"every": 2, "splits": ["valid", "test"]}, "client": {"router_data": "crossfit"}},
+    ],
+    ids=repr,
+)
+def test_so_it_is_with_other_settings(tree, both, federation):
+    both(run_config(federation.root / "text", " ".join(NAMES), WEIGHED, **{"rounds": 3, **tree}), "run")

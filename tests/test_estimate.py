@@ -1,0 +1,103 @@
+"""What a run will take is said before it starts, and is about what it takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from comigs import estimate, load_config
+from comigs.bases.load import load_base
+from comigs.data.prepare import prepare
+from comigs.engines.check import shapes_of_clients
+from comigs.errors import UserError
+from comigs.experts.attach import Attachment
+from comigs.methods.method import load_method
+from tests.runs import ENVIRONMENT, comigs, files, refused, write_config
+
+MEASURE = """
+import resource, sys
+from comigs import estimate
+from comigs.bases.load import load_base
+from comigs.config import parse_config
+from comigs.engines.check import shapes_of_clients
+from comigs.experts.attach import Attachment
+from comigs.methods.method import load_method
+windows, length, specialists = map(int, sys.argv[1:])
+config = parse_config({
+    "base": {"name": "mini", "device": "cpu"}, "data": {"sequence_length": length},
+    "experts": {"specialists": specialists}, "client": {"batch_size": windows}, "evaluation": {"batch_size": windows},
+    "clients": [{"name": "ann", "text": "ann"}],
+})
+base = load_base(config.base)
+with Attachment(base.model, base.architecture, config.experts) as attachment:
+    shapes = shapes_of_clients(config, load_method(config), attachment)
+    needed = estimate.memory_needed(config, base, shapes, attachment)
+    estimate.measured_pace(config, base, shapes, attachment)
+print(needed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize("shape", [(4, 128, 1), (64, 128, 1), (32, 256, 3)])
+def test_the_memory_said_is_about_the_memory_taken(shape):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, shape)], capture_output=True, text=True, env=ENVIRONMENT, check=True
+    )
+    said, taken = map(float, done.stdout.split())
+    assert 0.75 < said / taken < 1.5
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_starts():
+    there = estimate.available_memory(torch.device("cpu"))
+    estimate.require_memory(there * 0.5, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"needs about .* but cpu has .* client.micro_batch_size"):
+        estimate.require_memory(there * 10.0, torch.device("cpu"))
+
+
+def test_time_counts_every_step_and_every_token_evaluated(tmp_path):
+    config = load_config(write_config(tmp_path, rounds=6), ["evaluation.every=2", f'data.cache="{tmp_path / "cache"}"'])
+    base, method = load_base(config.base), load_method(config)
+    texts = prepare(config, base.encoder)
+    pace = estimate.Pace(step_seconds=1.0, evaluation_seconds=0.0)
+    outlines = texts.outlines()
+    # 6 rounds of 2 steps, a router step after every 3 steps, two clients
+    assert estimate.run_seconds(config, method, pace, outlines, 1.0) == 2 * (12 + 4)
+    pace = estimate.Pace(step_seconds=0.0, evaluation_seconds=1.0)
+    valid, test = (
+        sum(getattr(outline, split)[0].num_bytes for outline in outlines.values()) for split in ("valid", "test")
+    )
+    # the base: valid and test; after rounds 2, 4 and 6: valid; at the end: test
+    assert estimate.run_seconds(config, method, pace, outlines, 1.0) == pytest.approx(4 * valid + 2 * test)
+
+
+def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path)
+    done = comigs(capsys, "run", "tiny.toml", "--dry-run")
+    assert done.code == 0
+    for said in ("ann", "bob", "memory", "about", "a local step", "trained"):
+        assert said in done.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_too_little_memory_is_one_line_and_no_run_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path)
+    before = files(tmp_path)
+    monkeypatch.setattr(estimate, "PROCESS", 1e15)  # a machine that is too small for any run
+    assert "memory: this run needs about 1,000.0 TB" in refused(capsys, "run", "tiny.toml")
+    assert {name: raw for name, raw in files(tmp_path).items() if "cache" not in name} == before
+
+
+def test_the_largest_client_decides(tmp_path):
+    config = load_config(write_config(tmp_path), ["clients.bob.specialists=4"])
+    small = load_config(tmp_path / "tiny.toml")
+    base = load_base(config.base)
+    with Attachment(base.model, base.architecture, config.experts) as attachment:
+        needs = [
+            estimate.memory_needed(c, base, shapes_of_clients(c, load_method(c), attachment), attachment)
+            for c in (small, config)
+        ]
+    assert needs[0] < needs[1]

@@ -1,0 +1,441 @@
+"""Rounds that survive: devices raise, hang, vanish, come back and lie, the server dies, and nothing private leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+from pydantic import TypeAdapter
+from safetensors.torch import load_file
+
+from comigs import api
+from comigs.engines import wire
+from comigs.engines.flower import apps
+from comigs.engines.flower.engine import Flower
+from comigs.engines.flower.messages import ANSWERS, REQUESTS, Refusal
+from comigs.engines.flower.post import envelope
+from comigs.errors import UserError
+from comigs.record import RunFolder
+from comigs.slots import SPELLING, Slot
+from tests.conftest import WORDS, run_config, same
+from tests.local_grid import FIRST_NODE, Federation, LocalGrid, TestTrainer, events, everything
+
+NAMES = ("ada", "bob")
+ROOM = 1 << 26
+ADA, BOB = FIRST_NODE, FIRST_NODE + 1
+
+
+class Told(TestTrainer):
+    """Does something of a test's before it answers an exchange: `on[round]`, once."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.on = {}
+
+    def before(self, raw):
+        request, _ = wire.unpack(raw, REQUESTS, ROOM)
+        return self.on.pop(request.round, lambda raw: None)(raw)
+
+
+@pytest.fixture
+def federation(tmp_path):
+    run_config(tmp_path / "text", " ".join(NAMES))
+    return Federation(tmp_path / "federation", NAMES, tmp_path / "text", Told)
+
+
+def configured(federation, **tree):
+    weights = {name: {"weight": 1.0} for name in federation.names}
+    text = federation.root.parent / "text"
+    return run_config(text, " ".join(federation.names), weights, **{"rounds": 3, **tree})
+
+
+@pytest.fixture
+def undisturbed(tmp_path):
+    """The same config in-process."""
+    return lambda config: api.run(config, tmp_path / "in-process")
+
+
+def equal(folder, out, federation):
+    """A run on the server and its devices is what it would have been without any trouble, to the bit."""
+    assert (folder.path / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
+    for name in federation.names:
+        own = RunFolder.open(federation.device_run(name))
+        assert same(folder.load(f"clients/{name}/personal"), own.load(f"clients/{name}/personal"))
+    return True
+
+
+@contextmanager
+def around(round, do):
+    """Call `do` before the exchange of that round, once."""
+    real, left = Flower.exchange, [round]
+
+    def exchange(self, tasks, downloads):
+        if left and next(iter(tasks.values())).round == left[0]:
+            left.pop()
+            do()
+        return real(self, tasks, downloads)
+
+    with patch.object(Flower, "exchange", exchange):
+        yield
+
+
+def until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+def absent(out):
+    lines = RunFolder.open(out).metrics()
+    return [(line["round"], line["client"], line["reason"]) for line in lines if line["kind"] == "absent"]
+
+
+def trained(out):
+    lines = RunFolder.open(out).metrics()
+    return [(line["round"], line["client"]) for line in lines if line["kind"] == "train"]
+
+
+def notes(out):
+    return [event["message"] for event in events(out) if event["kind"] == "note"]
+
+
+def test_the_server_app_runs_a_run(federation, tmp_path, undisturbed):
+    config, out = configured(federation, rounds=1), tmp_path / "run"
+    federation.create(out, config)
+    federation.go_on_as_app(out, federation.grid())
+    assert equal(undisturbed(config), out, federation)
+    assert [e for e in events(out) if e["kind"] != "note"] == RunFolder.open(out).metrics()
+    assert "round 1: 0 of 2 in, waiting for ada, bob (0 s)" in notes(out)
+
+
+def test_a_client_app_needs_no_torch():
+    """It is started anew for every message."""
+    check = "import sys, comigs.engines.flower.apps; print(*{'torch', 'transformers', 'pydantic'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_of_an_error_the_server_learns_the_type_and_nothing_else(federation, tmp_path):
+    def fail(event):
+        raise ValueError(f"secret {tmp_path} cloud tree")
+
+    federation.trainers["bob"].report = fail
+    out, config = tmp_path / "run", configured(federation, participation={"max_failures": 2})
+    grid = federation.run(out, config)
+    assert absent(out) == [(1, "bob", "failed: ValueError"), (2, "bob", "failed: ValueError")]
+    assert not any(what in raw for raw in grid.seen for what in (b"secret", str(tmp_path).encode(), b"cloud"))
+    assert any("secret" in line and "Traceback" in line for line in federation.said["bob"])
+    assert {name for _, name in trained(out)} == {"ada"}
+    assert "secret" not in (out / ".progress.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [({"trainer": "/nowhere/secret"}, "FileNotFoundError"), ({}, "KeyError"), ({"trainer": 7}, "FileNotF")],
+)
+def test_a_client_app_lets_no_exception_out(config, said):
+    LocalGrid([])
+    message = Message(envelope(b"request"), BOB, "train")
+    message.metadata.__dict__["_message_id"] = "m1"
+    reply = apps.client(message, Context(1, BOB, config, RecordDict(), {}))
+    assert not reply.has_error() and said in str(everything(reply)) and b"secret" not in everything(reply)
+    strange = Message(RecordDict(), BOB, "train")
+    assert b"ValueError" in everything(apps.client(strange, Context(1, BOB, {"trainer": "x"}, RecordDict(), {})))
+
+
+def test_without_a_trainer_a_client_is_absent(federation, tmp_path):
+    config, out = configured(federation, participation={"max_failures": 1}), tmp_path / "run"
+    federation.create(out, config)
+    grid = federation.grid()
+    grid.contexts[BOB].node_config["trainer"] = str(tmp_path / "nothing")
+    federation.go_on(out, grid)
+    assert absent(out) == [(1, "bob", "no trainer there")]
+
+
+def hanging(federation, client, round, rounds):
+    """A gate at which the client waits in that round, and what opens it and waits until it has answered."""
+    gate = threading.Event()
+    federation.trainers[client].on[round] = lambda raw: gate.wait(60) and None
+
+    def release():
+        gate.set()
+        until(lambda: any(f"round {round} of {rounds}: trained" in line for line in federation.said[client]))
+
+    return release
+
+
+@pytest.mark.parametrize("method", ["comigs", "flora"])
+def test_one_that_hangs_is_not_waited_for_and_comes_late(federation, tmp_path, method):
+    """flora: nothing that was merged into the base is merged again, nothing is left out."""
+    out, config = tmp_path / "run", configured(federation, rounds=5, method=method, participation={"deadline": 6})
+    with around(4, hanging(federation, "bob", 2, 5)):
+        federation.run(out, config)
+    assert absent(out) == [
+        (2, "bob", "no answer by the deadline"),
+        (3, "bob", "busy with round 2"),
+        (2, "bob", "too late, in round 4: dropped"),
+    ]
+    assert [round for round, name in trained(out) if name == "bob"] == [1, 4, 5]
+    assert "round 2: 1 of 2 in, waiting for bob (" in "".join(notes(out))
+    if method == "flora":
+        models = [RunFolder(federation.device_run(n)).load(f"clients/{n}/personal") for n in NAMES]
+        merged = [name for name in models[0] if name.endswith("merged.W")]
+        assert merged and all(torch.allclose(models[0][name], models[1][name], atol=1e-6) for name in merged)
+        assert all(float(models[0][name].abs().max()) > 1e-4 for name in merged)
+
+
+@pytest.mark.parametrize("format", ["float32", "int8"])
+def test_what_comes_late_may_count_for_less(federation, tmp_path, format):
+    """In int8 it is a step from the download of its own round, which the server has kept."""
+    patience = {"deadline": 6, "late": "discount", "late_discount": 0.5}
+    config = configured(federation, rounds=4, method="fedavg", participation=patience, upload={"format": format})
+    out, first, second = tmp_path / "run", hanging(federation, "bob", 2, 4), hanging(federation, "bob", 3, 4)
+    with around(3, first), around(4, second):
+        federation.run(out, config)
+    assert [round for round, name in trained(out) if name == "bob"] == [1, 2, 4]  # what came late counted in round 3
+    assert [line for line in absent(out) if "late" not in line[2]] == [
+        (2, "bob", "no answer by the deadline"), (3, "bob", "no answer by the deadline"),
+    ]  # fmt: skip
+
+
+def test_one_that_vanishes_is_gone_and_welcome_back(federation, tmp_path):
+    """What it had done when it went is not lost on it: it answers that first."""
+    config, out = configured(federation, rounds=4), tmp_path / "run"
+    federation.create(out, config)
+    grid = federation.grid()
+    federation.trainers["bob"].on[2] = lambda raw: grid.offline.add(BOB)
+
+    def back():
+        until(lambda: any("round 2 of 4: trained" in line for line in federation.said["bob"]))
+        grid.offline.discard(BOB)
+
+    with around(3, back):
+        federation.go_on(out, grid)
+    assert absent(out) == [(2, "bob", "gone"), (2, "bob", "too late, in round 3: dropped")]
+    assert [round for round, name in trained(out) if name == "bob"] == [1, 3, 4]
+
+
+def test_one_that_is_killed_and_started_again_is_asked_again_in_the_same_round(federation, tmp_path, undisturbed):
+    config, out = configured(federation), tmp_path / "run"
+    federation.create(out, config)
+    grid = federation.grid()
+    federation.trainers["bob"].on[2] = lambda raw: grid.restart(BOB)
+    federation.go_on(out, grid)
+    assert any("answered in round 2 is sent again" in line for line in federation.said["bob"])
+    assert equal(undisturbed(config), out, federation)
+
+
+@pytest.mark.parametrize("when", ["before they are asked", "while they are at work"])
+def test_with_all_clients_gone_it_waits_says_so_and_goes_on(federation, tmp_path, undisturbed, when):
+    config, out = configured(federation), tmp_path / "run"
+    federation.create(out, config)
+    grid = federation.grid()
+
+    def gone(raw=b""):
+        grid.offline |= {ADA, BOB}
+        threading.Timer(1.5, grid.offline.clear).start()
+
+    if when == "before they are asked":
+        with around(2, gone):
+            federation.go_on(out, grid)
+    else:
+        federation.trainers["ada"].on[2] = gone
+        federation.go_on(out, grid)
+    assert any(
+        re.match(r"round 2: nobody can be asked yet, waiting for ada, bob \(\d s\)", note) for note in notes(out)
+    )
+    assert any(e.get("say") for e in events(out))
+    assert equal(undisturbed(config), out, federation)
+
+
+@pytest.mark.parametrize(
+    ("tree", "round"),
+    [({}, 1), ({}, 4), ({"upload": {"format": "int8"}}, 3), ({"method": "flora"}, 3), ({"method": "pcl"}, 2)],
+    ids=str,
+)
+def test_the_server_may_die_before_it_has_kept_a_round(federation, tmp_path, tree, round):
+    """It asks again, the devices say again what they said, and the result is that of a run nobody disturbed."""
+    config, whole, died = configured(federation, **tree), tmp_path / "whole", tmp_path / "died"
+    federation.run(whole, config)
+    federation.create(died, config)
+    commit = RunFolder.commit
+
+    def die(self, number, *given, **how):
+        if self.path == died and number + how.get("finished", False) == round:
+            raise KeyboardInterrupt
+        return commit(self, number, *given, **how)
+
+    with patch.object(RunFolder, "commit", die), pytest.raises(KeyboardInterrupt):
+        federation.go_on(died, federation.grid())
+    count = sum(map(len, federation.said.values()))
+    federation.go_on(died, federation.grid())
+    assert sum(map(len, federation.said.values())) > count
+    assert (whole / "metrics.jsonl").read_bytes() == (died / "metrics.jsonl").read_bytes()
+    for name in NAMES:
+        runs = [federation.root / "devices" / name / "runs" / (out / ".run-id").read_text() for out in (whole, died)]
+        assert same(*(load_file(run / "clients" / name / "personal.safetensors") for run in runs))
+        assert len({(run / "metrics.jsonl").read_bytes() for run in runs}) == 1
+
+
+def test_what_travels_is_as_large_as_its_format(federation, tmp_path):
+    sizes = {}
+    for format in ("float32", "bfloat16", "int8"):
+        config = configured(federation, upload={"format": format}, experts={"rank": 64}, evaluation={"every": 0})
+        seen = federation.run(tmp_path / format, config).seen
+        answers = [raw for raw in seen if b'\\"kind\\":\\"answered\\"' in raw and b'\\"round\\":3' in raw]
+        sizes[format] = min(len(raw) for raw in answers) - 3000
+    assert sizes["bfloat16"] < 0.6 * sizes["float32"] and sizes["int8"] < 0.45 * sizes["float32"]
+    personal = [RunFolder.open(tmp_path / f).metrics()[-1]["nats_per_token"] for f in sizes]
+    assert personal == pytest.approx([personal[0]] * 3, rel=5e-3)
+
+
+def changed(tensor=lambda name, t: t, head=lambda head: {}, more=None, raw=lambda raw: raw):
+    """A lie: the honest answer, with its tensors, head or bytes changed."""
+
+    def lie(honest):
+        answer, tensors = wire.unpack(honest, ANSWERS, ROOM)
+        kept = {name: made for name, t in tensors.items() if (made := tensor(name, t)) is not None}
+        return raw(wire.pack(answer.model_copy(update=head(answer)), kept | (more or {})))
+
+    return lie
+
+
+def line_of(**changes):
+    return changed(head=lambda head: {"metrics": [line | changes for line in head.metrics]})
+
+
+FIRST = "0.down.g0.A"
+VERSIONS = "comigs 0.1.0 here, 9.9.9 there"
+LIES = {  # what the liar does, one a round -> what the server makes of it
+    "NaN": (changed(lambda name, t: t * float("nan")), "its upload is not finite in "),
+    "infinite": (changed(lambda name, t: t / 0), "its upload is not finite in "),
+    "huge": (changed(lambda name, t: t * 1e6), "a step of length "),
+    "sign-flipped": (changed(lambda name, t: -t), "a step of length "),
+    "another shape": (changed(lambda name, t: t.T.clone() if name == FIRST else t), "its upload has 0.down.g0.A as "),
+    "one number": (changed(lambda name, t: t[:1, :1].clone()), "its upload has "),
+    "another dtype": (changed(lambda name, t: t.to(torch.float64)), "its upload has "),
+    "something missing": (changed(lambda name, t: None if name == FIRST else t), "its upload has no 0.down.g0.A"),
+    "something private": (changed(more={"0.down.s0.A": torch.ones(2, 2)}), "its upload has 1 tensors that were "),
+    "noise": (changed(raw=lambda raw: b"\x80\x04K\x01." * 100), "a message whose header is longer than allowed"),
+    "half a message": (changed(raw=lambda raw: raw[: len(raw) // 2]), "a "),
+    "a long message": (changed(raw=lambda raw: raw + b" " * (5 << 20)), "a message of "),
+    "another run": (changed(head=lambda head: {"run": "another-run-00"}), "answered in another run"),
+    "a round to come": (changed(head=lambda head: {"round": head.round + 1}), "answered something else"),
+    "a round long past": (changed(head=lambda head: {"round": 1}), "answered something else"),
+    "nothing trained": (changed(lambda name, t: None, lambda head: {"trained": False}), "answered something else"),
+    "metrics of another": (line_of(client="ada"), "metrics of something else"),
+    "metrics that are text": (line_of(learning_rate="<script>"), "metrics that are not as they should be"),
+    "no metrics": (changed(head=lambda head: {"metrics": []}), "metrics of something else"),
+    "another version": (lambda raw: wire.pack(Refusal(code="version", comigs="9.9.9")), VERSIONS),
+    "an error": (lambda raw: wire.pack(Refusal(code="failed", comigs="1", error="OSError")), "failed: OSError"),
+}  # fmt: skip
+
+
+class Liar(Told):
+    """dan tells the server a lie whenever it has answered a new round, from the second on."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.lies = [lie for lie, _ in LIES.values()]
+
+    def answer(self, raw):
+        (request, _), honest = wire.unpack(raw, REQUESTS, ROOM), super().answer(raw)
+        (answer, _), is_liar = wire.unpack(honest, ANSWERS, ROOM), self.device.name == "dan"
+        new = answer.round == request.round > 1
+        return self.lies.pop(0)(honest) if is_liar and self.lies and new else honest
+
+
+def test_whatever_a_liar_sends_is_named_left_out_and_the_run_goes_on(tmp_path):
+    """Where its bytes could not be read, it is asked for that answer once more before it is asked anything new."""
+    names, rounds = ("ada", "bob", "dan"), len(LIES) + 2
+    run_config(tmp_path / "text", " ".join(names))
+    federation = Federation(tmp_path / "federation", names, tmp_path / "text", Liar)
+    tree = {
+        "participation": {"max_failures": 99},
+        "client": {"steps": 1, "router_steps": 0},
+        "evaluation": {"every": 0},
+    }
+    out = tmp_path / "run"
+    federation.run(out, configured(federation, rounds=rounds, **tree))
+    assert {name for _, name, _ in absent(out)} == {"dan"}
+    given = [why for _, _, why in absent(out) if not why.startswith("too late")]
+    for (what, (_, why)), reason in zip(LIES.items(), given, strict=True):
+        assert reason.startswith(why) and "\n" not in reason and "<script>" not in reason, what
+    last = RunFolder.open(out).metrics()[-1]
+    assert {name for round, name in trained(out) if round == rounds} == set(names)
+    assert last["kind"] == "evaluation" and last["nats_per_token"] < 8
+
+
+def test_a_version_that_differs_is_named_on_both_sides(federation, tmp_path):
+    other = "comigs.engines.flower.trainer.our_version"
+    out = tmp_path / "run"
+    with patch(other, lambda: "9.9.9"), pytest.raises(UserError, match="too few"):
+        federation.run(out, configured(federation, participation={"max_failures": 1}))
+    assert "the server has comigs 0.1.0, this device 9.9.9" in federation.said["bob"][0]
+    assert any("comigs 0.1.0 here, 9.9.9 there" in json.dumps(event) for event in events(out))
+
+
+def test_what_a_federation_cannot_do_is_said_before_anything_runs(federation, tmp_path):
+    for tree, said in (
+        ({"method": "centralized"}, "trains on the text of all clients in one place"),
+        ({"data": {"distribution": "out"}}, "has only its own"),
+    ):
+        out = tmp_path / said[:5]
+        with pytest.raises(UserError, match=said):
+            federation.run(out, configured(federation, **tree))
+        assert events(out)[-1]["kind"] == "error"
+    out = tmp_path / "stranger"
+    (federation.root / "clients.json").write_text('{"ada": {"node_id": 1}}')
+    with pytest.raises(UserError, match="no client 'bob'"):
+        federation.run(out, configured(federation))
+    assert not any(federation.said.values())
+
+
+def test_nothing_private_is_in_any_byte_of_any_message(federation, tmp_path):
+    """All that goes either way is looked through for slots, tensors, moments, text and tokens of every round."""
+    config, out = configured(federation, experts={"specialists": 2, "rank": 4}), tmp_path / "run"
+    states, real = [], Flower.exchange
+
+    def exchange(self, tasks, downloads):
+        answers = real(self, tasks, downloads)
+        states.extend(path.read_bytes() for path in federation.root.glob("devices/*/runs/*/clients/*/*.safetensors"))
+        return answers
+
+    with patch.object(Flower, "exchange", exchange):
+        seen = b"".join(federation.run(out, config).seen)
+    slots = {Slot.parse(found.group().decode()) for found in re.finditer(SPELLING.pattern.encode(), seen)}
+    assert {slot.role for slot in slots} == {"generalist", "attention"}
+    pieces = {True: set(), False: set()}
+    nothing = TypeAdapter(dict)
+    for raw in states:
+        size = int.from_bytes(raw[:8], "little")
+        for name, entry in nothing.validate_json(raw[8 : 8 + size]).items():
+            if name != "__metadata__" and len(entry["shape"]) == 2:
+                start, end = entry["data_offsets"]
+                row = raw[8 + size + start : 8 + size + end][:16]
+                shared = name.count("/") == 0 and Slot.parse(name).role in ("generalist", "attention")
+                pieces[shared].add(row)
+    pieces[False] -= {bytes(16)}
+    assert len(pieces[False]) > 100 and sum(row in seen for row in pieces[True]) > 20  # it would be seen
+    assert not [row for row in pieces[False] if row in seen]
+    for name in NAMES:
+        for word in WORDS[name].split():
+            assert word.encode() not in seen or word in ("table", "little", "note")  # words of ours, too
+        for store in federation.root.glob(f"devices/{name}/cache/*/tokens.bin"):
+            tokens = np.fromfile(store, dtype="<u2")
+            for start in range(0, len(tokens) - 12, 12):
+                assert tokens[start : start + 12].tobytes() not in seen
+                assert tokens[start : start + 12].astype("<i8").tobytes() not in seen
+    assert str(tmp_path).encode() not in seen
+    assert not list(out.glob("clients/*"))

@@ -1,0 +1,87 @@
+"""Uploads on the disk: the same slots and bits, read when looked at, and nothing of them in memory in between."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from comigs.engines.spool import MAX_OPEN, Spool
+from comigs.errors import UserError
+from comigs.slots import Slot
+from tests.conftest import same
+from tests.runs import ENVIRONMENT
+
+A, B, ATTENTION = Slot(3, "up", "g0", "A"), Slot(3, "up", "g0", "B"), Slot(11, "q", "attention", "A")
+UPLOAD = {
+    B: torch.tensor([[float("nan"), -0.0], [1e-40, 3.0]]),
+    ATTENTION: torch.randn(5, 7, dtype=torch.float64).to(torch.bfloat16),
+    A: torch.randn(4, 6).T,  # not contiguous
+}
+
+
+def test_what_comes_back_is_what_was_added_to_the_bit_and_in_order(tmp_path):
+    kept = Spool(tmp_path / "not" / "there").add("ada", UPLOAD)
+    assert list(kept) == list(UPLOAD) and len(kept) == 3
+    assert same(kept, UPLOAD) and same(dict(kept.items()), UPLOAD)
+    assert A in kept and Slot(3, "up", "g1", "A") not in kept
+    with pytest.raises(KeyError):
+        _ = kept[Slot(3, "up", "g1", "A")]
+    assert dict(Spool(tmp_path).add("bob", {})) == {}
+
+
+def test_each_look_is_a_tensor_of_its_own_aligned_as_torch_aligns_them(tmp_path):
+    kept = Spool(tmp_path).add("ada", UPLOAD)
+    kept[A].fill_(7.0)
+    assert same(kept, UPLOAD)
+    assert all(kept[slot].data_ptr() % 64 == 0 for slot in kept)
+
+
+def test_one_client_may_be_there_twice(tmp_path):
+    """A late upload beside the one of this round."""
+    spool = Spool(tmp_path)
+    late, now = spool.add("ada", {A: torch.zeros(2)}), spool.add("ada", {A: torch.ones(2)})
+    assert not late[A].any() and bool(now[A].all())
+
+
+def test_no_more_files_are_open_than_a_process_may_have(tmp_path):
+    spool, before = Spool(tmp_path), len(os.listdir("/proc/self/fd"))
+    uploads = [spool.add(f"client{n}", {A: torch.full((2,), float(n))}) for n in range(3 * MAX_OPEN)]
+    assert [float(upload[A][0]) for upload in uploads] == list(range(3 * MAX_OPEN))
+    assert len(os.listdir("/proc/self/fd")) <= before + MAX_OPEN
+    spool.clear()
+    assert len(os.listdir("/proc/self/fd")) <= before and not tmp_path.exists()
+    assert float(spool.add("ada", {A: torch.ones(1)})[A]) == 1  # it can be filled again
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="make room or allow writing"):
+        Spool(tmp_path / "file" / "spool").add("ada", UPLOAD)
+
+
+MEASURE = """
+import sys, torch, resource
+from pathlib import Path
+from comigs.engines.spool import Spool
+from comigs.methods.method import mean
+from comigs.slots import Slot
+spool, slots = Spool(Path(sys.argv[1])), [Slot(layer, "up", "g0", "A") for layer in range(8)]
+add = lambda n: spool.add(f"client{n}", {slot: torch.full((256, 1024), float(n)) for slot in slots})  # 8 MiB
+mean([add(n) for n in range(2)])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+merged = mean([add(n) for n in range(40)])
+assert float(merged[slots[0]][0, 0]) == 19.5
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB there")
+def test_memory_holds_one_sum_however_many_uploads_are_averaged(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)], check=True, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert int(done.stdout) < 32 << 10  # of 320 MiB
