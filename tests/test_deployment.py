@@ -6,6 +6,7 @@ something and wait for the rest to notice take one to three minutes each: they a
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -98,7 +99,7 @@ class Recorder(threading.Thread):
 
     def __init__(self, federation, target):
         super().__init__(daemon=True)
-        self.target, self.bytes, self.lock = target, bytearray(), threading.Lock()
+        self.target, self.bytes = target, bytearray()
         self.server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.server_side.load_cert_chain(federation / "server.pem", federation / "server.key")
         self.client_side = ssl.create_default_context(cafile=federation / "ca.pem")
@@ -107,37 +108,35 @@ class Recorder(threading.Thread):
         self.start()
 
     def run(self):
-        with suppress(OSError):
-            while True:
-                device, _ = self.listening.accept()
-                threading.Thread(target=self._connect, args=(device,), daemon=True).start()
+        asyncio.run(self.serve())
 
-    def _connect(self, device):
+    async def serve(self):
+        self.loop, self.over = asyncio.get_running_loop(), asyncio.Event()
+        async with await asyncio.start_server(self.connect, sock=self.listening, ssl=self.server_side):
+            await self.over.wait()
+
+    def end(self):
+        self.loop.call_soon_threadsafe(self.over.set)
+        self.join()
+
+    async def connect(self, reader, writer):
         try:
-            device = self.server_side.wrap_socket(device, server_side=True)
-            front = socket.create_connection(("127.0.0.1", self.target))
-            front = self.client_side.wrap_socket(front, server_hostname="127.0.0.1")
+            front = await asyncio.open_connection("127.0.0.1", self.target, ssl=self.client_side)
         except OSError:
-            device.close()
-            return
-        back = threading.Thread(target=self._pass, args=(front, device), daemon=True)
-        back.start()
-        self._pass(device, front)
-        back.join()
-        device.close()
-        front.close()
+            writer.close()
+        else:
+            await asyncio.gather(self.keep(reader, front[1]), self.keep(front[0], writer))
 
-    def _pass(self, source, target):
+    async def keep(self, reader, writer):
         """Each direction of each connection is one piece of the record."""
         heard = bytearray()
         with suppress(OSError):
-            while piece := source.recv(65536):
+            while piece := await reader.read(65536):
                 heard += piece
-                target.sendall(piece)
-        with suppress(OSError):
-            target.shutdown(socket.SHUT_RDWR)
-        with self.lock:
-            self.bytes += heard
+                writer.write(piece)
+                await writer.drain()
+        writer.close()
+        self.bytes += heard
 
 
 class Deployment:
@@ -186,9 +185,14 @@ class Deployment:
     def run(self, config, out):
         return Program(self.folder, out, "run", config, "--engine", "flower", "--federation", "fed", "--out", out)
 
+    def run_id(self, out):
+        """What devices call a run."""
+        wait((self.folder / out / ".run-id").exists, "the run's id")
+        return (self.folder / out / ".run-id").read_text()
+
     def own_part(self, name, out):
         """A client's folder of a run, on its device."""
-        return self.folder / f"home-{name}" / "runs" / (self.folder / out / ".run-id").read_text()
+        return self.folder / f"home-{name}" / "runs" / self.run_id(out)
 
     def pids(self):
         """Processes that have to do with this folder."""
@@ -203,7 +207,7 @@ class Deployment:
     def end(self):
         for program in (*self.devices.values(), self.server):
             program.end()
-        self.recorder.listening.close()
+        self.recorder.end()
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +382,7 @@ STEADY = "[participation]\nmin_clients = 2\ndeadline = 600\n"  # whoever is miss
 def test_a_device_killed_at_work_goes_on_where_it_was(deployment, pair_alone):
     run = deployment.run(deployment.config("killed", PAIR, STEADY), "killed")
     ann = deployment.devices["ann"]
-    ann.says(": round 1 of 2: trained and answered")
+    ann.says(f"{deployment.run_id('killed')}: round 1 of 2: trained and answered")
     os.kill(deployment.pid("flower.supernode:main", "home-ann"), signal.SIGKILL)
     assert ann.code() == 2 and "supernode ended with code -9" in ann.said
     deployment.devices["ann"] = deployment.join("ann")

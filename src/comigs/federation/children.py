@@ -23,7 +23,7 @@ from comigs.federation.private import make_private
 
 TETHER = [sys.executable, "-P", "-m", "comigs.federation.tether"]
 LOG_BYTES, OLD_LOGS = 5_000_000, 2  # of one program
-START_SECONDS = 60  # for a program to be ready
+START_SECONDS = 120  # for a program to be ready, on a busy machine, too
 PATIENCE = 10  # seconds for a clean end
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 OnLine = Callable[[str], None]

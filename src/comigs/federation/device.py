@@ -53,14 +53,14 @@ def join(file: Path, owner: Owner, say: Say) -> None:
             "text": text if isinstance(text, str) else text.model_dump(),
             "base": owner.base, "accelerator": owner.accelerator, "threads": owner.threads,
         }  # fmt: skip
-        # the path of a Unix socket may have 107 bytes only
-        with tempfile.TemporaryDirectory(prefix="comigs-") as short:
-            _run(bundle, home, Path(short) / "trainer", json.dumps(device), say)
+        write_private(home / "device.json", json.dumps(device))  # not an argument, which others could read
+        with tempfile.TemporaryDirectory(prefix="comigs-") as short:  # a socket's path may have 107 bytes only
+            _run(bundle, home, Path(short) / "trainer", say)
 
 
-def _run(bundle: Bundle, home: Path, socket: Path, device: str, say: Say) -> NoReturn:
+def _run(bundle: Bundle, home: Path, socket: Path, say: Say) -> NoReturn:
     with Children(home / "log", control.environment(home / "flwr"), home) as children:
-        children.start("trainer", ["comigs.federation.training:main", str(socket), device], say)
+        children.start("trainer", ["comigs.federation.training:main", str(socket), "device.json"], say)
         wait_until(socket.exists, "trainer", children)
         port, online = free_port(), Event()
         children.start("supernode", _supernode(bundle, socket, port), lambda line: _set_by(line, online))

@@ -61,14 +61,15 @@ def revoke(path: Path, name: str) -> None:
 def status(path: Path) -> Table:
     """A line for each client: invited, registered, online, last seen, runs. Raises UserError."""
     federation = Federation.open(path)
-    nodes = control.nodes(federation) if federation.running else {}
+    running = federation.running
+    nodes = control.nodes(federation) if running else {}
     runs = federation.runs().values()
     rows = []
     for name, entry in federation.clients().items():
         node = nodes.get(entry.node_id or 0, {})
         count = sum(name in run["clients"] for run in runs)
         registered = "yes" if entry.node_id is not None else "at the next start"
-        online = (node.get("status", "no") == "online" and "yes") or ("no" if federation.running else "?")
+        online = "yes" if node.get("status") == "online" else "no" if running else "?"
         rows.append((name, f"{entry.invited:%Y-%m-%d %H:%M}", registered, online, _seen(node), str(count)))
     return Table(("client", "invited (UTC)", "registered", "online", "last seen (UTC)", "runs"), tuple(rows), names=5)
 

@@ -17,6 +17,7 @@ from comigs.federation.folder import Federation
 from comigs.federation.private import sole
 
 Say = Callable[[str], None]
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # by which we reach ourselves where all addresses are listened on
 NODE = re.compile(r"\[Fleet\.(Activate|Deactivate)Node\] \w+ node_id=(\d+)")
 
 
@@ -33,12 +34,13 @@ def serve(path: Path, say: Say) -> None:
         logs = federation.path / "log"
         with Children(logs, control.environment(federation.path / "flwr"), federation.path) as children:
             children.start("superlink", _superlink(federation, inner), _tell_nodes(federation, say))
-            wait_until(lambda: _answers(federation, inner, "/health"), "superlink", children)
+            wait_until(lambda: _answers(federation, "127.0.0.1", inner), "superlink", children)
             children.start("superexec", _superexec(federation, inner))
             control.let_in(federation)
+            here = LOOPBACK.get(settings.listen, settings.listen)
             words = [str(federation.path), settings.listen, str(settings.port), str(inner)]
             children.start("front", ["comigs.federation.front:main", *words])
-            wait_until(lambda: _answers(federation, settings.port, "/"), "front", children)
+            wait_until(lambda: _answers(federation, here, settings.port), "front", children)
             until = pki.valid_until(federation.read("server.pem"))
             say(f"federation {settings.id} is open at {settings.address}; certificate valid until {until:%Y-%m-%d}")
             say(f"invited: {', '.join(federation.clients()) or 'nobody yet'}; logs in {logs}; stop with Ctrl-C")
@@ -82,11 +84,12 @@ def _superexec(federation: Federation, port: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _answers(federation: Federation, port: int, page: str) -> bool:
+def _answers(federation: Federation, host: str, port: int) -> bool:
     context = ssl.create_default_context(cafile=federation.path / "ca.pem")
+    context.check_hostname = False  # `listen` need not be one of `hosts`
     try:
-        with closing(HTTPSConnection("127.0.0.1", port, timeout=5, context=context)) as connection:
-            connection.request("GET", page)
+        with closing(HTTPSConnection(host, port, timeout=5, context=context)) as connection:
+            connection.request("GET", "/")
             return connection.getresponse().status < 500
     except (OSError, HTTPException):
         return False

@@ -21,8 +21,8 @@ DEVICES: TypeAdapter[Device] = TypeAdapter(Device)
 
 
 def main() -> None:
-    """`training SOCKET DEVICE`: a Trainer of this device (as JSON) at this socket."""
-    socket, device = Path(sys.argv[1]), DEVICES.validate_json(sys.argv[2])
+    """`training SOCKET FILE`: a Trainer at this socket, of the device that the file describes (as JSON)."""
+    socket, device = Path(sys.argv[1]), DEVICES.validate_json(Path(sys.argv[2]).read_bytes())
     steps = Steps()
     try:
         serve(socket, key_beside(socket), Trainer(device, say=print, report=steps.show).answer)
