@@ -145,16 +145,19 @@ class Deployment:
     def __init__(self, folder):
         self.folder, self.port = folder, free_port()
         self.federation = folder / "fed"
+        self.server, self.devices = None, {}
+
+    def begin(self):
         self.comigs("federation", "init", "fed", "--port", self.port)
         self.recorder = Recorder(self.federation, self.port)
         for name in CLIENTS:
             self.comigs("federation", "invite", "fed", name, "--out", f"{name}.first.toml")
-            bundle = read_bundle(folder / f"{name}.first.toml")
+            bundle = read_bundle(self.folder / f"{name}.first.toml")
             through = bundle.model_copy(update={"address": f"127.0.0.1:{self.recorder.port}"})
-            write_bundle(folder / f"{name}.toml", through)
-            write_text(folder, name)
-        self.server = self.serve()
-        self.devices = {name: self.join(name) for name in CLIENTS}
+            write_bundle(self.folder / f"{name}.toml", through)
+            write_text(self.folder, name)
+        self.serve()
+        self.devices |= {name: self.join(name) for name in CLIENTS}
         for device in self.devices.values():
             device.says("is online")
 
@@ -166,9 +169,8 @@ class Deployment:
         return done.stdout
 
     def serve(self):
-        server = Program(self.folder, "server", "federation", "server", "fed")
-        server.says("is open at")
-        return server
+        self.server = Program(self.folder, "server", "federation", "server", "fed")
+        self.server.says("is open at")
 
     def join(self, name):
         words = ["federation", "client", f"{name}.toml", "--text", name, "--home", f"home-{name}", "--threads", 1]
@@ -205,17 +207,20 @@ class Deployment:
         return found
 
     def end(self):
-        for program in (*self.devices.values(), self.server):
+        for program in filter(None, (*self.devices.values(), self.server)):
             program.end()
         self.recorder.end()
+        assert not self.pids(), "something was left running"
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory):
     made = Deployment(tmp_path_factory.mktemp("deployment"))
-    yield made
-    made.end()
-    assert not made.pids(), "something was left running"
+    try:
+        made.begin()
+        yield made
+    finally:
+        made.end()
 
 
 class Copies(threading.Thread):
@@ -399,7 +404,7 @@ def test_a_server_killed_at_work_is_started_again_and_the_run_resumed(deployment
     assert run.code() == 2 and "the server has stopped" in run.said and "comigs resume" in run.said
     early = Program(deployment.folder, "early", "resume", "crashed")
     assert early.code() == 2
-    deployment.server = deployment.serve()
+    deployment.serve()
     wait(lambda: not [pid for pid in deployment.pids() if "flwr-serverapp" in command_line(pid)], "the old ServerApp")
     again = Program(deployment.folder, "again", "resume", "crashed")
     assert again.code() == 0, again.said
@@ -437,7 +442,7 @@ def test_who_was_revoked_while_the_server_was_down_stays_out(deployment):
     deployment.devices.pop("dan").end()
     deployment.server.end()
     deployment.comigs("federation", "revoke", "fed", "dan")
-    deployment.server = deployment.serve()
+    deployment.serve()
     dan = deployment.join("dan")
     assert dan.code() == 2 and "does not let this device in" in dan.said
 
@@ -451,4 +456,4 @@ def test_a_server_killed_leaves_nothing_behind(deployment):
     assert not Federation.open(deployment.federation).running
     with closing(socket.socket()) as probe:
         assert probe.connect_ex(("127.0.0.1", deployment.port)) != 0
-    deployment.server = deployment.serve()
+    deployment.serve()

@@ -86,13 +86,13 @@ def test_too_little_memory_is_one_line_and_no_run_folder(tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path)
     before = files(tmp_path)
-    monkeypatch.setattr(estimate, "PROCESS", 1e15)  # a machine that is too small for any run
-    assert "memory: this run needs about 1,000.0 TB" in refused(capsys, "run", "tiny.toml")
+    monkeypatch.setattr(estimate, "TRAINED", 1e15)  # a machine that is too small for any run
+    assert "memory: this run needs about " in refused(capsys, "run", "tiny.toml")
     assert {name: raw for name, raw in files(tmp_path).items() if "cache" not in name} == before
 
 
 def test_the_largest_client_decides(tmp_path):
-    config = load_config(write_config(tmp_path), ["clients.bob.specialists=4"])
+    config = load_config(write_config(tmp_path), ["clients.bob.specialists=4", "clients.bob.rank=500"])
     small = load_config(tmp_path / "tiny.toml")
     base = load_base(config.base)
     with Attachment(base.model, base.architecture, config.experts) as attachment:
@@ -100,4 +100,4 @@ def test_the_largest_client_decides(tmp_path):
             estimate.memory_needed(c, base, shapes_of_clients(c, load_method(c), attachment), attachment)
             for c in (small, config)
         ]
-    assert needs[0] < needs[1]
+    assert needs[0] + 1e6 < needs[1]

@@ -26,7 +26,6 @@ from comigs.methods.method import Method
 from comigs.report.format import size
 from comigs.seeds import generator
 
-PROCESS = 400e6  # bytes of Python, torch and transformers before any model: 370 MB seen
 TRAINED = 16  # bytes per scalar of a client: value, gradient and AdamW's two moments in float32
 SCORE = 5  # times its own bytes that eager attention keeps of a score: 2.5 seen with mini, 7.5 with SmolLM2
 
@@ -48,9 +47,10 @@ def memory_needed(config: Config, base: Base, shapes: Mapping[str, Shapes], atta
     kept = windows * length * (10 * width + (len(mixture.inputs) + 1) * inner) * bytes_each
     if model._attn_implementation == "eager":
         kept += windows * model.num_attention_heads * length**2 * SCORE * bytes_each
-    process = PROCESS if base.device.type == "cpu" else 0.0
-    weights = sum(p.nbytes for p in base.model.parameters())
-    return float(process + weights + TRAINED * _scalars(_largest(shapes)) + len(attachment.mixtures) * kept)
+    held = sum(p.nbytes for p in base.model.parameters())
+    if base.device.type == "cpu":  # with Python, torch and transformers: 200 to 800 MB, as torch was built
+        held = psutil.Process().memory_info().rss
+    return float(held + TRAINED * _scalars(_largest(shapes)) + len(attachment.mixtures) * kept)
 
 
 def available_memory(device: torch.device) -> int:
