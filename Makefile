@@ -14,7 +14,7 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 demo: $(BIN)/.ready  ## train four clients on the bundled text and write a report (about two minutes)
 	$(BIN)/comigs run configs/quickstart.toml
 
-federation: $(BIN)/.ready  ## the same over a network: a server and four devices, all on this machine (about four minutes)
+federation: $(BIN)/.ready  ## the same over a network: a server and four devices, all on this machine (about five minutes)
 	$(BIN)/python scripts/federation_demo.py
 
 test: $(BIN)/.ready  ## everything but the slow tests

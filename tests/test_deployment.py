@@ -145,7 +145,7 @@ class Deployment:
     def __init__(self, folder):
         self.folder, self.port = folder, free_port()
         self.federation = folder / "fed"
-        self.server, self.devices = None, {}
+        self.server, self.recorder, self.devices = None, None, {}
 
     def begin(self):
         self.comigs("federation", "init", "fed", "--port", self.port)
@@ -209,7 +209,8 @@ class Deployment:
     def end(self):
         for program in filter(None, (*self.devices.values(), self.server)):
             program.end()
-        self.recorder.end()
+        if self.recorder is not None:
+            self.recorder.end()
         assert not self.pids(), "something was left running"
 
 

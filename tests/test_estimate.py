@@ -92,7 +92,7 @@ def test_too_little_memory_is_one_line_and_no_run_folder(tmp_path, capsys, monke
 
 
 def test_the_largest_client_decides(tmp_path):
-    config = load_config(write_config(tmp_path), ["clients.bob.specialists=4", "clients.bob.rank=500"])
+    config = load_config(write_config(tmp_path), ["clients.bob.specialists=4", "clients.bob.specialist_rank=500"])
     small = load_config(tmp_path / "tiny.toml")
     base = load_base(config.base)
     with Attachment(base.model, base.architecture, config.experts) as attachment:
