@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from comigs import cli_federation
-from comigs.ending import exit_code
+from comigs.ending import exit_code, finish
 from comigs.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def run(
             from comigs import api
 
             path = api.run(settings, out, console.report, console.say).path
-    _finish(path, console, federation is not None)
+    finish(path, console, federation is not None)
 
 
 def _show_plan(settings: Config, console: Console) -> None:
@@ -132,24 +132,7 @@ def resume(run: RunPath, quiet: Quiet = False) -> None:
             from comigs import api
 
             api.resume(run, console.report, console.say)
-    _finish(run, console, federated)
-
-
-def _finish(path: Path, console: Console, federated: bool) -> None:
-    """The table of clients and the page."""
-    from comigs.files import command
-    from comigs.report.read import read_run
-    from comigs.report.report import write_report
-    from comigs.report.tables import client_table
-
-    page = write_report(path)
-    run = read_run(path)
-    console.table(client_table(run, brief=True))
-    console.result(f"report: {page}")
-    if federated:
-        console.say(f"next:   each client's own model is on its device, in runs/{cli_federation.run_id(path)}")
-    else:
-        console.say(f'next:   {command("generate", path)} --client {run.clients[0]} --prompt "..."')
+    finish(run, console, federated)
 
 
 @app.command()

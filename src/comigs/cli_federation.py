@@ -145,8 +145,3 @@ def resume_in(folder: RunFolder, console: Console) -> None:
     from comigs.federation import run
 
     run.resume(folder, console.report, console.say)
-
-
-def run_id(run: Path) -> str:
-    """What devices call a run: the name of its folder there."""
-    return (run / ".run-id").read_text(encoding="utf-8")

@@ -1,14 +1,40 @@
-"""How a command ends: what a user did wrong is one line and exit code 2, Ctrl-C is 130, a bug of ours a traceback."""
+"""How a command ends: a run with its result and a page; what a user did wrong with one line and exit code 2.
+
+Ctrl-C is exit code 130, a bug of ours a traceback.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from comigs.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from comigs.console import Console
+
+
+def finish(path: Path, console: Console, federated: bool) -> None:
+    """The table of clients, the page, and what to do next. federated: clients' own models are on their devices."""
+    from comigs.files import command
+    from comigs.report.read import read_run
+    from comigs.report.report import write_report
+    from comigs.report.tables import client_table
+
+    page = write_report(path)
+    run = read_run(path)
+    console.table(client_table(run, brief=True))
+    console.result(f"report: {page}")
+    if federated:
+        there = (path / ".run-id").read_text(encoding="utf-8")
+        console.say(f"next:   each client's own model is on its device, in runs/{there}")
+    else:
+        console.say(f'next:   {command("generate", path)} --client {run.clients[0]} --prompt "..."')
 
 
 def exit_code(command: Callable[[], object]) -> int:
