@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -80,6 +79,7 @@ def write_clients(folder: Path, options: argparse.Namespace, clients: int) -> Pa
 def measure(path: Path) -> dict[str, Any]:
     """One run of this config: seconds and bytes."""
     from comigs import api, load_config
+    from comigs.environment import peak_memory
 
     began = time.perf_counter()
     marks: dict[str, list[float]] = {}
@@ -88,7 +88,7 @@ def measure(path: Path) -> dict[str, Any]:
         marks.setdefault(event["kind"], []).append(time.perf_counter() - began)
 
     folder = api.run(load_config(path), path.parent / "run", report)
-    ended, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ended, peak = time.perf_counter() - began, peak_memory()
     first, rounds = marks["step"][0], marks["server"]
     timings = [json.loads(line) for line in (folder.path / "timings.jsonl").read_text().splitlines()]
     trained = [line for line in timings if line["tokens_per_second"] is not None]
@@ -99,7 +99,7 @@ def measure(path: Path) -> dict[str, Any]:
         "work_seconds": [sum(t["seconds"] for t in trained if t["round"] == r + 1) for r in range(len(rounds))],
         "last_exchange_seconds": ended - rounds[-1],
         "peak_round_bytes": max(line["peak_memory_bytes"] for line in trained),
-        "peak_bytes": peak * 1024,
+        "peak_bytes": peak,
         "parameters": max(c["trained_parameters"] for c in folder.summary()["clients"].values()),
     }
 

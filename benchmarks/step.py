@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from comigs.client.client import new_trainee
 from comigs.client.loss import sum_cross_entropy
 from comigs.client.steps import Plan, Rules, autocast, step
 from comigs.config import BaseSection, ClientSection, ExpertShape, ExpertsSection
+from comigs.environment import peak_memory
 from comigs.experts.attach import Attachment
 from comigs.experts.mixture import Mixture
 from comigs.experts.start import starting_tensors
@@ -126,7 +126,7 @@ def worker(name: str, options: argparse.Namespace, pipe: Any) -> None:
         start = time.perf_counter()
         run(x, y)
         pipe.send(time.perf_counter() - start)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    pipe.send(peak_memory())
 
 
 def main() -> None:

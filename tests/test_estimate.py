@@ -18,11 +18,12 @@ from comigs.methods.method import load_method
 from tests.runs import ENVIRONMENT, comigs, files, refused, write_config
 
 MEASURE = """
-import resource, sys
+import sys
 from comigs import estimate
 from comigs.bases.load import load_base
 from comigs.config import parse_config
 from comigs.engines.check import shapes_of_clients
+from comigs.environment import peak_memory
 from comigs.experts.attach import Attachment
 from comigs.methods.method import load_method
 windows, length, specialists = map(int, sys.argv[1:])
@@ -36,7 +37,7 @@ with Attachment(base.model, base.architecture, config.experts) as attachment:
     shapes = shapes_of_clients(config, load_method(config), attachment)
     needed = estimate.memory_needed(config, base, shapes, attachment)
     estimate.measured_pace(config, base, shapes, attachment)
-print(needed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(needed, peak_memory())
 """
 
 

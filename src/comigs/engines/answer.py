@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +13,7 @@ from comigs.client.evaluate import Evaluation
 from comigs.client.steps import Group, RoundLog
 from comigs.config import Split
 from comigs.engines.exchange import Reply, Report, Task
+from comigs.environment import peak_memory
 from comigs.methods.method import Download, Upload
 
 
@@ -52,7 +51,7 @@ def answer(
         upload = client.send(task.round)
         metrics.append(trained(client, task.round, log))
         timing["tokens_per_second"] = log.trained_tokens / (time.perf_counter() - began)
-    timing |= {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory()}
+    timing |= {"seconds": time.perf_counter() - start, "peak_memory_bytes": _peak_memory()}
     return Reply(upload, metrics, timing, sum(store.num_tokens for store in client.data.train), task.round)
 
 
@@ -98,8 +97,8 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def peak_memory() -> int:
+def _peak_memory() -> int:
     """Largest memory so far in bytes: of the GPU where one is used, else of this process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory()
