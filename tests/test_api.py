@@ -96,7 +96,7 @@ def test_an_unknown_split_is_refused_before_anything_is_read():
 def test_a_full_device_is_said_in_one_line(tmp_path):
     config = comigs.load_config(finished() / "tiny.toml", [f'data.cache="{finished() / "cache"}"'])
     with (
-        patch("comigs.engines.in_process.Client.train", side_effect=torch.OutOfMemoryError("CUDA out of memory.\n...")),
+        patch("comigs.engines.bench.Client.train", side_effect=torch.OutOfMemoryError("CUDA out of memory.\n...")),
         pytest.raises(UserError, match=r"the memory of the device is full; .* lower client\.micro_batch_size"),
     ):
         api.run(config, tmp_path / "run")

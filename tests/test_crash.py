@@ -187,7 +187,7 @@ def test_a_stop_in_any_phase_is_one_line_and_130(tmp_path, capsys, monkeypatch, 
     for phase, said in {
         "comigs.api.load_base": "stopped\n",
         "comigs.api.prepare_data": "stopped\n",
-        "comigs.engines.in_process.Client.train": "stopped: every whole round is kept; go on with: comigs resume runs/",
+        "comigs.engines.bench.Client.train": "stopped: every whole round is kept; go on with: comigs resume runs/",
         "comigs.report.report.write_report": "stopped\n",
     }.items():
         with patch(phase, lambda *a, **k: signal.raise_signal(sign)):

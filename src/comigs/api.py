@@ -33,6 +33,7 @@ from comigs.errors import Stopped, UserError, nearest
 from comigs.estimate import available_memory, measured_pace, memory_needed, require_memory, run_seconds
 from comigs.experts.attach import Attachment
 from comigs.files import command, require_free
+from comigs.interrupts import interrupts
 from comigs.methods.method import Method, list_methods, load_method, method_module
 from comigs.personal.model import PersonalModel
 from comigs.record import RunFolder
@@ -254,7 +255,7 @@ def _go_on(folder: RunFolder, config: Config, base: Base, data: Texts, report: R
     try:
         run_rounds(config, method, engine, folder, report)
     finally:
-        engine.attachment.detach()
+        engine.close()
     _summarize(folder, config, method)
 
 
@@ -266,7 +267,8 @@ def _summarize(folder: RunFolder, config: Config, method: Method) -> None:
 def _going_on(folder: RunFolder) -> Iterator[None]:
     """Say how to go on with a run that is stopped by hand or for want of memory."""
     try:
-        yield
+        with interrupts():
+            yield
     except KeyboardInterrupt:
         again = command("resume", folder.path)
         raise Stopped(f"every whole round is kept; go on with: {again}") from None

@@ -186,6 +186,18 @@ class RunFolder:
             write_whole(self.path / file, lambda unfinished: write_tensors(unfinished, tensors))
             self._staged[path] = file, _sha256(self.path / file)
 
+    def staged(self, prefix: str) -> dict[str, tuple[str, str]]:
+        """What was staged since the last commit, below a path (clients/fr/): path -> its file and sha256."""
+        return {path: where for path, where in self._staged.items() if path.startswith(prefix)}
+
+    def take(self, staged: Mapping[str, tuple[str, str]]) -> None:
+        """Count what another process of this run staged as staged here."""
+        self._staged |= {path: (file, sha256) for path, (file, sha256) in staged.items()}
+
+    def follow(self) -> None:
+        """See the run as it is on the disk: for a process beside the one that commits."""
+        self._last, self._staged = self.checkpoint(), {}
+
     def commit(
         self, round: int, metrics: Iterable[Mapping[str, Any]], timings: Iterable[Mapping[str, Any]],
         finished: bool = False,

@@ -72,6 +72,9 @@ class Client:
         pooled = settings.model_copy(update={"batch_size": batch_size, "micro_batch_size": micro})
         self.plan = replace(self.plan, settings=pooled)
 
+    def _here(self, tensors: Tensors) -> dict[Slot, Tensor]:
+        return {slot: tensor.to(self.base.device) for slot, tensor in tensors.items()}
+
     def _start(self) -> dict[Slot, Tensor]:
         start = starting_tensors(self.shapes, self.config.seed, self.name, self.config.experts.router_start)
         return {slot: tensor.to(self.base.device) for slot, tensor in start.items()}
@@ -93,7 +96,7 @@ class Client:
 
         Optimiser moments, specialists and router stay as they were.
         """
-        own = self.trainee.tensors
+        own, download = self.trainee.tensors, self._here(download)
         for slot, tensor in download.items():  # all of it is checked before any of it is written
             place = Slot(slot.layer, slot.site, "merged", "W") if slot.role == "update" else slot
             if not self.method.receives(slot) or slot.role in PRIVATE or place not in own:
@@ -154,10 +157,13 @@ class Client:
                         optimizer.state[own][key][zeroed] = 0
 
     def send(self, round: int) -> dict[Slot, Tensor]:
-        """A copy of what the method shares and this round trained. Specialists and routers never leave, whatever the
-        method says."""
+        """What the method shares and this round trained, copied to the CPU.
+
+        Specialists and routers never leave, whatever the method says.
+        """
         own = self.trainee.tensors
-        upload = {s: t.detach().clone() for s, t in own.items() if self.method.shares(s) and self._trains(s, round)}
+        sent = {slot: t for slot, t in own.items() if self.method.shares(slot) and self._trains(slot, round)}
+        upload = {slot: tensor.detach().to("cpu", copy=True) for slot, tensor in sent.items()}
         for slot in upload:
             if slot.role in PRIVATE:
                 raise AssertionError(f'method "{self.method.name}" tried to share {slot}, which never leaves a client')
@@ -166,7 +172,7 @@ class Client:
     def probe(self, models: Mapping[str, Download], round: int) -> dict[str, float]:
         """Nats per token of each upload in this client's place, on a fixed sample of its valid."""
         windows = probe_windows(self.config, self.name, self.data, round, self.method.probe)
-        return {author: self._nats({**self.trainee.tensors, **model}, windows) for author, model in models.items()}
+        return {author: self._nats({**self.trainee.tensors, **self._here(model)}, windows) for author, model in models.items()}
 
     def finish(self) -> None:
         """What the method does with a client's model at the very end, judged on all of its valid."""

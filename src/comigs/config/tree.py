@@ -34,6 +34,9 @@ class Config(Section):
     seed: int = Field(42, ge=0, description="the one seed everything random comes from")
     method: str = Field("comigs", description="a file of comigs/methods, or package.module of your own")
     rounds: int = Field(20, ge=1, description="exchanges with the server")
+    workers: int = Field(
+        1, ge=1, description="processes that clients of a round are spread over, each with its base, CPU threads or GPU"
+    )
     base: BaseSection = Field(BaseSection(), description="the frozen language model all clients share")
     data: DataSection = Field(DataSection(), description="how text becomes windows of tokens")
     experts: ExpertsSection = Field(ExpertsSection(), description="what every client trains")

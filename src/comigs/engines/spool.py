@@ -36,8 +36,14 @@ class Spool:
         path = self.folder / f"{client}.{self._added}.safetensors"
         with writing(self.folder, "make room or allow writing, then go on with: comigs resume"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, {str(slot): tensor for slot, tensor in tensors.items()})
-        return Spooled(self, path, {slot: str(slot) for slot in tensors})
+            write_tensors(path, {f"{number}/{slot}": tensor for number, (slot, tensor) in enumerate(tensors.items())})
+        return self.read(path)
+
+    def read(self, path: Path) -> Upload:
+        """What a spool has written to that file, slots in the same order."""
+        keys = (key.partition("/") for key in self.open(path).keys())
+        ordered = sorted((int(number), name) for number, _, name in keys)
+        return Spooled(self, path, {Slot.parse(name): f"{number}/{name}" for number, name in ordered})
 
     def clear(self) -> None:
         """Remove all uploads."""
@@ -49,11 +55,12 @@ class Spooled(Mapping[Slot, Tensor]):
     """An upload in a file. Each look gives a tensor of its own, and leaves nothing in memory once that is gone."""
 
     def __init__(self, spool: Spool, path: Path, names: dict[Slot, str]) -> None:
-        self._spool, self._path, self._names = spool, path, names
+        self.path = path
+        self._spool, self._names = spool, names
 
     def __getitem__(self, slot: Slot) -> Tensor:
         # cloned: a product of what is not aligned as torch aligns it may differ in the last bit
-        tensor: Tensor = self._spool.open(self._path).get_tensor(self._names[slot]).clone()
+        tensor: Tensor = self._spool.open(self.path).get_tensor(self._names[slot]).clone()
         return tensor
 
     def __iter__(self) -> Iterator[Slot]:

@@ -138,7 +138,7 @@ class Trainer:
 
     def _exchange(self, request: Request, tensors: wire.Encoded, run: DeviceRun, client: Client) -> bytes:
         """Do what is asked, keep what came of it, and only then answer."""
-        download = _download(tensors, client.base)
+        download = _download(tensors)
         with refusing("loss"):
             reply = answer(client, request.task, run.unseen(download, request.since), self.report)
             try:
@@ -168,9 +168,9 @@ def _read(raw: bytes) -> tuple[Request, dict[str, Tensor]]:
     return request, tensors
 
 
-def _download(tensors: wire.Encoded, base: Base) -> dict[Slot, Tensor]:
+def _download(tensors: wire.Encoded) -> dict[Slot, Tensor]:
     try:
-        return {slot: tensor.to(base.device) for slot, tensor in wire.decode_download(tensors).items()}
+        return wire.decode_download(tensors)
     except wire.WireError as error:
         raise Refused("unreadable", f"the server sent {error}") from None
 
@@ -185,7 +185,7 @@ def _probe(request: Request, tensors: wire.Encoded, run: DeviceRun, client: Clie
         if number not in uploads:
             raise Refused("unreadable", "the server sent a tensor of nobody's upload")
         uploads[number][slot] = tensor
-    nats = client.probe({number: _download(of, client.base) for number, of in uploads.items()}, request.round)
+    nats = client.probe({number: _download(of) for number, of in uploads.items()}, request.round)
     if not all(map(math.isfinite, nats.values())):
         raise Refused(
             "loss", f"{run.folder.path}: round {request.round}: another client's upload has no finite loss here"
