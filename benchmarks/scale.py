@@ -79,7 +79,7 @@ def write_clients(folder: Path, options: argparse.Namespace, clients: int) -> Pa
 def measure(path: Path) -> dict[str, Any]:
     """One run of this config: seconds and bytes."""
     from comigs import api, load_config
-    from comigs.environment import peak_memory
+    from comigs.process import peak_memory
 
     began = time.perf_counter()
     marks: dict[str, list[float]] = {}

@@ -24,10 +24,10 @@ from comigs.client.client import new_trainee
 from comigs.client.loss import sum_cross_entropy
 from comigs.client.steps import Plan, Rules, autocast, step
 from comigs.config import BaseSection, ClientSection, ExpertShape, ExpertsSection
-from comigs.environment import peak_memory
 from comigs.experts.attach import Attachment
 from comigs.experts.mixture import Mixture
 from comigs.experts.start import starting_tensors
+from comigs.process import peak_memory
 
 RANK = 8
 

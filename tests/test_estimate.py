@@ -23,7 +23,7 @@ from comigs import estimate
 from comigs.bases.load import load_base
 from comigs.config import parse_config
 from comigs.engines.check import shapes_of_clients
-from comigs.environment import peak_memory
+from comigs.process import peak_memory
 from comigs.experts.attach import Attachment
 from comigs.methods.method import load_method
 windows, length, specialists = map(int, sys.argv[1:])

@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "comigs"
 FLOORS = [
     {"errors"},  # what every floor may raise
-    {"files", "slots", "lowrank", "config_errors", "seeds", "interrupts"},
+    {"files", "slots", "lowrank", "config_errors", "seeds", "process"},
     {"config"},
     {"data", "bases", "methods"},
     {"experts", "record", "environment"},

@@ -67,7 +67,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from comigs.engines.spool import Spool
-from comigs.environment import peak_memory
+from comigs.process import peak_memory
 from comigs.methods.method import mean
 from comigs.slots import Slot
 spool, slots = Spool(Path(sys.argv[1])), [Slot(layer, "up", "g0", "A") for layer in range(8)]

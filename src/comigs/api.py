@@ -28,14 +28,15 @@ from comigs.engines.check import Shapes, shapes_of_clients
 from comigs.engines.in_process import InProcess
 from comigs.engines.rounds import Report, run_rounds
 from comigs.engines.summary import summarize
+from comigs.engines.workers import devices
 from comigs.environment import describe, environment
 from comigs.errors import Stopped, UserError, nearest
 from comigs.estimate import available_memory, measured_pace, memory_needed, require_memory, run_seconds
 from comigs.experts.attach import Attachment
 from comigs.files import command, require_free
-from comigs.interrupts import interrupts
 from comigs.methods.method import Method, list_methods, load_method, method_module
 from comigs.personal.model import PersonalModel
+from comigs.process import cpus, interrupts
 from comigs.record import RunFolder
 from comigs.report.format import duration, listed, plural, size
 from comigs.report.tables import Table
@@ -69,13 +70,15 @@ def run(config: Config, out: Path | str | None = None, report: Report = ignore, 
     return folder
 
 
-def resume(path: Path | str, report: Report = ignore, say: Say = ignore) -> RunFolder:
+def resume(path: Path | str, report: Report = ignore, say: Say = ignore, workers: int | None = None) -> RunFolder:
     """Go on with a run that was stopped, from its last whole round; nothing but the result where it is finished.
 
-    Raises UserError.
+    workers: in place of the config's, for another machine. Raises UserError.
     """
     with RunFolder.open(Path(path)) as folder, _going_on(folder):
         config, last = folder.config(), folder.rewind()
+        if workers is not None:
+            config = config.model_copy(update={"workers": workers})
         if last.finished:
             say(f"{path}: finished already, after {plural(last.round, 'round')}; nothing to go on with")
             _summarize(folder, config, load_method(config))
@@ -312,9 +315,13 @@ def _read(config: Config, base: Base, report: Report, say: Say) -> Texts:
 
 def _load(config: Config, say: Say = ignore) -> tuple[Base, Config]:
     """The base, and the config with everything that was left to us filled in."""
-    if config.base.threads is not None:
-        torch.set_num_threads(config.base.threads)
+    workers, threads = config.workers, config.base.threads
+    if threads is None and workers > 1:
+        threads = max(1, cpus() // workers)
+    if threads is not None:
+        torch.set_num_threads(threads)
     base = load_base(config.base)
+    devices(workers, base.device)  # are there as many?
     window = base.model.config.max_position_embeddings
     if config.data.sequence_length > window:
         raise UserError(
@@ -324,7 +331,8 @@ def _load(config: Config, say: Say = ignore) -> tuple[Base, Config]:
     parameters = sum(p.numel() for p in base.model.parameters())
     dtype, threads = str(base.dtype).removeprefix("torch."), torch.get_num_threads()
     device = plural(threads, "CPU thread") if base.device.type == "cpu" else str(base.device)
-    say(f"base {base.name}: {large(parameters)} parameters, {dtype}, {device}")
+    spread = f" in each of {workers} processes" if workers > 1 else ""
+    say(f"base {base.name}: {large(parameters)} parameters, {dtype}, {device}{spread}")
     lr = config.client.lr or base.architecture.lr
     settings = {
         "base": {"dtype": dtype, "device": str(base.device), "threads": threads},

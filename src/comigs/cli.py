@@ -117,7 +117,11 @@ def _show_plan(settings: Config, console: Console) -> None:
 
 
 @app.command()
-def resume(run: RunPath, quiet: Quiet = False) -> None:
+def resume(
+    run: RunPath,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: as the run began with.")] = None,
+    quiet: Quiet = False,
+) -> None:
     """Go on with a stopped run from its last whole round; the result is the same to the bit."""
     from comigs.console import Console
     from comigs.record import RunFolder
@@ -127,11 +131,13 @@ def resume(run: RunPath, quiet: Quiet = False) -> None:
     federated = "federation" in folder.environment()
     with console:
         if federated:
+            if workers is not None:
+                raise UserError("--workers: devices of a federation work by themselves; leave it out")
             cli_federation.resume_in(folder, console)
         else:
             from comigs import api
 
-            api.resume(run, console.report, console.say)
+            api.resume(run, console.report, console.say, workers)
     finish(run, console, federated)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
-import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,16 +33,6 @@ def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[st
         "tokenizer": base.encoder.id,
         "data": describe(data),
     }
-
-
-def peak_memory() -> int:
-    """Bytes of this process at its largest so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # for getrusage begins with what the process had that started this one
-        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(encoding="utf-8"), re.MULTILINE)
-        if peak:
-            return int(peak[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def describe(data: Mapping[str, ClientData | Outline]) -> dict[str, Any]:

@@ -39,7 +39,10 @@ class Pace:
 
 
 def memory_needed(config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment) -> float:
-    """Bytes at the peak of a run, however many clients it has: the base, one client, one batch on its way back."""
+    """Bytes at the peak of a run, however many clients it has: a base, a client and a batch on its way back.
+
+    That for each worker on a CPU, for one on a GPU, where each has its own.
+    """
     settings, length = config.client, config.data.sequence_length
     windows, model = settings.micro_batch_size or settings.batch_size, base.model.config
     bytes_each, mixture = torch.finfo(base.dtype).bits / 8, attachment.mixtures[0]
@@ -50,7 +53,8 @@ def memory_needed(config: Config, base: Base, shapes: Mapping[str, Shapes], atta
     held = sum(p.nbytes for p in base.model.parameters())
     if base.device.type == "cpu":  # with Python, torch and transformers: 200 to 800 MB, as torch was built
         held = psutil.Process().memory_info().rss
-    return float(held + TRAINED * _scalars(_largest(shapes)) + len(attachment.mixtures) * kept)
+    workers = config.workers if base.device.type == "cpu" else 1
+    return float(workers * (held + TRAINED * _scalars(_largest(shapes)) + len(attachment.mixtures) * kept))
 
 
 def available_memory(device: torch.device) -> int:
@@ -95,7 +99,7 @@ def measured_pace(config: Config, base: Base, shapes: Mapping[str, Shapes], atta
 def run_seconds(
     config: Config, method: Method, pace: Pace, outlines: Mapping[str, Outline], tokens_per_byte: float
 ) -> float:
-    """Of all training and evaluation, one client after the other on a machine of that pace."""
+    """Of all training and evaluation at that pace, a client at a time in each worker."""
     asked = config.participation.clients_per_round or len(config.clients)
     local_steps = config.rounds * config.client.steps
     phases = local_steps // config.client.router_every if method.schedule == "alternating" else 0
@@ -105,7 +109,7 @@ def run_seconds(
         task, is_last = task_of(config, round, base_known=round > 1), round > config.rounds
         splits = (*task.evaluate, *task.evaluate_base)
         total += (len(config.clients) if is_last else asked) * sum(tokens[s] for s in splits) * pace.evaluation_seconds
-    return total
+    return total / min(config.workers, asked)
 
 
 def _mean_tokens(outlines: Mapping[str, Outline], tokens_per_byte: float) -> dict[Split, float]:

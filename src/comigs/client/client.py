@@ -172,7 +172,10 @@ class Client:
     def probe(self, models: Mapping[str, Download], round: int) -> dict[str, float]:
         """Nats per token of each upload in this client's place, on a fixed sample of its valid."""
         windows = probe_windows(self.config, self.name, self.data, round, self.method.probe)
-        return {author: self._nats({**self.trainee.tensors, **self._here(model)}, windows) for author, model in models.items()}
+        return {
+            author: self._nats({**self.trainee.tensors, **self._here(model)}, windows)
+            for author, model in models.items()
+        }
 
     def finish(self) -> None:
         """What the method does with a client's model at the very end, judged on all of its valid."""

@@ -13,8 +13,8 @@ from comigs.client.evaluate import Evaluation
 from comigs.client.steps import Group, RoundLog
 from comigs.config import Split
 from comigs.engines.exchange import Reply, Report, Task
-from comigs.environment import peak_memory
 from comigs.methods.method import Download, Upload
+from comigs.process import peak_memory
 
 
 def of_the_base(client: Client, split: Split) -> Evaluation:

@@ -27,7 +27,7 @@ class Spool:
         self.open = lru_cache(MAX_OPEN)(_open)
         self._added = 0
 
-    def add(self, client: str, tensors: Upload) -> Upload:
+    def add(self, client: str, tensors: Upload) -> Spooled:
         """Put an upload on the disk: the same slots and values, read where they are looked at.
 
         Usable until the folder is cleared. Raises UserError where the disk refuses.
@@ -39,9 +39,9 @@ class Spool:
             write_tensors(path, {f"{number}/{slot}": tensor for number, (slot, tensor) in enumerate(tensors.items())})
         return self.read(path)
 
-    def read(self, path: Path) -> Upload:
+    def read(self, path: Path) -> Spooled:
         """What a spool has written to that file, slots in the same order."""
-        keys = (key.partition("/") for key in self.open(path).keys())
+        keys = [key.partition("/") for key in self.open(path).keys()]  # noqa: SIM118 a file is no mapping
         ordered = sorted((int(number), name) for number, _, name in keys)
         return Spooled(self, path, {Slot.parse(name): f"{number}/{name}" for number, name in ordered})
 

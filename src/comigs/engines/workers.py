@@ -30,6 +30,7 @@ from comigs.engines.spool import Spool, Spooled
 from comigs.errors import UserError
 from comigs.files import command
 from comigs.methods.method import Upload, load_method
+from comigs.process import cpus
 from comigs.record import RunFolder
 
 Result = TypeVar("Result")
@@ -49,11 +50,6 @@ def devices(workers: int, device: torch.device) -> list[str]:
             f"workers: given {workers}, but this machine has {len(there)} {what}; must be 1 to {len(there)}"
         )
     return there[:workers]
-
-
-def cpus() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Workers:

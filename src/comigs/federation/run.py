@@ -38,6 +38,10 @@ def check(config: Config, path: Path) -> Federation:
                 f"clients.{client.name}.text: given, but in a federation each client's text is on its own device; "
                 "leave it out"
             )
+    if config.workers > 1:
+        raise UserError(
+            f"workers: given {config.workers}, but devices of a federation work by themselves; leave it out"
+        )
     federable_method(config)
     federation.require_running()
     _require_members(config, federation)

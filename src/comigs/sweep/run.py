@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import time
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from comigs.errors import Stopped, UserError
+from comigs.process import cpus
 from comigs.report import format as f
 from comigs.sweep.board import Board, Say
 from comigs.sweep.child import Child
@@ -54,11 +54,10 @@ def run_sweep(plan: Plan, jobs: int, say: Say, again: str) -> dict[str, str]:
 
 
 def threads(run: Run, jobs: int) -> int | None:
-    """CPU threads of a run that shares the machine; None: its config says, or it has the machine for itself."""
+    """CPU threads of a run's process where the machine is shared; None: its config says, or it has it for itself."""
     if jobs == 1 or run.config.base.threads is not None:
         return run.config.base.threads
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus // jobs)
+    return max(1, cpus() // (jobs * run.config.workers))
 
 
 def _begin(board: Board, run: Run) -> None:

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from comigs.interrupts import interrupts
+from comigs.process import interrupts
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def test_an_error_made_of_an_interrupt_is_an_interrupt_again(number):
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(ValueError, match="^mine$"), interrupts():
+    with pytest.raises(ValueError, match=r"^mine$"), interrupts():
         raise ValueError("mine")
 
 

@@ -1,11 +1,16 @@
-"""Ctrl-C ends a run as Ctrl-C, wherever it arrives."""
+"""This process as the system sees it: its interrupts, its cores, its memory."""
 
 from __future__ import annotations
 
+import os
+import re
+import resource
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 
@@ -39,3 +44,18 @@ def interrupts() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def cpus() -> int:
+    """CPU cores that it may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> int:
+    """Bytes at its largest so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # for getrusage begins with what the process had that started this one
+        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(encoding="utf-8"), re.MULTILINE)
+        if peak:
+            return int(peak[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
