@@ -1,18 +1,27 @@
-"""Train steps side by side: ours against plain peft LoRA, a naive mixture and the frozen base alone.
+"""Train steps and evaluations side by side: ours, plain peft LoRA, a naive mixture, and the frozen base alone.
 
-    python benchmarks/step.py [--base mini] [--batch 8] [--length 128] [--repeats 7] [--dtype bfloat16]
+    python benchmarks/step.py [--base mini] [--batch 8] [--length 128] [--repeats 7] [--dtype bfloat16] [--out FILE]
+
+A  peft LoRA of rank 8E on all attention and MLP linears: as many trained parameters as E experts of rank 8
+B  a naive mixture: every expert a full MLP forward pass, as research code does it
+C  ours, with K of E experts per token
+D  the frozen base alone: forward, and forward with backward to its input, a bound that no LoRA method can beat
 
 Every variant runs in its own process (its peak memory is its own) and the processes take turns step by step, so that
-noise of the machine meets all alike. Printed are medians and ratios to peft; only ratios travel between machines.
+noise of the machine meets all alike. Only ratios travel between machines; each is a median of ratios within a turn.
+The machine's limit is what a large matrix product reaches, here and now; a variant's share of it counts only the
+operations that a step of the frozen base needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,54 +30,80 @@ from rich.table import Table
 
 from comigs.bases.load import Base, load_base
 from comigs.client.client import new_trainee
-from comigs.client.loss import sum_cross_entropy
+from comigs.client.evaluate import measure
 from comigs.client.steps import Plan, Rules, autocast, step
 from comigs.config import BaseSection, ClientSection, ExpertShape, ExpertsSection
+from comigs.environment import environment
 from comigs.experts.attach import Attachment
 from comigs.experts.mixture import Mixture
 from comigs.experts.start import starting_tensors
 from comigs.process import peak_memory
 
 RANK = 8
+Run = Callable[[Any, Any], object]
+GOALS = [  # train tokens per second of one over those of another, at least
+    ("C E=2 K=2", "A rank 16", 1.0),
+    ("C E=4 K=2", "A rank 32", 0.9),
+    ("C E=8 K=2", "A rank 64", 0.8),
+    ("C E=2 K=2", "B E=2", 1.35),
+    ("C E=4 K=2", "B E=4", 2.0),
+    ("C E=8 K=8", "B E=8", 3.0),
+    ("evaluate: C E=2 K=2", "evaluate: D", 0.95),
+]
 
 
-def frozen_base(base: Base) -> Callable[[Any, Any], None]:
-    """Forward, and backward to the input of the first block: a bound no LoRA method can beat."""
+def forward(base: Base) -> Run:
+    """The base's own forward pass and loss, without gradients."""
+
+    def run(x: torch.Tensor, y: torch.Tensor) -> None:
+        with torch.no_grad(), autocast(base.dtype, x.device):
+            logits = base.model(x, use_cache=False).logits
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+
+    return run
+
+
+def forward_and_backward(base: Base) -> Run:
+    """The same, and backward to the input of the first block."""
 
     def run(x: torch.Tensor, y: torch.Tensor) -> None:
         embedded = base.model.get_input_embeddings()(x).detach().requires_grad_()
         with autocast(base.dtype, x.device):
             hidden = base.model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            torch.nn.functional.cross_entropy(
-                base.model.get_output_embeddings()(hidden).flatten(0, 1).float(), y.flatten()
-            ).backward()
+            logits = base.model.get_output_embeddings()(hidden)
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).backward()
 
     return run
 
 
-def peft_lora(base: Base) -> Callable[[Any, Any], None]:
-    """Plain LoRA of rank 16 on all attention and MLP linears: as many trained parameters as two experts of rank 8."""
-    from peft import LoraConfig, get_peft_model
+def peft_lora(rank: int) -> Callable[[Base], Run]:
+    """Plain LoRA on all attention and MLP linears."""
 
-    a = base.architecture
-    names = [*a.mlp_linears().values(), *(path.rpartition(".")[2] for path in a.attention.values())]
-    model = get_peft_model(base.model, LoraConfig(r=2 * RANK, target_modules=sorted(set(names)), use_rslora=True))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    def build(base: Base) -> Run:
+        from peft import LoraConfig, get_peft_model
 
-    def run(x: torch.Tensor, y: torch.Tensor) -> None:
-        with autocast(base.dtype, x.device):
-            loss = sum_cross_entropy(base.model, x, y) / y.numel()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        a = base.architecture
+        names = [*a.mlp_linears().values(), *(path.rpartition(".")[2] for path in a.attention.values())]
+        model = get_peft_model(base.model, LoraConfig(r=rank, target_modules=sorted(set(names)), use_rslora=True))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
 
-    return run
+        def run(x: torch.Tensor, y: torch.Tensor) -> None:
+            with autocast(base.dtype, x.device):
+                logits = model(x, use_cache=False).logits
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    return build
 
 
 def naive_forward(mixture: Mixture, x: torch.Tensor) -> torch.Tensor:
-    """Every expert a full MLP forward pass, as research code does."""
+    """Every expert a full MLP forward pass."""
     x_TD = x.reshape(-1, x.shape[-1])
-    weights_TE = mixture._routing_weights(x_TD).to(x.dtype).expand(len(x_TD), -1)
+    weights_TE = mixture._routing_weights(x).to(x.dtype).expand(len(x_TD), -1)
     y_TD = torch.zeros_like(x_TD)
     act = getattr(mixture.mlp, mixture.architecture.activation)
     for e, expert in enumerate(mixture.experts):
@@ -83,50 +118,116 @@ def naive_forward(mixture: Mixture, x: torch.Tensor) -> torch.Tensor:
     return y_TD.view(x.shape)
 
 
-def mixture(base: Base, experts: int, naive: bool = False) -> Callable[[Any, Any], None]:
-    """Our own step with this many experts, two of them used per token."""
-    if naive:
-        Mixture.forward = naive_forward  # type: ignore[method-assign]
-    attachment = Attachment(base.model, base.architecture, ExpertsSection(top_k=min(2, experts), strength="each"))
-    shape = ExpertShape(
-        generalists=1, specialists=experts - 1, rank=RANK, specialist_rank=RANK, attention_rank=2 * RANK
-    )
-    settings = ClientSection()
-    trainee = new_trainee(starting_tensors(attachment.slot_shapes(shape, True), 0, "bench"), settings)
-    attachment.bind(trainee.tensors)
-    plan = Plan(settings, lr=1e-4, router_lr=1e-4, total_steps=1000, dtype=base.dtype)
+def mixture(experts: int, top_k: int, naive: bool = False, evaluate: bool = False) -> Callable[[Base], Run]:
+    """Our own step, or evaluation."""
 
-    def run(x: torch.Tensor, y: torch.Tensor) -> None:
-        step(attachment, trainee, plan, ("experts",), (x.numpy(), y.numpy()), Rules())
+    def build(base: Base) -> Run:
+        if naive:
+            Mixture.forward = naive_forward  # type: ignore[method-assign]
+        attachment = Attachment(base.model, base.architecture, ExpertsSection(top_k=top_k, strength="each"))
+        shape = ExpertShape(
+            generalists=1, specialists=experts - 1, rank=RANK, specialist_rank=RANK, attention_rank=experts * RANK
+        )
+        settings = ClientSection()
+        start = starting_tensors(attachment.slot_shapes(shape, True), 0, "bench")
+        trainee = new_trainee({slot: tensor.to(base.device) for slot, tensor in start.items()}, settings)
+        attachment.bind(trainee.tensors)
+        plan = Plan(settings, lr=1e-4, router_lr=1e-4, total_steps=1000, dtype=base.dtype)
 
-    return run
+        def run(x: torch.Tensor, y: torch.Tensor) -> None:
+            batch = (x.cpu().numpy(), y.cpu().numpy())
+            if evaluate:
+                measure(attachment, [batch], base.dtype)
+            else:
+                step(attachment, trainee, plan, ("experts",), batch, Rules())
+
+        return run
+
+    return build
 
 
-VARIANTS: dict[str, Callable[[Base], Callable[[Any, Any], None]]] = {
-    "peft LoRA, rank 16": peft_lora,
-    "frozen base alone": frozen_base,
-    "naive mixture, E=2": lambda base: mixture(base, 2, naive=True),
-    "ours, E=1": lambda base: mixture(base, 1),
-    "ours, E=2": lambda base: mixture(base, 2),
-    "ours, E=4, K=2": lambda base: mixture(base, 4),
+VARIANTS: dict[str, Callable[[Base], Run]] = {
+    "A rank 16": peft_lora(16),
+    "A rank 32": peft_lora(32),
+    "A rank 64": peft_lora(64),
+    "B E=2": mixture(2, 2, naive=True),
+    "B E=4": mixture(4, 2, naive=True),
+    "B E=8": mixture(8, 8, naive=True),
+    "C E=1 K=1": mixture(1, 1),
+    "C E=2 K=2": mixture(2, 2),
+    "C E=4 K=2": mixture(4, 2),
+    "C E=4 K=4": mixture(4, 4),
+    "C E=8 K=2": mixture(8, 2),
+    "C E=8 K=8": mixture(8, 8),
+    "D forward and backward": forward_and_backward,
+    "evaluate: D": forward,
+    "evaluate: C E=2 K=2": mixture(2, 2, evaluate=True),
+    "evaluate: C E=8 K=2": mixture(8, 2, evaluate=True),
 }
+
+
+def load(options: argparse.Namespace) -> Base:
+    return load_base(BaseSection(name=options.base, dtype=options.dtype, device=options.device))
+
+
+def sample(options: argparse.Namespace, base: Base) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randint(base.encoder.vocabulary_size, (options.batch, options.length), generator=random).to(base.device)
+    return x, x.roll(-1, dims=1)
+
+
+def finish(base: Base) -> None:
+    """Wait for what a GPU still has to do."""
+    if base.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def worker(name: str, options: argparse.Namespace, pipe: Any) -> None:
     """Time one step whenever asked; at the end report the peak memory."""
-    base = load_base(BaseSection(name=options.base, dtype=options.dtype, device="cpu"))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    base = load(options)
     run = VARIANTS[name](base)
-    x = torch.randint(
-        base.encoder.vocabulary_size, (options.batch, options.length), generator=torch.Generator().manual_seed(0)
-    )
-    y = x.roll(-1, dims=1)
+    x, y = sample(options, base)
     run(x, y)  # warm-up
+    finish(base)
     pipe.send(None)
     while pipe.recv():
         start = time.perf_counter()
         run(x, y)
+        finish(base)
         pipe.send(time.perf_counter() - start)
-    pipe.send(peak_memory())
+    pipe.send(torch.cuda.max_memory_allocated() if base.device.type == "cuda" else peak_memory())
+
+
+def limit(options: argparse.Namespace, pipe: Any) -> None:
+    """Time a large matrix product whenever asked; sends operations per second."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    base, size = load(options), 2048 if options.device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=base.device).to(base.dtype) for _ in range(2))
+    a @ b
+    pipe.send(None)
+    while pipe.recv():
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            a @ b
+            finish(base)
+            times.append(time.perf_counter() - start)
+        pipe.send(2 * size**3 / min(times))
+    pipe.send(0)
+
+
+def operations(base: Base, tokens: int, length: int, train: bool) -> float:
+    """Of a step or an evaluation of the frozen base: 2 a parameter and token, attention; as many backward."""
+    config, embedding = base.model.config, base.model.get_input_embeddings().weight.numel()
+    matrices = sum(p.numel() for p in base.model.parameters() if p.dim() == 2)
+    if base.model.get_output_embeddings().weight is not base.model.get_input_embeddings().weight:
+        matrices -= embedding  # looked up, not multiplied
+    positions = sum(p.numel() for n, p in base.model.named_parameters() if "wpe" in n)
+    attention = 2 * 2 * config.num_hidden_layers * length * config.hidden_size  # scores and mix, per token
+    return (2 if train else 1) * tokens * (2 * (matrices - positions) + attention)
 
 
 def main() -> None:
@@ -136,30 +237,68 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="of each process; processes take turns")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="variants whose name holds one of these")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
+    names = [name for name in VARIANTS if not options.only or any(text in name for text in options.only)]
     context = multiprocessing.get_context("spawn")
     pipes = {}
-    for name in VARIANTS:
+    for name in (*names, "limit"):
         pipes[name], theirs = context.Pipe()
-        context.Process(target=worker, args=(name, options, theirs), daemon=True).start()
+        target, given = (limit, (options, theirs)) if name == "limit" else (worker, (name, options, theirs))
+        context.Process(target=target, args=given, daemon=True).start()
         pipes[name].recv()
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    seen: dict[str, list[float]] = {name: [] for name in pipes}
     for _ in range(options.repeats):
         for name, pipe in pipes.items():
             pipe.send(True)
-            seconds[name].append(pipe.recv())
-    size = f"{options.batch} x {options.length} tokens"
-    table = Table(title=f"{options.base}, {size}, {options.dtype}, {torch.get_num_threads()} threads")
-    for column in ("variant", "s/step", "tokens/s", "tokens/s over peft", "peak MB"):
+            seen[name].append(pipe.recv())
+    peaks = {name: (pipe.send(False), pipe.recv())[1] for name, pipe in pipes.items()}
+    write(options, seen, peaks, names)
+
+
+def ratio(one: list[float], other: list[float]) -> float:
+    """How many times as fast one is as the other: the median over turns."""
+    return statistics.median(b / a for a, b in zip(one, other, strict=True))
+
+
+def write(
+    options: argparse.Namespace, seen: dict[str, list[float]], peaks: dict[str, int], names: list[str]
+) -> None:  # fmt: skip
+    """The table of variants, the goals, and the JSON file."""
+    base, tokens, first = load(options), options.batch * options.length, names[0]
+    dtype = str(base.dtype).removeprefix("torch.")
+    size = f"{options.base}, {options.batch} x {options.length} tokens, {dtype}, {base.device}"
+    table = Table(title=f"{size}; limit {statistics.median(seen['limit']) / 1e9:,.0f} GFLOP/s")
+    for column in ("variant", "s", "tokens/s", f"over {first}", "share of limit", "peak MB"):
         table.add_column(column, justify="left" if column == "variant" else "right")
-    tokens, reference = options.batch * options.length, statistics.median(next(iter(seconds.values())))
-    for name, pipe in pipes.items():
-        pipe.send(False)
-        median = statistics.median(seconds[name])
+    rows: dict[str, dict[str, float]] = {}
+    for name in names:
+        needed = operations(base, tokens, options.length, train=not name.startswith("evaluate"))
+        share = statistics.median(needed / s / top for s, top in zip(seen[name], seen["limit"], strict=True))
+        median = statistics.median(seen[name])
+        rows[name] = {
+            "seconds": median, "tokens_per_second": tokens / median, f"over {first}": ratio(seen[name], seen[first]),
+            "share_of_limit": share, "peak_bytes": peaks[name],
+        }  # fmt: skip
         table.add_row(
-            name, f"{median:.3f}", f"{tokens / median:,.0f}", f"{reference / median:.2f}", f"{pipe.recv() / 1e6:,.0f}"
-        )
-    Console(width=100).print(table)
+            name, f"{median:.3f}", f"{tokens / median:,.0f}", f"{ratio(seen[name], seen[first]):.2f}", f"{share:.0%}",
+            f"{peaks[name] / 1e6:,.0f}",
+        )  # fmt: skip
+    console, goals = Console(width=100), []
+    console.print(table)
+    for one, other, least in GOALS:
+        if one in seen and other in seen:
+            got = ratio(seen[one], seen[other])
+            goals.append({"variant": one, "over": other, "goal": least, "ratio": got})
+            console.print(f"{one} over {other}: {got:.2f}, goal {least}{'' if got >= least else ': missed'}")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        made_with = {k: v for k, v in environment(base, {}).items() if k not in ("command", "data")}
+        content = {"setting": size, "variants": rows, "goals": goals, "seconds": seen, "environment": made_with}
+        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
