@@ -14,6 +14,7 @@ import torch
 import comigs
 from comigs import api
 from comigs.errors import UserError
+from comigs.preparation import large
 from tests.runs import ENVIRONMENT, files, finished, write_config
 
 
@@ -106,7 +107,7 @@ def test_a_full_device_is_said_in_one_line(tmp_path):
     "number, words", [(950, "950"), (11_728, "11,728"), (4_250_000, "4.2 M"), (135e6, "135 M"), (7.2e9, "7.2 B")]
 )
 def test_large_numbers(number, words):
-    assert api.large(int(number)) == words
+    assert large(int(number)) == words
 
 
 def test_a_free_folder(tmp_path):

@@ -16,7 +16,8 @@ FLOORS = [
     {"experts", "record", "environment"},
     {"client"},
     {"engines", "report", "personal"},
-    {"budget", "estimate"},
+    {"budget", "estimate", "preparation"},
+    {"forecast"},
     {"api", "console", "federation", "sweep"},
     {"__init__"},  # the front door; opens what is below when it is asked for
     {"cli_federation", "ending"},

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from comigs import api
+from comigs import api, preparation
 from comigs.engines import workers
 from comigs.errors import UserError
 from comigs.record import RunFolder
@@ -137,9 +137,9 @@ def test_more_workers_than_devices_are_refused(tmp_path, capsys, monkeypatch):
 
 
 def test_cores_are_divided_among_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "cpus", lambda: 4)
+    monkeypatch.setattr(preparation, "cpus", lambda: 4)
     config, said = run_config(tmp_path, NAMES, workers=2, base={"threads": None}), []
-    _, resolved = api._load(config, said.append)
+    _, resolved = preparation.load(config, said.append)
     assert resolved.base.threads == 2 and said[0].endswith("2 CPU threads in each of 2 processes")
 
 

@@ -24,28 +24,20 @@ from comigs.config import SPLITS, Config, Split, parse_config
 from comigs.data.prepare import Texts, require_text
 from comigs.data.prepare import prepare as prepare_data
 from comigs.data.sources import list_sources
-from comigs.engines.check import Shapes, shapes_of_clients
 from comigs.engines.in_process import InProcess
 from comigs.engines.rounds import Report, run_rounds
 from comigs.engines.summary import summarize
-from comigs.engines.workers import devices
 from comigs.environment import describe, environment
 from comigs.errors import Stopped, UserError, nearest
-from comigs.estimate import available_memory, measured_pace, memory_needed, require_memory, run_seconds
-from comigs.experts.attach import Attachment
+from comigs.estimate import memory_needed, require_memory
 from comigs.files import command, require_free
 from comigs.methods.method import Method, list_methods, load_method, method_module
 from comigs.personal.model import PersonalModel
-from comigs.process import cpus, interrupts
+from comigs.preparation import Say, attached, everybody_trains, ignore, load, read_texts
+from comigs.process import interrupts
 from comigs.record import RunFolder
-from comigs.report.format import duration, listed, plural, size
+from comigs.report.format import plural, size
 from comigs.report.tables import Table
-
-Say = Callable[[str], None]
-
-
-def ignore(_: Any) -> None:
-    """The default listener: shows nothing."""
 
 
 def run(config: Config, out: Path | str | None = None, report: Report = ignore, say: Say = ignore) -> RunFolder:
@@ -58,10 +50,10 @@ def run(config: Config, out: Path | str | None = None, report: Report = ignore, 
     require_free(path)
     load_method(config)  # refuses what it cannot do before anything is loaded
     require_text(config)
-    base, config = _load(config, say)
-    data = _read(config, base, report, say)
-    known = data if _everybody_trains(config) else data.outlines()
-    with _attached(config, base) as (attachment, shapes):
+    base, config = load(config, say)
+    data = read_texts(config, base, report, say)
+    known = data if everybody_trains(config) else data.outlines()
+    with attached(config, base) as (attachment, shapes):
         require_memory(memory_needed(config, base, shapes, attachment), base.device)
     with RunFolder.create(path, config, environment(base, known)) as folder, _going_on(folder):
         say(f"run folder {path}")
@@ -83,15 +75,15 @@ def resume(path: Path | str, report: Report = ignore, say: Say = ignore, workers
             say(f"{path}: finished already, after {plural(last.round, 'round')}; nothing to go on with")
             _summarize(folder, config, load_method(config))
             return folder
-        base, _ = _load(config, say)
+        base, _ = load(config, say)
         recorded = folder.environment()
         if recorded["base_fingerprint"] != base.fingerprint:
             raise UserError(
                 f'{path}: base "{config.base.name}" is not the one this run began with (its weights differ)'
             )
-        data = _read(config, base, report, say)
+        data = read_texts(config, base, report, say)
         _require_same_text(folder, data)
-        if _everybody_trains(config):  # else what a client goes on from is checked when it is asked
+        if everybody_trains(config):  # else what a client goes on from is checked when it is asked
             for part in last.newest:
                 folder.load(part)
         say(f"going on after round {last.round} of {config.rounds}")
@@ -100,55 +92,10 @@ def resume(path: Path | str, report: Report = ignore, say: Say = ignore, workers
     return folder
 
 
-def dry_run(config: Config, report: Report = ignore, say: Say = ignore) -> tuple[Table, list[str]]:
-    """What a run of this config would take: a table of its clients, and lines on memory and time.
-
-    Text is prepared and two steps are timed; nothing else is written or trained. Raises UserError as `run` does.
-    """
-    method = load_method(config)
-    require_text(config)
-    base, config = _load(config, say)
-    data = _read(config, base, report, say)
-    with _attached(config, base) as (attachment, shapes):
-        needed = memory_needed(config, base, shapes, attachment)
-        require_memory(needed, base.device)
-        report({"kind": "note", "message": "timing two steps"})
-        pace = measured_pace(config, base, shapes, attachment)
-    store = next(iter(data.values())).train[0]
-    seconds = run_seconds(config, method, pace, data.outlines(), store.num_tokens / store.num_bytes)
-    tokens = config.client.batch_size * config.data.sequence_length
-    return _plan_table(config, base), [
-        f"a local step of {tokens:,} tokens takes {pace.step_seconds:.2g} s here, the run about {duration(seconds)}",
-        f"memory: about {size(needed)} at its peak, {size(available_memory(base.device))} free on {base.device}",
-    ]
-
-
-def _plan_table(config: Config, base: Base) -> Table:
-    """Clients by what they train and send; those alike in one row."""
-    alike: dict[tuple[Any, ...], list[str]] = {}
-    method = load_method(config)
-    for entry, (name, budget) in zip(config.clients, budgets(config, base).items(), strict=True):
-        alike.setdefault((method.shape(config.shape_of(entry)), budget), []).append(name)
-    rows = [
-        (listed(names), str(shape.generalists), str(shape.specialists), f"{budget.trained_parameters:,}",
-         f"{budget.router_parameters:,}", size(budget.uploaded_bytes), size(budget.downloaded_bytes))
-        for (shape, budget), names in alike.items()
-    ]  # fmt: skip
-    headers = ("client", "generalists", "specialists", "trained", "router", "up / round", "down / round")
-    return Table(headers, tuple(rows))
-
-
-@contextmanager
-def _attached(config: Config, base: Base) -> Iterator[tuple[Attachment, dict[str, Shapes]]]:
-    method = load_method(config)
-    with Attachment(base.model, base.architecture, config.experts, summed=method.mixing == "sum") as attachment:
-        yield attachment, shapes_of_clients(config, method, attachment)
-
-
 def prepare(config: Config, say: Say = ignore) -> Texts:
     """Read, split, check and tokenise the clients' text. Raises UserError."""
     load_method(config)
-    base, config = _load(config)
+    base, config = load(config)
     data = prepare_data(config, base.encoder, say)
     dict(data)  # a look at a client's text tokenises it
     return data
@@ -164,7 +111,7 @@ def open_personal_model(path: Path | str, client: str) -> PersonalModel:
     folder = open_run(path)
     folder.config().client_named(client)
     folder.require_a_round()
-    base, _ = _load(folder.config())
+    base, _ = load(folder.config())
     return PersonalModel(folder, client, base)
 
 
@@ -177,7 +124,7 @@ def evaluate(
     config = folder.config()
     names = [config.client_named(client).name] if client is not None else [c.name for c in config.clients]
     folder.require_a_round()
-    base, _ = _load(config)
+    base, _ = load(config)
     data = prepare_data(config, base.encoder)
     _require_same_text(folder, data)
     results = {}
@@ -294,61 +241,6 @@ def _require_same_text(folder: RunFolder, data: Texts) -> None:
 
 def _hashes(described: Mapping[str, Any]) -> dict[str, Any]:
     return {name: {split: facts["sha256"] for split, facts in own.items()} for name, own in described.items()}
-
-
-def _everybody_trains(config: Config) -> bool:
-    return config.participation.clients_per_round is None
-
-
-def _read(config: Config, base: Base, report: Report, say: Say) -> Texts:
-    """Every client's data: tokenised, with one line each about how much there is, where all train from the start."""
-    data = prepare_data(config, base.encoder, lambda line: report({"kind": "note", "message": line}))
-    if not _everybody_trains(config):
-        say(f"{plural(len(data), 'client')}: a client's text is tokenised when it is first asked")
-        return data
-    width = max(len(name) for name in data)
-    for name, client in data.items():
-        amounts = (f"{split} {sum(s.num_tokens for s in getattr(client, split)):,}" for split in SPLITS)
-        say(f"{name:{width}}  tokens: {', '.join(amounts)}")
-    return data
-
-
-def _load(config: Config, say: Say = ignore) -> tuple[Base, Config]:
-    """The base, and the config with everything that was left to us filled in."""
-    workers, threads = config.workers, config.base.threads
-    if threads is None and workers > 1:
-        threads = max(1, cpus() // workers)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    base = load_base(config.base)
-    devices(workers, base.device)  # are there as many?
-    window = base.model.config.max_position_embeddings
-    if config.data.sequence_length > window:
-        raise UserError(
-            f"data.sequence_length: given {config.data.sequence_length}, but base {base.name} reads at most "
-            f"{window} tokens at once; set it to {window} or less"
-        )
-    parameters = sum(p.numel() for p in base.model.parameters())
-    dtype, threads = str(base.dtype).removeprefix("torch."), torch.get_num_threads()
-    device = plural(threads, "CPU thread") if base.device.type == "cpu" else str(base.device)
-    spread = f" in each of {workers} processes" if workers > 1 else ""
-    say(f"base {base.name}: {large(parameters)} parameters, {dtype}, {device}{spread}")
-    lr = config.client.lr or base.architecture.lr
-    settings = {
-        "base": {"dtype": dtype, "device": str(base.device), "threads": threads},
-        "data": {"root": config.data.root.resolve()},
-        "client": {"lr": lr, "router_lr": config.client.router_lr or lr},
-    }
-    resolved = {section: getattr(config, section).model_copy(update=values) for section, values in settings.items()}
-    return base, config.model_copy(update=resolved)
-
-
-def large(number: int) -> str:
-    """4.2 M, 135 M, 7.1 B; small numbers as they are."""
-    for power, unit in ((10**9, "B"), (10**6, "M")):
-        if number >= power:
-            return f"{number / power:.{1 if number < 100 * power else 0}f} {unit}"
-    return f"{number:,}"
 
 
 def free_folder(path: Path) -> Path:

@@ -107,10 +107,10 @@ def run(
 
 def _show_plan(settings: Config, console: Console) -> None:
     """What a run would take."""
-    from comigs import api
+    from comigs import forecast
 
     with console:
-        table, lines = api.dry_run(settings, console.report, console.say)
+        table, lines = forecast.dry_run(settings, console.report, console.say)
     console.table(table)
     for line in lines:
         console.result(line)

@@ -133,9 +133,10 @@ def run_in(federation: Path, settings: Config, out: Path | None, console: Consol
     require_flower()
     from comigs import api
     from comigs.federation import run
+    from comigs.preparation import load
 
     checked = run.check(settings, federation)
-    base, resolved = api._load(settings, console.say)
+    base, resolved = load(settings, console.say)
     path = out if out is not None else api.free_folder(Path("runs") / settings.name)
     return run.run(resolved, base, path, checked, console.report, console.say).path
 

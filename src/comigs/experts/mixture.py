@@ -83,7 +83,7 @@ class Mixture(nn.Module):
         for e in self.experts:
             inputs = [(next(low_RT), e.scaled_b(site, dtype).T.contiguous()) for site in self.inputs]
             experts.append(ExpertLora(inputs, e.a("down").to(dtype)))
-        mixed_TI, lows_RT = mixed_hidden(self.act, frozen, weights_TE, experts)
+        mixed_TI, lows_RT = mixed_hidden(self.act, frozen, weights_TE, experts, self._used())
         y_TD = self._frozen("down", mixed_TI)
         change_TD = F.linear(lows_RT.T, torch.cat([e.scaled_b("down", dtype) for e in self.experts], dim=-1))
         if self.W_ED is not None and self.top_k == 1:  # weights sum to less than 1, and so does the bias
@@ -98,6 +98,10 @@ class Mixture(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # a choice between experts deserves full precision
             self.routing = route(F.linear(routing_inputs(x.to(self.W_ED.dtype), self.routed_by), self.W_ED), self.top_k)
         return self.routing.weights_TE
+
+    def _used(self) -> int:
+        """Experts that a token uses."""
+        return len(self.experts) if self.W_ED is None else self.top_k
 
     def _frozen(self, site: str, x: Tensor) -> Tensor:
         linear = getattr(self.mlp, self.architecture.mlp_linears()[site])
