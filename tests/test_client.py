@@ -104,14 +104,14 @@ def test_a_client_is_exactly_what_was_saved_whatever_it_was_before(tmp_path, bui
     """Moments of tensors that the saved state never stepped are gone too."""
     config = run_config(tmp_path, client={"steps": 1, "batch_size": 4, "router_every": 2, "router_steps": 1})
     engine = start_engine(config).engine
-    client = engine.client("ada")
+    client = engine.bench.client("ada")
     client.train(1, QUIET)  # no router step yet
     state = saved(client)
     assert not any("router" in name for name in state["optimizer"] if name != "router_steps")
     if built == "with the state":
         other = Client("ada", config, client.method, client.base, client.attachment, client.data, state)
     else:
-        other = engine.client("ada")
+        other = engine.bench.client("ada")
         for round in (1, 2, 3) if built == "trained before" else ():
             other.train(round, QUIET)
         other.load_state(state)
@@ -228,7 +228,7 @@ def test_no_upload_has_a_byte_of_specialists_routers_or_text(tmp_path):
     engine = start_engine(config).engine
     for round in (1, 2):
         replies = exchange(engine, round)
-        clients = {name: engine.client(name, staged=True) for name in replies}
+        clients = {name: engine.bench.client(name, staged=True) for name in replies}
         for name, client in clients.items():
             raw, private = bytes_of(replies[name].upload), private_windows(client.trainee.tensors)
             assert leaks(raw, private) == []
@@ -240,7 +240,7 @@ def test_no_upload_has_a_byte_of_specialists_routers_or_text(tmp_path):
             # the same look does find them where they are
             assert leaks(bytes_of(client.trainee.tensors), private) == sorted(private)
             assert leaks(raw, {"shared": windows_of(raw[-64:], 16)}) == ["shared"]
-        engine.folder.commit(round, [], [])
+        engine.bench.folder.commit(round, [], [])
 
 
 def test_the_servers_folder_has_no_byte_of_specialists_routers_or_text(tmp_path):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from comigs.bases.load import Base
 from comigs.client.client import Client
-from comigs.client.evaluate import Evaluation
-from comigs.config import Config, Split
+from comigs.config import Config
 from comigs.data.prepare import ClientData
-from comigs.engines.answer import answer, of_the_base
+from comigs.engines.answer import answer
+from comigs.engines.base_figures import base_figures
 from comigs.engines.exchange import Reply, Report, Task
 from comigs.engines.spool import Spool
 from comigs.engines.wire import as_received, decode, encode, plain
@@ -38,7 +37,6 @@ class Bench:
         self.folder, self.spool, self.report = folder, spool, report
         self.attachment = Attachment(base.model, base.architecture, config.experts, summed=method.mixing == "sum")
         self.trainers = {client.name for client in config.clients[: 1 if method.pooled else None]}
-        self._base_evaluations: dict[tuple[Path, ...], Evaluation] = {}
 
     def client(self, name: str, staged: bool = False) -> Client:
         """A client as it was when the last round ended, or, staged, as it has left its exchange since then."""
@@ -54,7 +52,7 @@ class Bench:
     def exchange(self, name: str, task: Task, download: Download) -> Reply:
         """One client's exchange, from the disk and back to the disk."""
         client, received = self.client(name), as_received(download, self.config.upload.format)
-        reply = answer(client, task, received, self.report, self._base_evaluation)
+        reply = answer(client, task, received, self.report, base_figures)
         state = client.state()
         for part, tensors in state.items() if task.train else [("personal", state["experts"])]:
             self.folder.stage(f"clients/{name}/{part}", tensors, task.round)
@@ -80,10 +78,3 @@ class Bench:
         if residual:
             self.folder.stage(path, plain(residual), task.round)
         return decode(encoded, {slot: tuple(t.shape) for slot, t in upload.items()}, received, format)
-
-    def _base_evaluation(self, client: Client, split: Split) -> Evaluation:
-        """The base is the same for all: a text that several clients have is read once."""
-        text = tuple(store.folder for store in getattr(client.data, split))
-        if text not in self._base_evaluations:
-            self._base_evaluations[text] = of_the_base(client, split)
-        return self._base_evaluations[text]
