@@ -149,6 +149,15 @@ def test_a_run_that_is_not_the_sweep_s_is_told_apart_by_its_config(tmp_path: Pat
     assert names(compare_runs([tmp_path])) == ["local, rounds=2", "local, rounds=4"]
 
 
+def test_a_run_that_does_not_know_its_tokens_is_on_the_same_text(tmp_path: Path) -> None:
+    text = {"bytes": 9, "sha256": ["0"]}
+    for seed, more in ((1, {"tokens": 3}), (2, {})):
+        run = measured(tmp_path / str(seed), NATS, seed)
+        change(run, "env.json", data={name: {"train": text | more, "test": text | more} for name in ("ann", "bob")})
+    (dataset,) = compare_runs([tmp_path]).comparison.datasets
+    assert [len(row.setting.runs) for row in dataset.rows] == [2]
+
+
 @pytest.mark.parametrize(
     ("file", "values", "said"),
     [

@@ -30,6 +30,7 @@ from comigs.slots import Slot
 from tests.conftest import run_config, same
 from tests.kills import begin, killed_at
 from tests.local_grid import modes
+from tests.runs import refused
 
 RUN = "run-0123456789ab"
 ROOM = 1 << 24
@@ -191,6 +192,7 @@ def test_the_run_on_the_device_is_an_ordinary_one(setting, tmp_path, capsys):
     from comigs.report.report import write_report
 
     assert write_report(setting.folder).exists()
+    assert "goes on when its server asks" in refused(capsys, "resume", setting.folder)
     assert not list(setting.folder.glob("clients/*/round-*")) and len(list(setting.folder.glob(".answer*"))) == 1
 
 

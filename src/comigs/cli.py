@@ -128,7 +128,12 @@ def resume(
 
     folder = RunFolder.open(run)
     console = Console(folder.config(), quiet)
-    federated = "federation" in folder.environment()
+    environment = folder.environment()
+    federated = "federation" in environment
+    if "on_device_of" in environment:
+        raise UserError(
+            f"{run}: a device's own part of a run; it goes on when its server asks (comigs federation client BUNDLE)"
+        )
     with console:
         if federated:
             if workers is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,13 @@ def _amounts(parts: Sequence[TokenStore | SplitText]) -> dict[str, Any]:
     return ({"tokens": sum(tokens)} if tokens else {}) | {
         "bytes": sum(p.num_bytes for p in parts),
         "documents": sum(p.num_documents for p in parts),
-        "sha256": [p.text_sha256 for p in parts],
+        "sha256": [parts[0].text_sha256 if len(parts) == 1 else _of_all(p.text_sha256 for p in parts)],
     }
+
+
+def _of_all(hashes: Iterable[str]) -> str:
+    """One hash of many: where everybody has everybody's text, a list for each would be quadratic in clients."""
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _commit() -> str | None:

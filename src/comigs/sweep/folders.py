@@ -19,7 +19,7 @@ from comigs.record import TIMINGS, RunFolder
 from comigs.report.format import plural
 
 ELSEWHERE = "choose another folder with --out"
-PLACES = ("version", "name", "base.threads", "data.root", "data.cache")  # where and how fast, not what
+PLACES = ("version", "name", "base.threads", "workers", "data.root", "data.cache")  # where and how fast, not what
 LEFT_TO_US = {"base.dtype": "auto", "base.device": "auto"}  # field -> what says so; a run has what was found
 
 

@@ -13,7 +13,7 @@ from comigs.report.compare.find import Found
 from comigs.report.read import Run
 
 Fields = Mapping[str, Any]  # dotted name -> value
-_SAME = ("base.attention", "base.device", "base.threads", "client.micro_batch_size", "evaluation")  # how, not what
+_SAME = ("base.attention", "base.device", "base.threads", "client.micro_batch_size", "evaluation", "workers")  # how
 _NAMES = ("version", "name", "seed", "data.root", "data.cache")
 _DATA = ("base.name", "data.distribution", "data.sequence_length", "data.valid_fraction", "data.test_fraction")
 _NOUNS = {"base.name": ""}  # speaks for itself
@@ -118,14 +118,27 @@ class _Data:
 def data_of(run: Run) -> _Data:
     """The text, base and windows of a run; from its config where env.json does not say."""
     config, environment = run.config, run.environment
-    texts = environment.get("data") or {
-        c.name: dict.fromkeys(SPLITS, c.model_dump(mode="json", include={"text"})) for c in config.clients
-    }
+    texts = text_of(run)
     of = {split: json.dumps({name: own.get(split) for name, own in texts.items()}, sort_keys=True) for split in SPLITS}
     fingerprint = environment.get("base_fingerprint", config.base.name)
     measured = [fingerprint, of["test"], config.data.distribution, config.data.sequence_length]
     whole: dict[Split, bool] = {"train": config.data.train_share == 1, "valid": config.data.valid_share == 1}
     return _Data(json.dumps(measured), {split: of[split] for split, is_whole in whole.items() if is_whole})
+
+
+def text_of(run: Run) -> dict[str, dict[str, Any]]:
+    """Client -> split -> what env.json says of its text, or the config where that says nothing.
+
+    Not how many tokens it has, which not every run knows.
+    """
+    data = run.environment.get("data")
+    if not isinstance(data, Mapping) or not data:
+        entries = {c.name: c.model_dump(mode="json", include={"text"}) for c in run.config.clients}
+        return {name: dict.fromkeys(SPLITS, entry) for name, entry in entries.items()}
+    return {
+        client: {split: {k: v for k, v in facts.items() if k != "tokens"} for split, facts in own.items()}
+        for client, own in data.items()
+    }
 
 
 def taken_as_equal(runs: Iterable[Run]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 from comigs.files import command
 from comigs.report import format as f
 from comigs.report.compare.figures import METRICS, Comparison, unmeasured
-from comigs.report.compare.groups import Dataset, taken_as_equal
+from comigs.report.compare.groups import Dataset, taken_as_equal, text_of
 from comigs.report.read import Run
 
 _MADE_WITH = {
@@ -59,11 +59,10 @@ def _apart(datasets: Sequence[Dataset]) -> list[str]:
 
 def _facts(run: Run) -> dict[str, Any]:
     """What makes figures comparable, in words."""
-    data = run.environment.get("data")
     return {
         "the base": run.environment.get("base_fingerprint", run.config.base.name),
         "their clients": sorted(run.clients),
-        "their text": data if isinstance(data, Mapping) else {c.name: c.text for c in run.config.clients},
+        "their text": text_of(run),
         "data.distribution": run.config.data.distribution,
         "data.sequence_length": run.config.data.sequence_length,
     }
