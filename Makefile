@@ -28,8 +28,9 @@ check: $(BIN)/.ready
 	$(BIN)/ruff format --check src tests scripts benchmarks
 	$(BIN)/mypy
 
-bench: $(BIN)/.ready
+bench: $(BIN)/.ready  ## ratios to plain LoRA, a naive mixture and the base alone; time to start
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/startup.py
 
 docs: $(BIN)/.ready  ## write docs/config.md from the config's own descriptions
 	$(BIN)/python scripts/config_docs.py
