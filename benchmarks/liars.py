@@ -55,9 +55,11 @@ def config_of(options: argparse.Namespace, method: str, merge: str, with_liar: b
     )  # fmt: skip
 
 
-def lying(lie: str) -> Callable[[InProcess, Mapping[str, Task], Mapping[str, Download]], Answers]:
+Exchange = Callable[[InProcess, Mapping[str, Task], Mapping[str, Download]], Answers]
+
+
+def lying(honest: Exchange, lie: str) -> Exchange:
     """`InProcess.exchange` with a liar."""
-    honest = InProcess.exchange
 
     def exchange(self: InProcess, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
         answers = honest(self, tasks, downloads)
@@ -91,7 +93,7 @@ def main() -> None:
         for merge in options.merges:
             lies = list(LIES) if merge == "mean" else ["sign-flipped", "step backwards"]  # all others are found out
             for lie in ("nobody lies", "no eighth client", *lies):
-                InProcess.exchange = lying(lie) if lie in LIES else exchange  # type: ignore[method-assign]
+                InProcess.exchange = lying(exchange, lie) if lie in LIES else exchange  # type: ignore[method-assign]
                 path = options.out / "-".join((method, merge, lie.replace(" ", "-")))
                 done = (path / "summary.json").exists()
                 config = config_of(options, method, merge, with_liar=lie != "no eighth client")
