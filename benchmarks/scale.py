@@ -5,7 +5,7 @@
 Every number of clients is a run of its own, in a process of its own, that does what `comigs run` does. Text: passages
 of the bundled Debian FAQ; a line of its own in front of each makes no two documents the same. Start-up is from reading
 the config to the first step; a round has its exchanges, its merge and its commit. The last exchange, in which everybody
-is measured, is told apart: it grows with the clients, as it must.
+is measured, is told apart: it grows with the clients, as it must; --rounds-only leaves it out.
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ def write_clients(folder: Path, options: argparse.Namespace, clients: int) -> Pa
     return path
 
 
-def measure(path: Path) -> dict[str, Any]:
+def measure(path: Path, rounds_only: bool) -> dict[str, Any]:
     """One run of this config: seconds and bytes."""
     from comigs import api, load_config
+    from comigs.errors import Stopped
     from comigs.process import peak_memory
 
     began = time.perf_counter()
@@ -86,8 +87,14 @@ def measure(path: Path) -> dict[str, Any]:
 
     def report(event: Mapping[str, Any]) -> None:
         marks.setdefault(event["kind"], []).append(time.perf_counter() - began)
+        if rounds_only and event["kind"] == "server" and event["round"] == config.rounds:
+            raise KeyboardInterrupt
 
-    folder = api.run(load_config(path), path.parent / "run", report)
+    config = load_config(path)
+    try:
+        folder = api.run(config, path.parent / "run", report)
+    except Stopped:
+        folder = api.open_run(path.parent / "run")
     ended, peak = time.perf_counter() - began, peak_memory()
     first, rounds = marks["step"][0], marks["server"]
     timings = [json.loads(line) for line in (folder.path / "timings.jsonl").read_text().splitlines()]
@@ -97,10 +104,10 @@ def measure(path: Path) -> dict[str, Any]:
         "start_up_seconds": first,
         "round_seconds": [now - before for before, now in zip([first, *rounds], rounds, strict=False)],
         "work_seconds": [sum(t["seconds"] for t in trained if t["round"] == r + 1) for r in range(len(rounds))],
-        "last_exchange_seconds": ended - rounds[-1],
+        "last_exchange_seconds": None if rounds_only else ended - rounds[-1],
         "peak_round_bytes": max(line["peak_memory_bytes"] for line in trained),
         "peak_bytes": peak,
-        "parameters": max(c["trained_parameters"] for c in folder.summary()["clients"].values()),
+        "parameters": max(line.get("trained_parameters", 0) for line in folder.metrics()),
     }
 
 
@@ -110,7 +117,7 @@ def in_its_own_process(options: argparse.Namespace, clients: int) -> dict[str, A
         path = write_clients(Path(scratch), options, clients)
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
         done = subprocess.run(
-            [sys.executable, __file__, "--measure", path.name], cwd=scratch, env=environment, check=True,
+            [sys.executable, __file__, "--measure", path.name, *["--rounds-only"] * options.rounds_only], cwd=scratch, env=environment, check=True,
             stdout=subprocess.PIPE,
         )  # fmt: skip
     measured: dict[str, Any] = json.loads(done.stdout)
@@ -126,7 +133,7 @@ def table_of(options: argparse.Namespace, results: list[dict[str, Any]]) -> Tabl
         round, work = statistics.median(r["round_seconds"]), statistics.median(r["work_seconds"])
         table.add_row(
             f"{r['clients']:,}", f"{r['start_up_seconds']:.1f}", f"{round:.2f}", f"{work / round:.0%}",
-            f"{r['last_exchange_seconds']:.1f}", f"{r['peak_round_bytes'] / 1e6:,.0f}", f"{r['peak_bytes'] / 1e6:,.0f}",
+            "-" if r["last_exchange_seconds"] is None else f"{r['last_exchange_seconds']:.1f}", f"{r['peak_round_bytes'] / 1e6:,.0f}", f"{r['peak_bytes'] / 1e6:,.0f}",
         )  # fmt: skip
     return table
 
@@ -138,12 +145,13 @@ def main() -> None:
     parser.add_argument("--per-round", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds-only", action="store_true", help="without the last exchange, which asks everybody")
     parser.add_argument("--scratch", type=Path, help="where the runs are made; default: the system's temporary folder")
     parser.add_argument("--out", type=Path, default=Path("scale.json"))
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure is not None:
-        print(json.dumps(measure(options.measure)))
+        print(json.dumps(measure(options.measure, options.rounds_only)))
         return
     results = [in_its_own_process(options, clients) for clients in options.clients]
     settings = {key: getattr(options, key) for key in ("base", "per_round", "rounds", "threads")}
