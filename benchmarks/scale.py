@@ -135,7 +135,8 @@ def table_of(options: argparse.Namespace, results: list[dict[str, Any]]) -> Tabl
         last = r["last_exchange_seconds"]
         table.add_row(
             f"{r['clients']:,}", f"{r['start_up_seconds']:.1f}", f"{round:.2f}", f"{work / round:.0%}",
-            "-" if last is None else f"{last:.1f}", f"{r['peak_round_bytes'] / 1e6:,.0f}", f"{r['peak_bytes'] / 1e6:,.0f}",
+            "-" if last is None else f"{last:.1f}",
+            f"{r['peak_round_bytes'] / 1e6:,.0f}", f"{r['peak_bytes'] / 1e6:,.0f}",
         )  # fmt: skip
     return table
 
