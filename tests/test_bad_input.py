@@ -207,7 +207,7 @@ def test_a_loss_that_goes_wrong_later_keeps_the_last_good_round(config, capsys):
 def test_an_existing_folder_is_refused_before_anything_is_loaded(config, capsys):
     Path("mine").mkdir()
     Path("mine/precious.txt").write_text("mine")
-    with patch("comigs.api.load_base", side_effect=AssertionError("loaded")):
+    with patch("comigs.preparation.load_base", side_effect=AssertionError("loaded")):
         line = run_refused(capsys, config, "--out", "mine")
     assert line == (
         "error: mine: exists already; nothing was changed. Go on with: comigs resume mine, "

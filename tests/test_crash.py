@@ -66,7 +66,7 @@ def test_killed_while_measuring(tmp_path, evaluation):
 
     def harmed():
         with patch.object(Client, "evaluate", evaluate):
-            api.run(settings(), tmp_path / "run")
+            api.run(load_config(finished() / "tiny.toml", [f'data.cache="{tmp_path}"']), tmp_path / "run")
 
     measured = len([x for x in RunFolder(finished() / "run").metrics() if x["kind"] == "evaluation"])
     if evaluation <= measured:
@@ -185,8 +185,8 @@ def test_a_stop_in_any_phase_is_one_line_and_130(tmp_path, capsys, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path)
     for phase, said in {
-        "comigs.api.load_base": "stopped\n",
-        "comigs.api.prepare_data": "stopped\n",
+        "comigs.preparation.load_base": "stopped\n",
+        "comigs.preparation.prepare": "stopped\n",
         "comigs.engines.bench.Client.train": "stopped: every whole round is kept; go on with: comigs resume runs/",
         "comigs.report.report.write_report": "stopped\n",
     }.items():
@@ -211,7 +211,7 @@ def test_a_run_killed_before_its_summary_gets_one(tmp_path):
     path = tmp_path / "run"
     api.run(settings(), path)
     (path / "summary.json").unlink()
-    with patch("comigs.api.load_base", side_effect=AssertionError("not needed")):
+    with patch("comigs.preparation.load_base", side_effect=AssertionError("not needed")):
         api.resume(path)
     assert outcome(path) == outcome(finished() / "run")
 
