@@ -167,7 +167,7 @@ class NumpyAdamW:
 def naive_train(
     model: Any, start: Mapping[Any, Tensor], top_k: int, draw: Any, *, lr: float, router_lr: float, steps: int,
     total_steps: int, router_every: int, router_steps: int, balance_coef: float, share: float,
-    betas: tuple[float, float], weight_decay: float, joint: bool = False,
+    betas: tuple[float, float], weight_decay: float, schedule: str = "alternating",
 ) -> tuple[dict[str, Tensor], list[float]]:  # fmt: skip
     """Bi-level training from scratch: tensors by name after `steps` local steps, and the nats of every step in order.
 
@@ -197,8 +197,8 @@ def naive_train(
     for number in range(steps):
         cosine = lr * (0.1 + 0.9 * (1 + math.cos(math.pi * number / total_steps)) / 2)
         rates = {True: router_lr, False: cosine}
-        descend("train", number, (False, True) if joint else (False,), rates)
-        if not joint and has_router and (number + 1) % router_every == 0:
+        descend("train", number, (False,) if schedule == "alternating" else (False, True), rates)
+        if schedule != "joint" and has_router and (number + 1) % router_every == 0:
             for _ in range(router_steps):
                 descend("valid", router_number, (True,), rates)
                 router_number += 1

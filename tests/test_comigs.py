@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from comigs.client.draw import probe_windows
+from comigs.engines.exchange import Task
 from comigs.methods.comigs import adopt_as_valid_asks, full_step
 from comigs.methods.method import Facts
 from comigs.slots import Slot
@@ -116,3 +119,38 @@ def test_the_windows_are_of_valid_and_differ_between_rounds_but_not_between_mode
     valid = client.data.valid[0].tokens
     windows = {bytes(valid[i : i + 12].astype("int64")) for i in range(len(valid) - 11)}
     assert all(seen[0][at : at + 96] in windows for at in range(0, len(seen[0]), 96))
+
+
+@pytest.mark.parametrize("adopt", ["valid", "all"])
+@pytest.mark.parametrize("generalists", [1, 2])
+def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(tmp_path, generalists, adopt):
+    options = {"rest": "frozen", "adopt": adopt, "server_step": "mean"}
+    config = run_config(tmp_path, options=options, experts={"rank": 2, "generalists": generalists, "top_k": 3})
+    engine = start_engine(config).engine
+    download = {}
+    for round in (1, 2, 3):
+        tasks = {name: Task(round=round, train=True, evaluate=(), evaluate_base=()) for name in ("ada", "bob")}
+        uploads = {n: dict(r.upload) for n, r in engine.exchange(tasks, dict.fromkeys(tasks, download)).replies.items()}
+        own = engine.bench.client("ada", staged=True).trainee.tensors
+        rest = {slot: t for slot, t in own.items() if slot.role == "generalist" and int(slot.part[1:]) >= generalists}
+        assert len(rest) == generalists * sum(s.part == "g0" for s in own)
+        for slot, tensor in rest.items():
+            source = replace(slot, part=f"g{int(slot.part[1:]) - generalists}")
+            if download:
+                torch.testing.assert_close(tensor, download[source], rtol=0, atol=0)
+            else:
+                assert slot.matrix == "A" or not tensor.any()  # as the base
+        assert not uploads["ada"].keys() & rest.keys() and any(s.role == "generalist" for s in uploads["ada"])
+        download = {slot: (uploads["ada"][slot] + uploads["bob"][slot]) / 2 for slot in uploads["ada"]}
+        engine.bench.folder.commit(round, [], [])
+
+
+def test_the_routers_phases_come_on_top_of_its_local_steps(tmp_path):
+    started = start_engine(run_config(tmp_path, options={"router": "both"}))
+    client = started.clients["ada"]
+    routers = {slot: t.clone() for slot, t in client.trainee.tensors.items() if slot.role == "router"}
+    log = client.train(1, lambda level, nats: None)
+    assert log.router_losses and client.plan.schedule == "both"
+    assert all((client.trainee.tensors[slot] != before).any() for slot, before in routers.items())
+    state = client.trainee.optimizers["router"].state[client.trainee.tensors[next(iter(routers))]]
+    assert int(state["step"]) == len(log.router_losses) + len(log.train_losses) - 1  # in the first, experts are alike

@@ -322,7 +322,9 @@ def test_fedalt_keeps_the_own_lora_and_learns_beside_a_frozen_mean_of_the_others
 
 def test_fedalt_refuses_more_experts_per_token_than_it_has(tmp_path):
     config = run_config(tmp_path, method="fedalt", experts={"rank": 2, "specialists": 2, "top_k": 3})
-    with pytest.raises(UserError, match=r"^experts\.top_k: given 3, but fedalt has 2 experts; must be 1 or 2"):
+    with pytest.raises(
+        UserError, match=r"^experts\.top_k: 3 experts per token, but client \"ada\" has 2 with fedalt; allowed: 1 to 2"
+    ):
         load_method(config)
 
 

@@ -41,7 +41,9 @@ def plan_of(settings, dtype=torch.float32, total_steps=20, **more):
 class Case:
     """A client in the middle of its training: experts that differ, and moments in both optimisers."""
 
-    def __init__(self, name="tiny-gpt2", shape=None, top_k=2, dtype="float32", fresh=False, joint=False, **settings):
+    def __init__(
+        self, name="tiny-gpt2", shape=None, top_k=2, dtype="float32", fresh=False, schedule="alternating", **settings
+    ):
         self.base = tiny(name, dtype)
         self.attachment = attach(self.base.model, self.base.architecture, top_k)
         shape, self.settings = shape or shape_of(1, 2), settings_of(**settings)
@@ -52,7 +54,7 @@ class Case:
             tensors = random_tensors(self.attachment, shape, True, dtype=self.base.dtype)
         self.start = copy_of(tensors)
         self.trainee = new_trainee(tensors, self.settings)
-        self.plan = plan_of(self.settings, self.base.dtype, joint=joint)
+        self.plan = plan_of(self.settings, self.base.dtype, schedule=schedule)
         self.attachment.bind(tensors)
         if not fresh:
             for number in range(2):
@@ -105,7 +107,7 @@ class Case:
         return nats, applied, log
 
 
-@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("schedule", ["alternating", "joint", "both"])
 @pytest.mark.parametrize(
     ("name", "shape", "top_k", "tolerance"),
     [
@@ -115,8 +117,8 @@ class Case:
         ("tiny-llama", shape_of(1, 0), 2, 1e-8),
     ],
 )
-def test_two_rounds_equal_an_independent_training_loop(name, shape, top_k, tolerance, joint):
-    case = Case(name, shape, top_k, "float64", fresh=True, joint=joint, router_lr=3e-3)
+def test_two_rounds_equal_an_independent_training_loop(name, shape, top_k, tolerance, schedule):
+    case = Case(name, shape, top_k, "float64", fresh=True, schedule=schedule, router_lr=3e-3)
     seen, s = [], case.settings
     case.round(seen=seen)
     case.round(seen=seen)
@@ -124,7 +126,7 @@ def test_two_rounds_equal_an_independent_training_loop(name, shape, top_k, toler
     expected, nats = naive.naive_train(
         case.base.model, case.start, top_k, draw, lr=s.lr, router_lr=s.router_lr, steps=6, total_steps=20,
         router_every=2, router_steps=2, balance_coef=s.balance_coef, share=s.generalist_share, betas=s.betas,
-        weight_decay=s.weight_decay, joint=joint,
+        weight_decay=s.weight_decay, schedule=schedule,
     )  # fmt: skip
     assert [nats for _, nats in seen] == pytest.approx(nats, rel=1e-6)
     for slot, tensor in case.trainee.tensors.items():
@@ -337,7 +339,7 @@ def test_without_a_router_or_without_router_steps_valid_is_never_read():
 
 
 def test_a_joint_round_trains_both_levels_on_train_alone():
-    case, drawn, seen = Case(joint=True), [], []
+    case, drawn, seen = Case(schedule="joint"), [], []
     before = case.everything()
     log = case.round(drawn=drawn, seen=seen)
     after = case.everything()

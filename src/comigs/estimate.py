@@ -102,7 +102,7 @@ def run_seconds(
     """Of all training and evaluation at that pace, a client at a time in each worker."""
     asked = config.participation.clients_per_round or len(config.clients)
     local_steps = config.rounds * config.client.steps
-    phases = local_steps // config.client.router_every if method.schedule == "alternating" else 0
+    phases = local_steps // config.client.router_every if method.schedule != "joint" else 0
     tokens = _mean_tokens(outlines, tokens_per_byte)
     total = asked * (local_steps + phases * config.client.router_steps) * pace.step_seconds
     for round in range(1, config.rounds + 2):

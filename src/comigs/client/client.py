@@ -59,7 +59,7 @@ class Client:
             router_lr=config.client.router_lr or lr,
             total_steps=config.rounds * config.client.steps,
             dtype=base.dtype,
-            joint=method.schedule == "joint",
+            schedule=method.schedule,
         )
         check_text(name, data, settings, config.data.sequence_length)
 

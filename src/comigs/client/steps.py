@@ -21,6 +21,7 @@ from comigs.client.loss import sum_cross_entropy
 from comigs.config import ClientSection
 from comigs.experts.attach import Attachment
 from comigs.experts.router import balance_loss
+from comigs.methods.method import Schedule
 from comigs.slots import Slot
 
 Group = Literal["experts", "router"]
@@ -59,7 +60,7 @@ class Plan:
     router_lr: float
     total_steps: int
     dtype: torch.dtype
-    joint: bool = False  # train the router with the experts on train (one level)
+    schedule: Schedule = "alternating"  # of the router (Method.schedule)
 
     def rate(self, group: Group, done: int) -> float:
         """Learning rate after `done` local steps: the router's constant; the experts' a cosine from lr to lr / 10."""
@@ -101,7 +102,7 @@ def local_round(
     settings, log = plan.settings, RoundLog()
     for _ in range(settings.steps):
         log.learning_rate = plan.rate("experts", trainee.local_steps)
-        groups: tuple[Group, ...] = ("experts", "router") if plan.joint else ("experts",)
+        groups: tuple[Group, ...] = ("experts",) if plan.schedule == "alternating" else ("experts", "router")
         with naming("train", trainee.local_steps):
             loss = step(attachment, trainee, plan, groups, draw("experts", trainee.local_steps), rules, log)
         trainee.local_steps += 1
@@ -109,7 +110,7 @@ def local_round(
         on_step("experts", loss)
 
         phase_is_due = trainee.local_steps % settings.router_every == 0
-        if not plan.joint and phase_is_due and trainee.group("router"):
+        if plan.schedule != "joint" and phase_is_due and trainee.group("router"):
             for _ in range(settings.router_steps):
                 with naming(settings.router_data, trainee.router_steps):
                     loss = step(attachment, trainee, plan, ("router",), draw("router", trainee.router_steps), rules)

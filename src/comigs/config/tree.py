@@ -72,11 +72,6 @@ class Config(Section):
                 raise ValueError(
                     f"clients.{client.name}: 0 experts; give it at least one (experts.generalists or specialists)"
                 )
-            if shape.num_experts > 1 and self.experts.top_k > shape.num_experts:
-                raise ValueError(
-                    f"experts.top_k: {self.experts.top_k} experts per token, but client "
-                    f'"{client.name}" has {shape.num_experts}; allowed: 1 to {shape.num_experts}'
-                )
         self._check_participation()
         if self.data.valid_fraction + self.data.test_fraction >= 1:
             raise ValueError("data: valid_fraction + test_fraction must leave documents for train (sum below 1)")

@@ -5,7 +5,8 @@ specialists = 2, share_attention = false`), 1gXs (`specialists` differs between 
 
 Two things are ours (docs/decisions/0007): the server keeps the length of the clients' steps, which a plain mean
 shortens where they differ, and a client goes only as far towards a download as its valid asks. Both are options;
-`configs/paper.toml` has neither.
+`configs/paper.toml` has neither. Two more are on trial (LOG.md): the last download kept as frozen experts beside the
+client's own, as in FedALT (2503.11880), and a router that learns in every local step, too.
 """
 
 from __future__ import annotations
@@ -42,18 +43,26 @@ class Options(Section):
     adopt: Literal["all", "valid"] = Field(
         "valid", description='"all" of a download, or as far towards it as "valid" asks'
     )
+    rest: Literal["none", "frozen"] = Field(
+        "none", description='"frozen": the last download\'s generalists stay as experts of their own, never trained'
+    )
+    router: Literal["valid", "both"] = Field(
+        "valid", description='what it learns from: "valid" in its phases; "both": with the experts on train as well'
+    )
     probe_windows: int = Field(16, ge=1, description="windows of valid on which adopt decides, drawn anew each round")
 
 
 def method(config: Config) -> Method:
     """The paper's method, with our server step and adoption where the options say so."""
     settings = options(config, Options)
-    return replace(
+    chosen = replace(
         as_published(config),
         aggregate=full_step if settings.server_step == "full" else mean_of_uploads,
         adopt=adopt_as_valid_asks if settings.adopt == "valid" else None,
+        schedule="both" if settings.router == "both" else "alternating",
         probe=settings.probe_windows,
     )
+    return beside_the_rest(chosen, config.experts.generalists) if settings.rest == "frozen" else chosen
 
 
 def as_published(config: Config) -> Method:
@@ -74,6 +83,34 @@ def as_published(config: Config) -> Method:
         receives=shares,
         aggregate=mean_of_uploads,
         averages=True,
+    )
+
+
+def beside_the_rest(method: Method, generalists: int) -> Method:
+    """The same with the generalists of the last download as further experts: g2 is g0's of n = 2, g3 is g1's.
+
+    They stay at home, and only downloads change them. Until the first one they are as the base.
+    """
+
+    def is_own(slot: Slot) -> bool:
+        return slot.role != "generalist" or int(slot.part[1:]) < generalists
+
+    def adopt(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Tensors:
+        adopted = download if method.adopt is None else method.adopt(own, download, nats)
+        rest = {
+            replace(slot, part=f"g{generalists + int(slot.part[1:])}"): tensor
+            for slot, tensor in download.items()
+            if slot.role == "generalist"
+        }
+        return {**adopted, **rest}
+
+    return replace(
+        method,
+        shares=lambda slot: method.shares(slot) and is_own(slot),
+        receives=lambda slot: method.receives(slot) and is_own(slot),
+        trains=lambda slot, round: is_own(slot),
+        shape=lambda shape: shape.model_copy(update={"generalists": 2 * generalists}),
+        adopt=adopt,
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from comigs.config import Config, ExpertShape
-from comigs.errors import UserError
 from comigs.methods.method import (
     Download,
     Facts,
@@ -26,9 +25,6 @@ from comigs.methods.method import (
 def method(config: Config) -> Method:
     """Own LoRA and rest of the world."""
     require_equal(config, "rank", "fedalt averages the others' LoRA entry by entry", one_expert("generalist"))
-
-    if config.experts.top_k > 2:
-        raise UserError(f"experts.top_k: given {config.experts.top_k}, but fedalt has 2 experts; must be 1 or 2")
 
     def shape(shape: ExpertShape) -> ExpertShape:
         return one_expert("generalist")(shape).model_copy(update={"generalists": 2})

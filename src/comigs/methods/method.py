@@ -67,6 +67,7 @@ class Facts:
         return mean(uploads, self.upload.merge, self.upload.trim)
 
 
+Schedule = Literal["alternating", "joint", "both"]
 Aggregate = Callable[[Mapping[str, Upload], Memory, Facts], tuple[dict[str, Download], Memory]]
 
 
@@ -82,7 +83,7 @@ class Method:
     aggregate(uploads by client, memory, facts) -> (downloads by client, memory).
     mixing: "routed" by the router; "uniform": the mean of all experts; "sum": one expert, whose LoRA is their sum.
     schedule: "alternating" trains the router by itself, every `router_every` local steps (bi-level); "joint" trains
-        it with the experts on train.
+        it with the experts on train; "both" does both.
     penalty(tensors, anchor): added to the loss of local steps; anchor: the tensors as the round began.
     settle(tensors, anchor): what a client's tensors become between its training and its upload; entries that it sets
         to zero stay zero until a download writes them, for their optimiser moments are cleared.
@@ -107,7 +108,7 @@ class Method:
     shape: Callable[[ExpertShape], ExpertShape] = lambda shape: shape
     trains: Callable[[Slot, int], bool] = lambda slot, round: True
     mixing: Literal["routed", "uniform", "sum"] = "routed"
-    schedule: Literal["alternating", "joint"] = "alternating"
+    schedule: Schedule = "alternating"
     penalty: Callable[[Tensors, Tensors], Tensor] | None = None
     settle: Callable[[Tensors, Tensors], Tensors] | None = None
     merges: bool = False
@@ -150,6 +151,13 @@ def _require_possible(config: Config, method: Method) -> None:
             f'upload.merge: given "{merge}", but {config.method} merges in its own way; must be "mean" (fedavg, comigs '
             f'and others that average uploads can do "{merge}")'
         )
+    for client in config.clients:
+        experts, top_k = method.shape(config.shape_of(client)).num_experts, config.experts.top_k
+        if top_k > experts > 1:
+            raise UserError(
+                f'experts.top_k: {top_k} experts per token, but client "{client.name}" has {experts} with '
+                f"{config.method}; allowed: 1 to {experts}"
+            )
     everybody = {"clients_per_round": (p.clients_per_round, len(config.clients)), "min_clients": (p.min_clients, 1)}
     for field_, (given, allowed) in everybody.items():
         if method.pooled and given not in (None, allowed):
