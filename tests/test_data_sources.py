@@ -77,7 +77,7 @@ def test_sources_are_streamed(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8 at byte 25 \(0xff\)"),
         ("a.jsonl", b"\n\n", r"a\.jsonl: the file is empty"),
         ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz: not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 50)[:-9], r"a\.jsonl\.gz: not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 50, mtime=0)[:-9], r"a\.jsonl\.gz: not a whole gzip file"),
         ("a.txt", b"abc\xe9def", r"a\.txt: not UTF-8 at byte 3 \(0xe9\); save the file as UTF-8"),
         ("a.pdf", b"abc", r"a\.pdf: not a folder, nor a \.txt"),
     ],
