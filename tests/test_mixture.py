@@ -21,14 +21,14 @@ from transformers import (
 from comigs.bases import llama
 from comigs.bases.load import architecture_of
 from comigs.config import ExpertsSection
-from comigs.experts import activation, hidden
+from comigs.experts import activation, chunks, compiled
 from comigs.experts.attach import Attachment
 from comigs.slots import Slot
 from tests import naive
 from tests.conftest import attach, copy_of, random_tensors, shape_of, tiny
 
 SMALL = {
-    "vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 97, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.1,
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
 }  # fmt: skip
@@ -222,6 +222,15 @@ def test_what_is_merged_equals_a_base_whose_weights_are_changed_by_it(model_type
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.fixture(autouse=True, params=["C", "PyTorch"])
+def way(request, monkeypatch):
+    """Both ways through the hidden layer."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(compiled, "library", lambda: None)
+    elif compiled.library() is None:
+        pytest.skip("no C compiler")
+
+
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 4])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_uniform_mixing_equals_the_naive_mean_of_experts(model_type, num_experts):
@@ -250,7 +259,7 @@ def test_the_families_tested_are_all_there_are():
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_several_chunks_of_tokens_equal_the_naive_mixture(model_type, monkeypatch):
-    monkeypatch.setattr(hidden, "CHUNK", 5 * 64)  # 14 tokens in chunks of 5 or 13, of which the last is shorter
+    monkeypatch.setattr(chunks, "CHUNK", 5 * 64)  # 14 tokens in chunks of 5 or 13, of which the last is shorter
     model = built(model_type)
     assert_equals_naive(model, architecture_of(model), shape_of(1, 2), top_k=2, routed=True)
 
@@ -259,7 +268,7 @@ def test_several_chunks_of_tokens_equal_the_naive_mixture(model_type, monkeypatc
     ("length", "largest", "sizes"), [(14, 5, [5, 5, 4]), (12, 5, [4, 4, 4]), (3, 9, [3]), (2, 0, [1, 1])]
 )
 def test_even_slices(length, largest, sizes):
-    slices = hidden.even_slices(length, largest)
+    slices = chunks.even_slices(length, largest)
     assert [s.stop - s.start for s in slices] == sizes
     assert [i for s in slices for i in range(length)[s]] == list(range(length))
 

@@ -17,6 +17,7 @@ from comigs.bases.load import Base
 from comigs.config import SPLITS
 from comigs.data.corpus import TokenStore
 from comigs.data.prepare import ClientData, Outline, SplitText
+from comigs.experts import compiled
 
 
 def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[st
         "machine": {"platform": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()},
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "device": str(base.device),
+        "experts": compiled.way(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
         "base_fingerprint": base.fingerprint,
         "base_parameters": sum(p.numel() for p in base.model.parameters()),

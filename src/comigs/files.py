@@ -17,6 +17,11 @@ def command(verb: str, path: Path) -> str:
     return f"comigs {verb} {shlex.quote(str(path))}"
 
 
+def cache_folder() -> Path:
+    """Where what was unpacked or compiled once is kept: $COMIGS_CACHE, else ~/.cache/comigs."""
+    return Path(os.environ.get("COMIGS_CACHE", Path.home() / ".cache" / "comigs"))
+
+
 def require_free(path: Path) -> None:
     """Raises UserError where there is something at `path` already, or nothing can be made there."""
     with writing(path, "choose another folder with --out"):

@@ -15,6 +15,7 @@ from comigs.engines.check import Shapes, shapes_of_clients
 from comigs.engines.exchange import Report
 from comigs.engines.workers import devices
 from comigs.errors import UserError
+from comigs.experts import compiled
 from comigs.experts.attach import Attachment
 from comigs.methods.method import load_method
 from comigs.process import cpus
@@ -47,6 +48,8 @@ def load(config: Config, say: Say = ignore) -> tuple[Base, Config]:
     device = plural(threads, "CPU thread") if base.device.type == "cpu" else str(base.device)
     spread = f" in each of {workers} processes" if workers > 1 else ""
     say(f"base {base.name}: {large(parameters)} parameters, {dtype}, {device}{spread}")
+    if base.device.type == "cpu" and compiled.library() is None:
+        say("no C compiler here (cc): experts run in PyTorch, at a third of the speed")
     lr = config.client.lr or base.architecture.lr
     settings = {
         "base": {"dtype": dtype, "device": str(base.device), "threads": threads},

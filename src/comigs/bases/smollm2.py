@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,11 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from comigs.errors import UserError
-
-
-def cache_folder() -> Path:
-    """Where unpacked bases are kept: $COMIGS_CACHE, else ~/.cache/comigs."""
-    return Path(os.environ.get("COMIGS_CACHE", Path.home() / ".cache" / "comigs"))
+from comigs.files import cache_folder
 
 
 def smollm2_135m() -> tuple[Any, Any]:

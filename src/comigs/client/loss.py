@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comigs.experts.hidden import even_slices
+from comigs.experts.chunks import even_slices
 
 CHUNK = 1 << 24  # logits that exist at once: as bfloat16 32 MB
 BLOCK = 1 << 17  # of them, what a CPU thread works on at a time: as float32 512 KB, which a core's second cache holds

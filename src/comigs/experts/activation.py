@@ -25,11 +25,12 @@ CUBE = 0.044715
 class Activation:
     """An element-wise f. value(x, spare): x becomes f(x). value_and_slope(x, slope, spare): and slope f'(x).
 
-    All are of one shape; what `slope` and `spare` held is lost.
+    All are of one shape; what `slope` and `spare` held is lost. in_c: its number in hidden.c, where it is there.
     """
 
     value: Callable[[Tensor, Tensor], object]
     value_and_slope: Callable[[Tensor, Tensor, Tensor], object]
+    in_c: int | None = None
 
 
 def activation_of(module: Any, device: torch.device) -> Activation:
@@ -81,7 +82,7 @@ def _silu_and_slope(x: Tensor, slope: Tensor, spare: Tensor) -> None:
     torch.addcmul(x, x, s, value=-1, out=slope).add_(s)
 
 
-GELU, SILU = Activation(_gelu, _gelu_and_slope), Activation(_silu, _silu_and_slope)
+SILU, GELU = Activation(_silu, _silu_and_slope, in_c=0), Activation(_gelu, _gelu_and_slope, in_c=1)
 SPELLED_OUT = {"NewGELUActivation": GELU, "GELUTanh": GELU, "SiLUActivation": SILU}
 _TANH_GELU = partial(F.gelu, approximate="tanh")
 FUSED = {"NewGELUActivation": _TANH_GELU, "GELUTanh": _TANH_GELU}  # the first is spelled out in six kernels otherwise

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from comigs.bases.base import Architecture
 from comigs.experts.activation import activation_of
-from comigs.experts.hidden import ExpertLora, mixed_hidden
+from comigs.experts.hidden import mixed_hidden
+from comigs.experts.layer import ExpertLora
 from comigs.experts.router import Routing, route, routing_inputs
 
 

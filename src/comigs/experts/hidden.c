@@ -1,0 +1,292 @@
+/* The hidden layer of all experts in one walk over tokens and columns: what hidden.py says, fused.
+
+   T tokens, I columns (a multiple of LANES), E experts, S frozen products (1, or gate's and up's), R an expert's rank.
+   A block of tokens at a time, a tile of its columns at a time; in it an expert takes its tokens in groups of GROUP,
+   whose numbers stay in the first cache from the frozen product to the last gradient. Everything is float32;
+   frozen products, what comes out mixed, and its gradient are bfloat16 or float32 (`half`). */
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define LANES 16
+#define GROUP 8
+#define TILE 512
+#define BLOCK 64
+#define LARGEST_RANK 256
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+typedef struct {          /* one expert; [s] is a frozen product */
+  int64_t rank;
+  const float *low[2];    /* (R, T) */
+  const float *B[2];      /* (R, I) */
+  const float *A;         /* (R, I) */
+  float *out_low;         /* (R, T): forward A h^T; backward the gradient to it, which is read */
+  float *grad_low[2];     /* (R, T) or null */
+  float *grad_B[2];       /* (threads, R, I) or null */
+  float *grad_A;          /* (threads, R, I) or null */
+} expert;
+
+typedef struct {
+  int64_t T, I, E, S, half, act, all, threads;
+  const void *frozen[2];  /* (T, I) */
+  const float *weights;   /* (T, E) */
+  void *mixed;            /* (T, I): forward out, backward the gradient to it */
+  void *grad_frozen[2];   /* (T, I) */
+  float *grad_weights;    /* (T, E) or null */
+  const expert *experts;
+} layer;
+
+static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
+static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+static inline vec same(float x) { return x - (vec){0}; }
+
+static inline vec load_any(const void *base, int64_t at, int64_t half) {
+  if (!half) return load((const float *)base + at);
+  halves h;
+  memcpy(&h, (const uint16_t *)base + at, sizeof h);
+  return (vec)(__builtin_convertvector(h, words) << 16);
+}
+
+static inline void store_any(void *base, int64_t at, int64_t half, vec v) {
+  if (!half) { store((float *)base + at, v); return; }
+  words bits = (words)v;
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to the nearest, ties to even */
+  words nan = (words)(v != v);
+  bits = (bits & ~nan) | (nan & 0x7fc0);
+  halves h = __builtin_convertvector(bits, halves);
+  memcpy((uint16_t *)base + at, &h, sizeof h);
+}
+
+static inline vec pick(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
+
+/* 1 / (1 + exp(-q)); exp as Cephes' expf: to 2^n of the nearest n, and a polynomial of the rest */
+static inline vec sigmoid(vec q) {
+  vec x = -q;
+  x = pick(x > 87.f, same(87.f), x);
+  x = pick(x < -87.f, same(-87.f), x);
+  vec shifted = x * 1.44269504088896341f + 12582912.f;
+  vec n = shifted - 12582912.f;
+  vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vec p = same(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  vec scale = (vec)((__builtin_convertvector(n, ints) + 127) << 23);
+  return 1.f / (1.f + p * scale);
+}
+
+#define ROOT 1.5957691216057308f /* sqrt(8 / pi) */
+#define CUBE 0.044715f
+
+static inline vec act(vec x, int64_t gelu) {
+  return x * sigmoid(gelu ? ROOT * x * (1.f + CUBE * x * x) : x);
+}
+
+static inline vec act_and_slope(vec x, int64_t gelu, vec *slope) {
+  vec s = sigmoid(gelu ? ROOT * x * (1.f + CUBE * x * x) : x);
+  vec value = x * s;
+  vec q = gelu ? ROOT * (1.f + 3 * CUBE * x * x) : same(1.f);
+  *slope = s + value * (1.f - s) * q;
+  return value;
+}
+
+typedef float tile[GROUP][TILE];
+
+/* out += few^T @ rows, few (R, GROUP), rows (R, columns) with `stride` */
+static inline void product(tile out, const float (*few)[GROUP], const float *rows, int64_t stride, int64_t R, int64_t columns) {
+  for (int64_t i = 0; i < columns; i += LANES) {
+    vec sum[GROUP];
+    for (int t = 0; t < GROUP; t++) sum[t] = load(&out[t][i]);
+    for (int64_t r = 0; r < R; r++) {
+      vec row = load(rows + r * stride + i);
+      for (int t = 0; t < GROUP; t++) sum[t] += few[r][t] * row;
+    }
+    for (int t = 0; t < GROUP; t++) store(&out[t][i], sum[t]);
+  }
+}
+
+/* rows += few @ in, few (R, GROUP) */
+static inline void outer(float *rows, int64_t stride, const float (*few)[GROUP], tile in, int64_t R, int64_t columns) {
+  for (int64_t i = 0; i < columns; i += LANES) {
+    vec part[GROUP];
+    for (int t = 0; t < GROUP; t++) part[t] = load(&in[t][i]);
+    for (int64_t r = 0; r < R; r++) {
+      vec sum = load(rows + r * stride + i);
+      for (int t = 0; t < GROUP; t++) sum += few[r][t] * part[t];
+      store(rows + r * stride + i, sum);
+    }
+  }
+}
+
+/* the sum of a vector's numbers, halves first, which unlike one after another does not wait for each sum */
+static inline float total(vec v) {
+  float x[LANES];
+  memcpy(x, &v, sizeof x);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int k = 0; k < half; k++) x[k] += x[k + half];
+  return x[0];
+}
+
+/* few[r][token] += rows @ in^T, written where the tokens are in (R, T) */
+static inline void reduce(float *few, int64_t T, const int64_t *tokens, int n, const float *rows, int64_t stride, tile in, int64_t R, int64_t columns) {
+  for (int64_t r = 0; r < R; r += 2) {
+    int64_t next = r + 1 < R ? r + 1 : r;
+    vec one[GROUP], two[GROUP];
+    for (int t = 0; t < GROUP; t++) one[t] = two[t] = same(0);
+    for (int64_t i = 0; i < columns; i += LANES) {
+      vec a = load(rows + r * stride + i), b = load(rows + next * stride + i);
+      for (int t = 0; t < GROUP; t++) {
+        vec x = load(&in[t][i]);
+        one[t] += a * x;
+        two[t] += b * x;
+      }
+    }
+    for (int t = 0; t < n; t++) few[r * T + tokens[t]] += total(one[t]);
+    if (next > r) for (int t = 0; t < n; t++) few[next * T + tokens[t]] += total(two[t]);
+  }
+}
+
+/* columns of a (R, T) for the tokens of a group; 0 beyond them */
+static inline void gather(float (*few)[GROUP], const float *all, int64_t T, const int64_t *tokens, int n, int64_t R) {
+  for (int64_t r = 0; r < R; r++)
+    for (int t = 0; t < GROUP; t++) few[r][t] = t < n ? all[r * T + tokens[t]] : 0;
+}
+
+static inline void z_of(tile z, const layer *l, const expert *e, int s, const int64_t *tokens, int n, int64_t from, int64_t columns, float (*few)[GROUP]) {
+  for (int t = 0; t < GROUP; t++)
+    for (int64_t i = 0; i < columns; i += LANES)
+      store(&z[t][i], load_any(l->frozen[s], tokens[t < n ? t : 0] * l->I + from + i, l->half));
+  gather(few, e->low[s], l->T, tokens, n, e->rank);
+  product(z, (const float (*)[GROUP])few, e->B[s] + from, l->I, e->rank, columns);
+}
+
+static int64_t tokens_of(int64_t *tokens, const layer *l, int64_t e, int64_t begin, int64_t end) {
+  int64_t n = 0;
+  for (int64_t t = begin; t < end; t++)
+    if (l->all || l->weights[t * l->E + e] != 0) tokens[n++] = t;
+  return n;
+}
+
+typedef struct { tile one, two, three, four; float sums[2][BLOCK][TILE]; float few[3][LARGEST_RANK][GROUP]; } workspace;
+
+static void forward_block(const layer *l, workspace *w, int64_t begin, int64_t end) {
+  int64_t tokens[BLOCK];
+  for (int64_t from = 0; from < l->I; from += TILE) {
+    int64_t columns = l->I - from < TILE ? l->I - from : TILE;
+    memset(w->sums[0], 0, sizeof w->sums[0]);
+    for (int64_t k = 0; k < l->E; k++) {
+      const expert *e = l->experts + k;
+      int64_t own = tokens_of(tokens, l, k, begin, end);
+      for (int64_t g = 0; g < own; g += GROUP) {
+        int n = own - g < GROUP ? own - g : GROUP;
+        const int64_t *group = tokens + g;
+        z_of(w->one, l, e, 0, group, n, from, columns, w->few[0]);
+        if (l->S == 2) z_of(w->two, l, e, 1, group, n, from, columns, w->few[0]);
+        for (int t = 0; t < GROUP; t++) {
+          float weight = t < n ? l->weights[group[t] * l->E + k] : 0;
+          float *sum = w->sums[0][group[t < n ? t : 0] - begin];
+          for (int64_t i = 0; i < columns; i += LANES) {
+            vec h = act(load(&w->one[t][i]), l->act) * weight;
+            if (l->S == 2) h *= load(&w->two[t][i]);
+            store(&w->one[t][i], h);
+            if (t < n) store(sum + i, load(sum + i) + h);
+          }
+        }
+        reduce(e->out_low, l->T, group, n, e->A + from, l->I, w->one, e->rank, columns);
+      }
+    }
+    for (int64_t t = begin; t < end; t++)
+      for (int64_t i = 0; i < columns; i += LANES)
+        store_any(l->mixed, t * l->I + from + i, l->half, load(&w->sums[0][t - begin][i]));
+  }
+}
+
+static void backward_block(const layer *l, workspace *w, int64_t begin, int64_t end, int64_t thread) {
+  int64_t tokens[BLOCK];
+  for (int64_t from = 0; from < l->I; from += TILE) {
+    int64_t columns = l->I - from < TILE ? l->I - from : TILE;
+    memset(w->sums, 0, sizeof w->sums);
+    for (int64_t k = 0; k < l->E; k++) {
+      const expert *e = l->experts + k;
+      int64_t own = tokens_of(tokens, l, k, begin, end), size = e->rank * l->I;
+      for (int64_t g = 0; g < own; g += GROUP) {
+        int n = own - g < GROUP ? own - g : GROUP;
+        const int64_t *group = tokens + g;
+        z_of(w->one, l, e, 0, group, n, from, columns, w->few[0]);
+        if (l->S == 2) z_of(w->two, l, e, 1, group, n, from, columns, w->few[1]);
+        for (int t = 0; t < GROUP; t++)
+          for (int64_t i = 0; i < columns; i += LANES)
+            store(&w->three[t][i], load_any(l->mixed, group[t < n ? t : 0] * l->I + from + i, l->half));
+        gather(w->few[2], e->out_low, l->T, group, n, e->rank);
+        product(w->three, (const float (*)[GROUP])w->few[2], e->A + from, l->I, e->rank, columns);
+        for (int t = 0; t < GROUP; t++) {
+          float weight = t < n ? l->weights[group[t] * l->E + k] : 0;
+          vec slope, dot = same(0);
+          float *sum = &w->sums[0][group[t < n ? t : 0] - begin][0], *sum_up = &w->sums[1][group[t < n ? t : 0] - begin][0];
+          for (int64_t i = 0; i < columns; i += LANES) {
+            vec a = act_and_slope(load(&w->one[t][i]), l->act, &slope), grad_h = load(&w->three[t][i]);
+            if (l->S == 2) {
+              vec up = load(&w->two[t][i]), h = a * up;
+              dot += grad_h * h;
+              grad_h *= weight;
+              store(&w->four[t][i], h);
+              vec grad_gate = grad_h * slope * up, grad_up = grad_h * a;
+              store(&w->one[t][i], grad_gate);
+              store(&w->two[t][i], grad_up);
+              if (t < n) { store(sum + i, load(sum + i) + grad_gate); store(sum_up + i, load(sum_up + i) + grad_up); }
+            } else {
+              dot += grad_h * a;
+              vec grad_up = grad_h * weight * slope;
+              store(&w->four[t][i], a);
+              store(&w->one[t][i], grad_up);
+              if (t < n) store(sum + i, load(sum + i) + grad_up);
+            }
+          }
+          if (t < n && l->grad_weights) l->grad_weights[group[t] * l->E + k] += total(dot);
+          if (e->grad_A) for (int64_t r = 0; r < e->rank; r++) w->few[2][r][t] *= weight;
+        }
+        if (e->grad_A) outer(e->grad_A + thread * size + from, l->I, (const float (*)[GROUP])w->few[2], w->four, e->rank, columns);
+        for (int s = 0; s < l->S; s++) {
+          float (*grad)[TILE] = s ? w->two : w->one;
+          if (e->grad_low[s]) reduce(e->grad_low[s], l->T, group, n, e->B[s] + from, l->I, grad, e->rank, columns);
+          if (e->grad_B[s]) outer(e->grad_B[s] + thread * size + from, l->I, (const float (*)[GROUP])w->few[s], grad, e->rank, columns);
+        }
+      }
+    }
+    for (int s = 0; s < l->S; s++)
+      for (int64_t t = begin; t < end; t++)
+        for (int64_t i = 0; i < columns; i += LANES)
+          store_any(l->grad_frozen[s], t * l->I + from + i, l->half, load(&w->sums[s][t - begin][i]));
+  }
+}
+
+static _Thread_local workspace space;
+
+static void walk(const layer *l, int is_backward) {
+  int64_t blocks = (l->T + BLOCK - 1) / BLOCK;
+#pragma omp parallel num_threads(l->threads)
+  {
+    int64_t thread = 0, threads = 1;
+#ifdef _OPENMP
+    thread = omp_get_thread_num();
+    threads = omp_get_num_threads();
+#endif
+    for (int64_t b = blocks * thread / threads; b < blocks * (thread + 1) / threads; b++) {
+      int64_t begin = b * BLOCK, end = begin + BLOCK < l->T ? begin + BLOCK : l->T;
+      if (is_backward) backward_block(l, &space, begin, end, thread);
+      else forward_block(l, &space, begin, end);
+    }
+  }
+}
+
+void forward(const layer *l) { walk(l, 0); }
+void backward(const layer *l) { walk(l, 1); }

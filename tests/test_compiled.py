@@ -1,0 +1,156 @@
+"""hidden.c against the PyTorch way in float64, and what happens where there is no compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from comigs.experts import chunks, compiled
+from comigs.experts.activation import GELU, SILU, by_autograd
+from comigs.experts.hidden import mixed_hidden
+from comigs.experts.layer import ExpertLora, Layer, flat_of
+
+pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
+
+WIDTHS = [16, 272, 528]  # one vector; a tile's part; more than a tile
+TOKENS = [1, 7, 64, 65, 200]  # less than a group; a block; a block and one
+
+
+def layer(T=65, I=272, ranks=(3, 8, 1), top_k=2, products=2, dtype=torch.float32, act=SILU):  # noqa: E741
+    """Random tensors; low^T as the mixture makes it, a transposed view."""
+    torch.manual_seed(0)
+    E = len(ranks)
+    weights = torch.rand(T, E)
+    if top_k < E:
+        largest = weights.topk(top_k)
+        weights = torch.zeros(T, E).scatter(1, largest.indices, largest.values)
+    experts = [
+        ExpertLora([(torch.randn(T, R).T, torch.randn(R, I) / 4) for _ in range(products)], torch.randn(R, I) / 4)
+        for R in ranks
+    ]
+    return Layer(act, top_k / E, [torch.randn(T, I).to(dtype) for _ in range(products)], weights, experts)
+
+
+def in_float64(given):
+    experts = [ExpertLora([(a.double(), b.double()) for a, b in x.inputs], x.A_RI.double()) for x in given.experts]
+    return Layer(given.act, given.used, [f.double() for f in given.frozen], given.weights_TE.double(), experts)
+
+
+def distance(found, exact):
+    return float((found.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def assert_equals_pytorch(given, wanted=None, weights_wanted=True):
+    assert compiled.takes(given)
+    exact = in_float64(given)
+    mixed, lows = compiled.forward(given)
+    exact_mixed, exact_lows = chunks.forward(exact)
+    rounded = 3e-3 if given.frozen[0].dtype == torch.bfloat16 else 1e-6
+    assert mixed.dtype == given.frozen[0].dtype
+    assert distance(mixed, exact_mixed) < rounded
+    assert all(distance(*pair) < 1e-6 for pair in zip(lows, exact_lows, strict=True))
+
+    grad_mixed, grad_lows = torch.randn_like(mixed), [torch.randn_like(low) for low in lows]
+    wanted = wanted or [True] * len(flat_of(given.experts))
+    found = compiled.backward(given, grad_mixed, grad_lows, weights_wanted, wanted)
+    expected = chunks.backward(exact, grad_mixed.double(), [g.double() for g in grad_lows], weights_wanted, wanted)
+    assert [t is None for t in found.flat] == [not w for w in wanted]
+    assert (found.weights_TE is None) == (not weights_wanted)
+    assert all(distance(*pair) < rounded for pair in zip(found.frozen, expected.frozen, strict=True))
+    pairs = [(found.weights_TE, expected.weights_TE), *zip(found.flat, expected.flat, strict=True)]
+    assert all(distance(*pair) < 1e-6 for pair in pairs if pair[0] is not None)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_any_number_of_tokens_and_columns(tokens, width):
+    assert_equals_pytorch(layer(tokens, width))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", [SILU, GELU])
+@pytest.mark.parametrize("products", [1, 2])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_activations_products_and_experts_per_token(top_k, products, act, dtype):
+    assert_equals_pytorch(layer(top_k=top_k, products=products, act=act, dtype=dtype))
+
+
+@pytest.mark.parametrize("left_out", range(3))
+def test_only_the_gradients_that_are_wanted(left_out):
+    given = layer()
+    assert_equals_pytorch(given, [i % 3 != left_out for i in range(len(flat_of(given.experts)))], left_out != 0)
+
+
+def test_inputs_that_are_far_out():
+    given = layer()
+    for f_TI in given.frozen:
+        f_TI *= 200
+    assert_equals_pytorch(given)
+
+
+def test_what_is_no_number_stays_none():
+    given = layer()
+    given.frozen[0][3, 5] = torch.nan
+    assert torch.isnan(compiled.forward(given)[0]).nonzero().tolist() == [[3, 5]]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_to_the_bit_every_time_with_any_number_of_threads(threads):
+    given, before = layer(T=200), torch.get_num_threads()
+    wanted = [True] * len(flat_of(given.experts))
+    torch.set_num_threads(threads)
+    try:
+        mixed, lows = compiled.forward(given)
+        runs = [compiled.backward(given, mixed, lows, True, wanted) for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(map(torch.equal, [*runs[0].frozen, *runs[0].flat], [*other.frozen, *other.flat]))
+    assert_equals_pytorch(given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [layer(I=24), layer(act=by_autograd(torch.relu)), layer(ranks=(257,), top_k=1), in_float64(layer())],
+    ids=["width", "activation", "rank", "float64"],
+)
+def test_what_c_does_not_take_pytorch_does(given):
+    assert not compiled.takes(given)
+    top_k = round(given.used * len(given.experts))
+    mixed, _ = mixed_hidden(given.act, given.frozen, given.weights_TE, given.experts, top_k)
+    assert distance(mixed, chunks.forward(in_float64(given))[0]) < 1e-6
+
+
+def says(code, **environment):
+    """What a process of its own prints; its cache folder is not ours."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"from comigs.experts import compiled; {code}"],
+        capture_output=True, text=True, check=True, env={**os.environ, **environment},
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def test_without_a_compiler_or_switched_off_there_is_no_library(tmp_path):
+    code = "print(compiled.library())"
+    assert says(code, COMIGS_CACHE=str(tmp_path), CC="no-such-compiler -x") == "None"
+    assert says(code, COMIGS_CACHE=str(tmp_path), CC="false") == "None"
+    assert says(code, COMIGS_CACHE=str(tmp_path), COMIGS_COMPILED="0") == "None"
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_it_is_compiled_once(tmp_path):
+    code = "print(compiled.library()._name)"
+    first = says(code, COMIGS_CACHE=str(tmp_path))
+    made = os.stat(first).st_mtime_ns
+    assert says(code, COMIGS_CACHE=str(tmp_path)) == first
+    assert os.stat(first).st_mtime_ns == made
+    assert os.listdir(tmp_path / "compiled") == [os.path.basename(first)]
+
+
+def test_a_cache_folder_that_cannot_be_written_is_no_library(tmp_path):
+    (tmp_path / "compiled").write_text("a file is in the way", encoding="utf-8")
+    assert says("print(compiled.library())", COMIGS_CACHE=str(tmp_path)) == "None"
