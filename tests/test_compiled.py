@@ -1,4 +1,4 @@
-"""hidden.c against the PyTorch way in float64, and what happens where there is no compiler."""
+"""What is in C against the PyTorch way in float64, and what happens where there is no compiler."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from comigs.experts import chunks, compiled
+from comigs import compiled
+from comigs.experts import chunks, in_c
 from comigs.experts.activation import GELU, SILU, by_autograd
 from comigs.experts.hidden import mixed_hidden
 from comigs.experts.layer import ExpertLora, Layer, flat_of
@@ -45,9 +46,9 @@ def distance(found, exact):
 
 
 def assert_equals_pytorch(given, wanted=None, weights_wanted=True):
-    assert compiled.takes(given)
+    assert in_c.takes(given)
     exact = in_float64(given)
-    mixed, lows = compiled.forward(given)
+    mixed, lows = in_c.forward(given)
     exact_mixed, exact_lows = chunks.forward(exact)
     rounded = 3e-3 if given.frozen[0].dtype == torch.bfloat16 else 1e-6
     assert mixed.dtype == given.frozen[0].dtype
@@ -56,7 +57,7 @@ def assert_equals_pytorch(given, wanted=None, weights_wanted=True):
 
     grad_mixed, grad_lows = torch.randn_like(mixed), [torch.randn_like(low) for low in lows]
     wanted = wanted or [True] * len(flat_of(given.experts))
-    found = compiled.backward(given, grad_mixed, grad_lows, weights_wanted, wanted)
+    found = in_c.backward(given, grad_mixed, grad_lows, weights_wanted, wanted)
     expected = chunks.backward(exact, grad_mixed.double(), [g.double() for g in grad_lows], weights_wanted, wanted)
     assert [t is None for t in found.flat] == [not w for w in wanted]
     assert (found.weights_TE is None) == (not weights_wanted)
@@ -95,7 +96,7 @@ def test_inputs_that_are_far_out():
 def test_what_is_no_number_stays_none():
     given = layer()
     given.frozen[0][3, 5] = torch.nan
-    assert torch.isnan(compiled.forward(given)[0]).nonzero().tolist() == [[3, 5]]
+    assert torch.isnan(in_c.forward(given)[0]).nonzero().tolist() == [[3, 5]]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -104,8 +105,8 @@ def test_the_same_to_the_bit_every_time_with_any_number_of_threads(threads):
     wanted = [True] * len(flat_of(given.experts))
     torch.set_num_threads(threads)
     try:
-        mixed, lows = compiled.forward(given)
-        runs = [compiled.backward(given, mixed, lows, True, wanted) for _ in range(3)]
+        mixed, lows = in_c.forward(given)
+        runs = [in_c.backward(given, mixed, lows, True, wanted) for _ in range(3)]
     finally:
         torch.set_num_threads(before)
     for other in runs[1:]:
@@ -119,16 +120,41 @@ def test_the_same_to_the_bit_every_time_with_any_number_of_threads(threads):
     ids=["width", "activation", "rank", "float64"],
 )
 def test_what_c_does_not_take_pytorch_does(given):
-    assert not compiled.takes(given)
+    assert not in_c.takes(given)
     top_k = round(given.used * len(given.experts))
     mixed, _ = mixed_hidden(given.act, given.frozen, given.weights_TE, given.experts, top_k)
     assert distance(mixed, chunks.forward(in_float64(given))[0]) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 97, 8192])
+@pytest.mark.parametrize("size", [1, 1e4])
+def test_cross_entropy_and_its_gradient(size, vocabulary, dtype):
+    torch.manual_seed(0)
+    logits = (torch.randn(9, vocabulary) * size).to(dtype)
+    targets = torch.randint(vocabulary, (9,))
+    targets[:2] = torch.tensor([0, vocabulary - 1])
+    exact = logits.double().requires_grad_()
+    nats = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(nats.sum(), exact)
+    before = logits.clone()
+    torch.testing.assert_close(compiled.cross_entropy(logits, targets, False).double(), nats, rtol=1e-6, atol=1e-6)
+    assert torch.equal(logits, before)
+    found = compiled.cross_entropy(logits, targets, True)
+    torch.testing.assert_close(found.double(), nats, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits.double(), gradient, rtol=4e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("target", [-1, 97])
+def test_a_target_that_is_no_column_is_refused(target):
+    with pytest.raises(IndexError, match=f"targets from -?\\d+ to {max(target, 3)}, but logits have 97 columns"):
+        compiled.cross_entropy(torch.randn(2, 97), torch.tensor([3, target]), False)
+
+
 def says(code, **environment):
     """What a process of its own prints; its cache folder is not ours."""
     done = subprocess.run(
-        [sys.executable, "-c", f"from comigs.experts import compiled; {code}"],
+        [sys.executable, "-c", f"from comigs import compiled; {code}"],
         capture_output=True, text=True, check=True, env={**os.environ, **environment},
     )  # fmt: skip
     return done.stdout.strip()

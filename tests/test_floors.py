@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "comigs"
 FLOORS = [
     {"errors"},  # what every floor may raise
     {"files", "slots", "lowrank", "config_errors", "seeds", "process"},
+    {"compiled"},
     {"config"},
     {"data", "bases", "methods"},
     {"experts", "record"},

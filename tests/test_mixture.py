@@ -18,10 +18,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from comigs import compiled
 from comigs.bases import llama
 from comigs.bases.load import architecture_of
 from comigs.config import ExpertsSection
-from comigs.experts import activation, chunks, compiled
+from comigs.experts import activation, chunks
 from comigs.experts.attach import Attachment
 from comigs.slots import Slot
 from tests import naive

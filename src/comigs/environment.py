@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from comigs import compiled
 from comigs.bases.load import Base
 from comigs.config import SPLITS
 from comigs.data.corpus import TokenStore
 from comigs.data.prepare import ClientData, Outline, SplitText
-from comigs.experts import compiled
 
 
 def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[str, Any]:

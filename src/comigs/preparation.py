@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from comigs import compiled
 from comigs.bases.load import Base, load_base
 from comigs.config import SPLITS, Config
 from comigs.data.prepare import Texts, prepare
@@ -15,7 +16,6 @@ from comigs.engines.check import Shapes, shapes_of_clients
 from comigs.engines.exchange import Report
 from comigs.engines.workers import devices
 from comigs.errors import UserError
-from comigs.experts import compiled
 from comigs.experts.attach import Attachment
 from comigs.methods.method import load_method
 from comigs.process import cpus

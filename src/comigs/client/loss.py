@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comigs import compiled
 from comigs.experts.chunks import even_slices
 
 CHUNK = 1 << 24  # logits that exist at once: as bfloat16 32 MB
@@ -45,6 +46,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _sum_nats(logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype, to_gradient: bool) -> Tensor:
     """Sum of -log p(target), computed in `dtype`. to_gradient: the logits become its gradient, p - [is target]."""
     C, V = logits_CV.shape
+    if compiled.takes(logits_CV) and dtype == torch.float32:
+        return compiled.cross_entropy(logits_CV, targets_C, to_gradient).sum()
     blocks = even_slices(C, BLOCK * torch.get_num_threads() // V if logits_CV.device.type == "cpu" else C)
     buffer = logits_CV.new_empty(blocks[0].stop, V, dtype=dtype)
     targets_C1 = targets_C[:, None]

@@ -2,7 +2,7 @@
 
 Plain autograd would keep about five (T, I) tensors per expert and block for the backward pass. This keeps the frozen
 products only, which all experts share, and rebuilds each expert's hidden layer from them when its turn comes: in C
-where that is compiled (`compiled`), else in PyTorch (`chunks`).
+where it can be (`in_c`), else in PyTorch (`chunks`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from comigs.experts import chunks, compiled
+from comigs.experts import chunks, in_c
 from comigs.experts.activation import Activation
 from comigs.experts.layer import ExpertLora, Layer, by_expert, flat_of
 
@@ -32,7 +32,7 @@ class MixedHidden(torch.autograd.Function):
         ctx.act, ctx.num_frozen, ctx.used = act, num_frozen, used
         ctx.save_for_backward(weights_TE, *tensors)
         layer = Layer(act, used, tensors[:num_frozen], weights_TE, by_expert(tensors[num_frozen:], num_frozen))
-        mixed_TI, lows = (compiled if compiled.takes(layer) else chunks).forward(layer)
+        mixed_TI, lows = (in_c if in_c.takes(layer) else chunks).forward(layer)
         return mixed_TI, torch.cat(lows)
 
     @staticmethod
@@ -44,7 +44,7 @@ class MixedHidden(torch.autograd.Function):
         layer = Layer(ctx.act, ctx.used, tensors[:S], weights_TE, by_expert(tensors[S:], S))
         per_expert = grad_lows.split([len(lora.A_RI) for lora in layer.experts])
         wanted = ctx.needs_input_grad[3:]
-        found = (compiled if compiled.takes(layer) else chunks).backward(
+        found = (in_c if in_c.takes(layer) else chunks).backward(
             layer, grad_mixed_TI, per_expert, wanted[0], wanted[1 + S :]
         )
         return (None, None, None, found.weights_TE, *found.frozen, *found.flat)

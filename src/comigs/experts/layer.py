@@ -1,4 +1,4 @@
-"""What the two ways through the hidden layer of all experts work on: `chunks` in PyTorch, `compiled` in C.
+"""What the two ways through the hidden layer of all experts work on: `chunks` in PyTorch, `in_c` in C.
 
 T tokens, I MLP width, E experts, R LoRA rank (may differ between experts), S frozen products: up's, or gate's and up's.
 With z_e = frozen + low_e @ B_e^T: h_e = act(z_e) of the only product, or act(gate's z_e) * (up's z_e) of two.

@@ -1,32 +1,17 @@
-"""The hidden layer of all experts in C (hidden.c): on CPUs, in float32, for the activations of the usual models.
-
-Compiled for this machine when first wanted, by the C compiler that is there ($CC, else cc), and kept in the cache
-folder. Without a compiler, or with COMIGS_COMPILED=0, `chunks` does the same more slowly (docs/decisions/0012).
-"""
+"""The hidden layer of all experts in C (compiled/hidden.c): on CPUs, in float32, for the usual models' activations."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, c_int64, c_void_p
-from functools import cache
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from comigs import compiled
 from comigs.experts.layer import Gradients, Layer, by_expert, flat_of
-from comigs.files import cache_folder
 
-SOURCE = Path(__file__).with_name("hidden.c")
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 LANES = 16  # hidden.c's: I is a multiple
 LARGEST_RANK = 256  # hidden.c's
 
@@ -52,15 +37,13 @@ class _Layer(ctypes.Structure):
 
 def takes(layer: Layer) -> bool:
     """Whether it is compiled, and for such a layer."""
-    width = layer.frozen[0]
+    frozen = layer.frozen[0]
     return (
-        width.device.type == "cpu"
-        and layer.act.in_c is not None
+        compiled.takes(frozen)
         and layer.weights_TE.dtype == torch.float32
-        and width.dtype in (torch.float32, torch.bfloat16)
-        and width.shape[1] % LANES == 0
+        and layer.act.in_c is not None
+        and frozen.shape[1] % LANES == 0
         and max(len(lora.A_RI) for lora in layer.experts) <= LARGEST_RANK
-        and library() is not None
     )
 
 
@@ -69,8 +52,7 @@ def forward(layer: Layer) -> tuple[Tensor, list[Tensor]]:
     layer = _contiguous(layer)
     mixed_TI = torch.empty_like(layer.frozen[0])
     lows = [layer.weights_TE.new_zeros(len(lora.A_RI), len(mixed_TI)) for lora in layer.experts]
-    call = _call(layer, mixed_TI, lows)
-    _c("forward", call)
+    compiled.call("forward", ctypes.byref(_call(layer, mixed_TI, lows)))
     return mixed_TI, lows
 
 
@@ -96,7 +78,7 @@ def backward(
         call.experts[e].grad_A = _at(total.A_RI)
         for s, (low, B) in enumerate(total.inputs):
             call.experts[e].grad_low[s], call.experts[e].grad_B[s] = _at(low), _at(B)
-    _c("backward", call)
+    compiled.call("backward", ctypes.byref(call))
     return Gradients(grad_weights, grad_frozen, [t if t is None or t.dim() == 2 else t.sum(dim=0) for t in flat])
 
 
@@ -129,50 +111,3 @@ def _call(layer: Layer, mixed_TI: Tensor, lows: Sequence[Tensor]) -> _Layer:
 
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _c(function: str, call: _Layer) -> None:
-    getattr(library(), function)(ctypes.byref(call))
-
-
-def way(device: torch.device) -> Literal["C", "PyTorch"]:
-    """What the hidden layer of experts is worked out in, for a run's record."""
-    return "C" if device.type == "cpu" and library() is not None else "PyTorch"
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """hidden.c for this machine; None where it is switched off or cannot be compiled."""
-    if os.environ.get("COMIGS_COMPILED") == "0":
-        return None
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    for flags in ([*FLAGS, "-fopenmp"], [*FLAGS]):  # without OpenMP, as Apple's compiler is, with one thread
-        try:
-            return ctypes.CDLL(str(_compiled(compiler, flags)))
-        except (OSError, subprocess.SubprocessError):
-            continue
-    return None
-
-
-def _compiled(compiler: Sequence[str], flags: Sequence[str]) -> Path:
-    """In the cache folder under a name that says what it was made from, for and by. Raises OSError, SubprocessError."""
-    what = "\0".join([SOURCE.read_text(encoding="utf-8"), *compiler, *flags, *_processor()])
-    file = cache_folder() / "compiled" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
-    if not file.exists():
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            made = Path(folder) / file.name
-            command = [*compiler, *flags, str(SOURCE), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-            os.replace(made, file)
-    return file
-
-
-def _processor() -> Iterator[str]:
-    """What -march=native depends on: a home folder may be on several machines."""
-    yield platform.machine()
-    yield platform.node()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        yield from sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})

@@ -4,22 +4,12 @@
    A block of tokens at a time, a tile of its columns at a time; in it an expert takes its tokens in groups of GROUP,
    whose numbers stay in the first cache from the frozen product to the last gradient. Everything is float32;
    frozen products, what comes out mixed, and its gradient are bfloat16 or float32 (`half`). */
-#include <stdint.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "vectors.h"
 
-#define LANES 16
 #define GROUP 8
 #define TILE 512
 #define BLOCK 64
 #define LARGEST_RANK 256
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 typedef struct {          /* one expert; [s] is a frozen product */
   int64_t rank;
@@ -42,47 +32,7 @@ typedef struct {
   const expert *experts;
 } layer;
 
-static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
-static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
-static inline vec same(float x) { return x - (vec){0}; }
-
-static inline vec load_any(const void *base, int64_t at, int64_t half) {
-  if (!half) return load((const float *)base + at);
-  halves h;
-  memcpy(&h, (const uint16_t *)base + at, sizeof h);
-  return (vec)(__builtin_convertvector(h, words) << 16);
-}
-
-static inline void store_any(void *base, int64_t at, int64_t half, vec v) {
-  if (!half) { store((float *)base + at, v); return; }
-  words bits = (words)v;
-  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to the nearest, ties to even */
-  words nan = (words)(v != v);
-  bits = (bits & ~nan) | (nan & 0x7fc0);
-  halves h = __builtin_convertvector(bits, halves);
-  memcpy((uint16_t *)base + at, &h, sizeof h);
-}
-
-static inline vec pick(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
-
-/* 1 / (1 + exp(-q)); exp as Cephes' expf: to 2^n of the nearest n, and a polynomial of the rest */
-static inline vec sigmoid(vec q) {
-  vec x = -q;
-  x = pick(x > 87.f, same(87.f), x);
-  x = pick(x < -87.f, same(-87.f), x);
-  vec shifted = x * 1.44269504088896341f + 12582912.f;
-  vec n = shifted - 12582912.f;
-  vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vec p = same(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  vec scale = (vec)((__builtin_convertvector(n, ints) + 127) << 23);
-  return 1.f / (1.f + p * scale);
-}
+static inline vec sigmoid(vec q) { return 1.f / (1.f + exponential(-q)); }
 
 #define ROOT 1.5957691216057308f /* sqrt(8 / pi) */
 #define CUBE 0.044715f
@@ -125,15 +75,6 @@ static inline void outer(float *rows, int64_t stride, const float (*few)[GROUP],
       store(rows + r * stride + i, sum);
     }
   }
-}
-
-/* the sum of a vector's numbers, halves first, which unlike one after another does not wait for each sum */
-static inline float total(vec v) {
-  float x[LANES];
-  memcpy(x, &v, sizeof x);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int k = 0; k < half; k++) x[k] += x[k + half];
-  return x[0];
 }
 
 /* few[r][token] += rows @ in^T, written where the tokens are in (R, T) */

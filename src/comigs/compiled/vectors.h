@@ -1,0 +1,61 @@
+/* Vectors of LANES float32, as any C compiler of GCC's family makes them of what the processor has. */
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define LANES 16
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
+static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+static inline vec same(float x) { return x - (vec){0}; }
+
+static inline vec load_any(const void *base, int64_t at, int64_t half) {
+  if (!half) return load((const float *)base + at);
+  halves h;
+  memcpy(&h, (const uint16_t *)base + at, sizeof h);
+  return (vec)(__builtin_convertvector(h, words) << 16);
+}
+
+static inline void store_any(void *base, int64_t at, int64_t half, vec v) {
+  if (!half) { store((float *)base + at, v); return; }
+  words bits = (words)v;
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to the nearest, ties to even */
+  words nan = (words)(v != v);
+  bits = (bits & ~nan) | (nan & 0x7fc0);
+  halves h = __builtin_convertvector(bits, halves);
+  memcpy((uint16_t *)base + at, &h, sizeof h);
+}
+
+static inline vec pick(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
+
+/* As Cephes' expf: to 2^n of the nearest n, and a polynomial of the rest; beyond 87 as at 87, on either side. */
+static inline vec exponential(vec x) {
+  x = pick(x > 87.f, same(87.f), x);
+  x = pick(x < -87.f, same(-87.f), x);
+  vec n = (x * 1.44269504088896341f + 12582912.f) - 12582912.f;
+  vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vec p = same(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  return p * (vec)((__builtin_convertvector(n, ints) + 127) << 23);
+}
+
+/* the sum of a vector's numbers, halves first, which unlike one after another does not wait for each sum */
+static inline float total(vec v) {
+  float x[LANES];
+  memcpy(x, &v, sizeof x);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int k = 0; k < half; k++) x[k] += x[k + half];
+  return x[0];
+}
