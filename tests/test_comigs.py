@@ -10,6 +10,7 @@ import torch
 
 from comigs.client.draw import probe_windows
 from comigs.engines.exchange import Task
+from comigs.errors import UserError
 from comigs.methods.comigs import adopt_as_valid_asks, full_step
 from comigs.methods.method import Facts
 from comigs.slots import Slot
@@ -121,11 +122,10 @@ def test_the_windows_are_of_valid_and_differ_between_rounds_but_not_between_mode
     assert all(seen[0][at : at + 96] in windows for at in range(0, len(seen[0]), 96))
 
 
-@pytest.mark.parametrize("adopt", ["valid", "all"])
-@pytest.mark.parametrize("generalists", [1, 2])
-def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(tmp_path, generalists, adopt):
-    options = {"rest": "frozen", "adopt": adopt, "server_step": "mean"}
-    config = run_config(tmp_path, options=options, experts={"rank": 2, "generalists": generalists, "top_k": 3})
+@pytest.mark.parametrize(("own", "generalists"), [("configured", 1), ("configured", 2), ("one", 1)])
+def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(tmp_path, own, generalists):
+    options = {"rest": "frozen", "own": own}
+    config = run_config(tmp_path, options=options, experts={"rank": 2, "generalists": generalists, "top_k": 2})
     engine = start_engine(config).engine
     download = {}
     for round in (1, 2, 3):
@@ -140,9 +140,44 @@ def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(
                 torch.testing.assert_close(tensor, download[source], rtol=0, atol=0)
             else:
                 assert slot.matrix == "A" or not tensor.any()  # as the base
+        gates = {float(t) for s, t in own.items() if s.role == "router" and s.matrix == "B" for t in t}
+        assert len(gates) == 1 and 0 <= min(gates) <= 1 and (download or gates == {0.0})
         assert not uploads["ada"].keys() & rest.keys() and any(s.role == "generalist" for s in uploads["ada"])
         download = {slot: (uploads["ada"][slot] + uploads["bob"][slot]) / 2 for slot in uploads["ada"]}
         engine.bench.folder.commit(round, [], [])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_router_is_as_far_open_to_the_rest_as_the_download_was_not_adopted(tmp_path, share):
+    """Where all of it was, the rest has no say: the model is the one without it."""
+    config = run_config(tmp_path, options={"rest": "frozen", "own": "one"}, experts={"strength": "each"})
+    client = start_engine(config).clients["ada"]
+    client.train(1, lambda level, nats: None)
+    own = client.send(1)
+    download = {slot: t + 0.1 * torch.randn(t.shape) for slot, t in own.items()}
+    first = next(slot for slot in own if slot.part == "g0")
+    far = float((download[first] - own[first])[0, 0])
+    client._nats = lambda tensors, windows: (float((tensors[first] - own[first])[0, 0]) / far - share) ** 2
+    client.receive(download, 2)
+    del client._nats
+    tensors = client.trainee.tensors
+    torch.testing.assert_close(tensors[first], torch.lerp(own[first], download[first], share))
+    assert {float(t) for s, t in tensors.items() if s.role == "router" and s.matrix == "B"} == {1 - share}
+    alone = {s: t for s, t in tensors.items() if s.role != "router" and s.part != "g1"}
+    windows = probe_windows(client.config, "ada", client.data, 2, 8)
+    differs = abs(client._nats(tensors, windows) - client._nats(alone, windows))
+    assert (differs < 1e-7) == (share == 1)
+
+
+def test_nothing_is_beside_a_client_that_takes_every_download_whole(tmp_path):
+    with pytest.raises(UserError, match=r'options\.rest: "frozen" needs options\.adopt "valid", given "all"'):
+        start_engine(run_config(tmp_path, options={"rest": "frozen", "adopt": "all"}))
+
+
+def test_own_experts_that_are_one_have_the_rank_of_all_together(tmp_path):
+    config = run_config(tmp_path, options={"own": "one"}, experts={"rank": 2, "specialists": 2, "specialist_rank": 3})
+    sent = start_engine(config).clients["ada"].send(1)
+    assert {t.shape[0] for s, t in sent.items() if s.part == "g0" and s.matrix == "A"} == {8}
 
 
 def test_the_routers_phases_come_on_top_of_its_local_steps(tmp_path):

@@ -19,7 +19,8 @@ class Slot:
         or "mlp" for the router, which reads the MLP's input.
     part: "g0", "g1", ... (generalists), "s0", "s1", ... (specialists), "router" or "attention". In methods that merge:
         "update", only in downloads, a factored change of the frozen linear; "merged", the sum of all updates so far.
-    matrix: "A" (rank, in), "B" (out, rank), or "W": (experts, width) of a router, (out, in) of what is merged.
+    matrix: "A" (rank, in), "B" (out, rank), or "W": (experts, width) of a router, (out, in) of what is merged. "B" of a
+        router, (generalists that are never trained,): how far it is open to them, from 0 to 1.
     """
 
     layer: int

@@ -48,7 +48,7 @@ class Client:
         self.text = data  # what it trains on
         self.is_trainer = True  # False: another client trains for it (pooled)
         self.shape = method.shape(config.shape_of(config.client_named(name)))
-        self.shapes = attachment.slot_shapes(self.shape, method.mixing == "routed", method.merges)
+        self.shapes = attachment.slot_shapes(self.shape, method.mixing == "routed", method.merges, method.rest)
         self.trainee = new_trainee(self._start() if state is None else self._unwritten(), config.client)
         if state is not None:
             self.load_state(state)

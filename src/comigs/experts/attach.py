@@ -49,10 +49,13 @@ class Attachment:
         self._undo.append((owner, name, getattr(owner, name)))
         setattr(owner, name, new)
 
-    def slot_shapes(self, shape: ExpertShape, routed: bool, merges: bool = False) -> dict[Slot, tuple[int, ...]]:
+    def slot_shapes(
+        self, shape: ExpertShape, routed: bool, merges: bool = False, rest: bool = False
+    ) -> dict[Slot, tuple[int, ...]]:
         """Every tensor of a client with these experts.
 
-        routed: with a router, where it has a choice. merges: with a frozen change of every adapted linear.
+        routed: with a router, where it has a choice. merges: with a frozen change of every adapted linear. rest: the
+        later half of the generalists are the rest of the world, to which the router is more or less open.
         """
         ranks = {"g": shape.rank, "s": shape.specialist_rank}
         parts = expert_parts(shape.generalists, shape.specialists)
@@ -68,6 +71,8 @@ class Attachment:
                 width = linear_size(getattr(mixture.mlp, self.architecture.up))[0]
                 width = 1 if self.settings.routing == "client" else width
                 shapes[Slot(layer, "mlp", "router", "W")] = (len(parts), width)
+                if rest:
+                    shapes[Slot(layer, "mlp", "router", "B")] = (shape.generalists // 2,)
         if merges:
             sizes = {(s.layer, s.site): dims for s, dims in shapes.items() if s.matrix == "A"}
             outs = {(s.layer, s.site): dims[0] for s, dims in shapes.items() if s.matrix == "B"}
@@ -99,6 +104,8 @@ class Attachment:
             }
             mixture.routed_by = self.settings.routing
             mixture.W_ED = router
+            mixture.open = tensors.get(Slot(layer, "mlp", "router", "B"))
+            mixture.generalists = sum(part.startswith("g") for part in parts)
             mixture.top_k = self.settings.top_k
             mixture.routing = None
             for site, lora in adapted.items():

@@ -23,7 +23,7 @@ from comigs.bases.base import Architecture
 from comigs.experts.activation import activation_of
 from comigs.experts.hidden import mixed_hidden
 from comigs.experts.layer import ExpertLora
-from comigs.experts.router import Routing, route, routing_inputs
+from comigs.experts.router import Routing, opened, route, routing_inputs
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Mixture(nn.Module):
     """Takes the place of a block's MLP. Holds no tensor of its own: `experts` and `W_ED` are pointed at a client's.
 
     experts empty: the frozen MLP alone. W_ED None: every expert weighs 1/E (uniform mixing; E = 1: weight 1).
+    open: how far the router is open to the last `len(open)` of the first `generalists` experts; None: it is to all.
     merged: site -> a frozen change (out, in) of that linear. routed_by: ExpertsSection.routing.
     routing: the decision of the last forward pass, None without a router.
     """
@@ -64,6 +65,8 @@ class Mixture(nn.Module):
         self.inputs = [site for site in architecture.mlp_linears() if site != "down"]
         self.experts: Sequence[Expert] = ()
         self.W_ED: Tensor | None = None
+        self.open: Tensor | None = None
+        self.generalists = 0
         self.merged: dict[str, Tensor] = {}
         self.top_k = 1
         self.routed_by = "token"
@@ -97,7 +100,11 @@ class Mixture(nn.Module):
             self.routing = None
             return torch.full((1, len(self.experts)), 1 / len(self.experts), device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # a choice between experts deserves full precision
-            self.routing = route(F.linear(routing_inputs(x.to(self.W_ED.dtype), self.routed_by), self.W_ED), self.top_k)
+            logits_TE = F.linear(routing_inputs(x.to(self.W_ED.dtype), self.routed_by), self.W_ED)
+            self.routing = route(logits_TE, self.top_k)
+            if self.open is not None:
+                rest = slice(self.generalists - len(self.open), self.generalists)
+                self.routing = opened(self.routing, rest, self.open)
         return self.routing.weights_TE
 
     def _used(self) -> int:

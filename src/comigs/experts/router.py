@@ -5,7 +5,7 @@ T tokens, E experts, K = top_k experts used per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,18 @@ def route(logits_TE: Tensor, top_k: int) -> Routing:
         # float32 whatever the logits are, as the authors do: float64 runs then equal theirs to the last digits
         weights_TE = logits_TE.masked_fill(~selected_TE, -torch.inf).softmax(dim=-1, dtype=torch.float32)
     return Routing(logits_TE, weights_TE, selected_TE, top_k)
+
+
+def opened(routing: Routing, rest: slice, open: Tensor) -> Routing:
+    """The same with weights that are only so far open, from 0 to 1, to some of the experts.
+
+    (1 - open) times the weights of a router that knows the others only, plus open times those of one that knows all.
+    """
+    without_TE = routing.logits_TE.clone()
+    without_TE[:, rest] = -torch.inf
+    others = without_TE.shape[1] - len(open)
+    closed_TE = route(without_TE, min(routing.top_k, others)).weights_TE.to(routing.weights_TE)
+    return replace(routing, weights_TE=torch.lerp(closed_TE, routing.weights_TE, open[0].to(closed_TE)))
 
 
 def routing_inputs(x_BLD: Tensor, routing: str) -> Tensor:

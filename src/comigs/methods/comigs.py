@@ -5,8 +5,9 @@ specialists = 2, share_attention = false`), 1gXs (`specialists` differs between 
 
 Two things are ours (docs/decisions/0007): the server keeps the length of the clients' steps, which a plain mean
 shortens where they differ, and a client goes only as far towards a download as its valid asks. Both are options;
-`configs/paper.toml` has neither. Two more are on trial (LOG.md): the last download kept as frozen experts beside the
-client's own, as in FedALT (2503.11880), and a router that learns in every local step, too.
+`configs/paper.toml` has neither. Three more are on trial (LOG.md): the last download kept as frozen experts beside the
+client's own, as in FedALT (2503.11880), which get the more weight the less of the download was adopted; a router that
+learns in every local step, too; own experts that are a single one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from comigs.config import Config, Section
+from comigs.config import Config, ExpertShape, Section
+from comigs.errors import UserError
 from comigs.methods.method import (
     Download,
     Facts,
@@ -28,6 +30,7 @@ from comigs.methods.method import (
     Tensors,
     Upload,
     mean_of_uploads,
+    one_expert,
     options,
     require_equal,
 )  # fmt: skip
@@ -44,7 +47,11 @@ class Options(Section):
         "valid", description='"all" of a download, or as far towards it as "valid" asks'
     )
     rest: Literal["none", "frozen"] = Field(
-        "none", description='"frozen": the last download\'s generalists stay as experts of their own, never trained'
+        "none",
+        description='"frozen": what adopt leaves of a download works beside the client\'s own experts, untrained',
+    )
+    own: Literal["configured", "one"] = Field(
+        "configured", description='the client\'s own experts: as [experts] says, or "one" generalist of all their ranks'
     )
     router: Literal["valid", "both"] = Field(
         "valid", description='what it learns from: "valid" in its phases; "both": with the experts on train as well'
@@ -55,21 +62,33 @@ class Options(Section):
 def method(config: Config) -> Method:
     """The paper's method, with our server step and adoption where the options say so."""
     settings = options(config, Options)
+    if settings.rest == "frozen" and settings.adopt != "valid":
+        raise UserError(f'options.rest: "frozen" needs options.adopt "valid", given "{settings.adopt}"')
+    shape = one_expert("generalist") if settings.own == "one" else as_configured
     chosen = replace(
-        as_published(config),
+        as_published(config, shape),
         aggregate=full_step if settings.server_step == "full" else mean_of_uploads,
         adopt=adopt_as_valid_asks if settings.adopt == "valid" else None,
         schedule="both" if settings.router == "both" else "alternating",
         probe=settings.probe_windows,
+        shape=shape,
     )
-    return beside_the_rest(chosen, config.experts.generalists) if settings.rest == "frozen" else chosen
+    if settings.rest == "none":
+        return chosen
+    return beside_the_rest(chosen, shape(config.shape_of(config.clients[0])).generalists)
 
 
-def as_published(config: Config) -> Method:
+def as_configured(shape: ExpertShape) -> ExpertShape:
+    """The experts that [experts] and [[clients]] name."""
+    return shape
+
+
+def as_published(config: Config, shape: Callable[[ExpertShape], ExpertShape] = as_configured) -> Method:
     """The server's mean over generalists and, unless `experts.share_attention` is false, attention LoRA."""
-    require_equal(
-        config, "rank", f"{config.method} averages generalists entry by entry. Set specialist_rank, which may differ"
-    )
+    advice = f"{config.method} averages generalists entry by entry. Set specialist_rank, which may differ"
+    if shape is not as_configured:
+        advice = f'{config.method} averages generalists entry by entry, and options.own = "one" makes one of all ranks'
+    require_equal(config, "rank", advice, shape)
     shared = {"generalist", "attention"} if config.experts.share_attention else {"generalist"}
 
     def shares(slot: Slot) -> bool:
@@ -87,31 +106,40 @@ def as_published(config: Config) -> Method:
 
 
 def beside_the_rest(method: Method, generalists: int) -> Method:
-    """The same with the generalists of the last download as further experts: g2 is g0's of n = 2, g3 is g1's.
+    """The same with the last download's generalists as frozen experts after a client's own: g1 is g0's, of one.
 
-    They stay at home, and only downloads change them. Until the first one they are as the base.
+    Where valid asks for all of a download, nothing of it is left to put beside the client's own; where valid asks for
+    none, the router chooses between all. In between, the weights are: the router is as far open to the rest as the
+    download was not adopted. Until the first download it is closed.
     """
 
     def is_own(slot: Slot) -> bool:
         return slot.role != "generalist" or int(slot.part[1:]) < generalists
 
     def adopt(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Tensors:
-        adopted = download if method.adopt is None else method.adopt(own, download, nats)
+        share = share_that_valid_asks(own, download, nats)
         rest = {
             replace(slot, part=f"g{generalists + int(slot.part[1:])}"): tensor
             for slot, tensor in download.items()
             if slot.role == "generalist"
         }
-        return {**adopted, **rest}
+        gates = {s: torch.full_like(tensor, 1 - share) for s, tensor in own.items() if is_gate(s)}
+        return {**towards(own, download, share), **rest, **gates}
 
     return replace(
         method,
         shares=lambda slot: method.shares(slot) and is_own(slot),
         receives=lambda slot: method.receives(slot) and is_own(slot),
-        trains=lambda slot, round: is_own(slot),
-        shape=lambda shape: shape.model_copy(update={"generalists": 2 * generalists}),
+        trains=lambda slot, round: is_own(slot) and not is_gate(slot),
+        shape=lambda shape: (own := method.shape(shape)).model_copy(update={"generalists": 2 * own.generalists}),
         adopt=adopt,
+        rest=True,
     )
+
+
+def is_gate(slot: Slot) -> bool:
+    """How far a router is open to the rest of the world."""
+    return slot.role == "router" and slot.matrix == "B"
 
 
 def full_step(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
@@ -134,21 +162,27 @@ def full_step(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tu
 
 
 def adopt_as_valid_asks(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Tensors:
-    """own + share * (download - own): the best share of 0, 1/2, 1 and the lowest point of a parabola through them.
+    """A download as far as it helps: a client whose text has little in common with the others' keeps what it learnt."""
+    return towards(own, download, share_that_valid_asks(own, download, nats))
 
-    A client whose text has little in common with the others' so keeps what it learnt; where the download is better
-    for what its valid stands for, it takes it. The mixing of 2003.13461 (APFL), chosen anew each round, on valid.
+
+def towards(own: Tensors, download: Download, share: float) -> Tensors:
+    """own + share * (download - own)."""
+    return {slot: torch.lerp(own[slot], tensor, share) for slot, tensor in download.items()}
+
+
+def share_that_valid_asks(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> float:
+    """The best share of 0, 1/2, 1 and the lowest point of a parabola through them.
+
+    The mixing of 2003.13461 (APFL), chosen anew each round, on valid.
     """
-
-    def at(share: float) -> Tensors:
-        return {slot: torch.lerp(own[slot], tensor, share) for slot, tensor in download.items()}
-
-    nats_at = {share: nats(at(share)) for share in (0.0, 0.5, 1.0)}
+    nats_at = {share: nats(towards(own, download, share)) for share in (0.0, 0.5, 1.0)}
     bend = nats_at[0.0] - 2 * nats_at[0.5] + nats_at[1.0]
     if bend > 0:
         lowest = min(1.0, max(0.0, 0.5 + (nats_at[0.0] - nats_at[1.0]) / (4 * bend)))
-        nats_at[lowest] = nats_at.get(lowest) or nats(at(lowest))  # measured as well, for a parabola may be wrong
-    return at(min(nats_at, key=lambda share: nats_at[share]))
+        if lowest not in nats_at:  # measured as well, for a parabola may be wrong
+            nats_at[lowest] = nats(towards(own, download, lowest))
+    return min(nats_at, key=lambda share: nats_at[share])
 
 
 def _length(tensors: Tensors) -> float:

@@ -88,6 +88,8 @@ class Method:
     settle(tensors, anchor): what a client's tensors become between its training and its upload; entries that it sets
         to zero stay zero until a download writes them, for their optimiser moments are cleared.
     merges: a client adds every "update" it receives to a frozen (out, in) change of that linear ("merged").
+    rest: the later half of a client's generalists are the rest of the world, never trained, and how far its router is
+        open to them, the router's "B", is the method's to write.
     restarts: whoever merged an update draws its shared A anew as at the start and sets B to zero.
     probe: windows of its valid, drawn anew each round, on which a client compares models.
     reads_peers: each client measures every other client's upload (Facts.peer_nats).
@@ -112,6 +114,7 @@ class Method:
     penalty: Callable[[Tensors, Tensors], Tensor] | None = None
     settle: Callable[[Tensors, Tensors], Tensors] | None = None
     merges: bool = False
+    rest: bool = False
     restarts: bool = False
     probe: int = 0
     reads_peers: bool = False
