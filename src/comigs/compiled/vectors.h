@@ -51,11 +51,12 @@ static inline vec exponential(vec x) {
   return p * (vec)((__builtin_convertvector(n, ints) + 127) << 23);
 }
 
-/* the sum of a vector's numbers, halves first, which unlike one after another does not wait for each sum */
+/* the sum of a vector's numbers, by halves: one after the other, each would wait for the last */
 static inline float total(vec v) {
-  float x[LANES];
-  memcpy(x, &v, sizeof x);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int k = 0; k < half; k++) x[k] += x[k + half];
-  return x[0];
+  typedef float eight __attribute__((vector_size(32)));
+  typedef float four __attribute__((vector_size(16)));
+  union { vec all; eight half[2]; } a = {v};
+  union { eight all; four half[2]; } b = {a.half[0] + a.half[1]};
+  four c = b.half[0] + b.half[1];
+  return (c[0] + c[2]) + (c[1] + c[3]);
 }

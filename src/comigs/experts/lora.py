@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,4 +27,6 @@ class LoraLinear(nn.Module):
             y = y + F.linear(x, self.merged.to(x.dtype))
         if self.A is None or self.B is None:
             return y
-        return y + F.linear(F.linear(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))
+        low = F.linear(x, self.A.to(x.dtype))
+        B = (self.scale * self.B).to(y.dtype)
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2).to(y.dtype), B.T).view_as(y)

@@ -89,10 +89,10 @@ class Mixture(nn.Module):
             experts.append(ExpertLora(inputs, e.a("down").to(dtype)))
         mixed_TI, lows_RT = mixed_hidden(self.act, frozen, weights_TE, experts, self._used())
         y_TD = self._frozen("down", mixed_TI)
-        change_TD = F.linear(lows_RT.T, torch.cat([e.scaled_b("down", dtype) for e in self.experts], dim=-1))
         if self.W_ED is not None and self.top_k == 1:  # weights sum to less than 1, and so does the bias
-            change_TD = self._rescale_bias(change_TD, weights_TE)
-        return (y_TD + change_TD).to(y_TD.dtype).view(x.shape)
+            y_TD = self._rescale_bias(y_TD, weights_TE).to(y_TD.dtype)
+        B_DR = torch.cat([e.scaled_b("down", y_TD.dtype) for e in self.experts], dim=-1)
+        return torch.addmm(y_TD, lows_RT.T.to(y_TD.dtype), B_DR.T).view(x.shape)
 
     def _routing_weights(self, x: Tensor) -> Tensor:
         """x (..., L, D) -> (T, E), or (1, E) without a router; keeps the decision in `routing`, for loss and record."""
