@@ -1,4 +1,4 @@
-/* The hidden layer of all experts in one walk over tokens and columns: what hidden.py says, fused.
+/* The hidden layer of all experts in one walk over tokens and columns: what experts/chunks.py says.
 
    T tokens, I columns (a multiple of LANES), E experts, S frozen products (1, or gate's and up's), R an expert's rank.
    A block of tokens at a time, a tile of its columns at a time; in it an expert takes its tokens in groups of GROUP,
@@ -52,7 +52,8 @@ static inline vec act_and_slope(vec x, int64_t gelu, vec *slope) {
 typedef float tile[GROUP][TILE];
 
 /* out += few^T @ rows, few (R, GROUP), rows (R, columns) with `stride` */
-static inline void product(tile out, const float (*few)[GROUP], const float *rows, int64_t stride, int64_t R, int64_t columns) {
+static inline void product(tile out, float (*few)[GROUP], const float *rows, int64_t stride, int64_t R,
+                           int64_t columns) {
   for (int64_t i = 0; i < columns; i += LANES) {
     vec sum[GROUP];
     for (int t = 0; t < GROUP; t++) sum[t] = load(&out[t][i]);
@@ -65,7 +66,8 @@ static inline void product(tile out, const float (*few)[GROUP], const float *row
 }
 
 /* rows += few @ in, few (R, GROUP) */
-static inline void outer(float *rows, int64_t stride, const float (*few)[GROUP], tile in, int64_t R, int64_t columns) {
+static inline void outer(float *rows, int64_t stride, float (*few)[GROUP], tile in, int64_t R,
+                         int64_t columns) {
   for (int64_t i = 0; i < columns; i += LANES) {
     vec part[GROUP];
     for (int t = 0; t < GROUP; t++) part[t] = load(&in[t][i]);
@@ -78,7 +80,8 @@ static inline void outer(float *rows, int64_t stride, const float (*few)[GROUP],
 }
 
 /* few[r][token] += rows @ in^T, written where the tokens are in (R, T) */
-static inline void reduce(float *few, int64_t T, const int64_t *tokens, int n, const float *rows, int64_t stride, tile in, int64_t R, int64_t columns) {
+static inline void reduce(float *few, int64_t T, const int64_t *tokens, int n, const float *rows, int64_t stride,
+                          tile in, int64_t R, int64_t columns) {
   for (int64_t r = 0; r < R; r += 2) {
     int64_t next = r + 1 < R ? r + 1 : r;
     vec one[GROUP], two[GROUP];
@@ -102,12 +105,14 @@ static inline void gather(float (*few)[GROUP], const float *all, int64_t T, cons
     for (int t = 0; t < GROUP; t++) few[r][t] = t < n ? all[r * T + tokens[t]] : 0;
 }
 
-static inline void z_of(tile z, const layer *l, const expert *e, int s, const int64_t *tokens, int n, int64_t from, int64_t columns, float (*few)[GROUP]) {
+/* frozen + low @ B^T of a group's tokens; few keeps their low */
+static inline void z_of(tile z, const layer *l, const expert *e, int s, const int64_t *tokens, int n, int64_t from,
+                        int64_t columns, float (*few)[GROUP]) {
   for (int t = 0; t < GROUP; t++)
     for (int64_t i = 0; i < columns; i += LANES)
       store(&z[t][i], load_any(l->frozen[s], tokens[t < n ? t : 0] * l->I + from + i, l->half));
   gather(few, e->low[s], l->T, tokens, n, e->rank);
-  product(z, (const float (*)[GROUP])few, e->B[s] + from, l->I, e->rank, columns);
+  product(z, few, e->B[s] + from, l->I, e->rank, columns);
 }
 
 static int64_t tokens_of(int64_t *tokens, const layer *l, int64_t e, int64_t begin, int64_t end) {
@@ -168,11 +173,12 @@ static void backward_block(const layer *l, workspace *w, int64_t begin, int64_t 
           for (int64_t i = 0; i < columns; i += LANES)
             store(&w->three[t][i], load_any(l->mixed, group[t < n ? t : 0] * l->I + from + i, l->half));
         gather(w->few[2], e->out_low, l->T, group, n, e->rank);
-        product(w->three, (const float (*)[GROUP])w->few[2], e->A + from, l->I, e->rank, columns);
+        product(w->three, w->few[2], e->A + from, l->I, e->rank, columns);
         for (int t = 0; t < GROUP; t++) {
           float weight = t < n ? l->weights[group[t] * l->E + k] : 0;
           vec slope, dot = same(0);
-          float *sum = &w->sums[0][group[t < n ? t : 0] - begin][0], *sum_up = &w->sums[1][group[t < n ? t : 0] - begin][0];
+          int64_t at = group[t < n ? t : 0] - begin;
+          float *sum = w->sums[0][at], *sum_up = w->sums[1][at];
           for (int64_t i = 0; i < columns; i += LANES) {
             vec a = act_and_slope(load(&w->one[t][i]), l->act, &slope), grad_h = load(&w->three[t][i]);
             if (l->S == 2) {
@@ -195,11 +201,12 @@ static void backward_block(const layer *l, workspace *w, int64_t begin, int64_t 
           if (t < n && l->grad_weights) l->grad_weights[group[t] * l->E + k] += total(dot);
           if (e->grad_A) for (int64_t r = 0; r < e->rank; r++) w->few[2][r][t] *= weight;
         }
-        if (e->grad_A) outer(e->grad_A + thread * size + from, l->I, (const float (*)[GROUP])w->few[2], w->four, e->rank, columns);
+        int64_t mine = thread * size + from;
+        if (e->grad_A) outer(e->grad_A + mine, l->I, w->few[2], w->four, e->rank, columns);
         for (int s = 0; s < l->S; s++) {
           float (*grad)[TILE] = s ? w->two : w->one;
           if (e->grad_low[s]) reduce(e->grad_low[s], l->T, group, n, e->B[s] + from, l->I, grad, e->rank, columns);
-          if (e->grad_B[s]) outer(e->grad_B[s] + thread * size + from, l->I, (const float (*)[GROUP])w->few[s], grad, e->rank, columns);
+          if (e->grad_B[s]) outer(e->grad_B[s] + mine, l->I, w->few[s], grad, e->rank, columns);
         }
       }
     }
@@ -213,7 +220,9 @@ static void backward_block(const layer *l, workspace *w, int64_t begin, int64_t 
 static _Thread_local workspace space;
 
 static void walk(const layer *l, int is_backward) {
-  int64_t blocks = (l->T + BLOCK - 1) / BLOCK;
+  int64_t block = (l->T + l->threads * GROUP - 1) / (l->threads * GROUP) * GROUP; /* something for each thread */
+  if (block > BLOCK) block = BLOCK;
+  int64_t blocks = (l->T + block - 1) / block;
 #pragma omp parallel num_threads(l->threads)
   {
     int64_t thread = 0, threads = 1;
@@ -222,7 +231,7 @@ static void walk(const layer *l, int is_backward) {
     threads = omp_get_num_threads();
 #endif
     for (int64_t b = blocks * thread / threads; b < blocks * (thread + 1) / threads; b++) {
-      int64_t begin = b * BLOCK, end = begin + BLOCK < l->T ? begin + BLOCK : l->T;
+      int64_t begin = b * block, end = begin + block < l->T ? begin + block : l->T;
       if (is_backward) backward_block(l, &space, begin, end, thread);
       else forward_block(l, &space, begin, end);
     }
