@@ -105,14 +105,19 @@ static inline void gather(float (*few)[GROUP], const float *all, int64_t T, cons
     for (int t = 0; t < GROUP; t++) few[r][t] = t < n ? all[r * T + tokens[t]] : 0;
 }
 
-/* frozen + low @ B^T of a group's tokens; few keeps their low */
-static inline void z_of(tile z, const layer *l, const expert *e, int s, const int64_t *tokens, int n, int64_t from,
-                        int64_t columns, float (*few)[GROUP]) {
+/* rows of all (T, I) + low^T @ rows, of a group's tokens; few keeps their low, of which there is (R, T) */
+static inline void with_low(tile z, const layer *l, const void *all, const float *low, const float *rows, int64_t R,
+                            const int64_t *tokens, int n, int64_t from, int64_t columns, float (*few)[GROUP]) {
   for (int t = 0; t < GROUP; t++)
     for (int64_t i = 0; i < columns; i += LANES)
-      store(&z[t][i], load_any(l->frozen[s], tokens[t < n ? t : 0] * l->I + from + i, l->half));
-  gather(few, e->low[s], l->T, tokens, n, e->rank);
-  product(z, few, e->B[s] + from, l->I, e->rank, columns);
+      store(&z[t][i], load_any(all, tokens[t < n ? t : 0] * l->I + from + i, l->half));
+  gather(few, low, l->T, tokens, n, R);
+  product(z, few, rows + from, l->I, R, columns);
+}
+
+static inline void z_of(tile z, const layer *l, const expert *e, int s, const int64_t *tokens, int n, int64_t from,
+                        int64_t columns, float (*few)[GROUP]) {
+  with_low(z, l, l->frozen[s], e->low[s], e->B[s], e->rank, tokens, n, from, columns, few);
 }
 
 static int64_t tokens_of(int64_t *tokens, const layer *l, int64_t e, int64_t begin, int64_t end) {
@@ -169,11 +174,7 @@ static void backward_block(const layer *l, workspace *w, int64_t begin, int64_t 
         const int64_t *group = tokens + g;
         z_of(w->one, l, e, 0, group, n, from, columns, w->few[0]);
         if (l->S == 2) z_of(w->two, l, e, 1, group, n, from, columns, w->few[1]);
-        for (int t = 0; t < GROUP; t++)
-          for (int64_t i = 0; i < columns; i += LANES)
-            store(&w->three[t][i], load_any(l->mixed, group[t < n ? t : 0] * l->I + from + i, l->half));
-        gather(w->few[2], e->out_low, l->T, group, n, e->rank);
-        product(w->three, w->few[2], e->A + from, l->I, e->rank, columns);
+        with_low(w->three, l, l->mixed, e->out_low, e->A, e->rank, group, n, from, columns, w->few[2]);
         for (int t = 0; t < GROUP; t++) {
           float weight = t < n ? l->weights[group[t] * l->E + k] : 0;
           vec slope, dot = same(0);
