@@ -129,6 +129,14 @@ static int64_t tokens_of(int64_t *tokens, const layer *l, int64_t e, int64_t beg
 
 typedef struct { tile one, two, three, four; float sums[2][BLOCK][TILE]; float few[3][LARGEST_RANK][GROUP]; } workspace;
 
+/* a block's tile of what is (T, I) */
+static inline void write_sums(void *all, const layer *l, float (*sums)[TILE], int64_t begin, int64_t end, int64_t from,
+                              int64_t columns) {
+  for (int64_t t = begin; t < end; t++)
+    for (int64_t i = 0; i < columns; i += LANES)
+      store_any(all, t * l->I + from + i, l->half, load(&sums[t - begin][i]));
+}
+
 static void forward_block(const layer *l, workspace *w, int64_t begin, int64_t end) {
   int64_t tokens[BLOCK];
   for (int64_t from = 0; from < l->I; from += TILE) {
@@ -155,9 +163,7 @@ static void forward_block(const layer *l, workspace *w, int64_t begin, int64_t e
         reduce(e->out_low, l->T, group, n, e->A + from, l->I, w->one, e->rank, columns);
       }
     }
-    for (int64_t t = begin; t < end; t++)
-      for (int64_t i = 0; i < columns; i += LANES)
-        store_any(l->mixed, t * l->I + from + i, l->half, load(&w->sums[0][t - begin][i]));
+    write_sums(l->mixed, l, w->sums[0], begin, end, from, columns);
   }
 }
 
@@ -211,10 +217,7 @@ static void backward_block(const layer *l, workspace *w, int64_t begin, int64_t 
         }
       }
     }
-    for (int s = 0; s < l->S; s++)
-      for (int64_t t = begin; t < end; t++)
-        for (int64_t i = 0; i < columns; i += LANES)
-          store_any(l->grad_frozen[s], t * l->I + from + i, l->half, load(&w->sums[s][t - begin][i]));
+    for (int s = 0; s < l->S; s++) write_sums(l->grad_frozen[s], l, w->sums[s], begin, end, from, columns);
   }
 }
 
