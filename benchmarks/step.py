@@ -109,8 +109,8 @@ def naive_forward(mixture: Mixture, x: torch.Tensor) -> torch.Tensor:
     for e, expert in enumerate(mixture.experts):
 
         def adapted(site: str, h: torch.Tensor, expert: Any = expert) -> torch.Tensor:
-            low = torch.nn.functional.linear(h, expert.A[site].to(h.dtype))
-            return mixture._frozen(site, h) + torch.nn.functional.linear(low, expert.scaled_b(site, h.dtype))
+            low, B = torch.nn.functional.linear(h, expert.A[site].to(h.dtype)), expert.scale * expert.B[site]
+            return mixture._frozen(site, h) + torch.nn.functional.linear(low, B.to(h.dtype))
 
         up = adapted("up", x_TD)
         hidden = act(adapted("gate", x_TD)) * up if "gate" in mixture.inputs else act(up)

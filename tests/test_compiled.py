@@ -13,7 +13,7 @@ from comigs import compiled
 from comigs.experts import chunks, in_c
 from comigs.experts.activation import GELU, SILU, by_autograd
 from comigs.experts.hidden import mixed_hidden
-from comigs.experts.layer import ExpertLora, Layer, flat_of
+from comigs.experts.layer import Layer
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
 
@@ -21,49 +21,44 @@ WIDTHS = [16, 272, 528]  # one vector; a tile's part; more than a tile
 TOKENS = [1, 7, 64, 65, 200]  # less than a group; a block; a block and one
 
 
-def layer(T=65, I=272, ranks=(3, 8, 1), top_k=2, products=2, dtype=torch.float32, act=SILU):  # noqa: E741
-    """Random tensors; low^T as the mixture makes it, a transposed view."""
+def layer(T=65, I=272, ranks=(3, 8, 1), top_k=2, products=2, dtype=torch.float32, act=SILU, learns=None):  # noqa: E741
+    """Random tensors; low as a permuted view, which is not contiguous."""
     torch.manual_seed(0)
-    E = len(ranks)
+    E, R = len(ranks), sum(ranks)
     weights = torch.rand(T, E)
     if top_k < E:
         largest = weights.topk(top_k)
         weights = torch.zeros(T, E).scatter(1, largest.indices, largest.values)
-    experts = [
-        ExpertLora([(torch.randn(T, R).T, torch.randn(R, I) / 4) for _ in range(products)], torch.randn(R, I) / 4)
-        for R in ranks
-    ]
-    return Layer(act, top_k / E, [torch.randn(T, I).to(dtype) for _ in range(products)], weights, experts)
+    low, B, A = torch.randn(R, products, T).permute(2, 1, 0), torch.randn(products, R, I) / 4, torch.randn(R, I) / 4
+    frozen = [torch.randn(T, I).to(dtype) for _ in range(products)]
+    return Layer(act, ranks, learns or [True] * E, top_k / E, weights, low, B, A, frozen)
 
 
 def in_float64(given):
-    experts = [ExpertLora([(a.double(), b.double()) for a, b in x.inputs], x.A_RI.double()) for x in given.experts]
-    return Layer(given.act, given.used, [f.double() for f in given.frozen], given.weights_TE.double(), experts)
+    return Layer(*given[:4], *(t.double() for t in given[4:8]), [f.double() for f in given.frozen])
 
 
 def distance(found, exact):
     return float((found.double() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
-def assert_equals_pytorch(given, wanted=None, weights_wanted=True):
+def assert_equals_pytorch(given, wanted=(True,) * 4):
     assert in_c.takes(given)
     exact = in_float64(given)
-    mixed, lows = in_c.forward(given)
-    exact_mixed, exact_lows = chunks.forward(exact)
+    mixed, low = in_c.forward(given)
+    exact_mixed, exact_low = chunks.forward(exact)
     rounded = 3e-3 if given.frozen[0].dtype == torch.bfloat16 else 1e-6
     assert mixed.dtype == given.frozen[0].dtype
     assert distance(mixed, exact_mixed) < rounded
-    assert all(distance(*pair) < 1e-6 for pair in zip(lows, exact_lows, strict=True))
+    assert distance(low, exact_low) < 1e-6
 
-    grad_mixed, grad_lows = torch.randn_like(mixed), [torch.randn_like(low) for low in lows]
-    wanted = wanted or [True] * len(flat_of(given.experts))
-    found = in_c.backward(given, grad_mixed, grad_lows, weights_wanted, wanted)
-    expected = chunks.backward(exact, grad_mixed.double(), [g.double() for g in grad_lows], weights_wanted, wanted)
-    assert [t is None for t in found.flat] == [not w for w in wanted]
-    assert (found.weights_TE is None) == (not weights_wanted)
-    assert all(distance(*pair) < rounded for pair in zip(found.frozen, expected.frozen, strict=True))
-    pairs = [(found.weights_TE, expected.weights_TE), *zip(found.flat, expected.flat, strict=True)]
-    assert all(distance(*pair) < 1e-6 for pair in pairs if pair[0] is not None)
+    grad_mixed, grad_low = torch.randn_like(mixed), torch.randn_like(low)
+    *found, frozen = in_c.backward(given, grad_mixed, grad_low, wanted)
+    *expected, exact_frozen = chunks.backward(exact, grad_mixed.double(), grad_low.double(), wanted)
+    assert [t is not None for t in found] == [t is not None for t in expected] == list(wanted)
+    assert all(distance(*pair) < rounded for pair in zip(frozen, exact_frozen, strict=True))
+    assert all(distance(*pair) < 1e-6 for pair in zip(found, expected, strict=True) if pair[0] is not None)
+    return found
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -80,10 +75,20 @@ def test_activations_products_and_experts_per_token(top_k, products, act, dtype)
     assert_equals_pytorch(layer(top_k=top_k, products=products, act=act, dtype=dtype))
 
 
-@pytest.mark.parametrize("left_out", range(3))
+@pytest.mark.parametrize("left_out", range(4))
 def test_only_the_gradients_that_are_wanted(left_out):
-    given = layer()
-    assert_equals_pytorch(given, [i % 3 != left_out for i in range(len(flat_of(given.experts)))], left_out != 0)
+    assert_equals_pytorch(layer(), [i != left_out for i in range(4)])
+
+
+def test_an_expert_that_does_not_learn_has_no_gradient_and_the_others_keep_theirs():
+    weights, low, B, A = assert_equals_pytorch(layer())
+    of_some = assert_equals_pytorch(layer(learns=[True, False, True]))
+    assert torch.equal(of_some[0], weights)
+    assert torch.equal(of_some[1], low)
+    for some, every in ((of_some[2], B), (of_some[3], A)):
+        assert not some[..., 3:11, :].any()
+        assert torch.equal(some[..., :3, :], every[..., :3, :])
+        assert torch.equal(some[..., 11:, :], every[..., 11:, :])
 
 
 def test_inputs_that_are_far_out():
@@ -102,15 +107,14 @@ def test_what_is_no_number_stays_none():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_same_to_the_bit_every_time_with_any_number_of_threads(threads):
     given, before = layer(T=200), torch.get_num_threads()
-    wanted = [True] * len(flat_of(given.experts))
     torch.set_num_threads(threads)
     try:
-        mixed, lows = in_c.forward(given)
-        runs = [in_c.backward(given, mixed, lows, True, wanted) for _ in range(3)]
+        mixed, low = in_c.forward(given)
+        runs = [in_c.backward(given, mixed, low, (True,) * 4) for _ in range(3)]
     finally:
         torch.set_num_threads(before)
     for other in runs[1:]:
-        assert all(map(torch.equal, [*runs[0].frozen, *runs[0].flat], [*other.frozen, *other.flat]))
+        assert all(map(torch.equal, [*runs[0][:4], *runs[0].frozen], [*other[:4], *other.frozen]))
     assert_equals_pytorch(given)
 
 
@@ -121,8 +125,8 @@ def test_the_same_to_the_bit_every_time_with_any_number_of_threads(threads):
 )
 def test_what_c_does_not_take_pytorch_does(given):
     assert not in_c.takes(given)
-    top_k = round(given.used * len(given.experts))
-    mixed, _ = mixed_hidden(given.act, given.frozen, given.weights_TE, given.experts, top_k)
+    top_k = round(given.used * len(given.ranks))
+    mixed, _ = mixed_hidden(*given[:3], top_k, *given[4:])
     assert distance(mixed, chunks.forward(in_float64(given))[0]) < 1e-6
 
 

@@ -11,24 +11,23 @@
 #define BLOCK 64
 #define LARGEST_RANK 256
 
-typedef struct {          /* one expert; [s] is a frozen product */
-  int64_t rank;
-  const float *low[2];    /* (R, T) */
-  const float *B[2];      /* (R, I) */
-  const float *A;         /* (R, I) */
-  float *out_low;         /* (R, T): forward A h^T; backward the gradient to it, which is read */
-  float *grad_low[2];     /* (R, T) or null */
-  float *grad_B[2];       /* (threads, R, I) or null */
-  float *grad_A;          /* (threads, R, I) or null */
+typedef struct {
+  int64_t from, rank;     /* its rows of R */
+  int64_t learns;         /* else its rows of grad_B and grad_A stay as they are */
 } expert;
 
 typedef struct {
-  int64_t T, I, E, S, half, act, all, threads;
+  int64_t T, I, R, E, S, half, act, all, threads;
   const void *frozen[2];  /* (T, I) */
+  void *grad_frozen[2];
   const float *weights;   /* (T, E) */
+  const float *low;       /* (T, S, R) */
+  const float *B;         /* (S, R, I) */
+  const float *A;         /* (R, I) */
   void *mixed;            /* (T, I): forward out, backward the gradient to it */
-  void *grad_frozen[2];   /* (T, I) */
-  float *grad_weights;    /* (T, E) or null */
+  float *out_low;         /* (T, R): forward h A^T, backward the gradient to it */
+  float *grad_weights, *grad_low; /* or null */
+  float *grad_B, *grad_A; /* (threads, ...) or null */
   const expert *experts;
 } layer;
 
@@ -51,20 +50,6 @@ static inline vec act_and_slope(vec x, int64_t gelu, vec *slope) {
 
 typedef float tile[GROUP][TILE];
 
-/* out += few^T @ rows, few (R, GROUP), rows (R, columns) with `stride` */
-static inline void product(tile out, float (*few)[GROUP], const float *rows, int64_t stride, int64_t R,
-                           int64_t columns) {
-  for (int64_t i = 0; i < columns; i += LANES) {
-    vec sum[GROUP];
-    for (int t = 0; t < GROUP; t++) sum[t] = load(&out[t][i]);
-    for (int64_t r = 0; r < R; r++) {
-      vec row = load(rows + r * stride + i);
-      for (int t = 0; t < GROUP; t++) sum[t] += few[r][t] * row;
-    }
-    for (int t = 0; t < GROUP; t++) store(&out[t][i], sum[t]);
-  }
-}
-
 /* rows += few @ in, few (R, GROUP) */
 static inline void outer(float *rows, int64_t stride, float (*few)[GROUP], tile in, int64_t R,
                          int64_t columns) {
@@ -79,8 +64,8 @@ static inline void outer(float *rows, int64_t stride, float (*few)[GROUP], tile 
   }
 }
 
-/* few[r][token] += rows @ in^T, written where the tokens are in (R, T) */
-static inline void reduce(float *few, int64_t T, const int64_t *tokens, int n, const float *rows, int64_t stride,
+/* few[token][r] += in @ rows^T, with `width` between tokens */
+static inline void reduce(float *few, int64_t width, const int64_t *tokens, int n, const float *rows, int64_t stride,
                           tile in, int64_t R, int64_t columns) {
   for (int64_t r = 0; r < R; r += 2) {
     int64_t next = r + 1 < R ? r + 1 : r;
@@ -94,30 +79,35 @@ static inline void reduce(float *few, int64_t T, const int64_t *tokens, int n, c
         two[t] += b * x;
       }
     }
-    for (int t = 0; t < n; t++) few[r * T + tokens[t]] += total(one[t]);
-    if (next > r) for (int t = 0; t < n; t++) few[next * T + tokens[t]] += total(two[t]);
+    for (int t = 0; t < n; t++) few[tokens[t] * width + r] += total(one[t]);
+    if (next > r) for (int t = 0; t < n; t++) few[tokens[t] * width + next] += total(two[t]);
   }
 }
 
-/* columns of a (R, T) for the tokens of a group; 0 beyond them */
-static inline void gather(float (*few)[GROUP], const float *all, int64_t T, const int64_t *tokens, int n, int64_t R) {
-  for (int64_t r = 0; r < R; r++)
-    for (int t = 0; t < GROUP; t++) few[r][t] = t < n ? all[r * T + tokens[t]] : 0;
-}
-
-/* rows of all (T, I) + low^T @ rows, of a group's tokens; few keeps their low, of which there is (R, T) */
-static inline void with_low(tile z, const layer *l, const void *all, const float *low, const float *rows, int64_t R,
-                            const int64_t *tokens, int n, int64_t from, int64_t columns, float (*few)[GROUP]) {
-  for (int t = 0; t < GROUP; t++)
-    for (int64_t i = 0; i < columns; i += LANES)
-      store(&z[t][i], load_any(all, tokens[t < n ? t : 0] * l->I + from + i, l->half));
-  gather(few, low, l->T, tokens, n, R);
-  product(z, few, rows + from, l->I, R, columns);
+/* a group's rows of all (T, I) + low @ rows (R, I), and their low as few; low's tokens are `width` apart */
+static inline void with_low(tile z, const layer *l, const void *all, const float *low, int64_t width,
+                            const float *rows, int64_t R, const int64_t *tokens, int n, int64_t from, int64_t columns,
+                            float (*few)[GROUP]) {
+  int64_t at[GROUP];
+  for (int t = 0; t < GROUP; t++) {
+    at[t] = tokens[t < n ? t : 0] * l->I + from;
+    for (int64_t r = 0; r < R; r++) few[r][t] = t < n ? low[tokens[t] * width + r] : 0;
+  }
+  for (int64_t i = 0; i < columns; i += LANES) {
+    vec sum[GROUP];
+    for (int t = 0; t < GROUP; t++) sum[t] = load_any(all, at[t] + i, l->half);
+    for (int64_t r = 0; r < R; r++) {
+      vec row = load(rows + r * l->I + from + i);
+      for (int t = 0; t < GROUP; t++) sum[t] += few[r][t] * row;
+    }
+    for (int t = 0; t < GROUP; t++) store(&z[t][i], sum[t]);
+  }
 }
 
 static inline void z_of(tile z, const layer *l, const expert *e, int s, const int64_t *tokens, int n, int64_t from,
                         int64_t columns, float (*few)[GROUP]) {
-  with_low(z, l, l->frozen[s], e->low[s], e->B[s], e->rank, tokens, n, from, columns, few);
+  const float *low = l->low + s * l->R + e->from, *B = l->B + (s * l->R + e->from) * l->I;
+  with_low(z, l, l->frozen[s], low, l->S * l->R, B, e->rank, tokens, n, from, columns, few);
 }
 
 static int64_t tokens_of(int64_t *tokens, const layer *l, int64_t e, int64_t begin, int64_t end) {
@@ -160,7 +150,7 @@ static void forward_block(const layer *l, workspace *w, int64_t begin, int64_t e
             if (t < n) store(sum + i, load(sum + i) + h);
           }
         }
-        reduce(e->out_low, l->T, group, n, e->A + from, l->I, w->one, e->rank, columns);
+        reduce(l->out_low + e->from, l->R, group, n, l->A + e->from * l->I + from, l->I, w->one, e->rank, columns);
       }
     }
     write_sums(l->mixed, l, w->sums[0], begin, end, from, columns);
@@ -174,13 +164,16 @@ static void backward_block(const layer *l, workspace *w, int64_t begin, int64_t 
     memset(w->sums, 0, sizeof w->sums);
     for (int64_t k = 0; k < l->E; k++) {
       const expert *e = l->experts + k;
-      int64_t own = tokens_of(tokens, l, k, begin, end), size = e->rank * l->I;
+      int64_t own = tokens_of(tokens, l, k, begin, end), width = l->S * l->R, row = e->from * l->I + from;
+      float *grad_A = l->grad_A && e->learns ? l->grad_A + thread * l->R * l->I : 0;
+      float *grad_B = l->grad_B && e->learns ? l->grad_B + thread * width * l->I : 0;
       for (int64_t g = 0; g < own; g += GROUP) {
         int n = own - g < GROUP ? own - g : GROUP;
         const int64_t *group = tokens + g;
         z_of(w->one, l, e, 0, group, n, from, columns, w->few[0]);
         if (l->S == 2) z_of(w->two, l, e, 1, group, n, from, columns, w->few[1]);
-        with_low(w->three, l, l->mixed, e->out_low, e->A, e->rank, group, n, from, columns, w->few[2]);
+        with_low(w->three, l, l->mixed, l->out_low + e->from, l->R, l->A + e->from * l->I, e->rank, group, n, from,
+                 columns, w->few[2]);
         for (int t = 0; t < GROUP; t++) {
           float weight = t < n ? l->weights[group[t] * l->E + k] : 0;
           vec slope, dot = same(0);
@@ -206,14 +199,15 @@ static void backward_block(const layer *l, workspace *w, int64_t begin, int64_t 
             }
           }
           if (t < n && l->grad_weights) l->grad_weights[group[t] * l->E + k] += total(dot);
-          if (e->grad_A) for (int64_t r = 0; r < e->rank; r++) w->few[2][r][t] *= weight;
+          if (grad_A) for (int64_t r = 0; r < e->rank; r++) w->few[2][r][t] *= weight;
         }
-        int64_t mine = thread * size + from;
-        if (e->grad_A) outer(e->grad_A + mine, l->I, w->few[2], w->four, e->rank, columns);
+        if (grad_A) outer(grad_A + row, l->I, w->few[2], w->four, e->rank, columns);
         for (int s = 0; s < l->S; s++) {
           float (*grad)[TILE] = s ? w->two : w->one;
-          if (e->grad_low[s]) reduce(e->grad_low[s], l->T, group, n, e->B[s] + from, l->I, grad, e->rank, columns);
-          if (e->grad_B[s]) outer(e->grad_B[s] + mine, l->I, w->few[s], grad, e->rank, columns);
+          float *grad_low = l->grad_low ? l->grad_low + s * l->R + e->from : 0;
+          int64_t site = s * l->R * l->I + row;
+          if (grad_low) reduce(grad_low, width, group, n, l->B + site, l->I, grad, e->rank, columns);
+          if (grad_B) outer(grad_B + site, l->I, w->few[s], grad, e->rank, columns);
         }
       }
     }

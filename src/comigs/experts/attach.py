@@ -7,7 +7,6 @@ mixtures. One attachment serves all clients of a process: `bind` moves reference
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,7 +87,8 @@ class Attachment:
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
             router = tensors.get(Slot(layer, "mlp", "router", "W"))
             strength = self._strength(len(parts), routed=router is not None)
-            experts = [
+            mixture.summed = self.summed
+            mixture.experts = [
                 Expert(
                     {site: tensors[Slot(layer, site, part, "A")] for site in sites},
                     {site: tensors[Slot(layer, site, part, "B")] for site in sites},
@@ -96,9 +96,6 @@ class Attachment:
                 )
                 for part in parts
             ]
-            if self.summed and experts:
-                experts = [replace(experts[0], beside=tuple(experts[1:]))]
-            mixture.experts = experts
             mixture.merged = {
                 site: tensors[slot] for site in sites if (slot := Slot(layer, site, "merged", "W")) in tensors
             }

@@ -16,61 +16,64 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comigs.experts.layer import Gradients, Layer, by_expert, flat_of
+from comigs.experts.layer import Gradients, Layer
 
 CHUNK = 1 << 16  # numbers in a buffer, per CPU thread: as float32 256 KB, of which a core's second cache holds several
 CHUNK_ELSEWHERE = 1 << 24  # on other devices, where it bounds the memory alone
 
 
-def forward(layer: Layer) -> tuple[Tensor, list[Tensor]]:
-    """sum_e w_e h_e (T, I), and each expert's A_e @ (w_e h_e)^T (R, T)."""
-    act, used, frozen, weights_TE, experts = layer
+def forward(layer: Layer) -> tuple[Tensor, Tensor]:
+    """sum_e w_e h_e (T, I), and all experts' (w_e h_e) @ A_e^T (T, R)."""
+    frozen, weights_TE = layer.frozen, layer.weights_TE
     mixed_TI = torch.empty_like(frozen[0])
-    lows = [weights_TE.new_zeros(len(lora.A_RI), len(mixed_TI)) for lora in experts]
-    for rows, (mixed_CI, *buffers) in _chunks(mixed_TI, 3, weights_TE.dtype, used):
+    low_TR = weights_TE.new_zeros(len(mixed_TI), len(layer.A_RI))
+    for rows, (mixed_CI, *buffers) in _chunks(mixed_TI, 3, weights_TE.dtype, layer.used):
         mixed_CI.zero_()
-        for e, (lora, at) in enumerate(zip(experts, _tokens(weights_TE, rows, used), strict=True)):
+        for e, (ranks, at) in enumerate(zip(layer.rows(), _tokens(weights_TE, rows, layer.used), strict=True)):
             h_NI, spare = at.rows_of(buffers)
-            act.value(_z(frozen[0], lora.inputs[0], at, h_NI), spare)
+            layer.act.value(_z(layer, 0, ranks, at, h_NI), spare)
             if len(frozen) == 2:
-                h_NI *= _z(frozen[1], lora.inputs[1], at, spare)
+                h_NI *= _z(layer, 1, ranks, at, spare)
             h_NI *= weights_TE[at.all, e, None]
-            at.put(lows[e], lora.A_RI, h_NI.T)
+            low_TR[at.all, ranks] = h_NI @ layer.A_RI[ranks].T
             at.add(mixed_CI, h_NI)
         mixed_TI[rows] = mixed_CI
-    return mixed_TI, lows
+    return mixed_TI, low_TR
 
 
-def backward(
-    layer: Layer, grad_mixed_TI: Tensor, grad_lows: Sequence[Tensor], weights_wanted: bool, wanted: Sequence[bool]
-) -> Gradients:
-    """From the gradients to what `forward` returns; wanted: which of the experts' tensors, one after another."""
-    act, used, frozen, weights_TE, experts = layer
+def backward(layer: Layer, grad_mixed_TI: Tensor, grad_low_TR: Tensor, wanted: Sequence[bool]) -> Gradients:
+    """From the gradients to what `forward` returns; wanted: to the weights, low, B and A."""
+    frozen, weights_TE = layer.frozen, layer.weights_TE
     S = len(frozen)
-    grad_weights = torch.zeros_like(weights_TE) if weights_wanted else None
+    grad_weights, grad_low, grad_B, grad_A = (
+        torch.zeros_like(t) if is_wanted else None for t, is_wanted in zip(layer[4:8], wanted, strict=True)
+    )
     grad_frozen = [torch.empty_like(f_TI) for f_TI in frozen]
-    flat = [t.new_zeros(t.shape) if w else None for t, w in zip(flat_of(experts), wanted, strict=True)]
-    totals = by_expert(flat, S)
-    for rows, buffers in _chunks(frozen[0], 3 + 2 * S, weights_TE.dtype, used):
+    for rows, buffers in _chunks(frozen[0], 3 + 2 * S, weights_TE.dtype, layer.used):
         sums = buffers[:S]
         for sum_CI in sums:
             sum_CI.zero_()
-        for e, (lora, at) in enumerate(zip(experts, _tokens(weights_TE, rows, used), strict=True)):
+        for e, (ranks, at) in enumerate(zip(layer.rows(), _tokens(weights_TE, rows, layer.used), strict=True)):
             a_NI, grad_z, grad_h, spare, *up = at.rows_of(buffers[S:])
-            act.value_and_slope(_z(frozen[0], lora.inputs[0], at, a_NI), grad_z, spare)
-            h_NI = torch.mul(a_NI, _z(frozen[1], lora.inputs[1], at, up[0]), out=spare) if up else a_NI
-            w_N1, grad_low_RN, total = weights_TE[at.all, e, None], grad_lows[e][:, at.all], totals[e]
-            grad_h.copy_(grad_mixed_TI[at.all]).addmm_(grad_low_RN.T, lora.A_RI)  # the gradient to w_e h_e
-            if total.A_RI is not None:
-                total.A_RI.addmm_(grad_low_RN * w_N1.T, h_NI)
+            layer.act.value_and_slope(_z(layer, 0, ranks, at, a_NI), grad_z, spare)
+            h_NI = torch.mul(a_NI, _z(layer, 1, ranks, at, up[0]), out=spare) if up else a_NI
+            w_N1, grad_low_NR = weights_TE[at.all, e, None], grad_low_TR[at.all, ranks]
+            grad_h.copy_(grad_mixed_TI[at.all]).addmm_(grad_low_NR, layer.A_RI[ranks])  # the gradient to w_e h_e
+            if grad_A is not None and layer.learns[e]:
+                grad_A[ranks].addmm_((grad_low_NR * w_N1).T, h_NI)
             if grad_weights is not None:
                 grad_weights[at.all, e] = torch.mul(grad_h, h_NI, out=spare).sum(dim=-1)
             grad_z *= grad_h.mul_(w_N1)
             grad_zs = [grad_z.mul_(up[0]), grad_h.mul_(a_NI)] if up else [grad_z]
-            _add_grads(grad_zs, sums, lora.inputs, total.inputs, at)
+            for s, (grad_NI, sum_CI) in enumerate(zip(grad_zs, sums, strict=True)):
+                at.add(sum_CI, grad_NI)
+                if grad_low is not None:
+                    grad_low[at.all, s, ranks] = grad_NI @ layer.B_SRI[s, ranks].T
+                if grad_B is not None and layer.learns[e]:
+                    grad_B[s, ranks].addmm_(layer.low_TSR[at.all, s, ranks].T, grad_NI)
         for grad_TI, sum_CI in zip(grad_frozen, sums, strict=True):
             grad_TI[rows] = sum_CI
-    return Gradients(grad_weights, grad_frozen, flat)
+    return Gradients(grad_weights, grad_low, grad_B, grad_A, grad_frozen)
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,6 @@ class _Tokens:
     def rows_of(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """As many rows of each."""
         return [buffer[: self.number] for buffer in buffers]
-
-    def put(self, low_RT: Tensor, a_RI: Tensor, b_IN: Tensor) -> None:
-        """Write a product into the columns of these tokens."""
-        if isinstance(self.all, Tensor):
-            low_RT[:, self.all] = a_RI @ b_IN
-        else:
-            torch.mm(a_RI, b_IN, out=low_RT[:, self.all])
 
     def add(self, sum_CI: Tensor, part_NI: Tensor) -> None:
         """Add to the rows of these tokens."""
@@ -123,19 +119,5 @@ def even_slices(length: int, largest: int) -> list[slice]:
     return [slice(start, min(length, start + size)) for start in range(0, length, size)]
 
 
-def _z(frozen_TI: Tensor, low_and_B: tuple[Tensor, Tensor], at: _Tokens, out: Tensor) -> Tensor:
-    low_RT, B_RI = low_and_B
-    return out.copy_(frozen_TI[at.all]).addmm_(low_RT[:, at.all].T, B_RI)
-
-
-def _add_grads(
-    grad_zs: Sequence[Tensor], sums: Sequence[Tensor], inputs: Sequence[tuple[Tensor, Tensor]],
-    totals: Sequence[tuple[Tensor | None, Tensor | None]], at: _Tokens,
-) -> None:  # fmt: skip
-    """From each z's gradient (C, I): to the frozen product, to low^T and to B^T."""
-    for grad_z, sum_CI, (low_RT, B_RI), (total_low, total_B) in zip(grad_zs, sums, inputs, totals, strict=True):
-        at.add(sum_CI, grad_z)
-        if total_low is not None:
-            at.put(total_low, B_RI, grad_z.T)
-        if total_B is not None:
-            total_B.addmm_(low_RT[:, at.all], grad_z)
+def _z(layer: Layer, s: int, ranks: slice, at: _Tokens, out: Tensor) -> Tensor:
+    return out.copy_(layer.frozen[s][at.all]).addmm_(layer.low_TSR[at.all, s, ranks], layer.B_SRI[s, ranks])

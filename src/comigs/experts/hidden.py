@@ -8,6 +8,7 @@ where it can be (`in_c`), else in PyTorch (`chunks`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,50 +17,46 @@ from torch.autograd.function import once_differentiable
 
 from comigs.experts import chunks, in_c
 from comigs.experts.activation import Activation
-from comigs.experts.layer import ExpertLora, Layer, by_expert, flat_of
+from comigs.experts.layer import Layer
 
 
 class MixedHidden(torch.autograd.Function):
-    """(weights (T, E), frozen products, experts' tensors) -> (sum_e w_e h_e, all experts' A_e @ (w_e h_e)^T).
-
-    Call through `mixed_hidden`.
-    """
+    """A layer -> (sum_e w_e h_e (T, I), all experts' (w_e h_e) @ A_e^T (T, R)). Call through `mixed_hidden`."""
 
     @staticmethod
     def forward(
-        ctx: Any, act: Activation, num_frozen: int, used: float, weights_TE: Tensor, *tensors: Tensor
+        ctx: Any, act: Activation, ranks: Sequence[int], learns: Sequence[bool], used: float, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.act, ctx.num_frozen, ctx.used = act, num_frozen, used
-        ctx.save_for_backward(weights_TE, *tensors)
-        layer = Layer(act, used, tensors[:num_frozen], weights_TE, by_expert(tensors[num_frozen:], num_frozen))
-        mixed_TI, lows = (in_c if in_c.takes(layer) else chunks).forward(layer)
-        return mixed_TI, torch.cat(lows)
+        ctx.settings = (act, ranks, learns, used)
+        ctx.save_for_backward(*tensors)
+        layer = Layer._make((*ctx.settings, *tensors[:4], tensors[4:]))
+        mixed: tuple[Tensor, Tensor] = _way(layer).forward(layer)
+        return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_mixed_TI, grad_lows = grads
-        weights_TE, *tensors = ctx.saved_tensors
-        S = ctx.num_frozen
-        layer = Layer(ctx.act, ctx.used, tensors[:S], weights_TE, by_expert(tensors[S:], S))
-        per_expert = grad_lows.split([len(lora.A_RI) for lora in layer.experts])
-        wanted = ctx.needs_input_grad[3:]
-        found = (in_c if in_c.takes(layer) else chunks).backward(
-            layer, grad_mixed_TI, per_expert, wanted[0], wanted[1 + S :]
-        )
-        return (None, None, None, found.weights_TE, *found.frozen, *found.flat)
+        layer = Layer._make((*ctx.settings, *ctx.saved_tensors[:4], ctx.saved_tensors[4:]))
+        *found, frozen = _way(layer).backward(layer, *grads, ctx.needs_input_grad[4:8])
+        return (None, None, None, None, *found, *frozen)
+
+
+def _way(layer: Layer) -> ModuleType:
+    return in_c if in_c.takes(layer) else chunks
 
 
 def mixed_hidden(
-    act: Activation, frozen: Sequence[Tensor], weights_TE: Tensor, experts: Sequence[ExpertLora], top_k: int
-) -> tuple[Tensor, Tensor]:
-    """Mixed hidden layer (T, I), and the experts' weighted low-rank inputs to `down` below each other (sum of R, T).
+    act: Activation, ranks: Sequence[int], learns: Sequence[bool], top_k: int, weights_TE: Tensor, low_TSR: Tensor,
+    B_SRI: Tensor, A_RI: Tensor, frozen: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mixed hidden layer (T, I), and the experts' weighted low-rank inputs to `down` beside each other (T, R).
 
-    frozen: up's product (T, I), or gate's and up's; all else is of one dtype, in which the work is done. top_k: so
-    many of a token's weights are not zero; the others have no gradient.
+    As layer.py says. top_k: so many of a token's weights are not zero; the others have no gradient.
     """
     # elsewhere, to ask which tokens are an expert's would make the processor wait for the device
-    used = min(1.0, top_k / len(experts)) if weights_TE.device.type == "cpu" else 1.0
+    used = min(1.0, top_k / len(ranks)) if weights_TE.device.type == "cpu" else 1.0
     with torch.autocast(weights_TE.device.type, enabled=False):
-        mixed: tuple[Tensor, Tensor] = MixedHidden.apply(act, len(frozen), used, weights_TE, *frozen, *flat_of(experts))  # type: ignore[no-untyped-call]
+        mixed: tuple[Tensor, Tensor] = MixedHidden.apply(  # type: ignore[no-untyped-call]
+            act, ranks, learns, used, weights_TE, low_TSR, B_SRI, A_RI, *frozen
+        )
     return mixed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from comigs import compiled
-from comigs.experts.layer import Gradients, Layer, by_expert, flat_of
+from comigs.experts.layer import Gradients, Layer
 
 LANES = 16  # hidden.c's: I is a multiple
 LARGEST_RANK = 256  # hidden.c's
@@ -19,19 +19,18 @@ LARGEST_RANK = 256  # hidden.c's
 class _Expert(ctypes.Structure):
     """hidden.c's `expert`."""
 
-    _fields_ = (
-        ("rank", c_int64), ("low", c_void_p * 2), ("B", c_void_p * 2), ("A", c_void_p), ("out_low", c_void_p),
-        ("grad_low", c_void_p * 2), ("grad_B", c_void_p * 2), ("grad_A", c_void_p),
-    )  # fmt: skip
+    _fields_ = (("from", c_int64), ("rank", c_int64), ("learns", c_int64))
 
 
 class _Layer(ctypes.Structure):
     """hidden.c's `layer`."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("T", "I", "E", "S", "half", "act", "all", "threads")),
-        ("frozen", c_void_p * 2), ("weights", c_void_p), ("mixed", c_void_p), ("grad_frozen", c_void_p * 2),
-        ("grad_weights", c_void_p), ("experts", POINTER(_Expert)),
+        *((name, c_int64) for name in ("T", "I", "R", "E", "S", "half", "act", "all", "threads")),
+        ("frozen", c_void_p * 2), ("grad_frozen", c_void_p * 2),
+        *((name, c_void_p) for name in ("weights", "low", "B", "A", "mixed", "out_low")),
+        *((name, c_void_p) for name in ("grad_weights", "grad_low", "grad_B", "grad_A")),
+        ("experts", POINTER(_Expert)),
     )  # fmt: skip
 
 
@@ -43,66 +42,54 @@ def takes(layer: Layer) -> bool:
         and layer.weights_TE.dtype == torch.float32
         and layer.act.in_c is not None
         and frozen.shape[1] % LANES == 0
-        and max(len(lora.A_RI) for lora in layer.experts) <= LARGEST_RANK
+        and max(layer.ranks) <= LARGEST_RANK
     )
 
 
-def forward(layer: Layer) -> tuple[Tensor, list[Tensor]]:
+def forward(layer: Layer) -> tuple[Tensor, Tensor]:
     """As `chunks.forward`."""
     layer = _contiguous(layer)
     mixed_TI = torch.empty_like(layer.frozen[0])
-    lows = [layer.weights_TE.new_zeros(len(lora.A_RI), len(mixed_TI)) for lora in layer.experts]
-    compiled.call("forward", ctypes.byref(_call(layer, mixed_TI, lows)))
-    return mixed_TI, lows
+    low_TR = layer.weights_TE.new_zeros(len(mixed_TI), len(layer.A_RI))
+    compiled.call("forward", ctypes.byref(_call(layer, mixed_TI, low_TR)))
+    return mixed_TI, low_TR
 
 
-def backward(
-    layer: Layer, grad_mixed_TI: Tensor, grad_lows: Sequence[Tensor], weights_wanted: bool, wanted: Sequence[bool]
-) -> Gradients:
+def backward(layer: Layer, grad_mixed_TI: Tensor, grad_low_TR: Tensor, wanted: Sequence[bool]) -> Gradients:
     """As `chunks.backward`. Each thread sums up its own tokens; the sums are added in the threads' order."""
-    layer, grad_mixed_TI = _contiguous(layer), grad_mixed_TI.contiguous()
-    grad_lows = [grad.contiguous() for grad in grad_lows]
-    num_frozen, threads = len(layer.frozen), torch.get_num_threads()
-    grad_weights = torch.zeros_like(layer.weights_TE) if weights_wanted else None
-    grad_frozen = [torch.empty_like(f_TI) for f_TI in layer.frozen]
-    is_low = ([True, False] * num_frozen + [False]) * len(layer.experts)  # has a column per token, not a sum over them
-    flat = [
-        t.new_zeros(t.shape if low else (threads, *t.shape)) if is_wanted else None
-        for t, low, is_wanted in zip(flat_of(layer.experts), is_low, wanted, strict=True)
-    ]
-    call = _call(layer, grad_mixed_TI, grad_lows)
-    call.grad_weights = _at(grad_weights)
-    for s, grad in enumerate(grad_frozen):
+    layer, grad_mixed_TI, grad_low_TR = _contiguous(layer), grad_mixed_TI.contiguous(), grad_low_TR.contiguous()
+    threads = torch.get_num_threads()
+    frozen = [torch.empty_like(f_TI) for f_TI in layer.frozen]
+    per_token, summed = (layer.weights_TE, layer.low_TSR), (layer.B_SRI, layer.A_RI)
+    shapes = [*(t.shape for t in per_token), *((threads, *t.shape) for t in summed)]
+    weights, low, B, A = (
+        layer.A_RI.new_zeros(shape) if is_wanted else None for shape, is_wanted in zip(shapes, wanted, strict=True)
+    )
+    call = _call(layer, grad_mixed_TI, grad_low_TR)
+    call.grad_weights, call.grad_low, call.grad_B, call.grad_A = map(_at, (weights, low, B, A))
+    for s, grad in enumerate(frozen):
         call.grad_frozen[s] = _at(grad)
-    for e, total in enumerate(by_expert(flat, num_frozen)):
-        call.experts[e].grad_A = _at(total.A_RI)
-        for s, (low, B) in enumerate(total.inputs):
-            call.experts[e].grad_low[s], call.experts[e].grad_B[s] = _at(low), _at(B)
     compiled.call("backward", ctypes.byref(call))
-    return Gradients(grad_weights, grad_frozen, [t if t is None or t.dim() == 2 else t.sum(dim=0) for t in flat])
+    return Gradients(weights, low, None if B is None else B.sum(dim=0), None if A is None else A.sum(dim=0), frozen)
 
 
 def _contiguous(layer: Layer) -> Layer:
-    flat = [t.contiguous() for t in flat_of(layer.experts)]
-    return layer._replace(
-        frozen=[f_TI.contiguous() for f_TI in layer.frozen],
-        weights_TE=layer.weights_TE.contiguous(),
-        experts=by_expert(flat, len(layer.frozen)),
-    )
+    tensors = (layer.weights_TE, layer.low_TSR, layer.B_SRI, layer.A_RI)
+    weights_TE, low_TSR, B_SRI, A_RI = (t.contiguous() for t in tensors)
+    frozen = [f_TI.contiguous() for f_TI in layer.frozen]
+    return layer._replace(weights_TE=weights_TE, low_TSR=low_TSR, B_SRI=B_SRI, A_RI=A_RI, frozen=frozen)
 
 
-def _call(layer: Layer, mixed_TI: Tensor, lows: Sequence[Tensor]) -> _Layer:
+def _call(layer: Layer, mixed_TI: Tensor, low_TR: Tensor) -> _Layer:
     """Points to the tensors, which must outlive it."""
-    experts = (_Expert * len(layer.experts))()
-    for expert, lora, low in zip(experts, layer.experts, lows, strict=True):
-        expert.rank, expert.A, expert.out_low = len(lora.A_RI), _at(lora.A_RI), _at(low)
-        for s, (low_RT, B_RI) in enumerate(lora.inputs):
-            expert.low[s], expert.B[s] = _at(low_RT), _at(B_RI)
-    tokens, width = layer.frozen[0].shape
+    numbers = zip(layer.rows(), layer.ranks, layer.learns, strict=True)
+    experts = (_Expert * len(layer.ranks))(*(_Expert(rows.start, rank, learns) for rows, rank, learns in numbers))
+    T, S, R = layer.low_TSR.shape
     call = _Layer(
-        T=tokens, I=width, E=len(experts), S=len(layer.frozen), half=mixed_TI.dtype == torch.bfloat16,
-        act=layer.act.in_c, all=layer.used == 1, threads=torch.get_num_threads(),
-        weights=_at(layer.weights_TE), mixed=_at(mixed_TI), experts=experts,
+        T=T, I=mixed_TI.shape[1], R=R, E=len(experts), S=S, half=mixed_TI.dtype == torch.bfloat16,
+        act=layer.act.in_c, all=layer.used == 1, threads=torch.get_num_threads(), weights=_at(layer.weights_TE),
+        low=_at(layer.low_TSR), B=_at(layer.B_SRI), A=_at(layer.A_RI), mixed=_at(mixed_TI), out_low=_at(low_TR),
+        experts=experts,
     )  # fmt: skip
     for s, f_TI in enumerate(layer.frozen):
         call.frozen[s] = _at(f_TI)

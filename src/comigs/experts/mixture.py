@@ -13,7 +13,7 @@ The same function as the naive sum, exactly (checked against the authors' module
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,36 +22,22 @@ from torch.nn import functional as F
 from comigs.bases.base import Architecture
 from comigs.experts.activation import activation_of
 from comigs.experts.hidden import mixed_hidden
-from comigs.experts.layer import ExpertLora
 from comigs.experts.router import Routing, opened, route, routing_inputs
 
 
-@dataclass(frozen=True)
-class Expert:
-    """One expert's LoRA in one block: site -> A (R, in), site -> B (out, R), and its scaling.
-
-    beside: experts whose LoRA is added to this one's, so that together they are a single expert ("sum" mixing).
-    """
+class Expert(NamedTuple):
+    """One expert's LoRA in one block: site -> A (R, in), site -> B (out, R), and its scaling."""
 
     A: dict[str, Tensor]
     B: dict[str, Tensor]
     scale: float
-    beside: tuple[Expert, ...] = ()
-
-    def a(self, site: str) -> Tensor:
-        """A (R, in), the rows of those beside it below."""
-        return torch.cat([e.A[site] for e in (self, *self.beside)]) if self.beside else self.A[site]
-
-    def scaled_b(self, site: str, dtype: torch.dtype) -> Tensor:
-        """scale * B (out, R), the columns of those beside it to the right."""
-        parts = [e.scale * e.B[site] for e in (self, *self.beside)]
-        return (torch.cat(parts, dim=-1) if self.beside else parts[0]).to(dtype)
 
 
 class Mixture(nn.Module):
     """Takes the place of a block's MLP. Holds no tensor of its own: `experts` and `W_ED` are pointed at a client's.
 
     experts empty: the frozen MLP alone. W_ED None: every expert weighs 1/E (uniform mixing; E = 1: weight 1).
+    summed: the experts are a single one, whose LoRA is the sum of theirs.
     open: how far the router is open to the last `len(open)` of the first `generalists` experts; None: it is to all.
     merged: site -> a frozen change (out, in) of that linear. routed_by: ExpertsSection.routing.
     routing: the decision of the last forward pass, None without a router.
@@ -64,6 +50,7 @@ class Mixture(nn.Module):
         self.act = activation_of(getattr(mlp, architecture.activation), next(mlp.parameters()).device)
         self.inputs = [site for site in architecture.mlp_linears() if site != "down"]
         self.experts: Sequence[Expert] = ()
+        self.summed = False
         self.W_ED: Tensor | None = None
         self.open: Tensor | None = None
         self.generalists = 0
@@ -80,25 +67,36 @@ class Mixture(nn.Module):
         dtype = torch.promote_types(frozen[0].dtype, torch.float32)  # of all that is trained and element-wise
         weights_TE = self._routing_weights(x).to(dtype).expand(len(x_TD), -1)
 
-        # the A's of all experts and input linears are one product
-        A_parts = [e.a(site) for e in self.experts for site in self.inputs]
-        low_RT = iter(F.linear(x_TD, torch.cat(A_parts).to(x.dtype)).to(dtype).T.split([len(A) for A in A_parts]))
-        experts = []
-        for e in self.experts:
-            inputs = [(next(low_RT), e.scaled_b(site, dtype).T.contiguous()) for site in self.inputs]
-            experts.append(ExpertLora(inputs, e.a("down").to(dtype)))
-        mixed_TI, lows_RT = mixed_hidden(self.act, frozen, weights_TE, experts, self._used())
+        scales_R = torch.cat([x_TD.new_full(e.A["down"].shape[:1], e.scale, dtype=dtype) for e in self.experts])
+        low = F.linear(x_TD, self._stacked_a(self.inputs).to(x.dtype)).to(dtype)
+        low_TSR = low.unflatten(1, (len(frozen), -1)) * scales_R
+        B_SRI = torch.cat([e.B[site].T for site in self.inputs for e in self.experts]).to(dtype)
+        mixed_TI, low_TR = mixed_hidden(
+            self.act, *self._ranks(), self._used(), weights_TE,
+            low_TSR, B_SRI.unflatten(0, (len(frozen), -1)), self._stacked_a(["down"]).to(dtype), frozen,
+        )  # fmt: skip
         y_TD = self._frozen("down", mixed_TI)
         if self.W_ED is not None and self.top_k == 1:  # weights sum to less than 1, and so does the bias
             y_TD = self._rescale_bias(y_TD, weights_TE).to(y_TD.dtype)
-        B_DR = torch.cat([e.scaled_b("down", y_TD.dtype) for e in self.experts], dim=-1)
-        return torch.addmm(y_TD, lows_RT.T.to(y_TD.dtype), B_DR.T).view(x.shape)
+        B_DR = torch.cat([e.B["down"] for e in self.experts], dim=1)
+        return torch.addmm(y_TD, (low_TR * scales_R).to(y_TD.dtype), B_DR.T.to(y_TD.dtype)).view(x.shape)
+
+    def _stacked_a(self, sites: Sequence[str]) -> Tensor:
+        """A's of all experts below each other, one site's after another's."""
+        return torch.cat([e.A[site] for site in sites for e in self.experts])
+
+    def _ranks(self) -> tuple[list[int], list[bool]]:
+        """Of each that a token may choose; and whether it learns."""
+        ranks = [len(e.A["down"]) for e in self.experts]
+        learns = [any(t.requires_grad for t in (*e.A.values(), *e.B.values())) for e in self.experts]
+        return ([sum(ranks)], [any(learns)]) if self.summed else (ranks, learns)
 
     def _routing_weights(self, x: Tensor) -> Tensor:
         """x (..., L, D) -> (T, E), or (1, E) without a router; keeps the decision in `routing`, for loss and record."""
         if self.W_ED is None:
             self.routing = None
-            return torch.full((1, len(self.experts)), 1 / len(self.experts), device=x.device)
+            E = 1 if self.summed else len(self.experts)
+            return torch.full((1, E), 1 / E, device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # a choice between experts deserves full precision
             logits_TE = F.linear(routing_inputs(x.to(self.W_ED.dtype), self.routed_by), self.W_ED)
             self.routing = route(logits_TE, self.top_k)
