@@ -1,83 +1,21 @@
-"""What is ours in comigs: the server keeps the length of steps, a client judges a download on its valid."""
+"""What is ours in comigs: a client judges a download on its valid, and keeps the rest of the world beside its own."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from comigs.client.draw import probe_windows
 from comigs.engines.exchange import Task
 from comigs.errors import UserError
-from comigs.methods.comigs import adopt_as_valid_asks, full_step
-from comigs.methods.method import Facts
+from comigs.methods.comigs import adopt_as_valid_asks, share_that_valid_asks
 from comigs.slots import Slot
 from tests.conftest import run_config, same, start_engine
 
-A, B = Slot(0, "up", "g0", "A"), Slot(0, "up", "g0", "B")
-NAMES = ("ada", "bob", "cyd", "dan")
-FACTS = Facts(NAMES)
-
-
-def tensors(seed):
-    random = torch.Generator().manual_seed(seed)
-    return {A: torch.randn(3, 40, generator=random), B: torch.randn(50, 3, generator=random)}
-
-
-def flat(given):
-    return np.concatenate([given[slot].double().numpy().ravel() for slot in (A, B)])
-
-
-def two_rounds(uploads):
-    """The download of a second round with these uploads, and the first download, from which they started."""
-    first, memory = full_step(dict.fromkeys(NAMES, tensors(0)), {}, FACTS)
-    second, _ = full_step(uploads, memory, FACTS)
-    return flat(second["ada"]), flat(first["ada"])
-
-
-def test_a_step_goes_the_way_of_the_mean_as_far_as_the_clients_went_on_average():
-    uploads = {name: tensors(seed) for seed, name in enumerate(NAMES, start=1)}
-    second, first = two_rounds(uploads)
-    updates = np.stack([flat(u) - first for u in uploads.values()])
-    step, mean = second - first, updates.mean(axis=0)
-    assert step @ mean / np.linalg.norm(step) / np.linalg.norm(mean) == pytest.approx(1, abs=1e-9)
-    assert np.linalg.norm(step) == pytest.approx(np.linalg.norm(updates, axis=1).mean(), rel=1e-6)
-
-
-def test_updates_at_right_angles_go_sqrt_n_times_the_mean():
-    start = tensors(0)
-    uploads = {}
-    for number, name in enumerate(NAMES):
-        moved = {slot: t.clone() for slot, t in start.items()}
-        moved[A][0, number] += 1.0
-        uploads[name] = moved
-    second, first = two_rounds(uploads)
-    moved = (second - first)[np.abs(second - first) > 1e-9]
-    np.testing.assert_allclose(moved, np.sqrt(4) * 0.25, rtol=1e-6)
-
-
-def test_updates_that_oppose_each_other_go_no_further_than_sqrt_n_times_the_mean():
-    start = tensors(0)
-    uploads = {
-        name: {s: t + (1.0 if number % 2 else -0.99) for s, t in start.items()} for number, name in enumerate(NAMES)
-    }
-    second, first = two_rounds(uploads)
-    np.testing.assert_allclose(second - first, np.sqrt(4) * 0.005, rtol=1e-3)
-
-
-def test_where_all_agree_or_one_is_alone_the_download_is_the_upload_to_the_bit():
-    for uploads in (dict.fromkeys(NAMES, tensors(5)), {"ada": tensors(5)}):
-        _, memory = full_step(dict.fromkeys(NAMES, tensors(0)), {}, FACTS)
-        second, _ = full_step(uploads, memory, FACTS)
-        assert same(dict(second["bob"]), tensors(5))
-
-
-def test_clients_that_did_not_move_leave_the_download_where_it_was():
-    first, memory = full_step(dict.fromkeys(NAMES, tensors(0)), {}, FACTS)
-    second, _ = full_step(first, memory, FACTS)
-    assert same(dict(second["ada"]), dict(first["ada"]))
+A = Slot(0, "up", "g0", "A")
+LEFT_TO_COMIGS = {"generalists": None, "specialists": None}  # no number of experts
 
 
 @pytest.mark.parametrize(("best", "expected"), [(0.3, 0.3), (0.0, 0.0), (1.0, 1.0), (-2.0, 0.0), (7.0, 1.0)])
@@ -122,27 +60,29 @@ def test_the_windows_are_of_valid_and_differ_between_rounds_but_not_between_mode
     assert all(seen[0][at : at + 96] in windows for at in range(0, len(seen[0]), 96))
 
 
-@pytest.mark.parametrize(("own", "generalists"), [("configured", 1), ("configured", 2), ("one", 1)])
-def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(tmp_path, own, generalists):
-    options = {"rest": "frozen", "own": own}
-    config = run_config(tmp_path, options=options, experts={"rank": 2, "generalists": generalists, "top_k": 2})
-    engine = start_engine(config).engine
+def test_where_it_makes_no_difference_all_of_a_download_is_adopted():
+    assert share_that_valid_asks({A: torch.zeros(2, 2)}, {A: torch.ones(2, 2)}, lambda t: 3.0) == 1.0
+
+
+def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(tmp_path):
+    engine = start_engine(run_config(tmp_path, experts=LEFT_TO_COMIGS)).engine
     download = {}
     for round in (1, 2, 3):
         tasks = {name: Task(round=round, train=True, evaluate=(), evaluate_base=()) for name in ("ada", "bob")}
-        uploads = {n: dict(r.upload) for n, r in engine.exchange(tasks, dict.fromkeys(tasks, download)).replies.items()}
+        replies = engine.exchange(tasks, dict.fromkeys(tasks, download)).replies
+        uploads = {name: dict(reply.upload) for name, reply in replies.items()}
         own = engine.bench.client("ada", staged=True).trainee.tensors
-        rest = {slot: t for slot, t in own.items() if slot.role == "generalist" and int(slot.part[1:]) >= generalists}
-        assert len(rest) == generalists * sum(s.part == "g0" for s in own)
+        rest = {slot: t for slot, t in own.items() if slot.role == "rest"}
+        assert len(rest) == sum(s.part == "g0" for s in own)
         for slot, tensor in rest.items():
-            source = replace(slot, part=f"g{int(slot.part[1:]) - generalists}")
             if download:
-                torch.testing.assert_close(tensor, download[source], rtol=0, atol=0)
+                torch.testing.assert_close(tensor, download[replace(slot, part="g0")], rtol=0, atol=0)
             else:
                 assert slot.matrix == "A" or not tensor.any()  # as the base
-        gates = {float(t) for s, t in own.items() if s.role == "router" and s.matrix == "B" for t in t}
+        gates = {float(t) for s, t in own.items() if s.is_gate}
         assert len(gates) == 1 and 0 <= min(gates) <= 1 and (download or gates == {0.0})
-        assert not uploads["ada"].keys() & rest.keys() and any(s.role == "generalist" for s in uploads["ada"])
+        assert {line["adopted_share"] for line in replies["ada"].metrics} == {1 - min(gates)}
+        assert {s.role for s in uploads["ada"]} == {"generalist", "attention"}
         download = {slot: (uploads["ada"][slot] + uploads["bob"][slot]) / 2 for slot in uploads["ada"]}
         engine.bench.folder.commit(round, [], [])
 
@@ -150,7 +90,7 @@ def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_router_is_as_far_open_to_the_rest_as_the_download_was_not_adopted(tmp_path, share):
     """Where all of it was, the rest has no say: the model is the one without it."""
-    config = run_config(tmp_path, options={"rest": "frozen", "own": "one"}, experts={"strength": "each"})
+    config = run_config(tmp_path, experts={"strength": "each", **LEFT_TO_COMIGS})
     client = start_engine(config).clients["ada"]
     client.train(1, lambda level, nats: None)
     own = client.send(1)
@@ -162,28 +102,54 @@ def test_the_router_is_as_far_open_to_the_rest_as_the_download_was_not_adopted(t
     del client._nats
     tensors = client.trainee.tensors
     torch.testing.assert_close(tensors[first], torch.lerp(own[first], download[first], share))
-    assert {float(t) for s, t in tensors.items() if s.role == "router" and s.matrix == "B"} == {1 - share}
-    alone = {s: t for s, t in tensors.items() if s.role != "router" and s.part != "g1"}
+    assert {float(t) for s, t in tensors.items() if s.is_gate} == {1 - share}
+    assert client.adopted_share() == share
+    alone = {s: t for s, t in tensors.items() if s.role not in ("router", "rest")}
     windows = probe_windows(client.config, "ada", client.data, 2, 8)
     differs = abs(client._nats(tensors, windows) - client._nats(alone, windows))
     assert (differs < 1e-7) == (share == 1)
 
 
-def test_nothing_is_beside_a_client_that_takes_every_download_whole(tmp_path):
-    with pytest.raises(UserError, match=r'options\.rest: "frozen" needs options\.adopt "valid", given "all"'):
-        start_engine(run_config(tmp_path, options={"rest": "frozen", "adopt": "all"}))
+def test_whoever_takes_every_download_whole_has_to_say_how_many_experts_there_are(tmp_path):
+    with pytest.raises(UserError, match=r'options\.adopt: given "all", .* \(experts\.generalists, experts\.special'):
+        start_engine(run_config(tmp_path, options={"adopt": "all"}, experts=LEFT_TO_COMIGS))
 
 
-def test_own_experts_that_are_one_have_the_rank_of_all_together(tmp_path):
-    config = run_config(tmp_path, options={"own": "one"}, experts={"rank": 2, "specialists": 2, "specialist_rank": 3})
-    sent = start_engine(config).clients["ada"].send(1)
-    assert {t.shape[0] for s, t in sent.items() if s.part == "g0" and s.matrix == "A"} == {8}
+def shape_with(tmp_path, entries=None, **experts):
+    return start_engine(run_config(tmp_path, entries=entries, experts=LEFT_TO_COMIGS | experts)).clients["ada"].shape
+
+
+def test_where_no_number_of_experts_is_given_it_is_one_of_all_ranks_and_the_rest(tmp_path):
+    shape = shape_with(tmp_path, rank=3)
+    assert (shape.parts, shape.rank) == (["g0", "rest"], 6)
+
+
+@pytest.mark.parametrize(
+    ("experts", "entries", "parts"),
+    [
+        ({"generalists": 1}, {}, ["g0", "s0"]),
+        ({"specialists": 2}, {}, ["g0", "s0", "s1"]),
+        ({"generalists": 0}, {}, ["s0"]),
+        ({"specialist_rank": 2}, {}, ["g0", "s0"]),
+        ({}, {"bob": {"specialists": 2}}, ["g0", "s0"]),
+        ({}, {"bob": {"specialist_rank": 3}}, ["g0", "s0"]),
+    ],
+)
+def test_a_number_that_is_given_is_kept_and_who_asks_for_specialists_has_some(tmp_path, experts, entries, parts):
+    if experts.get("generalists") == 0:
+        experts = experts | {"top_k": 1}
+    assert shape_with(tmp_path, entries, **experts).parts == parts
+
+
+def test_ranks_that_differ_are_refused_with_what_helps(tmp_path):
+    with pytest.raises(UserError, match=r"clients\.bob: rank 6, but ada has 4; .* Say how many specialists there are"):
+        shape_with(tmp_path, {"bob": {"rank": 3}})
 
 
 def test_the_routers_phases_come_on_top_of_its_local_steps(tmp_path):
-    started = start_engine(run_config(tmp_path, options={"router": "both"}))
+    started = start_engine(run_config(tmp_path, experts=LEFT_TO_COMIGS))
     client = started.clients["ada"]
-    routers = {slot: t.clone() for slot, t in client.trainee.tensors.items() if slot.role == "router"}
+    routers = {slot: t.clone() for slot, t in client.trainee.tensors.items() if slot.matrix == "W"}
     log = client.train(1, lambda level, nats: None)
     assert log.router_losses and client.plan.schedule == "both"
     assert all((client.trainee.tensors[slot] != before).any() for slot, before in routers.items())

@@ -181,7 +181,8 @@ class Deployment:
         shared = TINY.partition("[[clients]]")[0].format(rounds=2)
         for text, suffix in (("", ""), ("text = '{}'", "-alone")):
             entries = "".join(f"[[clients]]\nname = '{c}'\n{text.format(c)}\n" for c in clients)
-            (self.folder / f"{name}{suffix}.toml").write_text(f"{shared}{entries}{more}", encoding="utf-8")
+            written = f"{shared}[experts]\nspecialists = 1\n{entries}{more}"
+            (self.folder / f"{name}{suffix}.toml").write_text(written, encoding="utf-8")
         return self.folder / f"{name}.toml"
 
     def run(self, config, out):

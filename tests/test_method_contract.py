@@ -25,14 +25,23 @@ NAMES = ("ada", "bob", "cyd")
 NO_PULL = {"fedprox": {"mu": 0}, "hetlora": {"penalty": 0, "gamma": 1}}  # what is not training as if alone
 QUIET = lambda level, nats: None  # noqa: E731
 
-pytestmark = pytest.mark.parametrize("name", list_methods())
+AS_INSTALLED = "comigs, no number of experts given"
+
+pytestmark = pytest.mark.parametrize("name", [*list_methods(), AS_INSTALLED])
+
+
+def tree_of(name):
+    """Sections of a config with that method."""
+    if name == AS_INSTALLED:
+        return {"method": "comigs", "experts": {"generalists": None, "specialists": None}}
+    return {"method": name}
 
 
 class Setting:
     """Three clients of a method, and uploads as they would send them, with random values."""
 
     def __init__(self, root, name, dtype=torch.float32, **tree):
-        self.config = run_config(root, " ".join(NAMES), method=name, **tree)
+        self.config = run_config(root, " ".join(NAMES), **tree_of(name), **tree)
         self.engine = start_engine(self.config)
         self.clients = self.engine.clients
         self.method = self.clients["ada"].method
@@ -126,7 +135,7 @@ def test_an_upload_is_what_the_server_expects(setting, round):
 def test_clients_that_sent_nothing_cost_the_server_a_number_each(name):
     """They share one download, so that a thousand idle clients are no more than one."""
     entries = [{"name": f"c{n}", "text": "x", "weight": n + 1} for n in range(40)]
-    config = parse_config({"clients": entries, "method": name, "base": {"name": "tiny-gpt2"}})
+    config = parse_config({"clients": entries, **tree_of(name), "base": {"name": "tiny-gpt2"}})
     method, base = load_method(config), load_base(config.base)
     with Attachment(base.model, base.architecture, config.experts) as attachment:
         shapes = shapes_of_clients(config, method, attachment)
@@ -160,7 +169,8 @@ def test_a_download_touches_what_the_method_receives_and_nothing_private(setting
         if setting.method.restarts:  # what was merged, and the LoRA that went into it
             assert all(slot.role == "merged" or setting.method.shares(slot) for slot in changed)
         else:
-            assert {slot for slot in changed if slot.role != "merged"} <= written.keys()
+            kept = {slot for slot in changed if slot.role in ("merged", "rest") or slot.is_gate}  # what is made of it
+            assert changed - kept <= written.keys()
         if setting.method.adopt is None:
             assert same(written, {s: client.trainee.tensors[s] for s in written})
 
@@ -172,7 +182,7 @@ def test_identical_uploads_come_back_unchanged(setting):
     for download in downloads.values():
         other, expected = dict(download), upload
         if setting.method.name == "fedalt":
-            other = {Slot(s.layer, s.site, "g0" if s.part == "g1" else s.part, s.matrix): t for s, t in other.items()}
+            other = {Slot(s.layer, s.site, "g0" if s.part == "rest" else s.part, s.matrix): t for s, t in other.items()}
         if setting.method.restarts:
             expected = {Slot(s.layer, s.site, "update", s.matrix): t for s, t in upload.items()}
             scale = {s: 16 / len(t) ** 0.5 for s, t in expected.items() if s.matrix == "A"}
@@ -258,7 +268,7 @@ def test_memory_and_downloads_survive_being_saved_and_loaded(setting):
 def test_one_client_alone_trains_as_if_there_were_no_server(name, tmp_path):
     """After two rounds through the whole round loop: bit for bit, or, where the server factors anew, after one."""
     refactors = name in ("flexlora", "flora", "fedex-lora")
-    config = run_config(tmp_path, "ada", method=name, options=NO_PULL.get(name, {}), rounds=1 if refactors else 2)
+    config = run_config(tmp_path, "ada", **tree_of(name), options=NO_PULL.get(name, {}), rounds=1 if refactors else 2)
     out = tmp_path / "run"
     api.run(config, out)
     alone = start_engine(config).clients["ada"]
@@ -266,15 +276,16 @@ def test_one_client_alone_trains_as_if_there_were_no_server(name, tmp_path):
         alone.train(round, QUIET)
     alone.finish()
     personal = safetensors.torch.load_file(out / "clients" / "ada" / "personal.safetensors")
-    given = {Slot.parse(slot): tensor for slot, tensor in personal.items()}
-    assert agree(given, alone.trainee.tensors, config) if refactors else same(given, alone.trainee.tensors)
+    given = {slot: t for name, t in personal.items() if (slot := Slot.parse(name)).role != "rest"}  # of no weight
+    expected = {slot: t for slot, t in alone.trainee.tensors.items() if slot.role != "rest"}
+    assert agree(given, expected, config) if refactors else same(given, expected)
 
 
 @pytest.mark.parametrize(
     "entry", [{"rank": 3}, {"specialist_rank": 3}, {"specialists": 2}, {"specialists": 2, "rank": 3}]
 )
 def test_unequal_clients_work_or_are_refused_before_anything_runs(name, tmp_path, entry):
-    config = run_config(tmp_path, " ".join(NAMES), {"bob": entry}, method=name)
+    config = run_config(tmp_path, " ".join(NAMES), {"bob": entry}, **tree_of(name))
     try:
         load_method(config)
     except UserError as error:
@@ -292,10 +303,10 @@ def test_unequal_clients_work_or_are_refused_before_anything_runs(name, tmp_path
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(name, tmp_path):
     entry = {"specialist_rank": 3}
     try:
-        config = run_config(tmp_path, " ".join(NAMES), {"bob": entry}, method=name, rounds=3)
+        config = run_config(tmp_path, " ".join(NAMES), {"bob": entry}, **tree_of(name), rounds=3)
         load_method(config)
     except UserError:
-        config = run_config(tmp_path, " ".join(NAMES), method=name, rounds=3)
+        config = run_config(tmp_path, " ".join(NAMES), **tree_of(name), rounds=3)
     whole, stopped, pooled = tmp_path / "whole", tmp_path / "stopped", load_method(config).pooled
 
     def stop(event):

@@ -297,7 +297,7 @@ def test_of_a_method_that_shares_one_factor_the_other_never_leaves_or_changes_ha
 def test_fedalt_keeps_the_own_lora_and_learns_beside_a_frozen_mean_of_the_others(tmp_path):
     engine = engine_of(tmp_path, "fedalt", client={"steps": 2, "batch_size": 4, "lr": 5e-2}, rounds=3)
     for round in (1, 2, 3):
-        world = {n: {s: t for s, t in copy_of(c.trainee.tensors).items() if s.part == "g1"}
+        world = {n: {s: t for s, t in copy_of(c.trainee.tensors).items() if s.role == "rest"}
                  for n, c in engine.clients.items()}  # fmt: skip
         for name, client in engine.clients.items():
             start = copy_of(client.trainee.tensors)
@@ -313,7 +313,7 @@ def test_fedalt_keeps_the_own_lora_and_learns_beside_a_frozen_mean_of_the_others
                 if slot.part in ("g0", "router"):
                     assert bits(tensor) == bits(own[name][slot])  # never overwritten
                 else:
-                    part = "g0" if slot.part == "g1" else "attention"
+                    part = "g0" if slot.role == "rest" else "attention"
                     source = Slot(slot.layer, slot.site, part, slot.matrix)
                     who = [n for n in NAMES if n != name or part == "attention"]
                     mean = np.mean([double(own[n][source]) for n in who], axis=0)

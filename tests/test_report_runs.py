@@ -33,9 +33,13 @@ def score(nats: float, tokens: int = 9000) -> dict[str, Any]:
 def shares(rng: np.random.Generator, layers: int, experts: int) -> dict[str, Any]:
     """Routing weights of a round; none where there is one expert or no router."""
     if experts < 2:
-        return {"generalist_share_by_layer": None, "expert_share_by_layer": None}
+        return {"generalist_share_by_layer": None, "expert_share_by_layer": None, "adopted_share": None}
     weights = rng.dirichlet(np.linspace(3, 2, experts), size=layers)
-    return {"generalist_share_by_layer": weights[:, 0].tolist(), "expert_share_by_layer": weights.tolist()}
+    return {
+        "generalist_share_by_layer": weights[:, 0].tolist(),
+        "expert_share_by_layer": weights.tolist(),
+        "adopted_share": None,
+    }
 
 
 def write_run(

@@ -16,7 +16,7 @@ from comigs.report.heat import routing_heatmap
 from comigs.report.held import held_by_role
 from comigs.report.read import Score, read_run
 from comigs.report.results import gain, results
-from comigs.report.tables import client_table, cost_table, headline, role_table
+from comigs.report.tables import client_table, cost_table, expert_share_table, headline, role_table
 from tests.test_report_runs import change_metrics, write_run
 
 
@@ -126,6 +126,25 @@ def test_held_and_uploaded_by_role(tmp_path: Path, done: int | None) -> None:
     assert table is not None
     assert table.rows[0] == ("generalists", "24", "6.1 kB", "48", "3.2 MB", "left the device")
     assert table.rows[2][-1] == "never left"
+
+
+def test_each_expert_has_a_share_where_there_are_more_than_two(tmp_path: Path) -> None:
+    assert expert_share_table(read_run(write_run(tmp_path / "two"))) is None
+    folder = write_run(tmp_path, experts=3)
+    change_metrics(folder, expert_share_by_layer=[[0.5, 0.25, 0.25], [0.0, 0.75, 0.25]])
+    table = expert_share_table(read_run(folder))
+    assert table is not None
+    assert table.headers == ("client", "generalist 0", "specialist 0", "specialist 1")
+    assert table.rows[0] == ("de", "0.25", "0.50", "0.25")
+
+
+def test_beside_the_rest_of_the_world_stands_how_much_of_it_was_adopted(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    change_metrics(folder, expert_share_by_layer=[[0.5, 0.5], [1.0, 0.0]], adopted_share=0.4)
+    table = expert_share_table(read_run(folder))
+    assert table is not None
+    assert table.headers == ("client", "its own", "rest of the world", "adopted of the last download")
+    assert table.rows[0] == ("de", "0.75", "0.25", "0.40")
 
 
 @pytest.mark.parametrize(

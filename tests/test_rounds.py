@@ -246,7 +246,7 @@ def test_the_personal_model_is_what_was_evaluated_last(tmp_path):
 
 
 def test_every_client_ends_with_the_servers_generalists(tmp_path):
-    api.run(run_config(tmp_path), tmp_path / "run")
+    api.run(run_config(tmp_path, options={"adopt": "all"}), tmp_path / "run")
     ada, bob = personal(tmp_path / "run").values()
     for name in ada:
         shared = Slot.parse(name).role in ("generalist", "attention")
@@ -275,7 +275,7 @@ TRACE = {
 
 @pytest.mark.parametrize("method", TRACE)
 def test_losses_at_a_fixed_seed_stay_what_they_were(tmp_path, method):
-    as_published = {"server_step": "mean", "adopt": "all"} if method == "comigs" else {}
+    as_published = {"adopt": "all"} if method == "comigs" else {}
     experts = {"rank": 2, "specialists": 2, "strength": "each"}
     engine = start_engine(run_config(tmp_path, method=method, experts=experts, options=as_published))
     losses = {"ada": [], "bob": []}

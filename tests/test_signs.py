@@ -6,7 +6,7 @@ import pytest
 
 from comigs.engines.signs import failure_signs
 
-HEALTHY = {"shares": [[0.5, 0.5], [0.6, 0.4]], "valid": 3.0, "train": 3.0, "drift": 0.5}
+HEALTHY = {"shares": [[0.5, 0.5], [0.6, 0.4]], "valid": 3.0, "train": 3.0, "drift": 0.5, "adopted": None}
 
 
 def lines_of(round, client="ada", **changes):
@@ -14,9 +14,9 @@ def lines_of(round, client="ada", **changes):
     shown = {**HEALTHY, **changes}
     return [
         {"kind": "train", "round": round, "client": client, "train_nats_per_token": shown["train"],
-         "expert_share_by_layer": shown["shares"]},
+         "expert_share_by_layer": shown["shares"], "adopted_share": shown["adopted"]},
         {"kind": "evaluation", "round": round, "client": client, "split": "valid", "model": "personal",
-         "nats_per_token": shown["valid"], "expert_share_by_layer": shown["shares"]},
+         "nats_per_token": shown["valid"], "expert_share_by_layer": shown["shares"], "adopted_share": shown["adopted"]},
         {"kind": "server", "round": round, "drift": shown["drift"]},
     ]  # fmt: skip
 
@@ -49,6 +49,17 @@ def test_a_router_that_collapses_onto_one_expert_is_told_once(shares):
 
 def test_a_strong_preference_or_no_router_is_no_collapse():
     assert warnings_over([{"shares": [[0.9, 0.1], [0.05, 0.95]]}, {"shares": None}]) == []
+
+
+@pytest.mark.parametrize("adopted", [0.0, 0.4, 1.0])
+def test_an_own_expert_with_all_the_weight_beside_the_rest_of_the_world_is_no_collapse(adopted):
+    assert warnings_over([{"shares": [[1.0, 0.0], [0.99, 0.01]], "adopted": adopted}] * 3) == []
+
+
+@pytest.mark.parametrize(("adopted", "told"), [(0.2, []), (0.8, ["drifting-generalists"])])
+def test_drift_is_no_sign_where_most_of_the_mean_is_not_adopted(adopted, told):
+    rising = [{"drift": value, "adopted": adopted} for value in (None, 0.5, 0.6, 0.7, 0.9, 1.2, 1.5)]
+    assert [warning["sign"] for warning in warnings_over(rising)] == told
 
 
 def test_generalists_that_drift_apart_are_told_once():

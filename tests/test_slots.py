@@ -8,7 +8,7 @@ from comigs.slots import Slot, expert_parts
 
 ROLES = {
     "g0": "generalist", "g12": "generalist", "s0": "specialist", "s3": "specialist", "router": "router",
-    "attention": "attention",
+    "attention": "attention", "rest": "rest",
 }  # fmt: skip
 
 
@@ -47,4 +47,5 @@ def test_slots_are_keys_and_have_an_order():
 
 def test_generalists_come_first_in_the_routers_order():
     assert expert_parts(2, 3) == ["g0", "g1", "s0", "s1", "s2"]
+    assert expert_parts(1, 0, rest=True) == ["g0", "rest"]
     assert expert_parts(0, 1) == ["s0"]

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["generalist", "specialist", "router", "attention", "update", "merged"]
-SPELLING = re.compile(r"(0|[1-9][0-9]*)\.(\w+)\.([gs](?:0|[1-9][0-9]*)|router|attention|update|merged)\.([ABW])")
+Role = Literal["generalist", "specialist", "rest", "router", "attention", "update", "merged"]
+SPELLING = re.compile(r"(0|[1-9][0-9]*)\.(\w+)\.([gs](?:0|[1-9][0-9]*)|rest|router|attention|update|merged)\.([ABW])")
 
 
 @dataclass(frozen=True, order=True)
@@ -17,10 +17,11 @@ class Slot:
     layer: index of the transformer block, from 0.
     site: the frozen linear it adds to: an MLP linear ("up", "gate", "down"), an attention linear ("q", "c_attn", ...),
         or "mlp" for the router, which reads the MLP's input.
-    part: "g0", "g1", ... (generalists), "s0", "s1", ... (specialists), "router" or "attention". In methods that merge:
-        "update", only in downloads, a factored change of the frozen linear; "merged", the sum of all updates so far.
+    part: "g0", "g1", ... (generalists), "s0", "s1", ... (specialists), "rest" (of the world: the others' generalist,
+        which this client never trains), "router" or "attention". In methods that merge: "update", only in downloads, a
+        factored change of the frozen linear; "merged", the sum of all updates so far.
     matrix: "A" (rank, in), "B" (out, rank), or "W": (experts, width) of a router, (out, in) of what is merged. "B" of a
-        router, (generalists that are never trained,): how far it is open to them, from 0 to 1.
+        router, (1,): how far it is open to the rest of the world, from 0 to 1.
     """
 
     layer: int
@@ -35,6 +36,11 @@ class Slot:
             return "generalist" if self.part.startswith("g") else "specialist"
         return self.part  # type: ignore[return-value]
 
+    @property
+    def is_gate(self) -> bool:
+        """It is how far a router is open to the rest of the world."""
+        return self.part == "router" and self.matrix == "B"
+
     def __str__(self) -> str:
         return f"{self.layer}.{self.site}.{self.part}.{self.matrix}"
 
@@ -48,6 +54,6 @@ class Slot:
         return cls(int(layer), site, part, matrix)
 
 
-def expert_parts(generalists: int, specialists: int) -> list[str]:
-    """Names of a client's experts in the router's order: generalists first."""
-    return [f"g{i}" for i in range(generalists)] + [f"s{i}" for i in range(specialists)]
+def expert_parts(generalists: int, specialists: int, rest: bool = False) -> list[str]:
+    """Names of a client's experts in the router's order: generalists, specialists, the rest of the world."""
+    return [f"g{i}" for i in range(generalists)] + [f"s{i}" for i in range(specialists)] + ["rest"] * rest

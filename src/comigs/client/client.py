@@ -25,7 +25,7 @@ from comigs.methods.method import Download, Method, Tensors, pairs
 from comigs.seeds import generator
 from comigs.slots import Slot
 
-PRIVATE = ("specialist", "router")  # roles that no method can make a client send
+PRIVATE = ("specialist", "router")  # roles that never leave a client, nor come from elsewhere, whatever the method
 GROUPS: tuple[Group, ...] = get_args(Group)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 State = Mapping[str, Mapping[str, Tensor]]  # what `Client.state` gives
@@ -48,7 +48,7 @@ class Client:
         self.text = data  # what it trains on
         self.is_trainer = True  # False: another client trains for it (pooled)
         self.shape = method.shape(config.shape_of(config.client_named(name)))
-        self.shapes = attachment.slot_shapes(self.shape, method.mixing == "routed", method.merges, method.rest)
+        self.shapes = attachment.slot_shapes(self.shape, method.mixing == "routed", method.merges)
         self.trainee = new_trainee(self._start() if state is None else self._unwritten(), config.client)
         if state is not None:
             self.load_state(state)
@@ -87,6 +87,11 @@ class Client:
         which = list(rounds)
         trained = (t for slot, t in self.trainee.tensors.items() if any(self._trains(slot, r) for r in which))
         return sum(t.numel() for t in trained)
+
+    def adopted_share(self) -> float | None:
+        """Of the last download, where its router is open to the rest of the world as far as it was not; else None."""
+        gates = (t for slot, t in self.trainee.tensors.items() if slot.is_gate)
+        return next((1 - float(gate) for gate in gates), None)
 
     def _trains(self, slot: Slot, round: int) -> bool:
         return slot.role != "merged" and self.method.trains(slot, round)

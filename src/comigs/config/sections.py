@@ -64,8 +64,15 @@ class DataSection(Section):
 class ExpertsSection(Section):
     """[experts]: what every client trains. `clients` entries may differ."""
 
-    generalists: int = Field(1, ge=0, description="experts averaged by the server")
-    specialists: int = Field(1, ge=0, description="experts that never leave their client")
+    generalists: int | None = Field(
+        None, ge=0, description="experts averaged by the server; None: 1, but see specialists"
+    )
+    specialists: int | None = Field(
+        None,
+        ge=0,
+        description="experts that never leave their client; None: 1, but where no number of experts is given at all, "
+        "comigs has a single one of all ranks, which is averaged, beside the rest of the world",
+    )
     rank: int = Field(8, ge=1, description="LoRA rank of every expert")
     specialist_rank: int | None = Field(None, ge=1, description="LoRA rank of the specialists; None: rank")
     attention_rank: int | None = Field(None, ge=1, description="LoRA rank on the attention linears; None: rank")

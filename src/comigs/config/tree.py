@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -20,6 +21,7 @@ from comigs.config.sections import (
     UploadSection,
 )  # fmt: skip
 from comigs.errors import UserError, nearest
+from comigs.slots import expert_parts
 
 VERSION = 1
 
@@ -96,13 +98,21 @@ class Config(Section):
                 f"clients.{missing[0]}.weight: missing, but {weighed[0]} has one; give every client a weight or none"
             )
 
+    @property
+    def numbers_experts(self) -> bool:
+        """Whether it says how many experts, or how large specialists, there are; else a method may choose."""
+        e = self.experts
+        of_clients = (n for c in self.clients for n in (c.specialists, c.specialist_rank))
+        return any(n is not None for n in (e.generalists, e.specialists, e.specialist_rank, *of_clients))
+
     def shape_of(self, client: ClientEntry) -> ExpertShape:
         """The experts of one client, its exceptions applied to the defaults."""
         e = self.experts
         rank = client.rank or e.rank
+        specialists = e.specialists if client.specialists is None else client.specialists
         return ExpertShape(
-            generalists=e.generalists,
-            specialists=e.specialists if client.specialists is None else client.specialists,
+            generalists=1 if e.generalists is None else e.generalists,
+            specialists=1 if specialists is None else specialists,
             rank=rank,
             specialist_rank=client.specialist_rank or e.specialist_rank or rank,
             attention_rank=e.attention_rank or e.rank,
@@ -118,17 +128,26 @@ class Config(Section):
 
 
 class ExpertShape(Section):
-    """How many experts one client has, and their ranks."""
+    """How many experts one client has, and their ranks.
+
+    rest: whether the rest of the world is beside them, of `rank`; the router is wholly "open" to it, or "gated".
+    """
 
     generalists: int
     specialists: int
+    rest: Literal["none", "open", "gated"] = "none"
     rank: int
     specialist_rank: int
     attention_rank: int
 
     @property
     def num_experts(self) -> int:
-        return self.generalists + self.specialists
+        return self.generalists + self.specialists + (self.rest != "none")
+
+    @property
+    def parts(self) -> list[str]:
+        """Their names, in the router's order."""
+        return expert_parts(self.generalists, self.specialists, self.rest != "none")
 
 
 SECTIONS: Mapping[str, type[BaseModel]] = {

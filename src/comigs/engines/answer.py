@@ -89,8 +89,13 @@ def evaluated(client: Client, split: Split, round: int, result: Evaluation, mode
 
 
 def _shares(client: Client, shares_LE: list[list[float]] | None) -> dict[str, Any]:
-    generalists = None if shares_LE is None else [sum(e[: client.shape.generalists]) for e in shares_LE]
-    return {"generalist_share_by_layer": generalists, "expert_share_by_layer": shares_LE}
+    rest, generalists = client.shape.rest != "none", client.shape.generalists
+    shared = None if shares_LE is None else [e[-1] if rest else sum(e[:generalists]) for e in shares_LE]
+    return {
+        "generalist_share_by_layer": shared,
+        "expert_share_by_layer": shares_LE,
+        "adopted_share": client.adopted_share(),
+    }
 
 
 def _mean(values: list[float]) -> float | None:

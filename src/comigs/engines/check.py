@@ -27,7 +27,7 @@ def shapes_of_clients(config: Config, method: Method, attachment: Attachment) ->
     for client in config.clients:
         shape = method.shape(config.shape_of(client))
         if shape not in kinds:
-            kinds[shape] = attachment.slot_shapes(shape, method.mixing == "routed", method.merges, method.rest)
+            kinds[shape] = attachment.slot_shapes(shape, method.mixing == "routed", method.merges)
         shapes[client.name] = kinds[shape]
     return shapes
 

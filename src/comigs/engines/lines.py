@@ -19,10 +19,11 @@ class Line(BaseModel):
 
 
 class Shares(Line):
-    """Mean routing weights per block; None without a router."""
+    """Mean routing weights per block; None without a router. adopted_share: None without a gate."""
 
     generalist_share_by_layer: list[float] | None
     expert_share_by_layer: list[list[float]] | None
+    adopted_share: float | None
 
 
 class Train(Shares):

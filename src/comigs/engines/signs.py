@@ -31,7 +31,8 @@ def _warning(sign: str, round: int, client: str | None, message: str) -> dict[st
 def _collapsed_routers(new: Sequence[Line]) -> Iterator[dict[str, Any]]:
     seen = set()
     for line in new:
-        shares = line.get("expert_share_by_layer") if line["kind"] == "evaluation" else None
+        own_or_rest = line.get("adopted_share") is not None  # all from its own, or all adopted, is as it should be
+        shares = line.get("expert_share_by_layer") if line["kind"] == "evaluation" and not own_or_rest else None
         collapsed = [layer for layer, experts in enumerate(shares or []) if max(experts) > COLLAPSED]
         if shares and collapsed and line["client"] not in seen:
             seen.add(line["client"])
@@ -45,6 +46,9 @@ def _collapsed_routers(new: Sequence[Line]) -> Iterator[dict[str, Any]]:
 
 def _drift(everything: Sequence[Line], new: Sequence[Line]) -> Iterator[dict[str, Any]]:
     if not any(line["kind"] == "server" for line in new):
+        return
+    adopted = [x["adopted_share"] for x in new if x["kind"] == "train" and x.get("adopted_share") is not None]
+    if adopted and sum(adopted) < len(adopted) / 2:  # most of the mean is not used, only kept beside
         return
     drifts = [(x["round"], x["drift"]) for x in everything if x["kind"] == "server" and x["drift"] is not None]
     last = [value for _, value in drifts[-DRIFT_ROUNDS - 1 :]]

@@ -48,30 +48,27 @@ class Attachment:
         self._undo.append((owner, name, getattr(owner, name)))
         setattr(owner, name, new)
 
-    def slot_shapes(
-        self, shape: ExpertShape, routed: bool, merges: bool = False, rest: bool = False
-    ) -> dict[Slot, tuple[int, ...]]:
+    def slot_shapes(self, shape: ExpertShape, routed: bool, merges: bool = False) -> dict[Slot, tuple[int, ...]]:
         """Every tensor of a client with these experts.
 
-        routed: with a router, where it has a choice. merges: with a frozen change of every adapted linear. rest: the
-        later half of the generalists are the rest of the world, to which the router is more or less open.
+        routed: with a router, where it has a choice. merges: with a frozen change of every adapted linear.
         """
-        ranks = {"g": shape.rank, "s": shape.specialist_rank}
-        parts = expert_parts(shape.generalists, shape.specialists)
         shapes: dict[Slot, tuple[int, ...]] = {}
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
-            for part in parts:
+            for part in shape.parts:
                 for site, name in self.architecture.mlp_linears().items():
                     size = linear_size(getattr(mixture.mlp, name))
-                    shapes |= _pair(layer, site, part, ranks[part[0]], size)
+                    shapes |= _pair(
+                        layer, site, part, shape.specialist_rank if part.startswith("s") else shape.rank, size
+                    )
             for site, lora in adapted.items():
                 shapes |= _pair(layer, site, "attention", shape.attention_rank, linear_size(lora.linear))
-            if routed and len(parts) > 1:
+            if routed and shape.num_experts > 1:
                 width = linear_size(getattr(mixture.mlp, self.architecture.up))[0]
                 width = 1 if self.settings.routing == "client" else width
-                shapes[Slot(layer, "mlp", "router", "W")] = (len(parts), width)
-                if rest:
-                    shapes[Slot(layer, "mlp", "router", "B")] = (shape.generalists // 2,)
+                shapes[Slot(layer, "mlp", "router", "W")] = (shape.num_experts, width)
+                if shape.rest == "gated":
+                    shapes[Slot(layer, "mlp", "router", "B")] = (1,)
         if merges:
             sizes = {(s.layer, s.site): dims for s, dims in shapes.items() if s.matrix == "A"}
             outs = {(s.layer, s.site): dims[0] for s, dims in shapes.items() if s.matrix == "B"}
@@ -80,9 +77,8 @@ class Attachment:
 
     def bind(self, tensors: Mapping[Slot, Tensor]) -> None:
         """Point the mixtures at a client's tensors; what they hold decides experts, ranks and routing."""
-        parts = sorted(
-            {s.part for s in tensors if s.role in ("generalist", "specialist")}, key=lambda p: (p[0], int(p[1:]))
-        )
+        has = {role: {s.part for s in tensors if s.role == role} for role in ("generalist", "specialist", "rest")}
+        parts = expert_parts(len(has["generalist"]), len(has["specialist"]), bool(has["rest"]))
         sites = list(self.architecture.mlp_linears())
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
             router = tensors.get(Slot(layer, "mlp", "router", "W"))
@@ -102,7 +98,6 @@ class Attachment:
             mixture.routed_by = self.settings.routing
             mixture.W_ED = router
             mixture.open = tensors.get(Slot(layer, "mlp", "router", "B"))
-            mixture.generalists = sum(part.startswith("g") for part in parts)
             mixture.top_k = self.settings.top_k
             mixture.routing = None
             for site, lora in adapted.items():

@@ -38,7 +38,7 @@ class Mixture(nn.Module):
 
     experts empty: the frozen MLP alone. W_ED None: every expert weighs 1/E (uniform mixing; E = 1: weight 1).
     summed: the experts are a single one, whose LoRA is the sum of theirs.
-    open: how far the router is open to the last `len(open)` of the first `generalists` experts; None: it is to all.
+    open: (1,), how far the router is open to the last expert; None: it is to all.
     merged: site -> a frozen change (out, in) of that linear. routed_by: ExpertsSection.routing.
     routing: the decision of the last forward pass, None without a router.
     """
@@ -53,7 +53,6 @@ class Mixture(nn.Module):
         self.summed = False
         self.W_ED: Tensor | None = None
         self.open: Tensor | None = None
-        self.generalists = 0
         self.merged: dict[str, Tensor] = {}
         self.top_k = 1
         self.routed_by = "token"
@@ -101,8 +100,7 @@ class Mixture(nn.Module):
             logits_TE = F.linear(routing_inputs(x.to(self.W_ED.dtype), self.routed_by), self.W_ED)
             self.routing = route(logits_TE, self.top_k)
             if self.open is not None:
-                rest = slice(self.generalists - len(self.open), self.generalists)
-                self.routing = opened(self.routing, rest, self.open)
+                self.routing = opened(self.routing, self.open)
         return self.routing.weights_TE
 
     def _used(self) -> int:

@@ -40,16 +40,15 @@ def route(logits_TE: Tensor, top_k: int) -> Routing:
     return Routing(logits_TE, weights_TE, selected_TE, top_k)
 
 
-def opened(routing: Routing, rest: slice, open: Tensor) -> Routing:
-    """The same with weights that are only so far open, from 0 to 1, to some of the experts.
+def opened(routing: Routing, open: Tensor) -> Routing:
+    """The same with weights that are only so far open, from 0 to 1, to the last expert.
 
     (1 - open) times the weights of a router that knows the others only, plus open times those of one that knows all.
     """
-    without_TE = routing.logits_TE.clone()
-    without_TE[:, rest] = -torch.inf
-    others = without_TE.shape[1] - len(open)
-    closed_TE = route(without_TE, min(routing.top_k, others)).weights_TE.to(routing.weights_TE)
-    return replace(routing, weights_TE=torch.lerp(closed_TE, routing.weights_TE, open[0].to(closed_TE)))
+    others_TE = routing.logits_TE[:, :-1]
+    weights_TE = route(others_TE, min(routing.top_k, others_TE.shape[1])).weights_TE.to(routing.weights_TE)
+    closed_TE = torch.nn.functional.pad(weights_TE, (0, 1))
+    return replace(routing, weights_TE=torch.lerp(closed_TE, routing.weights_TE, open.to(closed_TE)))
 
 
 def routing_inputs(x_BLD: Tensor, routing: str) -> Tensor:

@@ -1,6 +1,6 @@
 """FedALT: each client trains its own LoRA beside a frozen one, the mean of all others', mixed by a router. 2503.11880.
 
-g0 is a client's own LoRA: trained, sent, never overwritten. g1 is the rest of the world: received, never trained. The
+g0 is a client's own LoRA: trained, sent, never overwritten. The rest of the world is received, never trained. The
 router learns with g0 from train. Both have the rank of all configured experts together, so that as much is trained as
 elsewhere. Attention LoRA is one for all, as in every method here.
 """
@@ -8,17 +8,19 @@ elsewhere. Attention LoRA is one for all, as in every method here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
-from comigs.config import Config, ExpertShape
+from comigs.config import Config
 from comigs.methods.method import (
     Download,
     Facts,
     Memory,
     Method,
     Upload,
+    beside_the_rest,
     one_expert,
     require_equal,
+    rest_of,
+    shares_all,
 )  # fmt: skip
 
 
@@ -26,31 +28,30 @@ def method(config: Config) -> Method:
     """Own LoRA and rest of the world."""
     require_equal(config, "rank", "fedalt averages the others' LoRA entry by entry", one_expert("generalist"))
 
-    def shape(shape: ExpertShape) -> ExpertShape:
-        return one_expert("generalist")(shape).model_copy(update={"generalists": 2})
-
     return Method(
         name="fedalt",
         summary="own LoRA trained beside a frozen mean of all others', a router on train mixes them",
         paper="2503.11880",
         weights="equal, without the client itself",
-        shares=lambda slot: slot.part in ("g0", "attention"),
-        receives=lambda slot: slot.part in ("g1", "attention"),
-        trains=lambda slot, round: slot.part != "g1",
+        shares=shares_all,
+        receives=lambda slot: slot.role in ("rest", "attention"),
+        trains=lambda slot, round: slot.role != "rest",
         aggregate=aggregate,
-        shape=shape,
+        shape=beside_the_rest("open"),
         schedule="joint",
         averages=True,
     )
 
 
 def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
-    """g1 of client i is the mean of the others' g0; attention LoRA the mean of all."""
+    """The rest of client i is the mean of the others' g0; attention LoRA the mean of all."""
     attention = facts.mean({s: u[s] for s in u if s.role == "attention"} for u in uploads.values())
 
     def download(client: str | None) -> Download:
-        others = facts.mean({s: u[s] for s in u if s.part == "g0"} for name, u in uploads.items() if name != client)
-        return {**attention, **{replace(slot, part="g1"): t for slot, t in others.items()}}
+        others = facts.mean(
+            {s: u[s] for s in u if s.role == "generalist"} for name, u in uploads.items() if name != client
+        )
+        return {**attention, **rest_of(others)}
 
     downloads = dict.fromkeys(facts.clients, download(None))  # of those who sent nothing, everybody is another
     return downloads | {name: download(name) for name in facts.clients if name in uploads}, memory

@@ -23,7 +23,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Literal, TypeVar
 
@@ -78,7 +78,8 @@ class Method:
     name, summary, paper: for people; summary is one line, paper an arXiv number.
     weights: how much each client counts in the server's merge, in a few words for people.
     shares(slot): the slot is in a client's upload in rounds that train it. receives(slot): it is in a download.
-    shape(shape): which of a client's experts are generalists and which specialists, the budget kept as configured.
+    shape(shape): which of a client's experts are generalists and which specialists, the budget kept as configured;
+        and whether the rest of the world is beside them, which a method receives as that, and never trains.
     trains(slot, round): the slot is trained in that round (from 1).
     aggregate(uploads by client, memory, facts) -> (downloads by client, memory).
     mixing: "routed" by the router; "uniform": the mean of all experts; "sum": one expert, whose LoRA is their sum.
@@ -88,8 +89,6 @@ class Method:
     settle(tensors, anchor): what a client's tensors become between its training and its upload; entries that it sets
         to zero stay zero until a download writes them, for their optimiser moments are cleared.
     merges: a client adds every "update" it receives to a frozen (out, in) change of that linear ("merged").
-    rest: the later half of a client's generalists are the rest of the world, never trained, and how far its router is
-        open to them, the router's "B", is the method's to write.
     restarts: whoever merged an update draws its shared A anew as at the start and sets B to zero.
     probe: windows of its valid, drawn anew each round, on which a client compares models.
     reads_peers: each client measures every other client's upload (Facts.peer_nats).
@@ -114,7 +113,6 @@ class Method:
     penalty: Callable[[Tensors, Tensors], Tensor] | None = None
     settle: Callable[[Tensors, Tensors], Tensors] | None = None
     merges: bool = False
-    rest: bool = False
     restarts: bool = False
     probe: int = 0
     reads_peers: bool = False
@@ -269,6 +267,16 @@ def one_expert(role: Literal["generalist", "specialist"]) -> Callable[[ExpertSha
         return shape.model_copy(update={**counts, "rank": total, "specialist_rank": total})
 
     return shape
+
+
+def beside_the_rest(router: Literal["open", "gated"]) -> Callable[[ExpertShape], ExpertShape]:
+    """A `Method.shape`: a single generalist of all ranks, and the rest of the world."""
+    return lambda shape: one_expert("generalist")(shape).model_copy(update={"rest": router})
+
+
+def rest_of(tensors: Tensors) -> dict[Slot, Tensor]:
+    """The only generalist as the rest of the world."""
+    return {replace(slot, part="rest"): tensor for slot, tensor in tensors.items() if slot.role == "generalist"}
 
 
 def shares_all(slot: Slot) -> bool:

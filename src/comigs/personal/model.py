@@ -37,7 +37,7 @@ class PersonalModel:
             raise UserError(f'{folder.path}: base "{base.name}" is not the one these experts were trained on')
         self.attachment = Attachment(base.model, base.architecture, config.experts, summed=method.mixing == "sum")
         self.model, self.tokenizer = base.model, base.tokenizer
-        shapes = self.attachment.slot_shapes(shape, method.mixing == "routed", method.merges, method.rest)
+        shapes = self.attachment.slot_shapes(shape, method.mixing == "routed", method.merges)
         tensors = {slot: torch.empty(size, device=base.device) for slot, size in shapes.items()}
         load_tensors(tensors, folder.load(path), client)
         self.attachment.bind(tensors)

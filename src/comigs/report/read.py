@@ -33,6 +33,7 @@ class Train:
     nats_per_token_by_step: tuple[float | None, ...]
     generalist_share_by_layer: tuple[float | None, ...] | None
     expert_share_by_layer: tuple[tuple[float | None, ...], ...] | None
+    adopted_share: float | None
     trained_tokens: int
     trained_parameters: int | None
     uploaded_bytes: int
@@ -231,6 +232,7 @@ def _train(f: Fields) -> Train:
         nats_per_token_by_step=f.numbers("train_nats_per_token_by_step") or (),
         generalist_share_by_layer=f.numbers("generalist_share_by_layer"),
         expert_share_by_layer=f.rows("expert_share_by_layer"),
+        adopted_share=f.number("adopted_share"),
         trained_tokens=f.integer("trained_tokens"),
         trained_parameters=f.optional_integer("trained_parameters"),
         uploaded_bytes=f.integer("uploaded_bytes"),

@@ -14,7 +14,8 @@ from comigs.report.read import Run, Timing
 from comigs.report.results import ClientResult, Results, mean, results
 
 ROLES = {
-    "generalist": "generalists", "attention": "attention LoRA", "specialist": "specialists", "router": "routers",
+    "generalist": "generalists", "attention": "attention LoRA", "specialist": "specialists",
+    "rest": "the rest of the world", "router": "routers",
 }  # fmt: skip
 
 
@@ -123,12 +124,18 @@ def roles_apart(run: Run) -> tuple[str, str] | None:
 
 
 def expert_share_table(run: Run) -> Table | None:
-    """Mean routing weight of each expert and client over blocks; None unless a client has more than two experts."""
+    """Mean routing weight of each expert and client over blocks.
+
+    None unless a client has more than two experts, or one beside the rest of the world: then how far it adopted.
+    """
     shares = _last_expert_shares(run)
+    if adopted := {t.client: t.adopted_share for t in run.train if t.adopted_share is not None}:
+        rows = [(name, *map(f.share, (*experts, adopted.get(name)))) for name, experts in shares.items()]
+        return Table(("client", "its own", "rest of the world", "adopted of the last download"), tuple(rows))
     most = max((len(s) for s in shares.values()), default=0)
     if most < 3:
         return None
-    first = run.config.experts.generalists
+    first = run.config.shape_of(run.config.clients[0]).generalists
     names = [f"generalist {i}" if i < first else f"specialist {i - first}" for i in range(most)]
     rows = [
         (name, *(f.share(experts[i]) if i < len(experts) else f.NONE for i in range(most)))
