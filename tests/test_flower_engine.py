@@ -439,3 +439,13 @@ def test_nothing_private_is_in_any_byte_of_any_message(federation, tmp_path):
                 assert tokens[start : start + 12].astype("<i8").tobytes() not in seen
     assert str(tmp_path).encode() not in seen
     assert not list(out.glob("clients/*"))
+
+
+def test_an_app_ends_with_the_process_that_started_it():
+    app = "apps.GRACE = 0; apps.end_with_starter(); print(os.getpid(), flush=True); time.sleep(600)"
+    app = f"import os, time; from comigs.engines.flower import apps; {app}"
+    starter = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); sys.stdin.read()"
+    command = [sys.executable, "-c", starter, app]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert int(process.stdout.readline()) != process.pid  # the app watches
+        process.communicate(timeout=60)  # ends the one who started it, and waits until nobody holds its output
