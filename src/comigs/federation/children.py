@@ -6,13 +6,14 @@ import logging
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import NoReturn, Self
 
 from comigs.errors import UserError
 from comigs.federation.private import make_private
+from comigs.federation.tether import GRACE
 
 TETHER = [sys.executable, "-P", "-m", "comigs.federation.tether"]
 LOG_BYTES, OLD_LOGS = 5_000_000, 2  # of one program
@@ -100,10 +102,21 @@ class Children:
 
     def _wait(self, child: Child, reader: threading.Thread) -> None:
         child.process.wait()
+        _end_group(child.process.pid)
         reader.join(1)  # its last words; its own children may hold the pipe for longer
         assert child.process.stdin is not None
         child.process.stdin.close()
         self._ended.put(child)
+
+
+def _end_group(leader: int) -> None:
+    """What a program started and left behind, as Flower its apps, which try for minutes to reach who is gone."""
+    with suppress(ProcessLookupError, PermissionError):  # nobody of it is left
+        end = time.monotonic() + GRACE
+        while time.monotonic() < end:
+            os.killpg(leader, 0)
+            time.sleep(0.1)
+        os.killpg(leader, signal.SIGKILL)
 
 
 def problem(gone: Child) -> UserError:

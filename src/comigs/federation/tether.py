@@ -3,11 +3,12 @@
 python -m comigs.federation.tether PROGRAM ARGUMENTS...
 
 PROGRAM: a console script, as flower-superlink, or package.module:function. Our standard input is a pipe from whoever
-started us: it closes when they end, also by kill -9, and then we end, too.
+started us: it closes when they end, also by kill -9, and then we end, too, and with us the apps that Flower started.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import pkgutil
@@ -48,9 +49,17 @@ def call_each() -> None:
 def _watch() -> None:
     while os.read(0, 1024):
         pass
+    atexit.register(_end_group)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
+    _end_group()
     os._exit(1)
+
+
+def _end_group() -> None:
+    """Us, and what we started: an app of Flower that is only interrupted tries for minutes to reach who is gone."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
