@@ -52,7 +52,7 @@ def budgets(config: Config, base: Base) -> dict[str, Budget]:
             trained_parameters=sum(
                 math.prod(dims)
                 for slot, dims in shapes[name].items()
-                if slot.role not in ("router", "merged") and any(method.trains(slot, r) for r in (1, 2))
+                if slot.role != "router" and not slot.is_frozen and any(method.trains(slot, r) for r in (1, 2))
             ),
             router_parameters=sum(math.prod(dims) for slot, dims in shapes[name].items() if slot.role == "router"),
             uploaded_bytes=sent[name] / 2,

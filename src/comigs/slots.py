@@ -41,6 +41,11 @@ class Slot:
         """It is how far a router is open to the rest of the world."""
         return self.part == "router" and self.matrix == "B"
 
+    @property
+    def is_frozen(self) -> bool:
+        """No method trains it: what is merged, the rest of the world, and how far a router is open to that."""
+        return self.role in ("merged", "rest") or self.is_gate
+
     def __str__(self) -> str:
         return f"{self.layer}.{self.site}.{self.part}.{self.matrix}"
 

@@ -94,7 +94,7 @@ class Client:
         return next((1 - float(gate) for gate in gates), None)
 
     def _trains(self, slot: Slot, round: int) -> bool:
-        return slot.role != "merged" and self.method.trains(slot, round)
+        return not slot.is_frozen and self.method.trains(slot, round)
 
     def receive(self, download: Download, round: int = 1) -> None:
         """Write the server's tensors over the client's, as the method adopts them, before training in `round`.

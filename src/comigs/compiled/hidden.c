@@ -1,6 +1,6 @@
 /* The hidden layer of all experts in one walk over tokens and columns: what experts/chunks.py says.
 
-   T tokens, I columns (a multiple of LANES), E experts, S frozen products (1, or gate's and up's), R an expert's rank.
+   T tokens, I columns (a multiple of LANES), E experts, S frozen products (1, or gate's and up's), R all ranks together.
    A block of tokens at a time, a tile of its columns at a time; in it an expert takes its tokens in groups of GROUP,
    whose numbers stay in the first cache from the frozen product to the last gradient. Everything is float32;
    frozen products, what comes out mixed, and its gradient are bfloat16 or float32 (`half`). */

@@ -97,7 +97,6 @@ def with_the_rest(config: Config) -> Method:
     return replace(
         as_published(config, shape, "Say how many specialists there are, which may differ"),
         summary="own experts averaged as far as valid asks, what is left of the others frozen beside them (bi-level)",
-        trains=lambda slot, round: slot.role != "rest" and not slot.is_gate,
         shape=shape,
         schedule="both",
         adopt=adopt,

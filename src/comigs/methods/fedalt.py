@@ -35,7 +35,6 @@ def method(config: Config) -> Method:
         weights="equal, without the client itself",
         shares=shares_all,
         receives=lambda slot: slot.role in ("rest", "attention"),
-        trains=lambda slot, round: slot.role != "rest",
         aggregate=aggregate,
         shape=beside_the_rest("open"),
         schedule="joint",

@@ -80,7 +80,7 @@ class Method:
     shares(slot): the slot is in a client's upload in rounds that train it. receives(slot): it is in a download.
     shape(shape): which of a client's experts are generalists and which specialists, the budget kept as configured;
         and whether the rest of the world is beside them, which a method receives as that, and never trains.
-    trains(slot, round): the slot is trained in that round (from 1).
+    trains(slot, round): the slot, unless it is frozen, is trained in that round (from 1).
     aggregate(uploads by client, memory, facts) -> (downloads by client, memory).
     mixing: "routed" by the router; "uniform": the mean of all experts; "sum": one expert, whose LoRA is their sum.
     schedule: "alternating" trains the router by itself, every `router_every` local steps (bi-level); "joint" trains
@@ -123,7 +123,7 @@ class Method:
 
     def sends(self, slot: Slot, round: int) -> bool:
         """The slot is in a client's upload in that round: it is shared, and was trained. What is merged is neither."""
-        return self.shares(slot) and slot.role != "merged" and self.trains(slot, round)
+        return self.shares(slot) and not slot.is_frozen and self.trains(slot, round)
 
 
 def load_method(config: Config) -> Method:
