@@ -17,6 +17,17 @@ from comigs.experts.layer import Layer
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
 
+
+@pytest.fixture(params=["", "-U__AVX512DQ__"], ids=["this-processor", "any-other"], autouse=True)
+def processor(request, monkeypatch):
+    """What is written for one kind of processor is written for all others, too."""
+    monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} {request.param}")
+    compiled.library.cache_clear()
+    assert compiled.library() is not None
+    yield
+    compiled.library.cache_clear()
+
+
 WIDTHS = [16, 272, 528]  # one vector; a tile's part; more than a tile
 TOKENS = [1, 7, 64, 65, 200]  # less than a group; a block; a block and one
 

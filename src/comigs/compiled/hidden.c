@@ -31,7 +31,7 @@ typedef struct {
   const expert *experts;
 } layer;
 
-static inline vec sigmoid(vec q) { return 1.f / (1.f + exponential(-q)); }
+static inline vec sigmoid(vec q) { return reciprocal(1.f + exponential(-q)); }
 
 #define ROOT 1.5957691216057308f /* sqrt(8 / pi) */
 #define CUBE 0.044715f

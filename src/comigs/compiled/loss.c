@@ -39,11 +39,11 @@ void cross_entropy(int64_t C, int64_t V, int64_t half, int64_t to_gradient, int6
     float top = highest[0];
     for (int k = 1; k < LANES; k++) top = highest[k] > top ? highest[k] : top;
     for (int64_t v = 0; v < V; v += LANES) sum += exponential(columns(logits, row, v, V, half) - top);
-    float norm = total(sum), chosen = columns(logits, row, targets[row], V, half)[0];
+    float norm = total(sum), chosen = columns(logits, row, targets[row], V, half)[0], share = 1.f / norm;
     nats[row] = logf(norm) + top - chosen;
     if (!to_gradient) continue;
     for (int64_t v = 0; v < V; v += LANES) {
-      vec p = exponential(columns(logits, row, v, V, half) - top) / norm;
+      vec p = exponential(columns(logits, row, v, V, half) - top) * share;
       if (targets[row] >= v && targets[row] < v + LANES) p[targets[row] - v] -= 1;
       put(logits, row, v, V, half, p);
     }
