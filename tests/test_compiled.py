@@ -28,7 +28,7 @@ def processor(request, monkeypatch):
     compiled.library.cache_clear()
 
 
-WIDTHS = [16, 272, 528]  # one vector; a tile's part; more than a tile
+WIDTHS = [16, 272, 784]  # one vector; a tile's part; more than a tile
 TOKENS = [1, 7, 64, 65, 200]  # less than a group; a block; a block and one
 
 

@@ -7,7 +7,7 @@
 #include "vectors.h"
 
 #define GROUP 8
-#define TILE 512
+#define TILE 768
 #define BLOCK 64
 #define LARGEST_RANK 256
 
@@ -215,7 +215,7 @@ static void backward_block(const layer *l, workspace *w, int64_t begin, int64_t 
   }
 }
 
-static _Thread_local workspace space;
+static _Thread_local _Alignas(64) workspace space; /* a vector to a cache line */
 
 static void walk(const layer *l, int is_backward) {
   int64_t block = (l->T + l->threads * GROUP - 1) / (l->threads * GROUP) * GROUP; /* something for each thread */
