@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comigs import lowrank
+from comigs.config import ExpertsSection
 
 IN, OUT = 11, 9
 
@@ -45,9 +46,9 @@ def close(a, b, tolerance=1e-12):
 
 
 def test_scaling_is_alpha_over_the_rank_or_over_its_root():
-    assert lowrank.scaling(16, 4) == lowrank.scaling(16, 4, "rslora") == 8
-    assert lowrank.scaling(16, 4, "lora") == 4
-    assert lowrank.scaling(3, 7) == pytest.approx(3 / 7**0.5, rel=1e-15)
+    assert ExpertsSection(alpha=16).scale(4) == ExpertsSection(alpha=16, scaling="rslora").scale(4) == 8
+    assert ExpertsSection(alpha=16, scaling="lora").scale(4) == 4
+    assert ExpertsSection(alpha=3).scale(7) == pytest.approx(3 / 7**0.5, rel=1e-15)
 
 
 def test_delta_is_the_scaled_product():

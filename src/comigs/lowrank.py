@@ -7,18 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Scaling = Literal["rslora", "lora"]
 Pair = tuple[Tensor, Tensor]  # A (R, in), B (out, R)
-
-
-def scaling(alpha: float, rank: int, kind: Scaling = "rslora") -> float:
-    """The factor before B @ A: alpha / sqrt(rank) ("rslora", 2312.03732) or alpha / rank ("lora", 2106.09685)."""
-    return alpha / math.sqrt(rank) if kind == "rslora" else alpha / rank
 
 
 def joint_strength(count: int, summed: bool) -> float:

@@ -18,10 +18,10 @@ from comigs.config.sections import (
     UploadSection,
 )
 from comigs.config.toml import load_config, parse_config, read_toml, to_toml
-from comigs.config.tree import SECTIONS, VERSION, Config, ExpertShape
+from comigs.config.tree import SECTIONS, VERSION, Config, ExpertShape, dotted
 
 __all__ = [
     "SECTIONS", "SPLITS", "VERSION", "BaseSection", "ClientEntry", "ClientSection", "Config", "DataSection",
     "EvaluationSection", "ExpertShape", "ExpertsSection", "ParticipationSection", "Section", "Split", "Text",
-    "UploadSection", "load_config", "parse_config", "read_toml", "to_toml",
+    "UploadSection", "dotted", "load_config", "parse_config", "read_toml", "to_toml",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Literal
@@ -95,6 +96,10 @@ class ExpertsSection(Section):
     router_start: float = Field(
         0.02, ge=0, description="standard deviation of the router's starting weights; 0: uniform mixing exactly"
     )
+
+    def scale(self, rank: int) -> float:
+        """The factor before B @ A: alpha / sqrt(rank) ("rslora", 2312.03732) or alpha / rank ("lora", 2106.09685)."""
+        return self.alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
 
 class ClientSection(Section):

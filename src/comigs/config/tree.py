@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -155,3 +155,12 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "evaluation": EvaluationSection, "participation": ParticipationSection, "upload": UploadSection,
     "clients": ClientEntry, "text": Text,
 }  # fmt: skip
+
+
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each leaf of a tree by its path, as --set names it: "client.lr"."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

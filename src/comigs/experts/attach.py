@@ -88,7 +88,7 @@ class Attachment:
                 Expert(
                     {site: tensors[Slot(layer, site, part, "A")] for site in sites},
                     {site: tensors[Slot(layer, site, part, "B")] for site in sites},
-                    strength * self._scale(tensors[Slot(layer, sites[0], part, "A")]),
+                    strength * self.settings.scale(len(tensors[Slot(layer, sites[0], part, "A")])),
                 )
                 for part in parts
             ]
@@ -107,15 +107,12 @@ class Attachment:
                 )
                 lora.merged = tensors.get(Slot(layer, site, "merged", "W"))
                 if lora.A is not None:
-                    lora.scale = self._scale(lora.A)
+                    lora.scale = self.settings.scale(len(lora.A))
 
     def _strength(self, num_experts: int, routed: bool) -> float:
         sharing = min(self.settings.top_k, num_experts) if routed else num_experts
         together = self.settings.strength == "together" and sharing > 1
         return lowrank.joint_strength(sharing, self.summed) if together else 1.0
-
-    def _scale(self, A_RI: Tensor) -> float:
-        return lowrank.scaling(self.settings.alpha, A_RI.shape[0], self.settings.scaling)
 
     def unbind(self) -> None:
         """Point at nobody's tensors: the base alone."""

@@ -27,14 +27,14 @@ from comigs.slots import Slot
 
 def method(config: Config) -> Method:
     """One expert; the merge is exact."""
-    experts, shape = config.experts, one_expert("generalist")
+    shape = one_expert("generalist")
     require_equal(config, "rank", "fedex-lora averages A and B entry by entry", shape)
 
     def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
         average, factors = mean(uploads.values()), [pairs(upload) for upload in uploads.values()]
         download = dict(average)
         for at, of_means in pairs(average).items():
-            scale = lowrank.scaling(experts.alpha, len(of_means[0]), experts.scaling)
+            scale = config.experts.scale(len(of_means[0]))
             weights = [*[scale / len(factors)] * len(factors), -scale]
             residual = lowrank.stack([*[f[at] for f in factors], of_means], weights)
             download |= slots((*at[:2], "update"), residual, average[Slot(*at, "A")])

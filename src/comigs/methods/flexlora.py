@@ -17,11 +17,8 @@ from comigs.slots import Slot
 
 def method(config: Config) -> Method:
     """One expert per client, of the client's own rank."""
-    experts, shape = config.experts, one_expert("generalist")
+    shape, scale = one_expert("generalist"), config.experts.scale
     shapes = {client.name: shape(config.shape_of(client)) for client in config.clients}
-
-    def scale(rank: int) -> float:
-        return lowrank.scaling(experts.alpha, rank, experts.scaling)
 
     def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
         factors = {name: pairs(upload) for name, upload in uploads.items()}

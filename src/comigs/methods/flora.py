@@ -18,13 +18,12 @@ from comigs.slots import Slot
 
 def method(config: Config) -> Method:
     """One expert per client, of the client's own rank."""
-    experts = config.experts
 
     def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
         factors = [pairs(upload) for upload in uploads.values()]
         update: dict[Slot, Tensor] = {}
         for at in factors[0] if factors else ():
-            weights = [lowrank.scaling(experts.alpha, len(f[at][0]), experts.scaling) / len(factors) for f in factors]
+            weights = [config.experts.scale(len(f[at][0])) / len(factors) for f in factors]
             like = next(iter(uploads.values()))[Slot(*at, "A")]
             update |= slots((*at[:2], "update"), lowrank.stack([f[at] for f in factors], weights), like)
         return dict.fromkeys(facts.clients, update), memory

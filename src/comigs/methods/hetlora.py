@@ -72,7 +72,7 @@ def method(config: Config) -> Method:
         """LoRA's scale, which differs between ranks, put into B on the way up and taken out again on the way down."""
         result = {}
         for at, (A, B) in factors.items():
-            scale = lowrank.scaling(config.experts.alpha, len(A), config.experts.scaling)
+            scale = config.experts.scale(len(A))
             result[at] = (A, B * scale if up else B / scale)
         return result
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+from comigs.config import dotted
 from comigs.report import format as f
 from comigs.report.held import Amount, held_by_role
 from comigs.report.read import Run, Timing
@@ -173,7 +174,7 @@ def data_table(run: Run) -> Table | None:
 def environment_table(run: Run) -> Table:
     """Versions, commit and machine, whatever env.json holds beside the data; nested names joined by dots."""
     rest = {k: v for k, v in run.environment.items() if k != "data" or data_table(run) is None}
-    return Table(("what", "value"), tuple(_flat(rest)), names=2)
+    return Table(("what", "value"), tuple((name, _words(value)) for name, value in dotted(rest)), names=2)
 
 
 def settings(run: Run) -> tuple[tuple[str, str], ...]:
@@ -268,16 +269,6 @@ def _columns(table: Table, kept: Sequence[int], names: int) -> Table:
         return tuple(row[i] for i in kept)
 
     return Table(pick(table.headers), tuple(map(pick, table.rows)), table.last and pick(table.last), names)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", _words(value)))
-    return rows
 
 
 def _words(value: Any) -> str:

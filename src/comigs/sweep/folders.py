@@ -5,12 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comigs.config import Config
+from comigs.config import Config, dotted
 from comigs.data.files import resolve
 from comigs.data.sources import source_names
 from comigs.errors import UserError
@@ -111,19 +111,11 @@ def _fields(config: Config) -> dict[str, Any]:
     """Every field by its path, clients by their names, text by the files it means."""
     tree = config.model_dump(mode="json")
     tree["clients"] = {client["name"]: client for client in tree["clients"]}
-    fields = dict(_walk(tree))
+    fields = dict(dotted(tree))
     for field, value in fields.items():
         if field.startswith("clients.") and ".text" in field and isinstance(value, str):
             fields[field] = _meant(value, config.data.root)
     return fields | {"clients": list(tree["clients"])}
-
-
-def _walk(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _walk(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _meant(text: str, root: Path) -> str:

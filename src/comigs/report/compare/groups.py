@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from comigs.config import SPLITS, Config, Split
+from comigs.config import SPLITS, Config, Split, dotted
 from comigs.errors import UserError
 from comigs.report.compare.find import Found
 from comigs.report.read import Run
@@ -91,7 +91,7 @@ def fields_of(config: Config) -> Fields:
     """Every field that makes a setting, by its dotted name: not seed, text, base or where things lie."""
     tree = config.model_dump(mode="json")
     tree["clients"] = {c["name"]: {k: v for k, v in c.items() if k not in ("name", "text")} for c in tree["clients"]}
-    flat = dict(_flat(tree))
+    flat = dict(dotted(tree))
     return {name: value for name, value in flat.items() if not _of(name, (*_SAME, *_NAMES, *_DATA))}
 
 
@@ -143,7 +143,7 @@ def text_of(run: Run) -> dict[str, dict[str, Any]]:
 
 def taken_as_equal(runs: Iterable[Run]) -> dict[str, list[str]]:
     """Fields in which runs differ though they count as the same setting: name -> the values, in words."""
-    flat = [dict(_flat(run.config.model_dump(mode="json"))) for run in runs]
+    flat = [dict(dotted(run.config.model_dump(mode="json"))) for run in runs]
     names = dict.fromkeys(name for one in flat for name in one if _of(name, _SAME))
     values = {name: list(dict.fromkeys(words(one.get(name)) for one in flat)) for name in names}
     return {name: known for name, known in values.items() if len(known) > 1}
@@ -214,7 +214,7 @@ def _dataset_names(datasets: Sequence[Sequence[_Group]], placed: bool) -> list[s
     names = [", ".join(place[axis] for axis in apart) for place in places]
     if not all(names):
         names = [groups[0].config.name for groups in datasets]
-    flat = [dict(_flat(groups[0].config.model_dump(mode="json"))) for groups in datasets]
+    flat = [dict(dotted(groups[0].config.model_dump(mode="json"))) for groups in datasets]
     alike = {name: [fields for n, fields in zip(names, flat, strict=True) if n == name] for name in names}
     differ = {name: [n for n in varying([members]) if n in _DATA] for name, members in alike.items()}
     names = [
@@ -236,14 +236,6 @@ def _sorted(groups: Sequence[_Group], differing: Sequence[str], placed: bool) ->
         return (methods.index(g.config.method), *numbers)
 
     return sorted(groups, key=key)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _of(name: str, fields: Sequence[str]) -> bool:
