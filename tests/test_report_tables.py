@@ -145,6 +145,19 @@ def test_beside_the_rest_of_the_world_stands_how_much_of_it_was_adopted(tmp_path
     assert table is not None
     assert table.headers == ("client", "its own", "rest of the world", "adopted of the last download")
     assert table.rows[0] == ("de", "0.75", "0.25", "0.40")
+    config = folder / "config.toml"
+    config.write_text(config.read_text().replace("[experts]\n", "[experts]\nspecialists = 1\n"))
+    table = expert_share_table(read_run(folder))
+    assert table is not None
+    assert table.headers == ("client", "generalist 0", "specialist 0", "adopted of the last download")
+
+
+def test_a_client_without_a_router_may_adopt_as_well(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    change_metrics(folder, expert_share_by_layer=None, adopted_share=1.0)
+    table = expert_share_table(read_run(folder))
+    assert table is not None
+    assert (table.headers, table.rows[0]) == (("client", "adopted of the last download"), ("de", "1.00"))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ class Client:
         self.data = data
         self.text = data  # what it trains on
         self.is_trainer = True  # False: another client trains for it (pooled)
+        self.adopted_share: float | None = None  # of the download that it just received, where the method weighs it
         self.shape = method.shape(config.shape_of(config.client_named(name)))
         self.shapes = attachment.slot_shapes(self.shape, method.mixing == "routed", method.merges)
         self.trainee = new_trainee(self._start() if state is None else self._unwritten(), config.client)
@@ -88,11 +89,6 @@ class Client:
         trained = (t for slot, t in self.trainee.tensors.items() if any(self._trains(slot, r) for r in which))
         return sum(t.numel() for t in trained)
 
-    def adopted_share(self) -> float | None:
-        """Of the last download, where its router is open to the rest of the world as far as it was not; else None."""
-        gates = (t for slot, t in self.trainee.tensors.items() if slot.is_gate)
-        return next((1 - float(gate) for gate in gates), None)
-
     def _trains(self, slot: Slot, round: int) -> bool:
         return not slot.is_frozen and self.method.trains(slot, round)
 
@@ -114,7 +110,9 @@ class Client:
         written: Tensors = {slot: tensor for slot, tensor in download.items() if slot.role != "update"}
         if self.method.adopt is not None and written:
             windows = probe_windows(self.config, self.name, self.data, round, self.method.probe)
-            written = self.method.adopt(own, written, lambda tensors: self._nats({**own, **tensors}, windows))
+            written, self.adopted_share = self.method.adopt(
+                own, written, lambda tensors: self._nats({**own, **tensors}, windows)
+            )
         for slot, tensor in written.items():
             own[slot].copy_(tensor)
         self._merge({slot: tensor for slot, tensor in download.items() if slot.role == "update"})

@@ -94,7 +94,7 @@ def _shares(client: Client, shares_LE: list[list[float]] | None) -> dict[str, An
     return {
         "generalist_share_by_layer": shared,
         "expert_share_by_layer": shares_LE,
-        "adopted_share": client.adopted_share(),
+        "adopted_share": client.adopted_share,
     }
 
 

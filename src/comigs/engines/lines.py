@@ -19,7 +19,7 @@ class Line(BaseModel):
 
 
 class Shares(Line):
-    """Mean routing weights per block; None without a router. adopted_share: None without a gate."""
+    """Mean routing weights per block, None without a router; adopted_share: None where no download was weighed."""
 
     generalist_share_by_layer: list[float] | None
     expert_share_by_layer: list[list[float]] | None

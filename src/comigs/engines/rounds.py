@@ -31,6 +31,7 @@ def run_rounds(config: Config, method: Method, engine: Engine, folder: RunFolder
     if last.finished:
         return
     history, start, started = folder.metrics(), common_start(config.seed), Started()
+    own_or_rest = any(method.shape(config.shape_of(client)).rest != "none" for client in config.clients)
     downloads: dict[str, Download] = {}
     memory: Memory = {}
     if last.round:
@@ -51,13 +52,13 @@ def run_rounds(config: Config, method: Method, engine: Engine, folder: RunFolder
         metrics = intake.metrics(downloads)
         metrics.append({"kind": "server", "round": round, "drift": drift(intake.uploads, sent), **intake.whom()})
         metrics += intake.warnings
-        metrics += failure_signs(history, metrics)
+        metrics += failure_signs(history, metrics, own_or_rest)
         folder.stage("server/state", pack_server(downloads, memory), round)
         folder.commit(round, metrics, intake.timings())
         history += metrics
         for line in metrics:
             report(line)
-    _finish(config, engine, folder, report, history, downloads)
+    _finish(config, engine, folder, report, history, downloads, own_or_rest)
 
 
 def _ask(intake: Intake, engine: Engine, folder: RunFolder, report: Report, measured: set[str]) -> None:
@@ -90,7 +91,7 @@ def _ask(intake: Intake, engine: Engine, folder: RunFolder, report: Report, meas
 
 def _finish(
     config: Config, engine: Engine, folder: RunFolder, report: Report, history: list[dict[str, Any]],
-    downloads: Mapping[str, Download],
+    downloads: Mapping[str, Download], own_or_rest: bool,
 ) -> None:  # fmt: skip
     """The last exchange: everybody who is not left out gets the last download and measures its own model."""
     round, out, measured = config.rounds + 1, left_out(history), measured_base(history)
@@ -108,7 +109,7 @@ def _finish(
     metrics += [absent_line(round, name, why) for name, why in absent.items()]
     late = {n: reply.round for n, reply in answers.late.items() if not has_trained(history, n, reply.round)}
     metrics += [late_line(then, name, round, "dropped") for name, then in late.items()]
-    metrics += failure_signs(history, metrics)
+    metrics += failure_signs(history, metrics, own_or_rest)
     folder.commit(config.rounds, metrics, [reply.timing for reply in replies.values()], finished=True)
     for line in metrics:
         report(line)

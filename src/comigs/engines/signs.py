@@ -16,11 +16,15 @@ OVERFIT_ROUNDS = 3  # evaluations in a row in which valid rose while train fell
 OVERFIT_RISE = 0.01  # and by how many nats per token over them
 
 
-def failure_signs(history: Sequence[Line], new: Sequence[Line]) -> list[dict[str, Any]]:
-    """Warning lines for what the `new` lines show in the light of `history`; each sign once per client and run."""
+def failure_signs(history: Sequence[Line], new: Sequence[Line], own_or_rest: bool = False) -> list[dict[str, Any]]:
+    """Warning lines for what the `new` lines show in the light of `history`; each sign once per client and run.
+
+    own_or_rest: routers weigh a single own expert and the rest of the world, where all of either is as it should be.
+    """
     known = {(line["sign"], line["client"]) for line in history if line["kind"] == "warning"}
     everything = [*history, *new]
-    found = [*_collapsed_routers(new), *_drift(everything, new), *_overfitting(everything, new)]
+    collapsed = () if own_or_rest else _collapsed_routers(new)
+    found = [*collapsed, *_drift(everything, new), *_overfitting(everything, new)]
     return [sign for sign in found if (sign["sign"], sign["client"]) not in known]
 
 
@@ -31,8 +35,7 @@ def _warning(sign: str, round: int, client: str | None, message: str) -> dict[st
 def _collapsed_routers(new: Sequence[Line]) -> Iterator[dict[str, Any]]:
     seen = set()
     for line in new:
-        own_or_rest = line.get("adopted_share") is not None  # all from its own, or all adopted, is as it should be
-        shares = line.get("expert_share_by_layer") if line["kind"] == "evaluation" and not own_or_rest else None
+        shares = line.get("expert_share_by_layer") if line["kind"] == "evaluation" else None
         collapsed = [layer for layer, experts in enumerate(shares or []) if max(experts) > COLLAPSED]
         if shares and collapsed and line["client"] not in seen:
             seen.add(line["client"])
@@ -48,7 +51,7 @@ def _drift(everything: Sequence[Line], new: Sequence[Line]) -> Iterator[dict[str
     if not any(line["kind"] == "server" for line in new):
         return
     adopted = [x["adopted_share"] for x in new if x["kind"] == "train" and x.get("adopted_share") is not None]
-    if adopted and sum(adopted) < len(adopted) / 2:  # most of the mean is not used, only kept beside
+    if adopted and sum(adopted) < len(adopted) / 2:  # most of the mean is not used
         return
     drifts = [(x["round"], x["drift"]) for x in everything if x["kind"] == "server" and x["drift"] is not None]
     last = [value for _, value in drifts[-DRIFT_ROUNDS - 1 :]]

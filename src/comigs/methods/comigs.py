@@ -20,6 +20,7 @@ from pydantic import Field
 from comigs.config import Config, ExpertShape, Section
 from comigs.errors import UserError
 from comigs.methods.method import (
+    Adopted,
     Download,
     Method,
     Tensors,
@@ -88,10 +89,10 @@ def with_the_rest(config: Config) -> Method:
     itself from valid.
     """
 
-    def adopt(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Tensors:
+    def adopt(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Adopted:
         share = share_that_valid_asks(own, download, nats)
         gates = {slot: torch.full_like(tensor, 1 - share) for slot, tensor in own.items() if slot.is_gate}
-        return {**towards(own, download, share), **rest_of(download), **gates}
+        return {**towards(own, download, share), **rest_of(download), **gates}, share
 
     shape = beside_the_rest("gated")
     return replace(
@@ -103,9 +104,10 @@ def with_the_rest(config: Config) -> Method:
     )
 
 
-def adopt_as_valid_asks(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Tensors:
+def adopt_as_valid_asks(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Adopted:
     """A download as far as it helps: a client whose text has little in common with the others' keeps what it learnt."""
-    return towards(own, download, share_that_valid_asks(own, download, nats))
+    share = share_that_valid_asks(own, download, nats)
+    return towards(own, download, share), share
 
 
 def towards(own: Tensors, download: Download, share: float) -> Tensors:

@@ -41,6 +41,7 @@ Tensors = Mapping[Slot, Tensor]
 Upload = Tensors
 Download = Tensors
 Memory = Mapping[str, Tensor]
+Adopted = tuple[Tensors, float]  # what is written of a download, and how far towards it that is: from 0 to 1
 Settings = TypeVar("Settings", bound=Section)
 Key = TypeVar("Key")
 
@@ -92,8 +93,8 @@ class Method:
     restarts: whoever merged an update draws its shared A anew as at the start and sets B to zero.
     probe: windows of its valid, drawn anew each round, on which a client compares models.
     reads_peers: each client measures every other client's upload (Facts.peer_nats).
-    adopt(own, download, nats): what a client writes of a download that it may weigh against its own tensors first;
-        nats(tensors): per token, on `probe` windows of its valid.
+    adopt(own, download, nats): what a client writes of a download that it may weigh against its own tensors first, and
+        how far towards it that is; nats(tensors): per token, on `probe` windows of its valid.
     finish(tensors, nats): what a client's tensors become at the very end; nats(tensors): per token, on its valid.
     pooled: one model is trained on the text of all clients with as many times the batch, and everybody gets it.
     averages: whatever `aggregate` makes of uploads goes through Facts.mean, which `upload.merge` can replace.
@@ -116,7 +117,7 @@ class Method:
     restarts: bool = False
     probe: int = 0
     reads_peers: bool = False
-    adopt: Callable[[Tensors, Download, Callable[[Tensors], float]], Tensors] | None = None
+    adopt: Callable[[Tensors, Download, Callable[[Tensors], float]], Adopted] | None = None
     finish: Callable[[Tensors, Callable[[Tensors], float]], Tensors] | None = None
     pooled: bool = False
     averages: bool = False

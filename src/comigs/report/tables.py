@@ -125,24 +125,24 @@ def roles_apart(run: Run) -> tuple[str, str] | None:
 
 
 def expert_share_table(run: Run) -> Table | None:
-    """Mean routing weight of each expert and client over blocks.
+    """Mean routing weight of each expert and client over blocks, and how far the client adopted.
 
-    None unless a client has more than two experts, or one beside the rest of the world: then how far it adopted.
+    None where nothing was weighed and nobody has more than two experts.
     """
     shares = _last_expert_shares(run)
-    if adopted := {t.client: t.adopted_share for t in run.train if t.adopted_share is not None}:
-        rows = [(name, *map(f.share, (*experts, adopted.get(name)))) for name, experts in shares.items()]
-        return Table(("client", "its own", "rest of the world", "adopted of the last download"), tuple(rows))
+    adopted = {t.client: t.adopted_share for t in run.train if t.adopted_share is not None}
     most = max((len(s) for s in shares.values()), default=0)
-    if most < 3:
+    if most < 3 and not adopted:
         return None
     first = run.config.shape_of(run.config.clients[0]).generalists
     names = [f"generalist {i}" if i < first else f"specialist {i - first}" for i in range(most)]
-    rows = [
-        (name, *(f.share(experts[i]) if i < len(experts) else f.NONE for i in range(most)))
-        for name, experts in shares.items()
-    ]
-    return Table(("client", *names), tuple(rows))
+    if adopted and not run.config.numbers_experts:
+        names = ["its own", "rest of the world"][:most]
+    rows = []
+    for name in {**shares, **adopted}:
+        row = [*shares.get(name, ())] + [None] * most
+        rows.append((name, *map(f.share, [*row[:most], *([adopted.get(name)] if adopted else [])])))
+    return Table(("client", *names, *(["adopted of the last download"] if adopted else [])), tuple(rows))
 
 
 def absence_table(run: Run) -> Table | None:
