@@ -3,9 +3,9 @@
 2409.13931. Its variants are numbers: 1g1s, 2g (`generalists = 2, specialists = 0`), 2s (`generalists = 0,
 specialists = 2, share_attention = false`), 1gXs (`specialists` differs between clients).
 
-Two things are ours. A client goes only as far towards a download as its valid asks (docs/decisions/0007). And where the
-config does not say how many experts there are, a client has a single one of all their ranks, which is averaged, and
-beside it what it did not adopt: the rest of the world, frozen (0013). `configs/paper.toml` has neither.
+Two things are ours. A client's generalists go only as far towards a download as its valid asks (docs/decisions/0007).
+And where the config does not say how many experts there are, a client has a single one of all their ranks, which is
+averaged, and beside it what it did not adopt: the rest of the world, frozen (0013). `configs/paper.toml` has neither.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Options(Section):
     """[options] of comigs."""
 
     adopt: Literal["all", "valid"] = Field(
-        "valid", description='"all" of a download, or as far towards it as "valid" asks'
+        "valid", description='"all" of a download, or its generalists only as far as "valid" asks'
     )
     probe_windows: int = Field(16, ge=1, description="windows of valid on which adopt decides, drawn anew each round")
 
@@ -111,8 +111,8 @@ def adopt_as_valid_asks(own: Tensors, download: Download, nats: Callable[[Tensor
 
 
 def towards(own: Tensors, download: Download, share: float) -> Tensors:
-    """own + share * (download - own)."""
-    return {slot: torch.lerp(own[slot], tensor, share) for slot, tensor in download.items()}
+    """own + share * (download - own) of the generalists; attention LoRA is one for all, taken whole (0007)."""
+    return {s: t if s.role == "attention" else torch.lerp(own[s], t, share) for s, t in download.items()}
 
 
 def share_that_valid_asks(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> float:
