@@ -108,6 +108,8 @@ def test_the_router_is_as_far_open_to_the_rest_as_the_download_was_not_adopted(t
     torch.testing.assert_close(tensors[first], torch.lerp(own[first], download[first], share))
     assert {float(t) for s, t in tensors.items() if s.is_gate} == {1 - share}
     assert client.adopted_share == share
+    client.receive({}, 3)
+    assert client.adopted_share is None
     alone = {s: t for s, t in tensors.items() if s.role not in ("router", "rest")}
     windows = probe_windows(client.config, "ada", client.data, 2, 8)
     differs = abs(client._nats(tensors, windows) - client._nats(alone, windows))

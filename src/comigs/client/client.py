@@ -47,7 +47,7 @@ class Client:
         self.data = data
         self.text = data  # what it trains on
         self.is_trainer = True  # False: another client trains for it (pooled)
-        self.adopted_share: float | None = None  # of the download that it just received, where the method weighs it
+        self.adopted_share: float | None = None  # of what it received last, where the method weighs that
         self.shape = method.shape(config.shape_of(config.client_named(name)))
         self.shapes = attachment.slot_shapes(self.shape, method.mixing == "routed", method.merges)
         self.trainee = new_trainee(self._start() if state is None else self._unwritten(), config.client)
@@ -108,6 +108,7 @@ class Client:
             if not bool(tensor.isfinite().all()):
                 raise AssertionError(f"{self.name}: {slot} of the download is not finite")
         written: Tensors = {slot: tensor for slot, tensor in download.items() if slot.role != "update"}
+        self.adopted_share = None
         if self.method.adopt is not None and written:
             windows = probe_windows(self.config, self.name, self.data, round, self.method.probe)
             written, self.adopted_share = self.method.adopt(

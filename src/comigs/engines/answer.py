@@ -71,7 +71,7 @@ def trained(client: Client, round: int, log: RoundLog) -> dict[str, Any]:
         "balance_loss": _mean(log.balance_losses),
         "trained_tokens": log.trained_tokens,
         "trained_parameters": client.trained_parameters([round]),
-        **_shares(client, shares),
+        **_shares(client, shares, client.adopted_share),
     }
 
 
@@ -84,17 +84,17 @@ def evaluated(client: Client, split: Split, round: int, result: Evaluation, mode
         "split": split,
         "model": model,
         **result.figures(),
-        **_shares(client, result.expert_share_LE),
+        **_shares(client, result.expert_share_LE, client.adopted_share if model == "personal" else None),
     }
 
 
-def _shares(client: Client, shares_LE: list[list[float]] | None) -> dict[str, Any]:
+def _shares(client: Client, shares_LE: list[list[float]] | None, adopted: float | None) -> dict[str, Any]:
     rest, generalists = client.shape.rest != "none", client.shape.generalists
     shared = None if shares_LE is None else [e[-1] if rest else sum(e[:generalists]) for e in shares_LE]
     return {
         "generalist_share_by_layer": shared,
         "expert_share_by_layer": shares_LE,
-        "adopted_share": client.adopted_share,
+        "adopted_share": adopted,
     }
 
 
