@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -24,6 +25,7 @@ from comigs.record import RunFolder
 from comigs.slots import Slot
 
 torch.set_num_threads(1)  # the numbers some tests hold were made with one thread
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is begun with Ctrl-C ignored
 
 WORDS = {  # what each client writes about; no word is anybody else's
     "ada": "engine number analysis table note wheel loom pattern",
