@@ -49,6 +49,15 @@ def test_receiving_writes_the_downloads_slots_and_nothing_else(tmp_path):
     assert bool((tensors[shared[0]] == 0.25).all())  # a copy, not the server's own tensor
 
 
+def test_whoever_misses_rounds_goes_on_at_the_rate_that_everybody_has_by_then(tmp_path):
+    config = run_config(tmp_path, rounds=4)
+    present, absent = (start_engine(config).clients[name] for name in ("ada", "bob"))
+    rates = [present.train(round, QUIET).learning_rate for round in (1, 2, 3, 4)]
+    assert rates[0] > rates[1] > rates[2] > rates[3]
+    assert [absent.train(round, QUIET).learning_rate for round in (2, 4)] == [rates[1], rates[3]]
+    assert absent.trainee.local_steps == 2 * config.client.steps  # its own, by which it draws its text
+
+
 @pytest.mark.parametrize("role", ["specialist", "router"])
 def test_a_download_may_not_touch_what_is_private_whatever_the_method_says(tmp_path, role):
     client = client_of(tmp_path)

@@ -250,6 +250,22 @@ def test_other_seeds_are_said_and_only_common_ones_paired(tmp_path: Path) -> Non
     assert table.rows[0][table.headers.index("common seeds")] == "2"
 
 
+def test_nothing_is_called_best_where_settings_have_different_seeds(tmp_path: Path) -> None:
+    for number in (1, 2):  # two datasets; the second has one seed of comigs more, and an easy one
+        for seed, nats in ((1, 2.0), (2, 1.0)):
+            for method in ("local", "comigs"):
+                if (number, seed, method) != (2, 2, "local"):
+                    folder = measured(tmp_path / f"{number}/{method}-{seed}", {"ann": nats}, seed, method=method)
+                    change(folder, "env.json", base_fingerprint=str(number))
+    compared = compare_runs([tmp_path])
+    one, other = compared.comparison.datasets
+    assert one.same_seeds and not other.same_seeds
+    assert main_table(compared.comparison, one).best and not main_table(compared.comparison, other).best
+    assert ranks(compared.comparison) == {} and combined_table(compared.comparison).best == frozenset()
+    assert headline(compared.comparison) == "Settings were measured on different seeds, so none is called best."
+    assert any("nothing is marked best or ranked where seeds differ" in note for note in compared.notes)
+
+
 def test_no_common_seed_is_no_difference(tmp_path: Path) -> None:
     measured(tmp_path / "a", NATS, 1, method="local")
     measured(tmp_path / "b", NATS, 2)
@@ -364,6 +380,20 @@ def test_budgets_that_are_not_equal_say_by_how_much(tmp_path: Path) -> None:
     compared = compare_runs([tmp_path])
     cells = {row[0]: row[1] for row in cost_table(only(compared)).rows}
     assert cells == {"local": "1,000", "comigs": "1,500 (1.50\N{MULTIPLICATION SIGN})", "fedavg": "1,000"}
+
+
+def test_what_routers_learn_from_is_counted_beside_what_experts_do(tmp_path: Path) -> None:
+    for method in ("local", "comigs"):
+        folder = measured(tmp_path / method, NATS, method=method)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            if line["kind"] == "train":
+                line |= {"local_steps": 4, "router_steps": 3 if method == "comigs" else 0, "trained_tokens": 80}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compared = compare_runs([tmp_path])
+    table, rounds = cost_table(only(compared)), compared.comparison.datasets[0].rows[0].setting.runs[42].config.rounds
+    shown = {r[0]: [r[table.headers.index(h)] for h in ("trained tokens", "and in router steps")] for r in table.rows}
+    assert shown == {"local": [f"{80 * rounds}", "0"], "comigs": [f"{80 * rounds}", f"{60 * rounds}"]}
 
 
 def test_one_pooled_model_counts_the_client_that_trains(tmp_path: Path) -> None:

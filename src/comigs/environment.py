@@ -70,7 +70,8 @@ def _commit() -> str | None:
     try:
         if git("ls-files", Path(__file__).name) == "":
             return None
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changes = git("status", "--porcelain", "--untracked-files=no", ".")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

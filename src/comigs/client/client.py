@@ -137,8 +137,10 @@ class Client:
         anchor = {slot: tensor.clone() for slot, tensor in own.items()} if looks_back else {}
         penalty = None if method.penalty is None else partial(method.penalty, own, anchor)
         rules = Rules(lambda slot: self._trains(slot, round), penalty)
+        missed = (round - 1) * self.config.client.steps - self.trainee.local_steps
+        plan = replace(self.plan, missed=max(0, missed))
         try:
-            log = local_round(self.attachment, self.trainee, self.plan, self._draw, rules, on_step)
+            log = local_round(self.attachment, self.trainee, plan, self._draw, rules, on_step)
         except NonFiniteLoss as error:
             raise UserError(
                 f"client {self.name}: {error} in round {round}, {error.batch}; this batch was not learnt from and the "

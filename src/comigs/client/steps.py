@@ -53,7 +53,11 @@ class Trainee:
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings of a run that steps need. total_steps: local steps of the whole run, for the cosine."""
+    """The settings of a run that steps need.
+
+    total_steps: local steps of the whole run, for the cosine. missed: those before now for which the client was not
+    asked.
+    """
 
     settings: ClientSection
     lr: float
@@ -61,12 +65,16 @@ class Plan:
     total_steps: int
     dtype: torch.dtype
     schedule: Schedule = "alternating"  # of the router (Method.schedule)
+    missed: int = 0
 
     def rate(self, group: Group, done: int) -> float:
-        """Learning rate after `done` local steps: the router's constant; the experts' a cosine from lr to lr / 10."""
+        """Learning rate after `done` own local steps: the router's constant; the experts' a cosine over the run from
+        lr to lr / 10.
+        """
         if group == "router":
             return self.router_lr
-        return self.lr / 10 + (self.lr - self.lr / 10) * (1 + math.cos(math.pi * done / self.total_steps)) / 2
+        over = (done + self.missed) / self.total_steps
+        return self.lr / 10 + (self.lr - self.lr / 10) * (1 + math.cos(math.pi * over)) / 2
 
 
 @dataclass(frozen=True)

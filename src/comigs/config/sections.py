@@ -115,7 +115,7 @@ class ClientSection(Section):
     weight_decay: float = Field(0.01, ge=0, description="AdamW, on everything trained")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two decay rates")
     router_every: int = Field(
-        30, ge=1, description="local steps between router phases, counted over the whole run (tau)"
+        30, ge=1, description="a client's local steps between router phases, counted over all its rounds (tau)"
     )
     router_steps: int = Field(10, ge=0, description="router steps in a phase, each on a batch of router_data")
     router_data: Literal["valid", "train", "crossfit"] = Field(

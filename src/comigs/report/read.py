@@ -34,7 +34,8 @@ class Train:
     generalist_share_by_layer: tuple[float | None, ...] | None
     expert_share_by_layer: tuple[tuple[float | None, ...], ...] | None
     adopted_share: float | None
-    trained_tokens: int
+    trained_tokens: int  # the experts'
+    router_tokens: int  # what the router learnt from beside them
     trained_parameters: int | None
     uploaded_bytes: int
     downloaded_bytes: int
@@ -225,6 +226,7 @@ def _lines(path: Path) -> list[Fields]:
 
 
 def _train(f: Fields) -> Train:
+    local, router = f.integer("local_steps"), f.integer("router_steps")
     return Train(
         round=f.integer("round"),
         client=f.text("client"),
@@ -234,6 +236,7 @@ def _train(f: Fields) -> Train:
         expert_share_by_layer=f.rows("expert_share_by_layer"),
         adopted_share=f.number("adopted_share"),
         trained_tokens=f.integer("trained_tokens"),
+        router_tokens=router * f.integer("trained_tokens") // local if local else 0,  # batches are of one size
         trained_parameters=f.optional_integer("trained_parameters"),
         uploaded_bytes=f.integer("uploaded_bytes"),
         downloaded_bytes=f.integer("downloaded_bytes"),

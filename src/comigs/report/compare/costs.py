@@ -25,14 +25,16 @@ class Costs:
     """Per client; None: not recorded. Bytes are per round, tokens of the whole run.
 
     trained_parameters is of the `training` clients that train any (one model for all is trained by one of `clients`);
-    tokens and bytes count every client. tokens_per_second depends on the machine; peak_memory_bytes is the most seen.
-    weights: how much each client counts in the server's merge, in words.
+    tokens and bytes count every client. router_tokens: those of router steps, beside the experts'. tokens_per_second
+    depends on the machine; peak_memory_bytes is the most seen. weights: how much each client counts in the server's
+    merge, in words.
     """
 
     trained_parameters: Range | None
     training: int
     clients: int
     trained_tokens: float
+    router_tokens: float
     uploaded: Range
     downloaded: Range
     tokens_per_second: float | None
@@ -59,11 +61,13 @@ def costs(setting: Setting) -> Costs:
     speeds = [t.tokens_per_second for t in timings if t.tokens_per_second]
     memory = [t.peak_memory_bytes for t in timings if t.peak_memory_bytes is not None]
     rounds = max(1, runs[0].config.rounds)
+    train = [line for run in runs for line in run.train]
     return Costs(
         trained_parameters=_range([p for p in parameters if p] or parameters),
         training=sum(p > 0 for p in parameters) // len(runs),
         clients=len(clients) // len(runs),
-        trained_tokens=sum(t.trained_tokens for run in runs for t in run.train) / len(clients),
+        trained_tokens=sum(t.trained_tokens for t in train) / len(clients),
+        router_tokens=sum(t.router_tokens for t in train) / len(clients),
         uploaded=_bytes(clients, "uploaded_bytes", rounds),
         downloaded=_bytes(clients, "downloaded_bytes", rounds),
         tokens_per_second=fmean(speeds) if speeds else None,

@@ -49,6 +49,11 @@ class Results:
         """Whether there is anything to compare against."""
         return any(row.is_baseline for row in self.rows)
 
+    @property
+    def same_seeds(self) -> bool:
+        """Whether all settings were measured on the same seeds. Else none is called better than another."""
+        return len({frozenset(_by_client(row.setting, "nats_per_token")) for row in self.rows}) == 1
+
     def row(self, setting: str) -> Row | None:
         """The row of that name."""
         return next((row for row in self.rows if row.setting.name == setting), None)
@@ -61,6 +66,11 @@ class Comparison:
     metric: Metric
     baseline: Baseline | None
     datasets: tuple[Results, ...]
+
+    @property
+    def same_seeds(self) -> bool:
+        """Whether that holds on every dataset."""
+        return all(results.same_seeds for results in self.datasets)
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -115,8 +125,13 @@ def mean_by_round(setting: Setting, metric: str) -> dict[int, Spread]:
 
 
 def ranks(comparison: Comparison) -> dict[str, float]:
-    """Setting -> its mean rank over datasets (1: best; ties share), among the settings that are measured on all."""
+    """Setting -> its mean rank over datasets (1: best; ties share), among the settings that are measured on all.
+
+    Empty where settings of a dataset have different seeds.
+    """
     metric, datasets = comparison.metric, comparison.datasets
+    if not comparison.same_seeds:
+        return {}
     scores = {name: [_score(d.row(name), metric) for d in datasets] for name in comparison.settings}
     whole = {name: [v for v in values if v is not None] for name, values in scores.items() if None not in values}
     return {

@@ -85,7 +85,7 @@ def _seeds(datasets: Sequence[Dataset]) -> list[str]:
     ]
     return [
         f"not every setting has the same seeds: most have {f.rounds(usual)}, {f.listed(named)}. "
-        "Differences use only seeds that both have"
+        "Differences use only seeds that both have; nothing is marked best or ranked where seeds differ"
     ]
 
 

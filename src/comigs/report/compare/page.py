@@ -39,6 +39,8 @@ def comparison_page(compared: Compared) -> str:
 def headline(c: Comparison) -> str:
     """The result in one sentence."""
     metric = tables.WORDS[c.metric]
+    if not c.same_seeds:
+        return "Settings were measured on different seeds, so none is called best."
     if len(c.datasets) > 1:
         return _by_rank(ranks(c), len(c.datasets), len(c.settings))
     results = c.datasets[0]

@@ -36,7 +36,7 @@ def main_table(comparison: Comparison, results: Results, brief: bool = False) ->
     columns.append(_scores(f"test {WORDS[metric]}", [r.scores[metric] for r in rows], getattr(results.base, metric)))
     if any(r.baseline for r in rows):
         columns += _differences(comparison, results)
-    return _table(columns if brief else [*columns, *_costs(results)[:2]], len(rows) > 1)
+    return _table(columns if brief else [*columns, *_costs(results)[:2]], results.same_seeds)
 
 
 def score_table(comparison: Comparison, results: Results) -> Table:
@@ -49,7 +49,7 @@ def score_table(comparison: Comparison, results: Results) -> Table:
         if metric != comparison.metric
     ]
     columns.append(_scores("exp of mean nats/token", [r.perplexity_of_mean for r in rows], base.perplexity_of_mean))
-    return _table(columns, len(rows) > 1)
+    return _table(columns, results.same_seeds)
 
 
 def client_scores(comparison: Comparison, results: Results) -> Table:
@@ -58,7 +58,7 @@ def client_scores(comparison: Comparison, results: Results) -> Table:
     for client in results.clients:
         base = getattr(results.base_of[client], comparison.metric)
         columns.append(_scores(client, [r.clients[client][comparison.metric] for r in results.rows], base))
-    return _table(columns, len(results.rows) > 1)
+    return _table(columns, results.same_seeds)
 
 
 def cost_table(results: Results) -> Table:
@@ -93,7 +93,7 @@ def combined_table(comparison: Comparison) -> Table:
             for name, mean in zip(names, means, strict=True)
         ]
         columns.append(Column(f"mean difference in {WORDS[comparison.scale]}", cells))
-    return _table(columns, len(names) > 1)
+    return _table(columns, comparison.same_seeds)
 
 
 def settings_table(comparison: Comparison) -> Table:
@@ -150,12 +150,15 @@ def _costs(results: Results) -> list[Column]:
         f.count(c.trained_tokens) + _against(c.trained_tokens, b.trained_tokens if b else None)
         for c, b in zip(costs, budgets, strict=True)
     ]
-    return [
+    columns = [
         Column("trained parameters", parameters),
         Column("upload / round", [_range(c.uploaded, f.size) for c in costs]),
         Column("download / round", [_range(c.downloaded, f.size) for c in costs]),
         Column("trained tokens", tokens),
     ]
+    if any(c.router_tokens for c in costs):
+        columns.append(Column("and in router steps", [f.count(c.router_tokens) for c in costs]))
+    return columns
 
 
 def _against(value: float | None, reference: float | None) -> str:
@@ -190,7 +193,7 @@ def _table(columns: Sequence[Column], mark: bool) -> Table:
     best: set[tuple[int, int]] = set()
     second: set[tuple[int, int]] = set()
     for number, column in enumerate(columns):
-        levels = sorted({v for v in column.values if v is not None}) if mark else []
+        levels = sorted({v for v in column.values if v is not None}) if mark and len(column.values) > 1 else []
         for row, value in enumerate(column.values):
             if value is not None and value in levels[:2]:
                 (best if value == levels[0] else second).add((row, number))

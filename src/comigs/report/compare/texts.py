@@ -98,6 +98,7 @@ def _costs(costs: Costs, baseline: Costs | None) -> dict[str, Any]:
         "clients": costs.clients,
         "trained_tokens": costs.trained_tokens,
         "trained_tokens_ratio": ratio(costs.trained_tokens, baseline.trained_tokens if baseline else None),
+        "router_tokens": costs.router_tokens,
         **_range("uploaded_bytes_per_round", costs.uploaded),
         **_range("downloaded_bytes_per_round", costs.downloaded),
         "tokens_per_second": costs.tokens_per_second,
@@ -115,7 +116,9 @@ def _run_rows(results: Results, row: Row) -> Iterable[dict[str, Any]]:
                 line |= {f"{which}_{metric}": getattr(score, metric) for metric in METRICS}
             line["test_tokens"] = client.test.tokens
             line["trained_parameters"] = client.trained_parameters
-            line["trained_tokens"] = sum(t.trained_tokens for t in run.train if t.client == name)
+            trained = [t for t in run.train if t.client == name]
+            line["trained_tokens"] = sum(t.trained_tokens for t in trained)
+            line["router_tokens"] = sum(t.router_tokens for t in trained)
             yield line | {"uploaded_bytes": client.uploaded_bytes, "downloaded_bytes": client.downloaded_bytes}
 
 
