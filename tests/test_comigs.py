@@ -94,7 +94,7 @@ def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_router_is_as_far_open_to_the_rest_as_the_download_was_not_adopted(tmp_path, share):
     """Where all of it was, the rest has no say: the model is the one without it."""
-    config = run_config(tmp_path, experts={"strength": "each", **LEFT_TO_COMIGS})
+    config = run_config(tmp_path, experts=LEFT_TO_COMIGS)
     client = start_engine(config).clients["ada"]
     client.train(1, lambda level, nats: None)
     own = client.send(1)

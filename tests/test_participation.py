@@ -70,6 +70,29 @@ def test_a_round_asks_as_many_as_wanted_says_whom_and_the_end_asks_everybody(tmp
     assert not any("asked" in line for line in lines_of(everybody, "server"))
 
 
+def test_bytes_are_counted_when_they_are_delivered_also_to_who_is_asked_seldom_or_never(tmp_path):
+    """Updates add up while a client is idle (flora, fedex-lora), so what waits for it grows."""
+
+    class Deaf(Numbers):
+        def answer(self, name, task, download):
+            return super().answer(name, task, {})
+
+    def aggregate(uploads, memory, facts):
+        merged = {replace(A, part="update"): torch.zeros(2, 3)}
+        return dict.fromkeys(facts.clients, merged), memory
+
+    engine, method = Deaf(FOUR), replace(averaging(), aggregate=aggregate)
+    folder = rounds_of(tmp_path, engine, method, rounds=4, participation={"clients_per_round": 1})
+    got = dict.fromkeys(FOUR.split(), 0)
+    for received in engine.received:
+        for name, download in received.items():
+            got[name] += sum(tensor.nbytes for tensor in download.values())
+    summary = summarize(folder.config(), method, folder.metrics())
+    assert {name: c["downloaded_bytes"] for name, c in summary["clients"].items()} == got
+    assert max(got.values()) == 4 * 24
+    assert len(lines_of(folder, "train")) == 4 and len(lines_of(folder, "download")) == 4
+
+
 def test_the_base_is_measured_when_a_client_is_first_asked_and_on_test_at_the_latest(tmp_path):
     engine = Numbers(FOUR)
     folder = rounds_of(tmp_path, engine, rounds=3, seed=3, participation={"clients_per_round": 1})

@@ -144,12 +144,12 @@ def test_traffic_counts_the_bytes_of_what_was_sent_by_role():
         "uploaded_by_role": {"generalist": {"slots": 2, "bytes": 64}, "attention": {"slots": 1, "bytes": 28}},
     }
     download = {A: torch.zeros(2, 3)}
-    assert traffic(upload, {}, download) == expected
-    assert traffic(upload, {}, download, "bfloat16")["uploaded_bytes"] == 12 + 20 + 14
-    int8 = traffic(upload, download, download, "int8")  # A as a step: 6 numbers and a float32 scale for each of 2 rows
+    assert traffic(upload, download) == expected
+    assert traffic(upload, download, "bfloat16")["uploaded_bytes"] == 12 + 20 + 14
+    int8 = traffic(upload, download, "int8")  # A as a step: 6 numbers and a float32 scale for each of 2 rows
     assert int8["uploaded_by_role"]["generalist"]["bytes"] == (6 + 2 * 4) + 20
-    assert traffics({"ada": upload, "bob": download}, {}, {"ada": download}, reads_peers=False)["ada"] == expected
-    both = traffics({"ada": upload, "bob": download}, {}, {"ada": download}, reads_peers=True)
+    assert traffics({"ada": upload, "bob": download}, {"ada": download}, reads_peers=False)["ada"] == expected
+    both = traffics({"ada": upload, "bob": download}, {"ada": download}, reads_peers=True)
     assert both["ada"]["downloaded_bytes"] == 24 + 24 and both["bob"]["downloaded_bytes"] == 92
 
 

@@ -43,7 +43,7 @@ def budgets(config: Config, base: Base) -> dict[str, Budget]:
         uploads: dict[str, Upload] = {n: starting_tensors(slots, config.seed, n) for n, slots in expected.items()}
         downloads, _ = method.aggregate(uploads, {}, facts)
         everyone: dict[str, Upload] = {name: uploads.get(name, {}) for name in names}
-        moved = traffics(everyone, downloads, downloads, config.upload.format, method.reads_peers)
+        moved = traffics(everyone, downloads, config.upload.format, method.reads_peers)
         for name in names:
             sent[name] += moved[name]["uploaded_bytes"]
             got[name] += moved[name]["downloaded_bytes"]

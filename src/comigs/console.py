@@ -147,6 +147,9 @@ class Console:
     def _evaluation(self, line: Mapping[str, Any]) -> None:
         self.lines[line["model"]].append(line)
 
+    def _download(self, line: Mapping[str, Any]) -> None:
+        """Nothing that anybody waits for."""
+
     def _absent(self, line: Mapping[str, Any]) -> None:
         assert self.config is not None
         last = line["round"] > self.config.rounds

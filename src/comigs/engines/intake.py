@@ -144,10 +144,10 @@ class Intake:
         given, replies = {c.name: c.weight for c in self.config.clients}, self._counted()
         return {name: given[name] or replies[name].train_tokens for name in self.uploads}
 
-    def metrics(self, next_downloads: Mapping[str, Download]) -> list[dict[str, Any]]:
+    def metrics(self) -> list[dict[str, Any]]:
         """The lines of the clients, and those of who is absent."""
         format = self.config.upload.format
-        moved = traffics(self.uploads, self.downloads, next_downloads, format, self.method.reads_peers)
+        moved = traffics(self.uploads, self.downloads, format, self.method.reads_peers)
         lines = [
             line | moved[name] if line["kind"] == "train" else line
             for name, reply in self._counted().items()

@@ -12,7 +12,7 @@ from comigs.engines.intake import NO_ANSWER, Intake, Started
 from comigs.engines.lines import check_lines
 from comigs.engines.participation import absent_line, has_trained, late_line, left_out, measured_base
 from comigs.engines.signs import failure_signs
-from comigs.engines.traffic import drift
+from comigs.engines.traffic import drift, last_download
 from comigs.engines.waiting import next_downloads, pack_server, unpack_server
 from comigs.errors import UserError
 from comigs.files import command
@@ -49,7 +49,7 @@ def run_rounds(config: Config, method: Method, engine: Engine, folder: RunFolder
         merged, memory = method.aggregate(intake.uploads, memory, facts)
         sent, downloads = downloads, next_downloads(downloads, merged, intake.reached)
 
-        metrics = intake.metrics(downloads)
+        metrics = intake.metrics()
         metrics.append({"kind": "server", "round": round, "drift": drift(intake.uploads, sent), **intake.whom()})
         metrics += intake.warnings
         metrics += failure_signs(history, metrics, own_or_rest)
@@ -105,6 +105,7 @@ def _finish(
             f"back, go on with: {command('resume', folder.path)}"
         )
     metrics = [line for reply in replies.values() for line in reply.metrics]
+    metrics += [last_download(name, round, downloads.get(name, {}), config.upload.format) for name in replies]
     absent = {name: bad.get(name, answers.absent.get(name, NO_ANSWER)) for name in tasks if name not in replies}
     metrics += [absent_line(round, name, why) for name, why in absent.items()]
     late = {n: reply.round for n, reply in answers.late.items() if not has_trained(history, n, reply.round)}

@@ -18,7 +18,7 @@ def summarize(config: Config, method: Method, metrics: Sequence[dict[str, Any]])
     clients = {}
     by_client = defaultdict[str, list[dict[str, Any]]](list)
     for line in metrics:
-        if line["kind"] in ("train", "evaluation"):
+        if line["kind"] in ("train", "evaluation", "download"):
             by_client[line["client"]].append(line)
     for entry in config.clients:
         own = by_client[entry.name]
@@ -30,7 +30,7 @@ def summarize(config: Config, method: Method, metrics: Sequence[dict[str, Any]])
             "test": _figures(personal),
             "base_test": _figures([line for line in test if line["model"] == "base"]),
             "uploaded_bytes": sum(line["uploaded_bytes"] for line in trained),
-            "downloaded_bytes": sum(line["downloaded_bytes"] for line in trained),
+            "downloaded_bytes": sum(line.get("downloaded_bytes", 0) for line in own),
             "trained_parameters": max((line["trained_parameters"] for line in trained), default=0),
             "generalists": shape.generalists,
             "specialists": shape.specialists,

@@ -10,15 +10,13 @@ from comigs.engines.wire import Format, download_bytes, upload_bytes
 from comigs.methods.method import Download, Tensors, Upload, mean
 
 
-def traffic(
-    upload: Upload, reference: Download, download: Download, format: Format = "float32", peers: int = 0
-) -> dict[str, Any]:
-    """What a client sent in a round and gets from it: bytes of the numbers as they travel, and what they were by role.
+def traffic(upload: Upload, download: Download, format: Format = "float32", peers: int = 0) -> dict[str, Any]:
+    """What a client got and sent in an exchange: bytes of the numbers as they travel, and what was sent by role.
 
-    reference: the download that the upload followed. peers: bytes of others' uploads that it was given to measure.
+    peers: bytes of others' uploads that it was given to measure.
     """
     by_role: dict[str, dict[str, int]] = {}
-    for slot, size in upload_bytes(upload, reference, format).items():
+    for slot, size in upload_bytes(upload, download, format).items():
         sent = by_role.setdefault(slot.role, {"slots": 0, "bytes": 0})
         sent["slots"] += 1
         sent["bytes"] += size
@@ -30,18 +28,23 @@ def traffic(
 
 
 def traffics(
-    uploads: Mapping[str, Upload], references: Mapping[str, Download], downloads: Mapping[str, Download],
-    format: Format = "float32", reads_peers: bool = False,
+    uploads: Mapping[str, Upload], downloads: Mapping[str, Download], format: Format = "float32",
+    reads_peers: bool = False,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """`traffic` of every client that sent something. reads_peers: each was given all the others' uploads too."""
     sizes = {name: download_bytes(upload, format) for name, upload in uploads.items()} if reads_peers else {}
     everything = sum(sizes.values())
     return {
-        name: traffic(
-            upload, references.get(name, {}), downloads.get(name, {}), format, everything - sizes.get(name, 0)
-        )
+        name: traffic(upload, downloads.get(name, {}), format, everything - sizes.get(name, 0))
         for name, upload in uploads.items()
     }
+
+
+def last_download(client: str, round: int, download: Download, format: Format) -> dict[str, Any]:
+    """The line of what a client got in the exchange after the last round."""
+    return {
+        "kind": "download", "round": round, "client": client, "downloaded_bytes": download_bytes(download, format)
+    }  # fmt: skip
 
 
 def drift(uploads: Mapping[str, Upload], sent: Mapping[str, Download]) -> float | None:

@@ -82,7 +82,7 @@ class Attachment:
         sites = list(self.architecture.mlp_linears())
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
             router = tensors.get(Slot(layer, "mlp", "router", "W"))
-            strength = self._strength(len(parts), routed=router is not None)
+            strength = self._strength(len(parts) - len(has["rest"]), routed=router is not None)
             mixture.summed = self.summed
             mixture.experts = [
                 Expert(
@@ -110,6 +110,7 @@ class Attachment:
                     lora.scale = self.settings.scale(len(lora.A))
 
     def _strength(self, num_experts: int, routed: bool) -> float:
+        """Of each of a client's own experts. The rest of the world is no part of its budget, and not always asked."""
         sharing = min(self.settings.top_k, num_experts) if routed else num_experts
         together = self.settings.strength == "together" and sharing > 1
         return lowrank.joint_strength(sharing, self.summed) if together else 1.0

@@ -17,7 +17,7 @@ from comigs.data.prepare import ClientData
 from comigs.engines.exchange import Reply
 from comigs.engines.flower.messages import Code, config_for
 from comigs.engines.summary import summarize
-from comigs.engines.traffic import traffic
+from comigs.engines.traffic import last_download, traffic
 from comigs.engines.wire import plain
 from comigs.environment import describe, environment
 from comigs.errors import UserError
@@ -120,9 +120,10 @@ class DeviceRun:
             self.folder.stage(self._path(part), tensors, round)
         with writing(self.folder.path, "make room or allow writing; the server will ask again"):
             write_whole(self._answer_file(round), lambda path: path.write_bytes(raw))
-        moved = traffic(reply.upload or {}, download, download, self.config.upload.format)
+        format, finished = self.config.upload.format, reply.upload is None
+        moved = traffic(reply.upload or {}, download, format)
         lines = [line | moved if line["kind"] == "train" else line for line in reply.metrics]
-        finished = reply.upload is None
+        lines += [last_download(self.name, round, download, format)] if finished else []
         self.folder.commit(self.config.rounds if finished else round, lines, [reply.timing], finished)
         self._answer_file(self.answered).unlink(missing_ok=True)
         self.answered = round
