@@ -206,6 +206,14 @@ def test_markup_of_tables() -> None:
 # The folder
 
 
+def test_the_table_alone_says_that_a_comparison_is_ours(tmp_path: Path) -> None:
+    """Pages are often left out of a repository; their folder can be written again all the same."""
+    measured(tmp_path / "runs", NATS)
+    page, *_ = written = write_comparison(compare_runs([tmp_path / "runs"]))
+    page.unlink()
+    assert write_comparison(compare_runs([tmp_path / "runs"])) == written and page.exists()
+
+
 def test_files_of_somebody_else_are_kept(tmp_path: Path) -> None:
     three_methods(tmp_path / "runs")
     out = tmp_path / "paper"

@@ -127,6 +127,19 @@ def test_rewind_drops_what_was_not_committed(tmp_path):
     assert not folder.holds("clients/eve/experts", staged=True)
 
 
+def test_rewind_leaves_what_somebody_else_put_into_the_folder(tmp_path):
+    """A run inside the run, an export: only what a killed process of this run may leave is dropped."""
+    folder = new_run(tmp_path / "run", rounds=2)
+    inner = new_run(folder.path / "second", rounds=2)
+    before = files(inner.path)
+    mine = [folder.path / name for name in ("export/model.safetensors", "clients/ann/mine.safetensors")]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"mine")
+    folder.rewind()
+    assert files(inner.path) == before and all(file.read_bytes() == b"mine" for file in mine)
+
+
 def test_the_round_before_is_deleted_and_who_is_idle_keeps_its_file(tmp_path):
     folder = new_run(tmp_path / "run")
     bob = folder.path / "clients" / "bob" / "round-0001.experts.safetensors"

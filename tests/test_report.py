@@ -233,6 +233,17 @@ def test_failing_to_write_leaves_nothing_behind(tmp_path: Path, where: str) -> N
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_file_that_is_no_report_is_kept(tmp_path: Path) -> None:
+    folder, thesis = write_run(tmp_path / "run"), tmp_path / "thesis.md"
+    thesis.write_text("mine")
+    for mine in (thesis, folder / "config.toml"):
+        before = mine.read_bytes()
+        with pytest.raises(UserError, match=r"not written by comigs report, so it is kept; choose another file with"):
+            write_report(folder, mine)
+        assert mine.read_bytes() == before
+    assert write_report(folder, tmp_path / "page.html") == write_report(folder, tmp_path / "page.html")  # its own
+
+
 def test_failing_half_way_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path)
     old = write_report(folder).read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from comigs.methods.method import Facts, Method
 from comigs.record import RunFolder
 from comigs.slots import Slot
 from tests.conftest import copy_of, run_config, same, start_engine
-from tests.fake_engine import A, B, Numbers, averaging, rounds_of
+from tests.fake_engine import SHAPE, A, B, Numbers, averaging, lines_of, rounds_of
 
 ATTENTION = Slot(1, "q", "attention", "A")
 
@@ -134,6 +135,16 @@ def test_drift_is_zero_for_clients_that_agree_and_unknown_where_it_means_nothing
     assert drift({"x": {}, "y": {}}, {"x": {}, "y": {}}) is None  # nothing is shared
     unequal = {"x": {A: torch.zeros(2, 2)}, "y": {A: torch.zeros(3, 2)}}
     assert drift(unequal, unequal) is None
+
+
+def test_a_huge_upload_that_nobody_can_call_unusual_does_not_stop_the_run(tmp_path):
+    """Of two clients neither is the usual one; what cannot be written as JSON could never be committed."""
+    huge = lambda name, task, reply: (  # noqa: E731
+        replace(reply, upload={A: torch.full(SHAPE, 1e25)}) if name == "bob" and task.round == 2 else reply
+    )
+    folder = rounds_of(tmp_path, Numbers(trouble=huge), rounds=2)
+    assert folder.checkpoint().finished
+    assert all(math.isfinite(line["drift"]) for line in lines_of(folder, "server") if line["drift"] is not None)
 
 
 def test_traffic_counts_the_bytes_of_what_was_sent_by_role():

@@ -36,6 +36,8 @@ Tensors = Mapping[str, Tensor]
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 SUFFIX = ".safetensors"
 PERSONAL = "personal"  # the one name that has no round: it is written once, at the end
+OWN = ("", "clients/*/", "server/")  # where a run has its files; whatever else is in its folder is somebody's
+LEFT = re.compile(rf"(round-\d{{4,}}\.\w+|{PERSONAL})\{SUFFIX}|\..*\.unfinished")  # what a killed process may leave
 RESTORE = "restore it from a copy or start a new run"
 
 
@@ -166,8 +168,8 @@ class RunFolder:
             for name, length in lengths.items():
                 os.truncate(self.path / name, length)
             shutil.rmtree(self.scratch, ignore_errors=True)
-            for path in {*self.path.glob(f"*/**/*{SUFFIX}"), *self.path.glob("**/.*.unfinished")}:
-                if str(path.relative_to(self.path)) not in last.files:
+            for path in (path for folder in OWN for path in self.path.glob(f"{folder}*")):
+                if LEFT.fullmatch(path.name) and str(path.relative_to(self.path)) not in last.files:
                     path.unlink()
         self._last, self._digest, self._staged = last, digest, {}
         return last

@@ -10,8 +10,14 @@ from comigs.config import Split
 from comigs.engines.exchange import Reply, Task
 
 
+Figure = Annotated[float, Field(ge=-1e100, le=1e100)]  # of any model, but their sums and means stay finite
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Weight = Annotated[float, Field(ge=-0.01, le=1.01)]  # a mean of routing weights, with what rounding makes of it
+Perplexity = Annotated[float, Field(ge=0, le=1.1e304)]  # exp(700), the most that is ever said
+
+
 class Line(BaseModel):
-    """Exactly these fields, of exactly these types, finite."""
+    """Exactly these fields, of exactly these types, finite and no larger than anybody needs."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     round: int
@@ -21,24 +27,24 @@ class Line(BaseModel):
 class Shares(Line):
     """Mean routing weights per block, None without a router; adopted_share: None where no download was weighed."""
 
-    generalist_share_by_layer: list[float] | None
-    expert_share_by_layer: list[list[float]] | None
-    adopted_share: float | None
+    generalist_share_by_layer: list[Weight] | None
+    expert_share_by_layer: list[Annotated[list[Weight], Field(min_length=1)]] | None
+    adopted_share: Weight | None
 
 
 class Train(Shares):
     """What a client's round of training was like."""
 
     kind: Literal["train"]
-    local_steps: int
-    router_steps: int
-    learning_rate: float
-    train_nats_per_token: float | None
-    train_nats_per_token_by_step: list[float]
-    router_nats_per_token: float | None
-    balance_loss: float | None
-    trained_tokens: int
-    trained_parameters: int
+    local_steps: Count
+    router_steps: Count
+    learning_rate: Figure
+    train_nats_per_token: Figure | None
+    train_nats_per_token_by_step: list[Figure]
+    router_nats_per_token: Figure | None
+    balance_loss: Figure | None
+    trained_tokens: Count
+    trained_parameters: Count
 
 
 class Evaluation(Shares):
@@ -47,21 +53,21 @@ class Evaluation(Shares):
     kind: Literal["evaluation"]
     split: Split
     model: Literal["base", "personal"]
-    nats_per_token: float
-    perplexity: float
-    bits_per_byte: float
-    tokens: int
-    bytes: int
+    nats_per_token: Figure
+    perplexity: Perplexity
+    bits_per_byte: Figure
+    tokens: Count
+    bytes: Count
 
 
 class Timing(Line):
     """What differs between two equal runs."""
 
-    tokens_per_second: float | None
-    seconds: float
-    peak_memory_bytes: int
-    received_bytes: int | None = None  # whole messages, in a federation
-    sent_bytes: int | None = None
+    tokens_per_second: Figure | None
+    seconds: Figure
+    peak_memory_bytes: Count
+    received_bytes: Count | None = None  # whole messages, in a federation
+    sent_bytes: Count | None = None
 
 
 METRICS: TypeAdapter[list[Train | Evaluation]] = TypeAdapter(

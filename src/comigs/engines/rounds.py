@@ -104,8 +104,8 @@ def _finish(
             f"nobody took the last download, so there is no result yet; every whole round is kept. When clients are "
             f"back, go on with: {command('resume', folder.path)}"
         )
-    metrics = [line for reply in replies.values() for line in reply.metrics]
-    metrics += [last_download(name, round, downloads.get(name, {}), config.upload.format) for name in replies]
+    metrics = [last_download(name, round, downloads.get(name, {}), config.upload.format) for name in replies]
+    metrics += [line for reply in replies.values() for line in reply.metrics]
     absent = {name: bad.get(name, answers.absent.get(name, NO_ANSWER)) for name in tasks if name not in replies}
     metrics += [absent_line(round, name, why) for name, why in absent.items()]
     late = {n: reply.round for n, reply in answers.late.items() if not has_trained(history, n, reply.round)}

@@ -66,4 +66,4 @@ def drift(uploads: Mapping[str, Upload], sent: Mapping[str, Download]) -> float 
 
 
 def _distance(a: Tensors, b: Tensors) -> float:
-    return math.sqrt(sum(float((tensor - b[slot]).square().sum()) for slot, tensor in a.items()))
+    return math.sqrt(sum(float((tensor.double() - b[slot]).square().sum()) for slot, tensor in a.items()))

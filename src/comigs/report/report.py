@@ -26,8 +26,8 @@ HERE = Path(__file__).parent
 def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the page of one run, by default as report.html in its folder, and return where it is.
 
-    The file is written whole or not at all. Raises UserError for a folder that is no run, or a file that cannot be
-    written.
+    The file is written whole or not at all. Raises UserError for a folder that is no run, a file that cannot be
+    written, or one that is something else than a report.
     """
     folder = Path(run_folder)
     return _write(Path(out) if out else folder / "report.html", report_page(read_run(folder)))
@@ -104,8 +104,20 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(style=style, **values)
 
 
+def mark(command: str) -> str:
+    """What a page has near its beginning, so that it is known as written by `comigs COMMAND` (page.html.j2)."""
+    return f'<meta name="generator" content="comigs {command}">'
+
+
+def is_written_by(page: Path, command: str) -> bool:
+    """It is a page that `comigs report` or `comigs compare` wrote."""
+    return page.is_file() and mark(command) in page.read_text(encoding="utf-8", errors="replace")[:2000]
+
+
 def _write(path: Path, text: str) -> Path:
     """Put the whole file there, or leave what was there."""
+    if path.is_file() and not is_written_by(path, "report"):
+        raise UserError(f"{path}: not written by comigs report, so it is kept; choose another file with --out")
     with writing(path, "choose another file with --out"):
         write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
     return path

@@ -123,7 +123,7 @@ class DeviceRun:
         format, finished = self.config.upload.format, reply.upload is None
         moved = traffic(reply.upload or {}, download, format)
         lines = [line | moved if line["kind"] == "train" else line for line in reply.metrics]
-        lines += [last_download(self.name, round, download, format)] if finished else []
+        lines = [last_download(self.name, round, download, format), *lines] if finished else lines
         self.folder.commit(self.config.rounds if finished else round, lines, [reply.timing], finished)
         self._answer_file(self.answered).unlink(missing_ok=True)
         self.answered = round

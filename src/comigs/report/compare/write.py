@@ -13,10 +13,10 @@ from comigs.report.compare import plots, tables, texts
 from comigs.report.compare.compared import Compared
 from comigs.report.compare.find import common_folder
 from comigs.report.compare.page import PLOTS, all_plots, comparison_page
-from comigs.report.report import HERE
+from comigs.report.report import HERE, is_written_by, mark
 
-PAGE, MARK = "compare.html", '<meta name="generator" content="comigs compare">'
-TABLES = ("table.md", "table.csv", "runs.csv", "table.tex")
+PAGE, TABLE = "compare.html", "table.md"
+TABLES = (TABLE, "table.csv", "runs.csv", "table.tex")
 KINDS: tuple[Literal["svg", "pdf"], ...] = ("svg", "pdf")
 FILES = (PAGE, *TABLES, *(f"{plot}.{kind}" for plot in PLOTS for kind in KINDS))
 ADVICE = "choose another folder with --out"
@@ -30,11 +30,11 @@ def write_comparison(compared: Compared, out: Path | None = None) -> list[Path]:
     folder = out if out is not None else common_folder(compared.paths) / "compare"
     with writing(folder, ADVICE):
         there = [name for name in FILES if (folder / name).exists()]
-        if there and not _is_ours(folder / PAGE):
+        if there and not any(is_written_by(folder / name, "compare") for name in (PAGE, TABLE)):
             raise UserError(f"{folder / there[0]}: not written by comigs compare, so it is kept; {ADVICE}")
         contents = _contents(compared)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():  # the page first: it marks the folder as ours
+        for name, content in contents.items():  # the page first: it marks the folder as ours, as the table does
             write_whole(folder / name, partial(_fill, content))
         for name in set(there) - contents.keys():
             (folder / name).unlink()
@@ -49,9 +49,10 @@ def _contents(compared: Compared) -> dict[str, bytes]:
     main = [("All datasets", tables.combined_table(c), said)] if len(c.datasets) > 1 else []
     main += [(results.name, tables.main_table(c, results), said + tested) for results in c.datasets]
     latex = "".join(texts.latex_table(table, f"{n}: {how}.", f"{compared.title} {n}") for n, table, how in main)
+    table = texts.markdown(compared.title, parts, (*compared.notes, *compared.remarks))
     written = {
         PAGE: comparison_page(compared),
-        "table.md": texts.markdown(compared.title, parts, (*compared.notes, *compared.remarks)),
+        TABLE: f"<!-- {mark('compare')} -->\n{table}",
         "table.csv": texts.settings_csv(c),
         "runs.csv": texts.runs_csv(c),
         "table.tex": "% needs \\usepackage{booktabs}\n" + latex,
@@ -65,10 +66,6 @@ def _contents(compared: Compared) -> dict[str, bytes]:
 
 def _fill(content: bytes, file: Path) -> None:
     file.write_bytes(content)
-
-
-def _is_ours(page: Path) -> bool:
-    return page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")[:2000]
 
 
 def _paper_colours() -> dict[str, str]:
