@@ -58,6 +58,21 @@ def test_name_and_root_come_from_the_file(tmp_path):
     assert (config.name, config.data.root) == ("my run", tmp_path / "texts")
 
 
+def test_a_base_in_a_folder_is_found_from_anywhere(tmp_path, monkeypatch):
+    """Beside the config, or where the command is given; a hub name, which looks alike, stays one."""
+    (tmp_path / "configs/models/mine").mkdir(parents=True)
+    (tmp_path / "here/models/other").mkdir(parents=True)
+    path = tmp_path / "configs" / "a.toml"
+    path.write_text('[[clients]]\nname = "ann"\ntext = "x"\n')
+    monkeypatch.chdir(tmp_path / "here")
+    names = {given: load_config(path, [f'base.name="{given}"']).base.name
+             for given in ("models/mine", "models/other", "models/none", "mini")}  # fmt: skip
+    assert names == {
+        "models/mine": str(tmp_path / "configs/models/mine"), "models/other": str(tmp_path / "here/models/other"),
+        "models/none": "models/none", "mini": "mini",
+    }  # fmt: skip
+
+
 def test_a_config_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         parse_config({"clients": [ANN]}).rounds = 3

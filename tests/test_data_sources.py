@@ -72,6 +72,8 @@ def test_sources_are_streamed(tmp_path: Path) -> None:
     ("name", "raw", "says"),
     [
         ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a\.jsonl:2: not an object"),
+        ("a.jsonl", b'{"text": "x", "id": ' + b"9" * 5000 + b"}", r"a\.jsonl:1: a number too long"),
+        ("a.jsonl", b'{"text": "x", "id": ' + b"[" * 10**6 + b"]" * 10**6 + b"}", r"a\.jsonl:1: .* or lists too deep"),
         ("a.jsonl", b'{"txt": "x", "id": 1}\n', r"a\.jsonl:1: the field `text` is missing; fields there are: txt, id"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: the field `text` is not a string"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8 at byte 25 \(0xff\)"),

@@ -21,6 +21,7 @@ from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -113,6 +114,18 @@ def test_the_server_certificate_is_renewed_when_hosts_change_and_before_it_ends(
     assert changed.certify() and not changed.certify()
     (federation.path / "server.pem").write_text(made_certificate(changed, timedelta(days=pki.RENEW_DAYS - 1)))
     assert changed.certify() and not changed.certify()
+
+
+def test_a_certificate_names_this_machine_whatever_hosts_are_given_later(federation):
+    """The server's own parts speak with it over the loopback."""
+    settings = federation.path / "federation.toml"
+    tree = tomllib.loads(settings.read_text()) | {"hosts": ["fed.example"]}
+    settings.write_text(tomli_w.dumps(tree))
+    changed = Federation.open(federation.path)
+    assert changed.certify()
+    names = certificate(changed.read("server.pem")).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    assert names.value.get_values_for_type(x509.DNSName) == ["fed.example", "localhost"]
+    assert [str(a) for a in names.value.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
 
 
 def test_what_is_no_federation_says_so(tmp_path, federation):

@@ -377,6 +377,25 @@ def test_whatever_a_liar_sends_is_named_left_out_and_the_run_goes_on(tmp_path):
     assert last["kind"] == "evaluation" and last["nats_per_token"] < 8
 
 
+def test_a_run_goes_on_without_a_client_that_was_revoked(federation, tmp_path):
+    config, out, file = configured(federation), tmp_path / "run", federation.root / "clients.json"
+    federation.create(out, config)
+    commit = RunFolder.commit
+
+    def die(self, number, *given, **how):
+        if self.path == out and number == 2:
+            raise KeyboardInterrupt
+        return commit(self, number, *given, **how)
+
+    with patch.object(RunFolder, "commit", die), pytest.raises(KeyboardInterrupt):
+        federation.go_on(out, federation.grid())
+    file.write_text(json.dumps({name: e for name, e in json.loads(file.read_text()).items() if name != "bob"}))
+    federation.go_on(out, federation.grid())
+    assert RunFolder.open(out).checkpoint().finished
+    assert {name for round, name in trained(out) if round > 1} == {"ada"}
+    assert {name for _, name, _ in absent(out)} == {"bob"}
+
+
 def test_a_version_that_differs_is_named_on_both_sides(federation, tmp_path):
     other = "comigs.engines.flower.trainer.our_version"
     out = tmp_path / "run"

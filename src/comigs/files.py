@@ -22,6 +22,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("COMIGS_CACHE", Path.home() / ".cache" / "comigs"))
 
 
+def folder_or_name(name: str, beside: Path) -> str:
+    """A folder, given beside `beside` or from here, by its whole path, so that it is found from anywhere.
+
+    What has no slash, or is no folder, is a name, and stays as it is.
+    """
+    found = [str(path.resolve()) for path in (beside / name, Path(name)) if "/" in name and path.is_dir()]
+    return found[0] if found else name
+
+
 def require_free(path: Path) -> None:
     """Raises UserError where there is something at `path` already, or nothing can be made there."""
     with writing(path, "choose another folder with --out"):

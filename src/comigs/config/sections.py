@@ -22,7 +22,9 @@ class Section(BaseModel):
 class BaseSection(Section):
     """[base]: the frozen language model all clients share."""
 
-    name: str = Field("mini", description="mini, smollm2-135m, tiny-gpt2, tiny-llama, a local folder or a hub name")
+    name: str = Field(
+        "mini", description="mini, smollm2-135m, tiny-gpt2, tiny-llama, a local folder (models/mine) or hub name"
+    )
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen weights and of autocast; auto: bfloat16 where the device is fast at it"
     )
@@ -32,7 +34,10 @@ class BaseSection(Section):
     )
     device: str = Field("auto", description='"cpu", "cuda", "cuda:1", ...; auto: cuda where there is one')
     threads: int | None = Field(
-        None, gt=0, description="CPU threads; None: as torch finds them (recorded; a resumed run uses the same)"
+        None,
+        gt=0,
+        le=1024,
+        description="CPU threads; None: as torch finds them (recorded; a resumed run uses the same)",
     )
 
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from comigs.config.tree import SECTIONS, VERSION, Config
 from comigs.config_errors import one_line
 from comigs.errors import UserError, nearest
+from comigs.files import folder_or_name
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -25,9 +26,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         _apply(tree, override)
     tree.setdefault("name", path.stem)
-    data = tree.setdefault("data", {})
+    data, base = tree.setdefault("data", {}), tree.get("base")
     if isinstance(data, dict):
         data["root"] = str((path.parent / str(data.get("root", "."))).resolve())
+    if isinstance(base, dict) and isinstance(base.get("name"), str):
+        base["name"] = folder_or_name(base["name"], path.parent)
     return parse_config(tree, source=str(path))
 
 

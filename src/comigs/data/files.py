@@ -14,8 +14,11 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def resolve(argument: str, root: Path) -> Path:
-    """The path an argument names: absolute, from the home folder (`~`), or relative to `root`."""
-    return root / Path(argument).expanduser()
+    """The path an argument names: absolute, from a home folder (`~`), or relative to `root`. Raises UserError."""
+    try:
+        return root / Path(argument).expanduser()
+    except RuntimeError:
+        raise UserError(f"{argument}: no such user; give the whole path") from None
 
 
 @contextmanager

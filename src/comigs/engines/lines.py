@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from comigs.config import Split
 from comigs.engines.exchange import Reply, Task
 
-
 Figure = Annotated[float, Field(ge=-1e100, le=1e100)]  # of any model, but their sums and means stay finite
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Weight = Annotated[float, Field(ge=-0.01, le=1.01)]  # a mean of routing weights, with what rounding makes of it

@@ -20,7 +20,7 @@ from comigs.federation.children import Children, keep, wait_until
 from comigs.federation.private import make_private, sole, write_private
 from comigs.federation.reach import check_server
 from comigs.federation.server import free_port
-from comigs.files import command, writing
+from comigs.files import command, folder_or_name, writing
 
 Say = Callable[[str], None]
 
@@ -51,7 +51,8 @@ def join(file: Path, owner: Owner, say: Say) -> None:
         device = {
             "name": bundle.client, "home": str(home), "root": str(Path.cwd()),
             "text": text if isinstance(text, str) else text.model_dump(),
-            "base": owner.base, "accelerator": owner.accelerator, "threads": owner.threads,
+            "base": owner.base and folder_or_name(owner.base, Path()),
+            "accelerator": owner.accelerator, "threads": owner.threads,
         }  # fmt: skip
         write_private(home / "device.json", json.dumps(device))  # not an argument, which others could read
         with tempfile.TemporaryDirectory(prefix="comigs-") as short:  # a socket's path may have 107 bytes only

@@ -26,7 +26,7 @@ from comigs.federation import pki
 from comigs.federation.private import held, make_private, write_private
 from comigs.files import command, writing
 
-ALWAYS = ("127.0.0.1", "localhost")  # hosts that every server certificate names
+ALWAYS = ("127.0.0.1", "localhost")  # hosts that every server certificate names: the server's own parts use them
 RESTORE = "restore it from your copy of the folder"
 
 
@@ -133,9 +133,10 @@ class Federation:
         authority, key = self.read("ca.pem"), self.read("ca.key")
         try:
             file = self.path / "server.pem"
-            if file.exists() and pki.certificate_fits(self.read("server.pem"), self.settings.hosts):
+            hosts = tuple(dict.fromkeys((*self.settings.hosts, *ALWAYS)))
+            if file.exists() and pki.certificate_fits(self.read("server.pem"), hosts):
                 return False
-            certificate, certificate_key = pki.new_server_certificate(authority, key, self.settings.hosts)
+            certificate, certificate_key = pki.new_server_certificate(authority, key, hosts)
         except ValueError:
             raise UserError(f"{self.path}: ca.pem, ca.key or server.pem is damaged; {RESTORE}") from None
         with writing(self.path, "allow writing, then start the server again"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -79,14 +79,18 @@ def resume(folder: RunFolder, report: Report, say: Say) -> None:
             f"{federation.settings.id}"
         )
     federation.require_running()
-    _require_members(config, federation)
+    members = federation.clients()
+    revoked = [client.name for client in config.clients if client.name not in members] if last.round else []
+    _require_members(config, federation, revoked)
+    if revoked:
+        say(f"not in the federation any more, so absent from now on: {', '.join(revoked)}")
     say(f"going on after round {last.round} of {config.rounds}")
     _go(folder, federation, report, say)
 
 
-def _require_members(config: Config, federation: Federation) -> None:
+def _require_members(config: Config, federation: Federation, but: Collection[str] = ()) -> None:
     for client in config.clients:
-        if federation.client_named(client.name).node_id is None:
+        if client.name not in but and federation.client_named(client.name).node_id is None:
             raise UserError(
                 f'{federation.path}: "{client.name}" is not registered yet; start the server again: '
                 f"{command('federation server', federation.path)}"

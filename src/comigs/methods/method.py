@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -172,7 +173,7 @@ def _require_possible(config: Config, method: Method) -> None:
 def method_module(name: str) -> ModuleType:
     """The module that defines the method of that name. Raises UserError with the nearest name."""
     path = name if "." in name else f"comigs.methods.{name.replace('-', '_')}"
-    if "." not in name and name not in list_methods():
+    if not re.fullmatch(r"\w+(\.\w+)+", name) and name not in list_methods():
         raise UserError(
             f'method: unknown method "{name}".{nearest(name, list_methods())} Known: {", ".join(list_methods())}'
         )

@@ -43,6 +43,8 @@ def _text(line: str, where: str) -> str:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: a number too long or lists too deep to be read; only `text` is used") from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: not an object with a field `text`")
     text = value.get("text")

@@ -78,7 +78,7 @@ class Courier(Generic[Answer]):
     """Carries questions to clients. A message may stay out from one exchange to the next, one for each client."""
 
     def __init__(self, post: Post, nodes: Mapping[str, int], pace: Pace, report: Report) -> None:
-        """nodes: client -> Flower's node id."""
+        """nodes: client -> Flower's node id. Who has none is never there."""
         self._post, self._nodes, self._pace, self._report = post, nodes, pace, report
         self._out: dict[str, _Out[Answer]] = {}  # by message
 
@@ -122,8 +122,8 @@ class Courier(Generic[Answer]):
         busy = {out.question.client for out in self._out.values()}
         life = LIVES * self._pace.deadline
         for client, question in exchange.open().items():
-            node = self._nodes[client]
-            if client not in busy and node in online:
+            node = self._nodes.get(client)
+            if client not in busy and node is not None and node in online:
                 raw = question.write()
                 if (message := self._post.push(node, raw, life)) is not None:
                     self._out[message] = _Out(question, len(raw), online[node], time.monotonic() + life)

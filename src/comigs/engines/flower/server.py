@@ -40,7 +40,7 @@ def go_on(grid: Grid, path: Path, federation: Path, pace: Callable[[float], Pace
 
         try:
             with RunFolder.open(path) as folder:
-                nodes = _nodes(folder.config(), federation)
+                nodes = _nodes(folder, federation)
                 deadline = folder.config().participation.deadline
                 rounds(folder, Courier(Post(grid), nodes, pace(deadline), report), report)
         except UserError as error:
@@ -72,12 +72,13 @@ def _base(config: Config, method: Method) -> tuple[str, dict[str, Shapes]]:
         return base.fingerprint, shapes_of_clients(config, method, attachment)
 
 
-def _nodes(config: Config, federation: Path) -> dict[str, int]:
-    """client -> node id, of everybody in the config. Raises UserError naming who was not invited."""
-    file = federation / "clients.json"
+def _nodes(folder: RunFolder, federation: Path) -> dict[str, int]:
+    """client -> node id. Raises UserError naming who was not invited, unless the run has begun: then it was revoked."""
+    file, has_begun = federation / "clients.json", folder.checkpoint().round > 0
+    names = [client.name for client in folder.config().clients]
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-        return {client.name: int(known[client.name]["node_id"]) for client in config.clients}
+        return {name: int(known[name]["node_id"]) for name in names if name in known or not has_begun}
     except KeyError as error:
         raise UserError(f"{file}: no client {error}; invite it with: comigs federation invite DIR NAME") from None
     except (OSError, ValueError, TypeError):
