@@ -444,6 +444,15 @@ def test_wrong_words(capsys, words, line):
     assert line in refused(capsys, *words)
 
 
+def test_what_only_devices_of_a_federation_can_do(config, tmp_path, capsys):
+    words = ("--engine", "flower", "--federation", "fed", "--dry-run")
+    assert "--dry-run: the text is on the federation's devices" in refused(capsys, "run", config, *words)
+    run = copied_run(tmp_path)
+    environment = json.loads((run / "env.json").read_text())
+    (run / "env.json").write_text(json.dumps(environment | {"federation": {"folder": "fed", "id": "1"}}))
+    assert "whose text and models are on its devices" in refused(capsys, "evaluate", run)
+
+
 def test_a_run_without_a_round_has_no_model(config, capsys):
     refused(capsys, "run", config, "--set", "client.lr=1e30")
     for command in (["evaluate", "runs/tiny"], ["generate", "runs/tiny", "--client", "ann", "--prompt", "x"]):

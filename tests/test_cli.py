@@ -286,6 +286,15 @@ def test_generate_is_repeatable_and_streams(capsys):
     assert len({write(*hot, str(seed)) for seed in range(4)}) > 1
 
 
+def test_a_model_made_on_a_gpu_is_read_where_there_is_none(tmp_path, capsys):
+    run, words = copied_run(tmp_path), ["--client", "ann", "--prompt", "the cat", "--max-new-tokens", 4]
+    here = comigs(capsys, "generate", run, *words)
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace('device = "cpu"', 'device = "cuda:97"'))
+    there = comigs(capsys, "generate", run, *words)
+    assert (there.code, there.out) == (0, here.out)
+
+
 def test_prepare_lists_every_split_and_trains_nothing(config, capsys):
     done = comigs(capsys, "prepare", config)
     lines = done.out.splitlines()

@@ -22,10 +22,10 @@ pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compile
 def processor(request, monkeypatch):
     """What is written for one kind of processor is written for all others, too."""
     monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} {request.param}")
-    compiled.library.cache_clear()
+    compiled.attempt.cache_clear()
     assert compiled.library() is not None
     yield
-    compiled.library.cache_clear()
+    compiled.attempt.cache_clear()
 
 
 WIDTHS = [16, 272, 784]  # one vector; a tile's part; more than a tile
@@ -176,10 +176,11 @@ def says(code, **environment):
 
 
 def test_without_a_compiler_or_switched_off_there_is_no_library(tmp_path):
-    code = "print(compiled.library())"
-    assert says(code, COMIGS_CACHE=str(tmp_path), CC="no-such-compiler -x") == "None"
-    assert says(code, COMIGS_CACHE=str(tmp_path), CC="false") == "None"
-    assert says(code, COMIGS_CACHE=str(tmp_path), COMIGS_COMPILED="0") == "None"
+    code = "print(compiled.library(), compiled.attempt())"
+    none = "None no C compiler here (no-such-compiler)"
+    assert says(code, COMIGS_CACHE=str(tmp_path), CC="no-such-compiler -x") == none
+    assert says(code, COMIGS_CACHE=str(tmp_path), CC="false").startswith("None nothing can be compiled here (Command")
+    assert says(code, COMIGS_CACHE=str(tmp_path), COMIGS_COMPILED="0") == "None COMIGS_COMPILED is 0"
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -194,4 +195,5 @@ def test_it_is_compiled_once(tmp_path):
 
 def test_a_cache_folder_that_cannot_be_written_is_no_library(tmp_path):
     (tmp_path / "compiled").write_text("a file is in the way", encoding="utf-8")
-    assert says("print(compiled.library())", COMIGS_CACHE=str(tmp_path)) == "None"
+    said = says("print(compiled.library(), compiled.attempt())", COMIGS_CACHE=str(tmp_path))
+    assert said.startswith("None nothing can be compiled here ([Errno")

@@ -51,11 +51,6 @@ def test_scaling_is_alpha_over_the_rank_or_over_its_root():
     assert ExpertsSection(alpha=3).scale(7) == pytest.approx(3 / 7**0.5, rel=1e-15)
 
 
-def test_delta_is_the_scaled_product():
-    A, B = pair(3)
-    assert close(lowrank.delta(A, B, 1.7).numpy(), 1.7 * product((A, B)))
-
-
 def test_a_stack_stands_for_the_weighted_sum_of_products_of_any_ranks():
     factors, weights = [pair(rank, seed) for seed, rank in enumerate((1, 4, 2))], [0.3, -1.2, 2.0]
     A, B = lowrank.stack(factors, weights)
@@ -139,5 +134,5 @@ def test_the_whole_product_is_never_formed():
         lowrank.product_norm(stacked)
     assert size * rank * 4 <= largest.elements < size * size / 10
     with Largest() as largest:  # the same look does see it
-        lowrank.delta(*factors[0], 1.0)
+        factors[0][1] @ factors[0][0]
     assert largest.elements == size * size

@@ -93,11 +93,17 @@ def resume(path: Path | str, report: Report = ignore, say: Say = ignore, workers
 
 
 def prepare(config: Config, say: Say = ignore) -> Texts:
-    """Read, split, check and tokenise the clients' text. Raises UserError."""
+    """Read, split, check and tokenise the clients' text; what was tokenised before is compared with its sha256.
+
+    Raises UserError.
+    """
     load_method(config)
     base, config = load(config)
     data = prepare_data(config, base.encoder, say)
-    dict(data)  # a look at a client's text tokenises it
+    for client in data.values():  # a look at a client's text tokenises it
+        for split in SPLITS:
+            for store in getattr(client, split):
+                store.verify()
     return data
 
 
@@ -111,8 +117,16 @@ def open_personal_model(path: Path | str, client: str) -> PersonalModel:
     folder = open_run(path)
     folder.config().client_named(client)
     folder.require_a_round()
-    base, _ = load(folder.config())
+    base, _ = load(_with_a_device(folder.config()))
     return PersonalModel(folder, client, base)
+
+
+def _with_a_device(config: Config) -> Config:
+    """For reading models where they were not made: where the run's GPU is not, whatever there is."""
+    name = config.base.device
+    if not name.startswith("cuda") or (torch.device(name).index or 0) < torch.cuda.device_count():
+        return config
+    return config.model_copy(update={"base": config.base.model_copy(update={"device": "auto"})})
 
 
 def evaluate(
@@ -121,7 +135,12 @@ def evaluate(
     """Measure clients' own models and the base again: client -> "base" and "personal" -> figures. Raises UserError."""
     split_named(split)
     folder = open_run(path)
-    config = folder.config()
+    if "federation" in folder.environment():
+        raise UserError(
+            f"{folder.path}: of a federation, whose text and models are on its devices; what they measured: "
+            f"{command('report', folder.path)}"
+        )
+    config = _with_a_device(folder.config())
     names = [config.client_named(client).name] if client is not None else [c.name for c in config.clients]
     folder.require_a_round()
     base, _ = load(config)

@@ -93,6 +93,11 @@ def run(
     settings = _config(config, overrides, method, seed)
     console = Console(settings, quiet)
     if dry_run:
+        if federation is not None:
+            raise UserError(
+                "--dry-run: the text is on the federation's devices, so what a run takes cannot be told from here; "
+                "leave out --engine, with a config that has text, to see it for this machine"
+            )
         _show_plan(settings, console)
         return
     with console:

@@ -31,7 +31,9 @@ def finish(path: Path, console: Console, federated: bool) -> None:
     console.table(client_table(run, brief=True))
     console.result(f"report: {page}")
     if federated:
-        there = (path / ".run-id").read_text(encoding="utf-8")
+        from comigs.engines.flower.messages import RUN_ID
+
+        there = (path / RUN_ID).read_text(encoding="utf-8")
         console.say(f"next:   each client's own model is on its device, in runs/{there}")
     else:
         console.say(f'next:   {command("generate", path)} --client {run.clients[0]} --prompt "..."')

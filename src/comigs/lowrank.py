@@ -23,11 +23,6 @@ def joint_strength(count: int, summed: bool) -> float:
     return 1 / math.sqrt(count) if summed else math.sqrt(count)
 
 
-def delta(A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """The weight update (out, in) that the pair stands for."""
-    return scale * (B_OR @ A_RI)
-
-
 def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     """One pair whose product is sum_k w_k B_k @ A_k, exactly: A's as rows, w_k B_k as columns. Rank: the sum."""
     A_RI = torch.cat([A for A, _ in pairs])

@@ -48,8 +48,8 @@ def load(config: Config, say: Say = ignore) -> tuple[Base, Config]:
     device = plural(threads, "CPU thread") if base.device.type == "cpu" else str(base.device)
     spread = f" in each of {workers} processes" if workers > 1 else ""
     say(f"base {base.name}: {large(parameters)} parameters, {dtype}, {device}{spread}")
-    if base.device.type == "cpu" and compiled.library() is None:
-        say("no C compiler here (cc): experts run in PyTorch, at a third of the speed")
+    if base.device.type == "cpu" and isinstance(why_not := compiled.attempt(), str):
+        say(f"{why_not}: experts run in PyTorch, at a third of the speed")
     lr = config.client.lr or base.architecture.lr
     settings = {
         "base": {"dtype": dtype, "device": str(base.device), "threads": threads},

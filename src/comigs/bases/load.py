@@ -101,7 +101,10 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f'base.device: "{name}" is not supported; allowed: auto, cpu, cuda, cuda:1, ...')
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f'base.device: "{name}" is not on this machine ({torch.cuda.device_count()} CUDA devices)')
+        raise UserError(
+            f'base.device: "{name}" is not on this machine ({torch.cuda.device_count()} CUDA devices); choose another, '
+            'or "auto"'
+        )
     return device
 
 

@@ -58,18 +58,26 @@ def call(function: str, *arguments: Any) -> None:
     getattr(library(), function)(*arguments)
 
 
-@cache
 def library() -> ctypes.CDLL | None:
     """For this machine; None where it is switched off or cannot be compiled."""
+    made = attempt()
+    return made if isinstance(made, ctypes.CDLL) else None
+
+
+@cache
+def attempt() -> ctypes.CDLL | str:
+    """The library, or why there is none, in a few words."""
     if os.environ.get("COMIGS_COMPILED") == "0":
-        return None
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+        return "COMIGS_COMPILED is 0"
+    compiler, problem = shlex.split(os.environ.get("CC", "cc")), ""
     for flags in ([*FLAGS, "-fopenmp"], [*FLAGS]):  # without OpenMP, as Apple's compiler is, with one thread
         try:
             return ctypes.CDLL(str(_compiled(compiler, flags)))
-        except (OSError, subprocess.SubprocessError):
-            continue
-    return None
+        except FileNotFoundError:
+            problem = f"no C compiler here ({compiler[0]})"
+        except (OSError, subprocess.SubprocessError) as error:
+            problem = f"nothing can be compiled here ({error})"
+    return problem
 
 
 def _compiled(compiler: Sequence[str], flags: Sequence[str]) -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,10 +73,6 @@ class TokenStore:
         """Compare the whole token file with its sha256. Raises UserError where it differs."""
         if file_sha256(self.folder / TOKENS) != self.tokens_sha256:
             raise _damaged(self.folder)
-
-    def __reduce__(self) -> tuple[Callable[[Path], TokenStore], tuple[Path]]:
-        """Another process maps the same file instead of receiving a copy of the tokens."""
-        return open_store, (self.folder,)
 
 
 def store_folder(cache: Path, text_sha256: str, encoder: Encoder) -> Path:

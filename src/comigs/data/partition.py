@@ -182,11 +182,16 @@ def _scan(
             sizes.append(sum(len(piece.encode()) for piece in chunks(document.text)))
             shares.append(share(document))
         except UnicodeEncodeError:
-            raise UserError(f"{document.name!a}: not valid Unicode (half a surrogate pair); write it anew") from None
+            cure = "write it anew" if _is_unicode(document.name) else "rename it"
+            raise UserError(f"{document.name!a}: not valid Unicode (half a surrogate pair); {cure}") from None
     return (
         np.frombuffer(texts, "S32"), np.frombuffer(contents, "S16"),
         np.frombuffer(sizes, np.int64), np.frombuffer(shares, np.float64),
     )  # fmt: skip
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _documents(spec: str, root: Path) -> Iterator[Document]:

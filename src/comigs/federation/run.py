@@ -11,7 +11,7 @@ from typing import Any
 
 from comigs.bases.load import Base
 from comigs.config import Config
-from comigs.engines.flower.messages import federable_method
+from comigs.engines.flower.messages import PROGRESS, federable_method
 from comigs.engines.summary import summarize
 from comigs.environment import environment
 from comigs.errors import Stopped, UserError
@@ -23,7 +23,6 @@ from comigs.record import RunFolder
 
 Report = Callable[[Mapping[str, Any]], None]
 Say = Callable[[str], None]
-PROGRESS = ".progress.jsonl"  # in the run; what the server's side reports as it goes
 LOOK = 0.5  # seconds between looks at it
 ASK = 15.0  # seconds between questions to the server, which cost it two seconds of CPU
 LET_GO = 30.0  # seconds for a stopped run's process to end

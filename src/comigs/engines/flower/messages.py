@@ -14,6 +14,8 @@ from comigs.engines.wire import Head
 from comigs.errors import UserError
 from comigs.methods.method import Method, list_methods, load_method
 
+RUN_ID = ".run-id"  # a file in the server's run folder: what devices call the run
+PROGRESS = ".progress.jsonl"  # likewise: a line for each event, for whoever watches
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{7,63}$")]  # also a folder's name on the device
 Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,32}$")]
 Splits = Annotated[tuple[Split, ...], Field(max_length=3)]

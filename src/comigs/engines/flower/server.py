@@ -17,7 +17,7 @@ from comigs.engines.check import Shapes, shapes_of_clients
 from comigs.engines.exchange import Report
 from comigs.engines.flower.courier import Courier, Pace
 from comigs.engines.flower.engine import Flower
-from comigs.engines.flower.messages import federable_method
+from comigs.engines.flower.messages import PROGRESS, RUN_ID, federable_method
 from comigs.engines.flower.post import Post
 from comigs.engines.rounds import run_rounds
 from comigs.errors import UserError
@@ -25,9 +25,6 @@ from comigs.experts.attach import Attachment
 from comigs.files import write_whole
 from comigs.methods.method import Method
 from comigs.record import RunFolder
-
-PROGRESS = ".progress.jsonl"  # in the run: a line for each event, for whoever watches
-RUN_ID = ".run-id"  # in the run: what devices call it
 
 
 def go_on(grid: Grid, path: Path, federation: Path, pace: Callable[[float], Pace] = Pace) -> None:
