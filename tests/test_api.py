@@ -37,7 +37,7 @@ def test_a_run_from_python(tmp_path, monkeypatch):
     folder = comigs.run(config, report=events.append, say=lines.append)
     assert folder.path == Path("runs/tiny")
     assert folder.summary()["rounds"] == 1
-    assert {e["kind"] for e in events} == {"note", "step", "train", "evaluation", "server"}
+    assert {e["kind"] for e in events} == {"note", "step", "train", "evaluation", "server", "download"}
     assert folder.metrics() == [e for e in events if e["kind"] not in ("note", "step")]
     assert any(line == "run folder runs/tiny" for line in lines)
     assert comigs.run(config).path == Path("runs/tiny-2")

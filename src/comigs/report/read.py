@@ -226,7 +226,6 @@ def _lines(path: Path) -> list[Fields]:
 
 
 def _train(f: Fields) -> Train:
-    local, router = f.integer("local_steps"), f.integer("router_steps")
     return Train(
         round=f.integer("round"),
         client=f.text("client"),
@@ -236,12 +235,17 @@ def _train(f: Fields) -> Train:
         expert_share_by_layer=f.rows("expert_share_by_layer"),
         adopted_share=f.number("adopted_share"),
         trained_tokens=f.integer("trained_tokens"),
-        router_tokens=router * f.integer("trained_tokens") // local if local else 0,  # batches are of one size
+        router_tokens=_router_tokens(f),
         trained_parameters=f.optional_integer("trained_parameters"),
         uploaded_bytes=f.integer("uploaded_bytes"),
         downloaded_bytes=f.integer("downloaded_bytes"),
         uploaded_by_role=_by_role(f.section("uploaded_by_role")) if f.has("uploaded_by_role") else None,
     )
+
+
+def _router_tokens(f: Fields) -> int:
+    """Batches of both levels are of one size."""
+    return f.integer("router_steps") * f.integer("trained_tokens") // max(1, f.integer("local_steps"))
 
 
 def _by_role(f: Fields) -> dict[str, dict[str, int]]:
