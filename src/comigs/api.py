@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from comigs.bases.load import Base, load_base, loaders, modules
+from comigs.bases.load import Base, is_here, load_base, loaders, modules
 from comigs.budget import budgets
 from comigs.config import SPLITS, Config, Split, parse_config
 from comigs.data.prepare import Texts, require_text
@@ -124,7 +124,7 @@ def open_personal_model(path: Path | str, client: str) -> PersonalModel:
 def _with_a_device(config: Config) -> Config:
     """For reading models where they were not made: where the run's GPU is not, whatever there is."""
     name = config.base.device
-    if not name.startswith("cuda") or (torch.device(name).index or 0) < torch.cuda.device_count():
+    if name == "auto" or is_here(torch.device(name)):
         return config
     return config.model_copy(update={"base": config.base.model_copy(update={"device": "auto"})})
 

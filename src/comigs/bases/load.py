@@ -91,6 +91,11 @@ def _named(name: str) -> tuple[Any, Any]:
         raise UserError(f'base.name: "{name}" cannot be loaded: {str(error).splitlines()[0]}') from None
 
 
+def is_here(device: torch.device) -> bool:
+    """This machine has it."""
+    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,7 +105,7 @@ def _device(name: str) -> torch.device:
         raise UserError(f'base.device: "{name}" is no device; allowed: auto, cpu, cuda, cuda:1, ...') from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f'base.device: "{name}" is not supported; allowed: auto, cpu, cuda, cuda:1, ...')
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if not is_here(device):
         raise UserError(
             f'base.device: "{name}" is not on this machine ({torch.cuda.device_count()} CUDA devices); choose another, '
             'or "auto"'
