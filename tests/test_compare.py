@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from comigs.config import parse_config, to_toml
 from comigs.errors import UserError
 from comigs.report.compare.compared import Compared, compare_runs
 from comigs.report.compare.figures import Results, Row, mean_by_round, mean_difference, ranks
@@ -115,6 +117,20 @@ def test_a_sweep_gives_names_order_and_baseline(tmp_path: Path) -> None:
     assert [d.name for d in compared.comparison.datasets] == ["topics", "faq"]
     assert names(compared) == ["local", "comigs-2g", "comigs"]
     assert [r.is_baseline for r in compared.comparison.datasets[0].rows] == [False, False, True]
+
+
+def test_a_setting_that_names_clients_is_told_for_the_clients_of_every_dataset(tmp_path: Path) -> None:
+    for text, clients in (("topics", ("news", "fiction")), ("faq", ("fr", "de"))):
+        for power in ("equal", "more"):
+            folder = measured(tmp_path / text / power / "seed-42", dict.fromkeys(clients, 5.0))
+            change(folder, "env.json", base_fingerprint=text)
+            tree = tomllib.loads((folder / "config.toml").read_text())
+            tree["clients"][1]["specialists"] = 3 if power == "more" else 1
+            (folder / "config.toml").write_text(to_toml(parse_config(tree)))
+    write_sweep(tmp_path, "equal", text=["topics", "faq"], power=["equal", "more"])
+    table = settings_table(compare_runs([tmp_path]).comparison)
+    assert table.headers == ("setting", "method", "clients.fiction.specialists", "clients.de.specialists")
+    assert table.rows == (("equal", "comigs", "1", "1"), ("more", "comigs", "3", "3"))
 
 
 def test_a_baseline_on_one_of_several_axes_is_each_setting_s_own(tmp_path: Path) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from comigs.report import format as f
 from comigs.report.compare.costs import Range, ratio
 from comigs.report.compare.figures import METRICS, Comparison, Results, Row, mean_difference, ranks
-from comigs.report.compare.groups import words
+from comigs.report.compare.groups import Setting, words
 from comigs.report.compare.stats import Paired, Spread
 from comigs.report.tables import Table
 
@@ -97,15 +96,19 @@ def combined_table(comparison: Comparison) -> Table:
 
 
 def settings_table(comparison: Comparison) -> Table:
-    """What each setting's config says wherever settings of the comparison differ."""
-    fields = {row.setting.name: row.setting for results in comparison.datasets for row in results.rows}
-    names = list(dict.fromkeys(n for s in fields.values() for n in s.fields if n != "method"))
-    rows = [(s.name, s.method, *(_known(s.fields.get(n)) for n in names)) for s in fields.values()]
+    """What each setting's config says wherever settings of the comparison differ; on any dataset (clients.NAME...)."""
+    by_name: dict[str, list[Setting]] = {}
+    for results in comparison.datasets:
+        for row in results.rows:
+            by_name.setdefault(row.setting.name, []).append(row.setting)
+    names = list(dict.fromkeys(n for same in by_name.values() for s in same for n in s.fields if n != "method"))
+    rows = [(name, same[0].method, *(_said(same, n) for n in names)) for name, same in by_name.items()]
     return Table(("setting", "method", *names), tuple(rows), names=2)
 
 
-def _known(value: Any) -> str:
-    return f.NONE if value is None else words(value)
+def _said(same: Sequence[Setting], name: str) -> str:
+    known = dict.fromkeys(words(s.fields[name]) for s in same if s.fields.get(name) is not None)
+    return ", ".join(known) or f.NONE
 
 
 def _differences(comparison: Comparison, results: Results) -> list[Column]:
