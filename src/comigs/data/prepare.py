@@ -102,13 +102,18 @@ def prepare_client(config: Config, name: str, encoder: Encoder, progress: Progre
     data.distribution = "out", which needs everybody's text.
     """
     entry = config.client_named(name)
+    require_own_text_only(config)
+    part = partition(entry, config.data)
+    check_disjoint([part])
+    return _client_data(_Own(part, config.data, encoder, progress).stores())
+
+
+def require_own_text_only(config: Config) -> None:
+    """Raises UserError where a client needs the text of others."""
     if config.data.distribution == "out":
         raise UserError(
             'data.distribution: "out" mixes the text of all clients, and a device has only its own; use "in"'
         )
-    part = partition(entry, config.data)
-    check_disjoint([part])
-    return _client_data(_Own(part, config.data, encoder, progress).stores())
 
 
 def require_text(config: Config) -> None:

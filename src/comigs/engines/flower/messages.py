@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
 
 from comigs.config import Config, DataSection, ParticipationSection, Split
+from comigs.data.prepare import require_own_text_only
 from comigs.engines.exchange import Task
 from comigs.engines.wire import Head
 from comigs.errors import UserError
@@ -139,8 +140,5 @@ def federable_method(config: Config) -> Method:
             f'method: "{config.method}" trains on the text of all clients in one place, which a federation has not; '
             "choose another method, or run it in-process"
         )
-    if config.data.distribution == "out":
-        raise UserError(
-            'data.distribution: "out" mixes the text of all clients, and a device has only its own; use "in"'
-        )
+    require_own_text_only(config)
     return method
