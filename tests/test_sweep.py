@@ -390,6 +390,18 @@ def test_a_run_takes_as_long_as_those_most_like_it(sweep):
     assert pace.left([half], 1) == pytest.approx(150 + 4 - 30)
 
 
+def test_runs_of_another_machine_say_how_runs_compare_and_those_of_this_one_how_fast_it_is(sweep):
+    edit(sweep, "seeds = [1, 2]", "seeds = [1, 2, 3]")
+    runs = {r.label: r for r in read_plan(sweep).runs}
+    pace = Pace()
+    for label, seconds in (("ours/seed-1", 300.0), ("fedavg/seed-1", 100.0)):
+        pace.learn(runs[label], State(round=2, begun=True, finished=True, seconds=seconds), here=False)
+    assert pace.seconds(runs["fedavg/seed-2"]) == pytest.approx(100)
+    pace.learn(runs["ours/seed-2"], State(round=2, begun=True, finished=True, seconds=150.0))  # twice as fast
+    assert pace.seconds(runs["fedavg/seed-2"]) == pytest.approx(50)
+    assert pace.seconds(runs["ours/seed-3"]) == pytest.approx(150)
+
+
 def test_how_time_is_said():
     assert [clock(s) for s in (3.4, 59.6, 250, 7500)] == ["3 s", "1 min 00 s", "4 min 10 s", "2 h 05 min"]
     assert [about(s) for s in (50, 300, 5400, 18000, 43200)] == [

@@ -24,7 +24,7 @@ class Board:
         self.failed: dict[str, str] = {}  # label -> why
         self.pace = Pace()
         for run in plan.runs:
-            self.pace.learn(run, self.states[run.label])
+            self.pace.learn(run, self.states[run.label], here=False)
         self.waiting = deque(run for run in plan.runs if not self.states[run.label].finished)
         self.deferred: set[str] = set()  # labels of runs that somebody else works on: their turn comes once more
         self.running: list[tuple[Run, Child]] = []

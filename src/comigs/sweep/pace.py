@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from comigs.config import Config
 from comigs.sweep.folders import State
@@ -11,17 +11,30 @@ from comigs.sweep.plan import Run
 START = 10.0  # seconds to import torch, load the base and write the report; until it is measured here
 
 
+Timed = dict[str, tuple[tuple[str, ...], float]]  # label -> choice, seconds per unit of work
+
+
 class Pace:
-    """Seconds per unit of work. A run is taken to go as the timed runs do that share most values of the axes."""
+    """Seconds per unit of work. A run is taken to go as the timed runs do that share most values of the axes.
+
+    Runs that were there before this sweep began, on whatever machine, say how runs compare; those of this sweep say how
+    fast it is here and now.
+    """
 
     def __init__(self) -> None:
-        self.timed: dict[str, tuple[tuple[str, ...], float]] = {}  # label -> choice, seconds per unit of work
+        self.before: Timed = {}
+        self.timed: Timed = {}  # by this sweep
+        self.slower = 1.0  # how much longer runs take here than those before would have it
         self.starts: list[float] = []  # seconds of processes in which nothing was trained or measured
 
-    def learn(self, run: Run, state: State) -> None:
+    def learn(self, run: Run, state: State, here: bool = True) -> None:
         """Take in what a run, finished or not, has recorded; nothing where no round of it is whole."""
         if state.round > 0 and state.seconds > 0:
-            self.timed[run.label] = run.choice, state.seconds / work(run.config) * run.config.rounds / state.round
+            pace = state.seconds / work(run.config) * run.config.rounds / state.round
+            (self.timed if here else self.before)[run.label] = run.choice, pace
+        if self.timed and self.before:
+            ratios = [pace / _like(choice, self.before.values()) for choice, pace in self.timed.values()]
+            self.slower = sum(ratios) / len(ratios)
 
     def learn_start(self, before: State, after: State, elapsed: float) -> None:
         """Take in how much longer a process took than what it did for the run."""
@@ -33,12 +46,8 @@ class Pace:
 
     def seconds(self, run: Run) -> float | None:
         """Of training and measuring in the whole run; None where nothing has been timed."""
-        if not self.timed:
-            return None
-        shared = [(sum(map(str.__eq__, choice, run.choice)), pace) for choice, pace in self.timed.values()]
-        most = max(number for number, _ in shared)
-        nearest = [pace for number, pace in shared if number == most]
-        return sum(nearest) / len(nearest) * work(run.config)
+        known = [*self.timed.values(), *((choice, pace * self.slower) for choice, pace in self.before.values())]
+        return _like(run.choice, known) * work(run.config) if known else None
 
     def left(self, runs: Iterable[tuple[Run, State, float]], jobs: int) -> float | None:
         """Seconds until all these runs end, `jobs` at once; each with where it began and its seconds since then."""
@@ -50,6 +59,14 @@ class Pace:
             rest = whole * (1 - state.round / run.config.rounds)
             each.append(max(self.start() + rest - elapsed, 0))
         return max(sum(each) / jobs, max(each, default=0.0))
+
+
+def _like(choice: tuple[str, ...], timed: Collection[tuple[tuple[str, ...], float]]) -> float:
+    """Mean pace of those that share most values with a choice."""
+    shared = [(sum(map(str.__eq__, other, choice)), pace) for other, pace in timed]
+    most = max(number for number, _ in shared)
+    nearest = [pace for number, pace in shared if number == most]
+    return sum(nearest) / len(nearest)
 
 
 def work(config: Config) -> float:
