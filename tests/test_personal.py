@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import closing
 
 import pytest
@@ -78,9 +79,11 @@ def test_an_error_while_writing_is_raised_here(model):
 
 
 def test_stopping_early_leaves_a_model_that_works(model):
-    stream = model.stream("the ", max_new_tokens=30)
+    before = threading.active_count()
+    stream = model.stream("the ", max_new_tokens=50)
     next(stream)
     stream.close()
+    assert threading.active_count() == before  # nobody goes on writing unread
     assert model.generate("the ", max_new_tokens=4) == model.generate("the ", max_new_tokens=4)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
-from transformers import TextIteratorStreamer
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from comigs.bases.load import Base
 from comigs.client.client import load_tensors
@@ -64,18 +65,19 @@ class PersonalModel:
             raise UserError(
                 f"--prompt: longer than the {self.model.config.max_position_embeddings} tokens this base reads"
             )
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer, unwanted = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), Event()
         arguments = {
             **encoded.to(self.model.device), "streamer": streamer, "max_new_tokens": min(max_new_tokens, room),
             "pad_token_id": self.tokenizer.eos_token_id, "do_sample": False,
             "use_cache": self.config.experts.routing != "sequence",  # which reads the whole text so far
             **settings,
+            "stopping_criteria": StoppingCriteriaList([*settings.get("stopping_criteria", ()), _Once(unwanted)]),
         }  # fmt: skip
         failure: list[BaseException] = []
 
         def write() -> None:
             try:
-                with torch.random.fork_rng(), torch.no_grad():
+                with torch.random.fork_rng(enabled=arguments["do_sample"]), torch.no_grad():
                     if seed is not None:
                         torch.manual_seed(seed)
                     self.model.generate(**arguments)
@@ -85,11 +87,24 @@ class PersonalModel:
 
         thread = Thread(target=write, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:  # nobody reads on: no thread may go on writing beside what its caller does next
+            unwanted.set()
+            thread.join()
         if failure:
             raise failure[0]
 
     def close(self) -> None:
         """Take the experts off again."""
         self.attachment.detach()
+
+
+class _Once(StoppingCriteria):
+    """Stops writing once an event is set."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full(input_ids.shape[:1], self.event.is_set(), device=input_ids.device)
