@@ -73,6 +73,13 @@ def test_no_more_than_the_window(model):
         model.generate("x" * 64)
 
 
+def test_greedy_text_leaves_the_generator_alone_with_a_seed_too(model):
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    model.generate("the ", max_new_tokens=4, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_an_error_while_writing_is_raised_here(model):
     with pytest.raises(ValueError, match="temperature"):
         model.generate("x", max_new_tokens=2, do_sample=True, temperature=-1.0)

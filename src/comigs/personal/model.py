@@ -73,12 +73,12 @@ class PersonalModel:
             **settings,
             "stopping_criteria": StoppingCriteriaList([*settings.get("stopping_criteria", ()), _Once(unwanted)]),
         }  # fmt: skip
-        failure: list[BaseException] = []
+        sampling, failure = arguments["do_sample"], list[BaseException]()
 
         def write() -> None:
             try:
-                with torch.random.fork_rng(enabled=arguments["do_sample"]), torch.no_grad():
-                    if seed is not None:
+                with torch.random.fork_rng(enabled=sampling), torch.no_grad():
+                    if sampling and seed is not None:
                         torch.manual_seed(seed)
                     self.model.generate(**arguments)
             except BaseException as error:

@@ -9,9 +9,7 @@ from comigs.sweep.folders import State
 from comigs.sweep.plan import Run
 
 START = 10.0  # seconds to import torch, load the base and write the report; until it is measured here
-
-
-Timed = dict[str, tuple[tuple[str, ...], float]]  # label -> choice, seconds per unit of work
+Timing = tuple[tuple[str, ...], float]  # a run's choice, its seconds per unit of work
 
 
 class Pace:
@@ -22,8 +20,8 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self.before: Timed = {}
-        self.timed: Timed = {}  # by this sweep
+        self.before: dict[str, Timing] = {}  # by label
+        self.timed: dict[str, Timing] = {}  # by this sweep
         self.slower = 1.0  # how much longer runs take here than those before would have it
         self.starts: list[float] = []  # seconds of processes in which nothing was trained or measured
 
@@ -61,7 +59,7 @@ class Pace:
         return max(sum(each) / jobs, max(each, default=0.0))
 
 
-def _like(choice: tuple[str, ...], timed: Collection[tuple[tuple[str, ...], float]]) -> float:
+def _like(choice: tuple[str, ...], timed: Collection[Timing]) -> float:
     """Mean pace of those that share most values with a choice."""
     shared = [(sum(map(str.__eq__, other, choice)), pace) for other, pace in timed]
     most = max(number for number, _ in shared)
