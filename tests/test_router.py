@@ -155,11 +155,17 @@ def test_routing_in_the_model_stays_float32_under_autocast():
 @pytest.mark.parametrize(("num_experts", "top_k"), [(2, 2), (3, 2), (4, 2), (4, 4)])
 def test_a_router_that_is_partly_open_mixes_the_weights_of_two(num_experts, top_k, share):
     logits = random_logits(num_experts)
-    weights = opened(route(logits, top_k), torch.tensor([share])).weights_TE
-    expected = share * numpy_weights(logits.numpy(), top_k)
+    weights = opened(logits, top_k, torch.tensor([share])).weights_TE
+    behind = np.append(np.zeros(num_experts - 1), -np.log(99))
+    expected = share * numpy_weights(logits.numpy() + behind, top_k)
     alone = np.ones((len(logits), 1))  # the only one has all the weight
     others = num_experts - 1
     closed = numpy_weights(logits.numpy()[:, :-1], min(top_k, others)) if others > 1 else alone
     expected[:, :-1] += (1 - share) * closed
     np.testing.assert_allclose(weights.numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(weights.sum(dim=-1).numpy(), 1, atol=1e-6)
+
+
+def test_the_rest_of_the_world_starts_with_a_hundredth_of_the_weight():
+    weights = opened(torch.zeros(3, 2), 2, torch.ones(1)).weights_TE
+    np.testing.assert_allclose(weights.numpy(), np.tile([0.99, 0.01], (3, 1)), atol=1e-6)

@@ -5,10 +5,17 @@ T tokens, E experts, K = top_k experts used per token.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+LEAD = math.log(99)
+"""How far the last expert of an `opened` router starts behind: beside one other, with a hundredth of the weight.
+
+It is frozen. The more weight it has, the slower those learn that are not (decision 13).
+"""
 
 
 @dataclass(frozen=True)
@@ -40,13 +47,14 @@ def route(logits_TE: Tensor, top_k: int) -> Routing:
     return Routing(logits_TE, weights_TE, selected_TE, top_k)
 
 
-def opened(routing: Routing, open: Tensor) -> Routing:
-    """The same with weights that are only so far open, from 0 to 1, to the last expert.
+def opened(logits_TE: Tensor, top_k: int, open: Tensor) -> Routing:
+    """`route` whose weights are only so far open, from 0 to 1, to the last expert, which starts `LEAD` behind.
 
     (1 - open) times the weights of a router that knows the others only, plus open times those of one that knows all.
     """
-    others_TE = routing.logits_TE[:, :-1]
-    weights_TE = route(others_TE, min(routing.top_k, others_TE.shape[1])).weights_TE.to(routing.weights_TE)
+    others_TE = logits_TE[:, :-1]
+    routing = route(torch.cat([others_TE, logits_TE[:, -1:] - LEAD], dim=-1), top_k)
+    weights_TE = route(others_TE, min(top_k, others_TE.shape[1])).weights_TE.to(routing.weights_TE)
     closed_TE = torch.nn.functional.pad(weights_TE, (0, 1))
     return replace(routing, weights_TE=torch.lerp(closed_TE, routing.weights_TE, open.to(closed_TE)))
 
