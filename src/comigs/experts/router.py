@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-LEAD = math.log(99)
-"""How far the last expert of an `opened` router starts behind: beside one other, with a hundredth of the weight.
+LEAD = math.log(9)
+"""How far the last expert of an `opened` router starts behind: beside one other, with a tenth of the weight.
 
 It is frozen. The more weight it has, the slower those learn that are not (decision 13).
 """
