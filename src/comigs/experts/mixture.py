@@ -98,8 +98,10 @@ class Mixture(nn.Module):
             return torch.full((1, E), 1 / E, device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # a choice between experts deserves full precision
             logits_TE = F.linear(routing_inputs(x.to(self.W_ED.dtype), self.routed_by), self.W_ED)
-            routed = route(logits_TE, self.top_k) if self.open is None else opened(logits_TE, self.top_k, self.open)
-            self.routing = routed
+            if self.open is None:
+                self.routing = route(logits_TE, self.top_k)
+            else:
+                self.routing = opened(logits_TE, self.top_k, self.open)
         return self.routing.weights_TE
 
     def _used(self) -> int:
