@@ -1,9 +1,11 @@
-"""What a lying client costs the honest ones: 1 of 8 sends nonsense each round, against the same run without it.
+"""What a lying client costs the honest ones: 1 of 8 sends nonsense each round, against the same run
+without it.
 
     python benchmarks/liars.py OUT [--rounds 6] [--methods comigs fedavg] [--merges mean median]
 
-Eight clients of the bundled texts (four languages, four topics) train with mini, in-process; `fiction` lies. liars.json
-in OUT gets the honest seven's mean test perplexity of each run, beside the run folders.
+Eight clients of the bundled texts (four languages, four topics) train with mini, in-process;
+`fiction` lies. liars.json in OUT gets the honest seven's mean test perplexity of each run, beside
+the run folders.
 """
 
 from __future__ import annotations
@@ -19,17 +21,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from comigs import api
+from comigs.app import api
 from comigs.config import Config, load_config, parse_config
-from comigs.engines.exchange import Answers, Task
 from comigs.engines.in_process import InProcess
 from comigs.methods.method import Download, Upload
-from comigs.record import RunFolder
+from comigs.runs.folder import RunFolder
+from comigs.server.protocol import Answers, Task
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LIAR = "fiction"
 LIES: dict[str, Callable[[Upload, Download], Upload]] = {
-    "NaN": lambda upload, download: {slot: torch.full_like(t, torch.nan) for slot, t in upload.items()},
+    "NaN": lambda upload, download: {
+        slot: torch.full_like(t, torch.nan) for slot, t in upload.items()
+    },
     "1e6 x": lambda upload, download: {slot: 1e6 * t for slot, t in upload.items()},
     "sign-flipped": lambda upload, download: {slot: -t for slot, t in upload.items()},
     "step backwards": lambda upload, download: {
@@ -61,7 +65,9 @@ Exchange = Callable[[InProcess, Mapping[str, Task], Mapping[str, Download]], Ans
 def lying(honest: Exchange, lie: str) -> Exchange:
     """`InProcess.exchange` with a liar."""
 
-    def exchange(self: InProcess, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
+    def exchange(
+        self: InProcess, tasks: Mapping[str, Task], downloads: Mapping[str, Download]
+    ) -> Answers:
         answers = honest(self, tasks, downloads)
         reply = answers.replies.get(LIAR)
         if reply is None or reply.upload is None:
@@ -81,7 +87,9 @@ def perplexity_of_the_honest(folder: RunFolder) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seed", type=int, default=42)
@@ -91,7 +99,9 @@ def main() -> None:
     exchange, rows = InProcess.exchange, list[dict[str, Any]]()
     for method in options.methods:
         for merge in options.merges:
-            lies = list(LIES) if merge == "mean" else ["sign-flipped", "step backwards"]  # all others are found out
+            lies = (
+                list(LIES) if merge == "mean" else ["sign-flipped", "step backwards"]
+            )  # all others are found out
             for lie in ("nobody lies", "no eighth client", *lies):
                 InProcess.exchange = lying(exchange, lie) if lie in LIES else exchange  # type: ignore[method-assign]
                 path = options.out / "-".join((method, merge, lie.replace(" ", "-")))
@@ -99,7 +109,12 @@ def main() -> None:
                 config = config_of(options, method, merge, with_liar=lie != "no eighth client")
                 folder = RunFolder.open(path) if done else api.run(config, path)
                 rows.append(
-                    {"method": method, "merge": merge, "liar": lie, "perplexity": perplexity_of_the_honest(folder)}
+                    {
+                        "method": method,
+                        "merge": merge,
+                        "liar": lie,
+                        "perplexity": perplexity_of_the_honest(folder),
+                    }
                 )
                 print(rows[-1], flush=True)
     table = Table(title="mean test perplexity of the seven honest clients")
@@ -109,7 +124,12 @@ def main() -> None:
         table.add_row(row["method"], row["merge"], row["liar"], f"{row['perplexity']:.1f}")
     Console(width=100).print(table)
     environment = {key: folder.environment()[key] for key in ("versions", "commit", "dtype")}
-    content = {"seed": options.seed, "rounds": options.rounds, "runs": rows, "environment": environment}
+    content = {
+        "seed": options.seed,
+        "rounds": options.rounds,
+        "runs": rows,
+        "environment": environment,
+    }
     (options.out / "liars.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

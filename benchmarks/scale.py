@@ -1,11 +1,14 @@
-"""What clients in all cost, when as many as ever train in a round: start-up, seconds a round, peak memory.
+"""What clients in all cost, when as many as ever train in a round: start-up, seconds a round, peak
+memory.
 
-    python benchmarks/scale.py [--base mini] [--clients 10 100 1000] [--per-round 8] [--rounds 3] [--out scale.json]
+    python benchmarks/scale.py [--base mini] [--clients 10 100 1000] [--per-round 8] [--rounds 3]
+    [--out scale.json]
 
-Every number of clients is a run of its own, in a process of its own, that does what `comigs run` does. Text: passages
-of the bundled Debian FAQ; a line of its own in front of each makes no two documents the same. Start-up is from reading
-the config to the first step; a round has its exchanges, its merge and its commit. The last exchange, in which everybody
-is measured, is told apart: it grows with the clients, as it must; --rounds-only leaves it out.
+Every number of clients is a run of its own, in a process of its own, that does what `comigs run`
+does. Text: passages of the bundled Debian FAQ; a line of its own in front of each makes no two
+documents the same. Start-up is from reading the config to the first step; a round has its
+exchanges, its merge and its commit. The last exchange, in which everybody is measured, is told
+apart: it grows with the clients, as it must; --rounds-only leaves it out.
 """
 
 from __future__ import annotations
@@ -29,7 +32,11 @@ from rich.console import Console
 from rich.table import Table
 
 LANGUAGES = ("fr", "de", "it", "nl")
-PASSAGES = {"train": (3, 900), "valid": (1, 900), "test": (1, 150)}  # split -> documents, characters of each
+PASSAGES = {
+    "train": (3, 900),
+    "valid": (1, 900),
+    "test": (1, 150),
+}  # split -> documents, characters of each
 CONFIG = """\
 rounds = {rounds}
 [base]
@@ -62,7 +69,10 @@ def write_clients(folder: Path, options: argparse.Namespace, clients: int) -> Pa
     """A config of that many clients, and their text."""
     from comigs.data.sources import open_source
 
-    pools = [cycle([d.text for d in open_source(f"debian-faq:{language}", folder)]) for language in LANGUAGES]
+    pools = [
+        cycle([d.text for d in open_source(f"debian-faq:{language}", folder)])
+        for language in LANGUAGES
+    ]
     config = [CONFIG.format(**{**vars(options), "per_round": min(options.per_round, clients)})]
     for number, pool in zip(range(clients), cycle(pools), strict=False):
         name, pages = f"client-{number:04d}", count(1)
@@ -78,9 +88,10 @@ def write_clients(folder: Path, options: argparse.Namespace, clients: int) -> Pa
 
 def measure(path: Path, rounds_only: bool) -> dict[str, Any]:
     """One run of this config: seconds and bytes."""
-    from comigs import api, load_config
+    from comigs import load_config
+    from comigs.app import api
     from comigs.errors import Stopped
-    from comigs.process import peak_memory
+    from comigs.processes import peak_memory
 
     began = time.perf_counter()
     marks: dict[str, list[float]] = {}
@@ -97,13 +108,19 @@ def measure(path: Path, rounds_only: bool) -> dict[str, Any]:
         folder = api.open_run(path.parent / "run")
     ended, peak = time.perf_counter() - began, peak_memory()
     first, rounds = marks["step"][0], marks["server"]
-    timings = [json.loads(line) for line in (folder.path / "timings.jsonl").read_text().splitlines()]
+    timings = [
+        json.loads(line) for line in (folder.path / "timings.jsonl").read_text().splitlines()
+    ]
     trained = [line for line in timings if line["tokens_per_second"] is not None]
     return {
         "clients": len(folder.config().clients),
         "start_up_seconds": first,
-        "round_seconds": [now - before for before, now in zip([first, *rounds], rounds, strict=False)],
-        "work_seconds": [sum(t["seconds"] for t in trained if t["round"] == r + 1) for r in range(len(rounds))],
+        "round_seconds": [
+            now - before for before, now in zip([first, *rounds], rounds, strict=False)
+        ],
+        "work_seconds": [
+            sum(t["seconds"] for t in trained if t["round"] == r + 1) for r in range(len(rounds))
+        ],
         "last_exchange_seconds": None if rounds_only else ended - rounds[-1],
         "peak_round_bytes": max(line["peak_memory_bytes"] for line in trained),
         "peak_bytes": peak,
@@ -126,8 +143,18 @@ def in_its_own_process(options: argparse.Namespace, clients: int) -> dict[str, A
 
 
 def table_of(options: argparse.Namespace, results: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{options.base}, {options.per_round} clients a round, {options.threads} thread(s)")
-    columns = ("clients", "start-up s", "s a round", "of it at work", "last exchange s", "peak MB in rounds", "peak MB")
+    table = Table(
+        title=f"{options.base}, {options.per_round} clients a round, {options.threads} thread(s)"
+    )
+    columns = (
+        "clients",
+        "start-up s",
+        "s a round",
+        "of it at work",
+        "last exchange s",
+        "peak MB in rounds",
+        "peak MB",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     for r in results:
@@ -142,14 +169,22 @@ def table_of(options: argparse.Namespace, results: list[dict[str, Any]]) -> Tabl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default="mini")
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--per-round", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds-only", action="store_true", help="without the last exchange, which asks everybody")
-    parser.add_argument("--scratch", type=Path, help="where the runs are made; default: the system's temporary folder")
+    parser.add_argument(
+        "--rounds-only", action="store_true", help="without the last exchange, which asks everybody"
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        help="where the runs are made; default: the system's temporary folder",
+    )
     parser.add_argument("--out", type=Path, default=Path("scale.json"))
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -160,7 +195,12 @@ def main() -> None:
     settings = {key: getattr(options, key) for key in ("base", "per_round", "rounds", "threads")}
     versions = {name: version(name) for name in ("comigs", "torch", "transformers", "safetensors")}
     versions |= {"python": platform.python_version()}
-    found = {"settings": settings, "versions": versions, "machine": platform.platform(), "results": results}
+    found = {
+        "settings": settings,
+        "versions": versions,
+        "machine": platform.platform(),
+        "results": results,
+    }
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     Console(width=110).print(table_of(options, results))
 

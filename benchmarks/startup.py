@@ -1,4 +1,5 @@
-"""How long it takes to start: `comigs --help`, and a run until its first step, with its text prepared.
+"""How long it takes to start: `comigs --help`, and a run until its first step, with its text
+prepared.
 
     python benchmarks/startup.py [--config configs/quickstart.toml] [--repeats 5] [--out FILE]
 
@@ -19,11 +20,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-HELP = "from comigs.cli import main; main()"
+HELP = "from comigs.app.cli import main; main()"
 FIRST_STEP = """
 import os, sys
 from pathlib import Path
-from comigs import api, load_config
+from comigs.app import api as api, load_config
 
 def report(event):
     if event["kind"] == "step":
@@ -42,7 +43,9 @@ def seconds(*words: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/quickstart.toml")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
@@ -56,7 +59,9 @@ def main() -> None:
             seen["first step"].append(seconds(*first, f"{scratch}/{turn}"))
     table = Table("what", "seconds, median", "slowest", "goal")
     for name, taken in seen.items():
-        table.add_row(name, f"{statistics.median(taken):.2f}", f"{max(taken):.2f}", f"{GOALS[name]:g}")
+        table.add_row(
+            name, f"{statistics.median(taken):.2f}", f"{max(taken):.2f}", f"{GOALS[name]:g}"
+        )
     Console().print(table)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,20 @@
-"""Train steps and evaluations side by side: ours, plain peft LoRA, a naive mixture, and the frozen base alone.
+"""Train steps and evaluations side by side: ours, plain peft LoRA, a naive mixture, and the frozen
+base alone.
 
-    python benchmarks/step.py [--base mini] [--batch 8] [--length 128] [--repeats 7] [--dtype bfloat16] [--out FILE]
+    python benchmarks/step.py [--base mini] [--batch 8] [--length 128] [--repeats 7] [--dtype
+    bfloat16] [--out FILE]
 
-A  peft LoRA of rank 8E on all attention and MLP linears: as many trained parameters as E experts of rank 8
-B  a naive mixture: every expert a full MLP forward pass, as research code does it
+A  peft LoRA of rank 8E on all attention and MLP linears: as many trained parameters as E experts of
+rank 8 B  a naive mixture: every expert a full MLP forward pass, as research code does it
 C  ours, with K of E experts per token
-D  the frozen base alone: forward, and forward with backward to its input, a bound that no LoRA method can beat
+D  the frozen base alone: forward, and forward with backward to its input, a bound that no LoRA
+method can beat
 
-Every variant runs in its own process (its peak memory is its own) and the processes take turns step by step, so that
-noise of the machine meets all alike. Only ratios travel between machines; each is a median of ratios within a turn.
-The machine's limit is what a large matrix product reaches, here and now; a variant's share of it counts only the
-operations that a step of the frozen base needs.
+Every variant runs in its own process (its peak memory is its own) and the processes take turns step
+by step, so that noise of the machine meets all alike. Only ratios travel between machines; each is
+a median of ratios within a turn.
+The machine's limit is what a large matrix product reaches, here and now; a variant's share of it
+counts only the operations that a step of the frozen base needs.
 """
 
 from __future__ import annotations
@@ -33,11 +37,11 @@ from comigs.client.client import new_trainee
 from comigs.client.evaluate import measure
 from comigs.client.steps import Plan, Rules, autocast, step
 from comigs.config import BaseSection, ClientSection, ExpertShape, ExpertsSection
-from comigs.environment import environment
 from comigs.experts.attach import Attachment
+from comigs.experts.init import starting_tensors
 from comigs.experts.mixture import Mixture
-from comigs.experts.start import starting_tensors
-from comigs.process import peak_memory
+from comigs.processes import peak_memory
+from comigs.runs.environment import environment
 
 RANK = 8
 Run = Callable[[Any, Any], object]
@@ -69,7 +73,9 @@ def forward_and_backward(base: Base) -> Run:
     def run(x: torch.Tensor, y: torch.Tensor) -> None:
         embedded = base.model.get_input_embeddings()(x).detach().requires_grad_()
         with autocast(base.dtype, x.device):
-            hidden = base.model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            hidden = base.model.base_model(
+                inputs_embeds=embedded, use_cache=False
+            ).last_hidden_state
             logits = base.model.get_output_embeddings()(hidden)
             torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).backward()
 
@@ -83,9 +89,16 @@ def peft_lora(rank: int) -> Callable[[Base], Run]:
         from peft import LoraConfig, get_peft_model
 
         a = base.architecture
-        names = [*a.mlp_linears().values(), *(path.rpartition(".")[2] for path in a.attention.values())]
-        model = get_peft_model(base.model, LoraConfig(r=rank, target_modules=sorted(set(names)), use_rslora=True))
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        names = [
+            *a.mlp_linears().values(),
+            *(path.rpartition(".")[2] for path in a.attention.values()),
+        ]
+        model = get_peft_model(
+            base.model, LoraConfig(r=rank, target_modules=sorted(set(names)), use_rslora=True)
+        )
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], fused=True
+        )
 
         def run(x: torch.Tensor, y: torch.Tensor) -> None:
             with autocast(base.dtype, x.device):
@@ -109,7 +122,10 @@ def naive_forward(mixture: Mixture, x: torch.Tensor) -> torch.Tensor:
     for e, expert in enumerate(mixture.experts):
 
         def adapted(site: str, h: torch.Tensor, expert: Any = expert) -> torch.Tensor:
-            low, B = torch.nn.functional.linear(h, expert.A[site].to(h.dtype)), expert.scale * expert.B[site]
+            low, B = (
+                torch.nn.functional.linear(h, expert.A[site].to(h.dtype)),
+                expert.scale * expert.B[site],
+            )
             return mixture._frozen(site, h) + torch.nn.functional.linear(low, B.to(h.dtype))
 
         up = adapted("up", x_TD)
@@ -118,19 +134,29 @@ def naive_forward(mixture: Mixture, x: torch.Tensor) -> torch.Tensor:
     return y_TD.view(x.shape)
 
 
-def mixture(experts: int, top_k: int, naive: bool = False, evaluate: bool = False) -> Callable[[Base], Run]:
+def mixture(
+    experts: int, top_k: int, naive: bool = False, evaluate: bool = False
+) -> Callable[[Base], Run]:
     """Our own step, or evaluation."""
 
     def build(base: Base) -> Run:
         if naive:
             Mixture.forward = naive_forward  # type: ignore[method-assign]
-        attachment = Attachment(base.model, base.architecture, ExpertsSection(top_k=top_k, strength="each"))
+        attachment = Attachment(
+            base.model, base.architecture, ExpertsSection(top_k=top_k, strength="each")
+        )
         shape = ExpertShape(
-            generalists=1, specialists=experts - 1, rank=RANK, specialist_rank=RANK, attention_rank=experts * RANK
+            generalists=1,
+            specialists=experts - 1,
+            rank=RANK,
+            specialist_rank=RANK,
+            attention_rank=experts * RANK,
         )
         settings = ClientSection()
         start = starting_tensors(attachment.slot_shapes(shape, True), 0, "bench")
-        trainee = new_trainee({slot: tensor.to(base.device) for slot, tensor in start.items()}, settings)
+        trainee = new_trainee(
+            {slot: tensor.to(base.device) for slot, tensor in start.items()}, settings
+        )
         attachment.bind(trainee.tensors)
         plan = Plan(settings, lr=1e-4, router_lr=1e-4, total_steps=1000, dtype=base.dtype)
 
@@ -172,7 +198,9 @@ def load(options: argparse.Namespace) -> Base:
 
 def sample(options: argparse.Namespace, base: Base) -> tuple[torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
-    x = torch.randint(base.encoder.vocabulary_size, (options.batch, options.length), generator=random).to(base.device)
+    x = torch.randint(
+        base.encoder.vocabulary_size, (options.batch, options.length), generator=random
+    ).to(base.device)
     return x, x.roll(-1, dims=1)
 
 
@@ -220,18 +248,24 @@ def limit(options: argparse.Namespace, pipe: Any) -> None:
 
 
 def operations(base: Base, tokens: int, length: int, train: bool) -> float:
-    """Of a step or an evaluation of the frozen base: 2 a parameter and token, attention; as many backward."""
+    """Of a step or an evaluation of the frozen base: 2 a parameter and token, attention; as many
+    backward.
+    """
     config, embedding = base.model.config, base.model.get_input_embeddings().weight.numel()
     matrices = sum(p.numel() for p in base.model.parameters() if p.dim() == 2)
     if base.model.get_output_embeddings().weight is not base.model.get_input_embeddings().weight:
         matrices -= embedding  # looked up, not multiplied
     positions = sum(p.numel() for n, p in base.model.named_parameters() if "wpe" in n)
-    attention = 2 * 2 * config.num_hidden_layers * length * config.hidden_size  # scores and mix, per token
+    attention = (
+        2 * 2 * config.num_hidden_layers * length * config.hidden_size
+    )  # scores and mix, per token
     return (2 if train else 1) * tokens * (2 * (matrices - positions) + attention)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default="mini")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
@@ -239,15 +273,21 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of each process; processes take turns")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="variants whose name holds one of these")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="variants whose name holds one of these"
+    )
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
-    names = [name for name in VARIANTS if not options.only or any(text in name for text in options.only)]
+    names = [
+        name for name in VARIANTS if not options.only or any(text in name for text in options.only)
+    ]
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for name in (*names, "limit"):
         pipes[name], theirs = context.Pipe()
-        target, given = (limit, (options, theirs)) if name == "limit" else (worker, (name, options, theirs))
+        target, given = (
+            (limit, (options, theirs)) if name == "limit" else (worker, (name, options, theirs))
+        )
         context.Process(target=target, args=given, daemon=True).start()
         pipes[name].recv()
     seen: dict[str, list[float]] = {name: [] for name in pipes}
@@ -277,7 +317,9 @@ def write(
     rows: dict[str, dict[str, float]] = {}
     for name in names:
         needed = operations(base, tokens, options.length, train=not name.startswith("evaluate"))
-        share = statistics.median(needed / s / top for s, top in zip(seen[name], seen["limit"], strict=True))
+        share = statistics.median(
+            needed / s / top for s, top in zip(seen[name], seen["limit"], strict=True)
+        )
         median = statistics.median(seen[name])
         rows[name] = {
             "seconds": median, "tokens_per_second": tokens / median, f"over {first}": ratio(seen[name], seen[first]),
@@ -293,11 +335,19 @@ def write(
         if one in seen and other in seen:
             got = ratio(seen[one], seen[other])
             goals.append({"variant": one, "over": other, "goal": least, "ratio": got})
-            console.print(f"{one} over {other}: {got:.2f}, goal {least}{'' if got >= least else ': missed'}")
+            console.print(
+                f"{one} over {other}: {got:.2f}, goal {least}{'' if got >= least else ': missed'}"
+            )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         made_with = {k: v for k, v in environment(base, {}).items() if k not in ("command", "data")}
-        content = {"setting": size, "variants": rows, "goals": goals, "seconds": seen, "environment": made_with}
+        content = {
+            "setting": size,
+            "variants": rows,
+            "goals": goals,
+            "seconds": seen,
+            "environment": made_with,
+        }
         options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -34,7 +34,12 @@ def kind(annotation: Any) -> str:
 
 def row(key: str, field: FieldInfo) -> str:
     """A line of a table; the default as TOML has it."""
-    bounds = [f"{words} {getattr(m, n):g}" for m in field.metadata for n, words in BOUNDS.items() if hasattr(m, n)]
+    bounds = [
+        f"{words} {getattr(m, n):g}"
+        for m in field.metadata
+        for n, words in BOUNDS.items()
+        if hasattr(m, n)
+    ]
     value = list(field.default) if isinstance(field.default, tuple) else field.default
     default = "none" if value is None else f"`{json.dumps(value, default=str)}`"
     default = "required" if field.is_required() else default
@@ -45,7 +50,11 @@ def page() -> str:
     """The whole page."""
     parts = [INTRO]
     for name, section in SECTIONS.items():
-        rows = [row(key, field) for key, field in section.model_fields.items() if name or key not in SECTIONS]
+        rows = [
+            row(key, field)
+            for key, field in section.model_fields.items()
+            if name or key not in SECTIONS
+        ]
         table = "\n".join(["| field | type | default | what |", "|---|---|---|---|", *rows])
         parts.append(f"## {TITLES.get(name, f'[{name}]')}\n\n{table}\n")
     return "\n".join(parts)

@@ -1,6 +1,8 @@
-"""A federation of four clients on this machine, with the commands that an operator and four owners would type.
+"""A federation of four clients on this machine, with the commands that an operator and four owners
+would type.
 
-`make federation` runs it. Everything goes into runs/federation (or the folder given); what it starts, it ends.
+`make federation` runs it. Everything goes into runs/federation (or the folder given); what it
+starts, it ends.
 """
 
 from __future__ import annotations
@@ -16,7 +18,12 @@ from pathlib import Path
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "federation.toml"
 COMIGS = Path(sys.executable).absolute().with_name("comigs")
-TEXT = {"french": "debian-faq:fr", "german": "debian-faq:de", "italian": "debian-faq:it", "dutch": "debian-faq:nl"}
+TEXT = {
+    "french": "debian-faq:fr",
+    "german": "debian-faq:de",
+    "italian": "debian-faq:it",
+    "dutch": "debian-faq:nl",
+}
 PATIENCE = 180  # seconds for all to be online
 
 
@@ -42,7 +49,16 @@ def main() -> int:
         ]  # fmt: skip
         wait_for("is online", devices)
         comigs("federation", "status", "server")
-        words = ["run", os.path.relpath(CONFIG), "--engine", "flower", "--federation", "server", "--out", "run"]
+        words = [
+            "run",
+            os.path.relpath(CONFIG),
+            "--engine",
+            "flower",
+            "--federation",
+            "server",
+            "--out",
+            "run",
+        ]
         code = comigs(*words, required=False)
     return code
 

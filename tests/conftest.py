@@ -1,4 +1,6 @@
-"""What the tests of the core share: tiny bases, experts that differ, and small runs over made-up text."""
+"""What the tests of the core share: tiny bases, experts that differ, and small runs over made-up
+text.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,13 @@ from comigs.data.prepare import prepare
 from comigs.engines.in_process import InProcess
 from comigs.experts.attach import Attachment
 from comigs.methods.method import load_method
-from comigs.record import RunFolder
+from comigs.runs.folder import RunFolder
 from comigs.slots import Slot
 
 torch.set_num_threads(1)  # the numbers some tests hold were made with one thread
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is begun with Ctrl-C ignored
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background job is begun with Ctrl-C ignored
 
 WORDS = {  # what each client writes about; no word is anybody else's
     "ada": "engine number analysis table note wheel loom pattern",
@@ -36,11 +40,15 @@ WORDS = {  # what each client writes about; no word is anybody else's
 
 
 def tiny(name: str, dtype: str = "float32") -> Base:
-    """A base of bases/tiny.py on the CPU, made anew, so that a test may do with it what it likes."""
+    """A base of bases/tiny.py on the CPU, made anew, so that a test may do with it what it
+    likes.
+    """
     return load_base(BaseSection(name=name, dtype=dtype, device="cpu"))
 
 
-def shape_of(generalists: int, specialists: int, rank: int = 3, specialist_rank: int | None = None) -> ExpertShape:
+def shape_of(
+    generalists: int, specialists: int, rank: int = 3, specialist_rank: int | None = None
+) -> ExpertShape:
     return ExpertShape(
         generalists=generalists, specialists=specialists, rank=rank, specialist_rank=specialist_rank or rank,
         attention_rank=2,
@@ -48,30 +56,42 @@ def shape_of(generalists: int, specialists: int, rank: int = 3, specialist_rank:
 
 
 def random_tensors(
-    attachment: Attachment, shape: ExpertShape, routed: bool, seed: int = 0, dtype: torch.dtype = torch.float32
+    attachment: Attachment,
+    shape: ExpertShape,
+    routed: bool,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[Slot, Tensor]:
     """Experts far from the base and from each other: nothing is zero."""
     random = torch.Generator().manual_seed(seed)
     size = {"A": 0.25, "B": 0.05, "W": 1.0}
     return {
-        slot: (torch.randn(dims, generator=random, dtype=torch.float64) * size[slot.matrix]).to(dtype)
+        slot: (torch.randn(dims, generator=random, dtype=torch.float64) * size[slot.matrix]).to(
+            dtype
+        )
         for slot, dims in attachment.slot_shapes(shape, routed).items()
     }
 
 
 def attach(model: Any, architecture: Architecture, top_k: int = 2, **settings: Any) -> Attachment:
-    return Attachment(model, architecture, ExpertsSection(**{"top_k": top_k, "strength": "each", **settings}))
+    return Attachment(
+        model, architecture, ExpertsSection(**{"top_k": top_k, "strength": "each", **settings})
+    )
 
 
 def run_config(root: Path, names: str = "ada bob", entries: Mapping[str, Mapping[str, Any]] | None = None,
                **tree: Any) -> Config:  # fmt: skip
-    """A small run of these clients on tiny-gpt2. entries: more of a [[clients]] table; tree: sections."""
+    """A small run of these clients on tiny-gpt2. entries: more of a [[clients]] table; tree:
+    sections.
+    """
     for name in names.split():
         folder, words = root / name, WORDS[name].split()
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(9):
             text = " ".join(words[(number * k * k + k) % len(words)] for k in range(24))
-            (folder / f"{number}.txt").write_text(f"{text}, says {name} on page {number}.", encoding="utf-8")
+            (folder / f"{number}.txt").write_text(
+                f"{text}, says {name} on page {number}.", encoding="utf-8"
+            )
     sections: dict[str, dict[str, Any]] = {
         "base": {"name": "tiny-gpt2", "dtype": "float32", "device": "cpu", "threads": 1},
         "data": {"root": str(root), "cache": str(root / "cache"), "sequence_length": 12},
@@ -84,13 +104,17 @@ def run_config(root: Path, names: str = "ada bob", entries: Mapping[str, Mapping
     }
     plain = {key: value for key, value in tree.items() if not isinstance(value, dict)}
     merged = {key: {**sections.get(key, {}), **tree.get(key, {})} for key in sections}
-    clients = [{"name": name, "text": name, **(entries or {}).get(name, {})} for name in names.split()]
+    clients = [
+        {"name": name, "text": name, **(entries or {}).get(name, {})} for name in names.split()
+    ]
     return parse_config({"rounds": 2, **merged, **plain, "clients": clients})
 
 
 @dataclass(frozen=True)
 class Started:
-    """An engine ready for the first exchange, and all its clients in memory, to look at and to change."""
+    """An engine ready for the first exchange, and all its clients in memory, to look at and to
+    change.
+    """
 
     engine: InProcess
     clients: dict[str, Client]

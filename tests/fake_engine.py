@@ -1,4 +1,6 @@
-"""Clients without a model, for tests of the loop: each adds its own number and the round's to what it received."""
+"""Clients without a model, for tests of the loop: each adds its own number and the round's to what
+it received.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from dataclasses import replace
 import torch
 
 from comigs.config import parse_config
-from comigs.engines.exchange import Answers, Reply
-from comigs.engines.rounds import run_rounds
 from comigs.methods.method import Method, mean_of_uploads
-from comigs.record import RunFolder
+from comigs.runs.folder import RunFolder
+from comigs.server.protocol import Answers, Reply
+from comigs.server.rounds import run_rounds
 from comigs.slots import Slot
 
 A, B = Slot(0, "up", "g0", "A"), Slot(0, "up", "g0", "B")
@@ -20,18 +22,49 @@ GONE = "no answer by the deadline"
 
 def averaging(**changes):
     """A method that shares everything it has, and averages it."""
-    same = Method("averaging", "a test's own", "-", lambda s: True, lambda s: True, mean_of_uploads, averages=True)
+    same = Method(
+        "averaging",
+        "a test's own",
+        "-",
+        lambda s: True,
+        lambda s: True,
+        mean_of_uploads,
+        averages=True,
+    )
     return replace(same, **changes)
 
 
 def timing_of(round, client):
-    return {"round": round, "client": client, "tokens_per_second": 1.0, "seconds": 1.0, "peak_memory_bytes": 1}
+    return {
+        "round": round,
+        "client": client,
+        "tokens_per_second": 1.0,
+        "seconds": 1.0,
+        "peak_memory_bytes": 1,
+    }
 
 
 def evaluation_of(round, client, split, model, nats=1.0):
-    figures = {"nats_per_token": nats, "perplexity": 2.0, "bits_per_byte": 1.0, "tokens": 9, "bytes": 9}
-    line = {"kind": "evaluation", "round": round, "client": client, "split": split, "model": model, **figures}
-    return line | {"generalist_share_by_layer": None, "expert_share_by_layer": None, "adopted_share": None}
+    figures = {
+        "nats_per_token": nats,
+        "perplexity": 2.0,
+        "bits_per_byte": 1.0,
+        "tokens": 9,
+        "bytes": 9,
+    }
+    line = {
+        "kind": "evaluation",
+        "round": round,
+        "client": client,
+        "split": split,
+        "model": model,
+        **figures,
+    }
+    return line | {
+        "generalist_share_by_layer": None,
+        "expert_share_by_layer": None,
+        "adopted_share": None,
+    }
 
 
 def train_of(round, client, nats=1.0):
@@ -45,12 +78,15 @@ def train_of(round, client, nats=1.0):
 
 
 class Numbers:
-    """An engine. trouble(name, task, reply): what the server gets instead: another reply, or a text: why there is none.
+    """An engine. trouble(name, task, reply): what the server gets instead: another reply, or a
+    text: why there is none.
 
     late: replies that come in with the next exchange.
     """
 
-    def __init__(self, names="ada bob", trouble=lambda name, task, reply: reply, slots=(A,), fail_at=None):
+    def __init__(
+        self, names="ada bob", trouble=lambda name, task, reply: reply, slots=(A,), fail_at=None
+    ):
         self.names, self.trouble, self.slots, self.fail_at = names.split(), trouble, slots, fail_at
         self.shapes = dict.fromkeys(self.names, dict.fromkeys(slots, SHAPE))
         self.tasks, self.received, self.sent, self.late, self.folder = [], [], [], {}, None
@@ -80,7 +116,9 @@ class Numbers:
             state = tensor.clone()
         nats = state.mean().item()
         lines = [evaluation_of(0, name, split, "base", nats) for split in task.evaluate_base]
-        lines += [evaluation_of(task.round - 1, name, split, "personal", nats) for split in task.evaluate]
+        lines += [
+            evaluation_of(task.round - 1, name, split, "personal", nats) for split in task.evaluate
+        ]
         timing = timing_of(task.round, name)
         if not task.train:
             self.folder.stage(f"clients/{name}/personal", {str(A): state}, task.round)
@@ -88,12 +126,19 @@ class Numbers:
         state = state + number + task.round / 7
         self.folder.stage(path, {str(A): state}, task.round)
         upload = dict.fromkeys(self.slots, state.clone())
-        return Reply(upload, [*lines, train_of(task.round, name, state.mean().item())], timing, 9, task.round)
+        return Reply(
+            upload, [*lines, train_of(task.round, name, state.mean().item())], timing, 9, task.round
+        )
 
 
-def rounds_of(root, engine, method=None, name="run", report=lambda event: None, entries=None, **tree):
+def rounds_of(
+    root, engine, method=None, name="run", report=lambda event: None, entries=None, **tree
+):
     """Run (on) in a folder of that name."""
-    clients = [{"name": client, "text": client, **(entries or {}).get(client, {})} for client in engine.names]
+    clients = [
+        {"name": client, "text": client, **(entries or {}).get(client, {})}
+        for client in engine.names
+    ]
     config, path = parse_config({"rounds": 2, **tree, "clients": clients}), root / name
     engine.folder = RunFolder.open(path) if path.exists() else RunFolder.create(path, config, {})
     with engine.folder as folder:

@@ -1,4 +1,6 @@
-"""Killing a process at each moment at which it touches a folder, as `kill -9` would: nothing of it runs any more."""
+"""Killing a process at each moment at which it touches a folder, as `kill -9` would: nothing of it
+runs any more.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def kill_self() -> None:
 def begin(work: Callable[[], object]) -> int:
     """Run `work` in a forked child, which has torch already; returns its process id."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: nobody holds a lock here
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of forking with threads: nobody holds a lock here
         child = os.fork()
     if child == 0:
         try:
@@ -41,7 +45,9 @@ def in_child(work: Callable[[], object]) -> int | None:
 
 
 def killed_at(number: int, folder: Path, work: Callable[[], object]) -> bool:
-    """Run `work` in a child that kills itself at touch `number` (from 1) of `folder`; False where there was none."""
+    """Run `work` in a child that kills itself at touch `number` (from 1) of `folder`; False where
+    there was none.
+    """
     left = number
 
     def touch() -> None:
@@ -65,7 +71,7 @@ def killed_at(number: int, folder: Path, work: Callable[[], object]) -> bool:
 
     def harmed() -> None:
         sys.addaudithook(audit)
-        with patch("comigs.record.save_file", save_slowly), patch("os.fsync", fsync):
+        with patch("comigs.runs.folder.save_file", save_slowly), patch("os.fsync", fsync):
             work()
 
     return in_child(harmed) == signal.SIGKILL

@@ -1,6 +1,8 @@
-"""A federation in one process: the real apps, trainers on real sockets, and a grid of threads in place of Flower's.
+"""A federation in one process: the real apps, trainers on real sockets, and a grid of threads in
+place of Flower's.
 
-No Ray, no SuperLink. What FLOWER's own grid does to messages (copies, ids, errors with their text) is done here, too.
+No Ray, no SuperLink. What FLOWER's own grid does to messages (copies, ids, errors with their text)
+is done here, too.
 """
 
 from __future__ import annotations
@@ -27,18 +29,21 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from comigs.bases.load import load_base
 from comigs.config import Config
-from comigs.engines.flower import apps, link, server
-from comigs.engines.flower.courier import Pace
-from comigs.engines.flower.trainer import Device, Trainer
-from comigs.environment import environment
-from comigs.record import RunFolder
+from comigs.federation.device import trainer_socket
+from comigs.federation.device.device_service import Device, Trainer
+from comigs.federation.flower import apps, server
+from comigs.federation.flower.dispatch import Pace
+from comigs.runs.environment import environment
+from comigs.runs.folder import RunFolder
 
 FIRST_NODE = 1000
 ONE = threading.Lock()
 
 
 class TestTrainer(Trainer):
-    """At work one at a time: the tiny bases are drawn from torch's one generator. `before` may wait, or lie."""
+    """At work one at a time: the tiny bases are drawn from torch's one generator. `before` may
+    wait, or lie.
+    """
 
     __test__ = False
 
@@ -54,9 +59,11 @@ class TestTrainer(Trainer):
 
 
 class LocalGrid(Grid):
-    """Runs the ClientApp for every message, a thread for each node, as one SuperNode works on one message at a time.
+    """Runs the ClientApp for every message, a thread for each node, as one SuperNode works on one
+    message at a time.
 
-    sockets: of the nodes' trainers. offline: nodes that cannot be reached now. seen: every byte that went either way.
+    sockets: of the nodes' trainers. offline: nodes that cannot be reached now. seen: every byte
+    that went either way.
     """
 
     def __init__(self, sockets: Iterable[Path]) -> None:
@@ -91,7 +98,10 @@ class LocalGrid(Grid):
         return [node for node in self.contexts if node not in self.offline]
 
     def get_nodes(self) -> list[NodeInfo]:
-        return [NodeInfo(node_id=node, last_activated_at=self.started[node]) for node in self.get_node_ids()]
+        return [
+            NodeInfo(node_id=node, last_activated_at=self.started[node])
+            for node in self.get_node_ids()
+        ]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
@@ -115,17 +125,22 @@ class LocalGrid(Grid):
         return replies
 
     def restart(self, node: int) -> None:
-        """The node's process was killed and started again: what it was at work on is never answered."""
+        """The node's process was killed and started again: what it was at work on is never
+        answered.
+        """
         self.lost |= {message for message, where in self._nodes.items() if where == node}
         self.started[node] += "!"
 
     def _one(self, message: Message) -> Message:
         self.seen.append(everything(message))
         try:
-            reply = apps.client(message=message, context=self.contexts[message.metadata.dst_node_id])
+            reply = apps.client(
+                message=message, context=self.contexts[message.metadata.dst_node_id]
+            )
         except Exception as error:  # as Flower does, which is why apps.client must let none out
             reply = Message(
-                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error)}:<'{error}'>"), reply_to=message
+                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error)}:<'{error}'>"),
+                reply_to=message,
             )
         self.seen.append(everything(reply))
         return reply
@@ -149,26 +164,42 @@ def everything(message: Message) -> bytes:
 class Federation:
     """Trainers behind sockets, and the server's folder. `run` is what a ServerApp does."""
 
-    def __init__(self, root: Path, names: Iterable[str], text: Path, trainer: type[TestTrainer] = TestTrainer) -> None:
+    def __init__(
+        self, root: Path, names: Iterable[str], text: Path, trainer: type[TestTrainer] = TestTrainer
+    ) -> None:
         """text: folder with one folder of text for each name."""
         self.root, self.names, self.said = root, list(names), dict[str, list[str]]()
         self.sockets = Path(tempfile.mkdtemp(prefix="comigs-"))  # a socket's path must be short
-        Finalize(None, shutil.rmtree, (self.sockets, True), exitpriority=-1)  # after the listeners, which unlink theirs
+        Finalize(
+            None, shutil.rmtree, (self.sockets, True), exitpriority=-1
+        )  # after the listeners, which unlink theirs
         self.trainers = {name: self._start(name, text, trainer) for name in self.names}
         root.mkdir(parents=True, exist_ok=True)
-        clients = {name: {"node_id": FIRST_NODE + i, "public_key": "-"} for i, name in enumerate(self.names)}
+        clients = {
+            name: {"node_id": FIRST_NODE + i, "public_key": "-"}
+            for i, name in enumerate(self.names)
+        }
         (root / "clients.json").write_text(json.dumps(clients), encoding="utf-8")
 
     def _start(self, name: str, text: Path, kind: type[TestTrainer]) -> TestTrainer:
         lines = self.said[name] = []
         device = Device(
-            name=name, text=name, home=self.root / "devices" / name, root=text, accelerator="cpu", threads=1
+            name=name,
+            text=name,
+            home=self.root / "devices" / name,
+            root=text,
+            accelerator="cpu",
+            threads=1,
         )
         trainer = kind(device, lines.append)
         socket = self.sockets / name
         serve = threading.Thread(
-            target=link.serve,
-            args=(socket, link.key_beside(socket), lambda raw: self.trainers[name].answer(raw)),
+            target=trainer_socket.serve,
+            args=(
+                socket,
+                trainer_socket.key_beside(socket),
+                lambda raw: self.trainers[name].answer(raw),
+            ),
             daemon=True,
         )
         serve.start()
@@ -183,11 +214,18 @@ class Federation:
         """The server's run folder, as `comigs run` makes it: nobody's text."""
         clients = tuple(client.model_copy(update={"text": None}) for client in config.clients)
         base = load_base(config.base)
-        return RunFolder.create(out, config.model_copy(update={"clients": clients}), environment(base, {}))
+        return RunFolder.create(
+            out, config.model_copy(update={"clients": clients}), environment(base, {})
+        )
 
     def go_on(self, out: Path, grid: Grid, **pace: float) -> None:
         """What the ServerApp does, from the run's last commit, but for how long it waits."""
-        server.go_on(grid, out, self.root, partial(Pace, **{"look": 0.01, "seldom": 0.02, "patience": 0.3, **pace}))
+        server.go_on(
+            grid,
+            out,
+            self.root,
+            partial(Pace, **{"look": 0.01, "seldom": 0.02, "patience": 0.3, **pace}),
+        )
 
     def go_on_as_app(self, out: Path, grid: Grid) -> None:
         """The ServerApp itself."""
@@ -209,7 +247,10 @@ class Federation:
 
 def events(out: Path) -> list[Mapping[str, Any]]:
     """What the server's side reported."""
-    return [json.loads(line) for line in (out / ".progress.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (out / ".progress.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def modes(folder: Path) -> set[str]:

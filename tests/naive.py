@@ -1,7 +1,9 @@
-"""The method written down a second time, as slowly and plainly as it can be said. Nothing here is imported from comigs.
+"""The method written down a second time, as slowly and plainly as it can be said. Nothing here is
+imported from comigs.
 
-Every expert is a whole MLP of its own, whose weights are the base's plus its LoRA, merged; tokens are routed one at
-a time; the logits of all tokens exist at once; AdamW is five lines of numpy. Tensors go by str(slot):
+Every expert is a whole MLP of its own, whose weights are the base's plus its LoRA, merged; tokens
+are routed one at a time; the logits of all tokens exist at once; AdamW is five lines of numpy.
+Tensors go by str(slot):
 "LAYER.SITE.PART.MATRIX".
 """
 
@@ -64,7 +66,9 @@ def balance(logits_TE: Tensor, top_k: int, share: float) -> Tensor:
 
 
 def read_by_the_router(x: Tensor, routing: str) -> list[Tensor]:
-    """What decides for each token of x (B, L, D): the token; all tokens of its sequence up to it; or nothing at all."""
+    """What decides for each token of x (B, L, D): the token; all tokens of its sequence up to it;
+    or nothing at all.
+    """
     seen = []
     for sequence in x:
         for t in range(len(sequence)):
@@ -81,17 +85,29 @@ class NaiveMixture(nn.Module):
     """sum over the chosen e of w_e(x) * MLP_e(x), each MLP_e a full forward pass of its own."""
 
     def __init__(
-        self, mlp: nn.Module, layer: int, tensors: Mapping[str, Tensor], alpha: float, top_k: int, routing: str
+        self,
+        mlp: nn.Module,
+        layer: int,
+        tensors: Mapping[str, Tensor],
+        alpha: float,
+        top_k: int,
+        routing: str,
     ) -> None:
         super().__init__()
         self.mlp, self.top_k, self.routing, self.logits_TE = mlp, top_k, routing, None
         sites = LLAMA_MLP if hasattr(mlp, "gate_proj") else GPT2_MLP
-        found = {name.split(".")[2] for name in tensors if name.startswith(f"{layer}.")} - {"router", "attention"}
+        found = {name.split(".")[2] for name in tensors if name.startswith(f"{layer}.")} - {
+            "router",
+            "attention",
+        }
         parts = sorted(found, key=lambda part: (part[0] == "s", int(part[1:])))
         self.weights = [
             {
                 f"{name}.weight": merged(
-                    getattr(mlp, name), tensors[f"{layer}.{site}.{part}.A"], tensors[f"{layer}.{site}.{part}.B"], alpha
+                    getattr(mlp, name),
+                    tensors[f"{layer}.{site}.{part}.A"],
+                    tensors[f"{layer}.{site}.{part}.B"],
+                    alpha,
                 )
                 for site, name in sites.items()
             }
@@ -105,7 +121,10 @@ class NaiveMixture(nn.Module):
             return sum(each) / len(each)
         each_TD = [y.reshape(-1, y.shape[-1]) for y in each]
         self.logits_TE = torch.stack(read_by_the_router(x, self.routing)) @ self.W.T
-        rows = [sum(w * each_TD[e][t] for e, w in choose(row, self.top_k)) for t, row in enumerate(self.logits_TE)]
+        rows = [
+            sum(w * each_TD[e][t] for e, w in choose(row, self.top_k))
+            for t, row in enumerate(self.logits_TE)
+        ]
         return torch.stack(rows).reshape(x.shape)
 
 
@@ -119,7 +138,11 @@ class MergedLinear(nn.Module):
 
 
 def naive_model(
-    model: Any, tensors: Mapping[Any, Tensor], top_k: int, alpha: float = 16.0, routing: str = "token"
+    model: Any,
+    tensors: Mapping[Any, Tensor],
+    top_k: int,
+    alpha: float = 16.0,
+    routing: str = "token",
 ) -> Any:
     """A copy of the whole model in which every expert of every block is an MLP of its own."""
     named = {str(slot): tensor for slot, tensor in tensors.items()}
@@ -129,7 +152,10 @@ def naive_model(
         block.mlp = NaiveMixture(block.mlp, layer, named, alpha, top_k, routing)
         attention = block.attn if is_gpt2 else block.self_attn
         for site, name in (GPT2_ATTENTION if is_gpt2 else LLAMA_ATTENTION).items():
-            A, B = named.get(f"{layer}.{site}.attention.A"), named.get(f"{layer}.{site}.attention.B")
+            A, B = (
+                named.get(f"{layer}.{site}.attention.A"),
+                named.get(f"{layer}.{site}.attention.B"),
+            )
             if A is not None and B is not None:
                 setattr(attention, name, MergedLinear(getattr(attention, name), A, B, alpha))
     return whole
@@ -169,7 +195,8 @@ def naive_train(
     total_steps: int, router_every: int, router_steps: int, balance_coef: float, share: float,
     betas: tuple[float, float], weight_decay: float, schedule: str = "alternating",
 ) -> tuple[dict[str, Tensor], list[float]]:  # fmt: skip
-    """Bi-level training from scratch: tensors by name after `steps` local steps, and the nats of every step in order.
+    """Bi-level training from scratch: tensors by name after `steps` local steps, and the nats of
+    every step in order.
 
     draw(split, number): inputs and targets as numpy arrays.
     """
@@ -177,15 +204,23 @@ def naive_train(
     adam = {True: NumpyAdamW(betas, weight_decay), False: NumpyAdamW(betas, weight_decay)}
     nats = []
 
-    def descend(split: str, number: int, groups: tuple[bool, ...], rates: dict[bool, float]) -> None:
+    def descend(
+        split: str, number: int, groups: tuple[bool, ...], rates: dict[bool, float]
+    ) -> None:
         """groups: True is the router, False everything else."""
-        differ = any(v.any() for name, v in values.items() if name.endswith(".B") and ".attention." not in name)
+        differ = any(
+            v.any()
+            for name, v in values.items()
+            if name.endswith(".B") and ".attention." not in name
+        )
         tensors = {name: torch.from_numpy(v.copy()).requires_grad_() for name, v in values.items()}
         whole = naive_model(model, tensors, top_k)
         inputs, targets = (torch.from_numpy(part) for part in draw(split, number))
         loss = mean_nats(whole(inputs).logits, targets)
         nats.append(loss.item())
-        terms = [balance(m.logits_TE, top_k, share) for m in mixtures(whole) if m.logits_TE is not None]
+        terms = [
+            balance(m.logits_TE, top_k, share) for m in mixtures(whole) if m.logits_TE is not None
+        ]
         (loss + balance_coef * sum(terms) / max(len(terms), 1)).backward()
         for name, tensor in tensors.items():
             is_router = ".router." in name

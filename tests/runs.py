@@ -1,4 +1,6 @@
-"""What the tests of the command line share: a small config over made-up text, one finished run, `comigs` in-process."""
+"""What the tests of the command line share: a small config over made-up text, one finished run,
+`comigs` in-process.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from unittest.mock import patch
 
 import torch
 
-from comigs import api, cli, load_config
+from comigs import load_config
+from comigs.app import api, cli
 
 TINY = """\
 rounds = {rounds}
@@ -59,7 +62,9 @@ def write_text(folder: Path, name: str, documents: int = 5) -> None:
     words, where = random.Random(name), folder / name
     where.mkdir(parents=True)
     for number in range(documents):
-        text = " ".join(words.choice(["the", "cat", "sat", name, "on", "mats", "dogs"]) for _ in range(25))
+        text = " ".join(
+            words.choice(["the", "cat", "sat", name, "on", "mats", "dogs"]) for _ in range(25)
+        )
         (where / f"{number}.txt").write_text(f"{number} {text}\n", encoding="utf-8")
 
 
@@ -74,7 +79,9 @@ def write_config(folder: Path, rounds: int = 2) -> Path:
 
 @functools.cache
 def finished() -> Path:
-    """A folder with tiny.toml, its text and the finished run `run`, made once. Copy it before changing it."""
+    """A folder with tiny.toml, its text and the finished run `run`, made once. Copy it before
+    changing it.
+    """
     folder = Path(tempfile.mkdtemp(prefix="comigs-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     config = load_config(write_config(folder), [f'data.cache="{folder / "cache"}"'])
@@ -107,24 +114,37 @@ def refused(capsys, *words: object) -> str:
     """The one line a wrong command gives: exit code 2, nothing else."""
     done = comigs(capsys, *words)
     assert done.code == 2, done
-    assert done.err.startswith("error: ") and done.err.count("\n") == 1 and done.err.endswith("\n"), done.err
+    assert (
+        done.err.startswith("error: ") and done.err.count("\n") == 1 and done.err.endswith("\n")
+    ), done.err
     return done.err.strip()
 
 
 def start(*words: object, **settings) -> subprocess.Popen[str]:
     """`comigs WORDS...` as a process of its own."""
-    command = [sys.executable, "-c", "from comigs.cli import main; main()", *map(str, words)]
+    command = [sys.executable, "-c", "from comigs.app.cli import main; main()", *map(str, words)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **settings
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        **settings,
     )
 
 
 def outcome(run: Path) -> dict[str, bytes]:
     """Everything of a run that must be the same whenever it is run."""
-    names = ["metrics.jsonl", "summary.json", *(str(p.relative_to(run)) for p in sorted(run.rglob("*.safetensors")))]
+    names = [
+        "metrics.jsonl",
+        "summary.json",
+        *(str(p.relative_to(run)) for p in sorted(run.rglob("*.safetensors"))),
+    ]
     return {name: (run / name).read_bytes() for name in names}
 
 
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }

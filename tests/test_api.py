@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import comigs
-from comigs import api
+from comigs.app import api
+from comigs.app.setup import large
 from comigs.errors import UserError
-from comigs.preparation import large
 from tests.runs import ENVIRONMENT, files, finished, write_config
 
 
@@ -37,7 +37,14 @@ def test_a_run_from_python(tmp_path, monkeypatch):
     folder = comigs.run(config, report=events.append, say=lines.append)
     assert folder.path == Path("runs/tiny")
     assert folder.summary()["rounds"] == 1
-    assert {e["kind"] for e in events} == {"note", "step", "train", "evaluation", "server", "download"}
+    assert {e["kind"] for e in events} == {
+        "note",
+        "step",
+        "train",
+        "evaluation",
+        "server",
+        "download",
+    }
     assert folder.metrics() == [e for e in events if e["kind"] not in ("note", "step")]
     assert any(line == "run folder runs/tiny" for line in lines)
     assert comigs.run(config).path == Path("runs/tiny-2")
@@ -85,26 +92,38 @@ def test_evaluate_gives_the_summarys_figures():
     run = finished() / "run"
     summary = api.open_run(run).summary()["clients"]
     for name, result in api.evaluate(run).items():
-        assert result["personal"]["nats_per_token"] == pytest.approx(summary[name]["test"]["nats_per_token"], abs=1e-6)
-        assert result["base"]["nats_per_token"] == pytest.approx(summary[name]["base_test"]["nats_per_token"], abs=1e-6)
+        assert result["personal"]["nats_per_token"] == pytest.approx(
+            summary[name]["test"]["nats_per_token"], abs=1e-6
+        )
+        assert result["base"]["nats_per_token"] == pytest.approx(
+            summary[name]["base_test"]["nats_per_token"], abs=1e-6
+        )
 
 
 def test_an_unknown_split_is_refused_before_anything_is_read():
-    with pytest.raises(UserError, match=r'split: given "tets"; must be train, valid or test. Did you mean "test"\?'):
+    with pytest.raises(
+        UserError, match=r'split: given "tets"; must be train, valid or test. Did you mean "test"\?'
+    ):
         api.evaluate("nowhere", "tets")
 
 
 def test_a_full_device_is_said_in_one_line(tmp_path):
     config = comigs.load_config(finished() / "tiny.toml", [f'data.cache="{finished() / "cache"}"'])
     with (
-        patch("comigs.engines.bench.Client.train", side_effect=torch.OutOfMemoryError("CUDA out of memory.\n...")),
-        pytest.raises(UserError, match=r"the memory of the device is full; .* lower client\.micro_batch_size"),
+        patch(
+            "comigs.engines.host.Client.train",
+            side_effect=torch.OutOfMemoryError("CUDA out of memory.\n..."),
+        ),
+        pytest.raises(
+            UserError, match=r"the memory of the device is full; .* lower client\.micro_batch_size"
+        ),
     ):
         api.run(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
-    "number, words", [(950, "950"), (11_728, "11,728"), (4_250_000, "4.2 M"), (135e6, "135 M"), (7.2e9, "7.2 B")]
+    "number, words",
+    [(950, "950"), (11_728, "11,728"), (4_250_000, "4.2 M"), (135e6, "135 M"), (7.2e9, "7.2 B")],
 )
 def test_large_numbers(number, words):
     assert large(int(number)) == words

@@ -1,4 +1,6 @@
-"""Experts put on from outside: the base stays whole, is held once, generates as ever, and comes back identical."""
+"""Experts put on from outside: the base stays whole, is held once, generates as ever, and comes
+back identical.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from comigs.experts.start import starting_tensors
+from comigs.experts.init import starting_tensors
 from comigs.slots import Slot
 from tests.conftest import attach, bits, random_tensors, run_config, shape_of, start_engine, tiny
 
@@ -20,12 +22,20 @@ def test_generate_with_a_cache_equals_generate_without(base, top_k):
     untouched = base.model.generate(INPUT, do_sample=False, max_new_tokens=20, pad_token_id=0)
     with attach(base.model, base.architecture, top_k) as attachment:
         attachment.bind(random_tensors(attachment, shape_of(1, 2), routed=True))
-        wanted = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0, "return_dict_in_generate": True}
+        wanted = {
+            "do_sample": False,
+            "max_new_tokens": 20,
+            "pad_token_id": 0,
+            "return_dict_in_generate": True,
+        }
         cached, plain = (
-            attachment.model.generate(INPUT, use_cache=cache, output_logits=True, **wanted) for cache in (True, False)
+            attachment.model.generate(INPUT, use_cache=cache, output_logits=True, **wanted)
+            for cache in (True, False)
         )
         assert torch.equal(cached.sequences, plain.sequences)
-        torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            torch.stack(cached.logits), torch.stack(plain.logits), rtol=0, atol=1e-5
+        )
         step_by_step = INPUT
         for _ in range(20):  # and both equal greedy decoding written out
             best = attachment.model(step_by_step).logits[:, -1].argmax(dim=-1)
@@ -40,16 +50,22 @@ def test_attaching_adds_no_parameters_and_copies_none(base):
         attachment.bind(random_tensors(attachment, shape_of(1, 2), routed=True))
         attachment.model(INPUT)
         after = list(attachment.model.parameters())
-        assert all(p is q and p.data_ptr() == address for (p, address), q in zip(before, after, strict=True))
-        assert not any(True for _ in attachment.model.buffers()) or {id(b) for b in base.model.buffers()} == {
-            id(b) for b in attachment.model.buffers()
-        }
+        assert all(
+            p is q and p.data_ptr() == address
+            for (p, address), q in zip(before, after, strict=True)
+        )
+        assert not any(True for _ in attachment.model.buffers()) or {
+            id(b) for b in base.model.buffers()
+        } == {id(b) for b in attachment.model.buffers()}
 
 
 def test_detaching_puts_back_every_module_and_every_logit():
     for name in ("tiny-gpt2", "tiny-llama"):
         base = tiny(name)
-        modules, state = list(base.model.named_modules()), {k: bits(v) for k, v in base.model.state_dict().items()}
+        modules, state = (
+            list(base.model.named_modules()),
+            {k: bits(v) for k, v in base.model.state_dict().items()},
+        )
         logits = base.model(INPUT).logits
         attachment = attach(base.model, base.architecture)
         attachment.bind(random_tensors(attachment, shape_of(2, 1), routed=True))
@@ -74,9 +90,16 @@ def test_unbound_the_attached_model_is_the_base_to_the_bit(base):
 
 
 def test_binding_one_client_after_another_leaves_nothing_of_the_first(base):
-    shapes = [(shape_of(1, 2), True), (shape_of(1, 0), True), (shape_of(2, 1, 4), False), (shape_of(1, 1, 2, 5), True)]
+    shapes = [
+        (shape_of(1, 2), True),
+        (shape_of(1, 0), True),
+        (shape_of(2, 1, 4), False),
+        (shape_of(1, 1, 2, 5), True),
+    ]
     with attach(base.model, base.architecture) as attachment:
-        clients = [random_tensors(attachment, s, routed, seed) for seed, (s, routed) in enumerate(shapes)]
+        clients = [
+            random_tensors(attachment, s, routed, seed) for seed, (s, routed) in enumerate(shapes)
+        ]
         alone = []
         for tensors in clients:
             attachment.unbind()
@@ -91,28 +114,44 @@ def test_binding_moves_references_and_copies_nothing(base):
     with attach(base.model, base.architecture) as attachment:
         tensors = random_tensors(attachment, shape_of(1, 1), routed=True)
         attachment.bind(tensors)
-        held = {id(t) for m in attachment.mixtures for e in m.experts for t in (*e.A.values(), *e.B.values())}
+        held = {
+            id(t)
+            for m in attachment.mixtures
+            for e in m.experts
+            for t in (*e.A.values(), *e.B.values())
+        }
         held |= {id(m.W_ED) for m in attachment.mixtures}
-        held |= {id(t) for adapted in attachment.attention for lora in adapted.values() for t in (lora.A, lora.B)}
+        held |= {
+            id(t)
+            for adapted in attachment.attention
+            for lora in adapted.values()
+            for t in (lora.A, lora.B)
+        }
         assert held == {id(t) for t in tensors.values()}
 
 
 def test_many_clients_and_experts_hold_the_base_once(tmp_path):
     gc.collect()
     before = tensors_in_memory()
-    engine = start_engine(run_config(tmp_path, "ada bob cyd dan", experts={"rank": 3, "specialists": 3}))
+    engine = start_engine(
+        run_config(tmp_path, "ada bob cyd dan", experts={"rank": 3, "specialists": 3})
+    )
     for client in engine.clients.values():
         client.evaluate("test")
         client.train(1, lambda level, nats: None)
     gc.collect()
     known = {id(t) for t in before} | {id(p) for p in engine.attachment.model.parameters()}
     sizes = {p.numel() for p in engine.attachment.model.parameters() if p.dim() == 2}
-    copies = [tuple(t.shape) for t in tensors_in_memory() if id(t) not in known and t.numel() in sizes]
+    copies = [
+        tuple(t.shape) for t in tensors_in_memory() if id(t) not in known and t.numel() in sizes
+    ]
     assert sizes == {257 * 16, 64 * 16, 16 * 48, 16 * 16} and copies == []
 
 
 def tensors_in_memory():
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]  # isinstance wakes torch's shims
+    return [
+        thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)
+    ]  # isinstance wakes torch's shims
 
 
 def test_the_router_is_there_only_where_there_is_a_choice(base):
@@ -136,7 +175,9 @@ def test_every_mlp_and_attention_linear_has_its_pair(base):
                 assert shapes[Slot(layer, site, part, "A")] == (rank, inside)
                 assert shapes[Slot(layer, site, part, "B")] == (outside, rank)
         assert shapes[Slot(layer, "mlp", "router", "W")] == (3, width)
-    attention = {str(s): shape for s, shape in shapes.items() if s.role == "attention" and s.layer == 0}
+    attention = {
+        str(s): shape for s, shape in shapes.items() if s.role == "attention" and s.layer == 0
+    }
     if base.name == "tiny-gpt2":
         expected = {"c_attn.attention.A": (2, 16), "c_attn.attention.B": (48, 2)}
         expected |= {"c_proj.attention.A": (2, 16), "c_proj.attention.B": (16, 2)}
@@ -169,7 +210,9 @@ def test_A_starts_kaiming_uniform_and_a_smaller_rank_is_the_larger_ones_first_ro
     assert torch.equal(large[:3], small)
     bound = (6 / ((1 + 5) * 100)) ** 0.5  # Kaiming: sqrt(6 / ((1 + a^2) fan_in)), a = sqrt 5
     assert 0.999 * bound < large.abs().max() <= bound
-    assert large.std() == pytest.approx(bound / 3**0.5, rel=0.02) and abs(large.mean()) < 0.05 * bound
+    assert (
+        large.std() == pytest.approx(bound / 3**0.5, rel=0.02) and abs(large.mean()) < 0.05 * bound
+    )
 
 
 def test_a_router_starts_close_to_uniform_mixing():

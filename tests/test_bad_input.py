@@ -1,4 +1,6 @@
-"""Whatever a person gets wrong is one line that says what, where and what to do; exit code 2; nothing is changed."""
+"""Whatever a person gets wrong is one line that says what, where and what to do; exit code 2;
+nothing is changed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
-from comigs.record import RunFolder
+from comigs.runs.folder import RunFolder
 from tests.runs import comigs, copied_run, files, finished, refused, write_config, write_text
 
 
@@ -34,8 +36,14 @@ def run_refused(capsys, config, *words):
     """The line, and a check that no run folder and no file of the user's changed."""
     before = files(config.parent)
     line = refused(capsys, "run", config, *words)
-    after = {name: content for name, content in files(config.parent).items() if not name.startswith("cache/")}
-    assert after == {name: content for name, content in before.items() if not name.startswith("cache/")}
+    after = {
+        name: content
+        for name, content in files(config.parent).items()
+        if not name.startswith("cache/")
+    }
+    assert after == {
+        name: content for name, content in before.items() if not name.startswith("cache/")
+    }
     return line
 
 
@@ -101,12 +109,24 @@ def test_every_message_names_the_file_or_the_field(config, capsys):
     "write, line",
     [
         (lambda p: p.unlink(), "no such config file"),
-        (lambda p: (p.unlink(), p.mkdir()), "cannot be read: Is a directory; a config is a TOML file"),
-        (lambda p: p.write_bytes(b"name = '\xff'"), "cannot be read as TOML: 'utf-8' codec can't decode"),
+        (
+            lambda p: (p.unlink(), p.mkdir()),
+            "cannot be read: Is a directory; a config is a TOML file",
+        ),
+        (
+            lambda p: p.write_bytes(b"name = '\xff'"),
+            "cannot be read as TOML: 'utf-8' codec can't decode",
+        ),
         (lambda p: p.write_text(""), "clients: write [[clients]] (two brackets)"),
-        (lambda p: p.write_text('[clients]\nname = "a"\ntext = "a"'), "clients: write [[clients]] (two brackets)"),
+        (
+            lambda p: p.write_text('[clients]\nname = "a"\ntext = "a"'),
+            "clients: write [[clients]] (two brackets)",
+        ),
         (lambda p: p.write_text("clients = []"), "clients: none; write at least one [[clients]]"),
-        (lambda p: p.write_text('base = "mini"\n[[clients]]\nname = "a"\ntext = "a"'), "must be a section: [base]"),
+        (
+            lambda p: p.write_text('base = "mini"\n[[clients]]\nname = "a"\ntext = "a"'),
+            "must be a section: [base]",
+        ),
     ],
 )
 def test_a_config_that_is_none(config, capsys, write, line):
@@ -123,8 +143,14 @@ def test_a_config_that_is_none(config, capsys, write, line):
         ("clint.steps=3", 'clint: unknown key. Did you mean "client"?'),
         ("client.steps=", "client.steps: given ''; must be a whole number"),
         ("rounds.x=3", "--set rounds.x=3: rounds is a value, not a section"),
-        ("clients.bop.rank=2", '--set clients.bop.rank=2: no client "bop"; there are: ann, bob. Did you mean "bob"?'),
-        ("clients.bob=2", "--set clients.bob=2: say which field of the client, for example clients.bob.rank=4"),
+        (
+            "clients.bop.rank=2",
+            '--set clients.bop.rank=2: no client "bop"; there are: ann, bob. Did you mean "bob"?',
+        ),
+        (
+            "clients.bob=2",
+            "--set clients.bob=2: say which field of the client, for example clients.bob.rank=4",
+        ),
         ("clients.bob.rank=0", "clients.bob.rank: given 0; must be 1 or more"),
         ("data=3", "data: given 3; must be a section: [data]"),
     ],
@@ -180,8 +206,13 @@ def test_the_same_document_in_two_splits(config, capsys, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_the_batch_named_and_the_state_kept(config, capsys):
     line = refused(capsys, "run", config, "--set", "client.lr=1e30")
-    assert "client ann: the loss is nan in round 1, train batch 1; this batch was not learnt from" in line
-    assert "the state after round 0 is kept. Start a new run with client.lr lower than 1e+30" in line
+    assert (
+        "client ann: the loss is nan in round 1, train batch 1; this batch was not learnt from"
+        in line
+    )
+    assert (
+        "the state after round 0 is kept. Start a new run with client.lr lower than 1e+30" in line
+    )
     assert RunFolder.open(Path("runs/tiny")).rewind().round == 0
     assert comigs(capsys, "resume", "runs/tiny").code == 2
 
@@ -198,7 +229,11 @@ def test_a_loss_that_goes_wrong_later_keeps_the_last_good_round(config, capsys):
 
     with patch.object(Client, "_draw", drift_off):
         line = refused(capsys, "run", config)
-    assert "client bob: " in line and "in round 2, train batch 3" in line and "the state after round 1 is kept" in line
+    assert (
+        "client bob: " in line
+        and "in round 2, train batch 3" in line
+        and "the state after round 1 is kept" in line
+    )
     folder = RunFolder.open(Path("runs/tiny"))
     assert folder.rewind().round == 1
     assert all(t.isfinite().all() for t in folder.load("clients/bob/round-0001.experts").values())
@@ -211,31 +246,40 @@ def test_a_loss_that_goes_wrong_later_keeps_the_last_good_round(config, capsys):
 def test_an_existing_folder_is_refused_before_anything_is_loaded(config, capsys):
     Path("mine").mkdir()
     Path("mine/precious.txt").write_text("mine")
-    with patch("comigs.preparation.load_base", side_effect=AssertionError("loaded")):
+    with patch("comigs.app.setup.load_base", side_effect=AssertionError("loaded")):
         line = run_refused(capsys, config, "--out", "mine")
     assert line == (
         "error: mine: exists already; nothing was changed. Go on with: comigs resume mine, "
         "or choose another folder with --out"
     )
     assert "exists already" in run_refused(capsys, config, "--out", config)
-    assert "is a file, not a folder" in run_refused(capsys, config, "--out", "mine/precious.txt/run")
+    assert "is a file, not a folder" in run_refused(
+        capsys, config, "--out", "mine/precious.txt/run"
+    )
     assert "exists already" in run_refused(capsys, config, "--out", ".")
 
 
 def test_a_run_that_is_none(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for name, what in {"empty": "not a run folder (it has no config.toml", "nothing": "no such run folder"}.items():
+    for name, what in {
+        "empty": "not a run folder (it has no config.toml",
+        "nothing": "no such run folder",
+    }.items():
         run = tmp_path / name
         assert f"{run}: {what}" in refused(capsys, "resume", run)
         assert f"{run}: {what}" in refused(capsys, "evaluate", run)
-        assert f"{run}: {what}" in refused(capsys, "generate", run, "--client", "ann", "--prompt", "x")
+        assert f"{run}: {what}" in refused(
+            capsys, "generate", run, "--client", "ann", "--prompt", "x"
+        )
         assert str(run) in refused(capsys, "report", run)
 
 
 def test_a_run_that_somebody_works_on(tmp_path, capsys):
     run = copied_run(tmp_path)
     with RunFolder.open(run):
-        assert "another process is working on this run; wait for it or stop it" in refused(capsys, "resume", run)
+        assert "another process is working on this run; wait for it or stop it" in refused(
+            capsys, "resume", run
+        )
     assert comigs(capsys, "resume", run).code == 0
 
 
@@ -269,7 +313,9 @@ def test_a_changed_base_is_refused(half_run, capsys):
     edit(half_run / "config.toml", '"tiny-gpt2"', '"tiny-llama"')
     line = refused(capsys, "resume", half_run)
     assert 'base "tiny-llama" is not the one this run began with (its weights differ)' in line
-    assert "not the one" in refused(capsys, "generate", half_run, "--client", "ann", "--prompt", "x")
+    assert "not the one" in refused(
+        capsys, "generate", half_run, "--client", "ann", "--prompt", "x"
+    )
 
 
 def test_a_changed_config_is_refused(half_run, capsys):
@@ -340,7 +386,10 @@ def refuse_to_write(monkeypatch, folder, number):
             errno.ENOSPC,
             "no space left on the disk; make room or allow writing, then go on with: comigs resume runs/tiny",
         ),
-        (errno.EACCES, "no permission to write here; make room or allow writing, then go on with: comigs resume"),
+        (
+            errno.EACCES,
+            "no permission to write here; make room or allow writing, then go on with: comigs resume",
+        ),
         (errno.EROFS, "no permission to write here"),
         (errno.EIO, "cannot be written: Input/output error"),
     ],
@@ -354,7 +403,9 @@ def test_a_disk_that_refuses_in_the_middle(half_run, capsys, monkeypatch, number
     assert comigs(capsys, "resume", half_run).code == 0
 
 
-@pytest.mark.parametrize("where, advice", [("runs", "choose another folder with --out"), ("cache", "data.cache")])
+@pytest.mark.parametrize(
+    "where, advice", [("runs", "choose another folder with --out"), ("cache", "data.cache")]
+)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
 def test_a_disk_that_refuses_at_the_start(config, capsys, monkeypatch, where, advice, number):
     folder = config.parent / where
@@ -385,14 +436,19 @@ def test_text_without_permission_to_read(config, capsys, monkeypatch):
 
 
 def test_any_file_the_system_refuses_is_one_line(config, capsys):
-    with patch("comigs.api.run", side_effect=PermissionError(errno.EACCES, "Permission denied", "/some/file")):
+    with patch(
+        "comigs.app.api.run",
+        side_effect=PermissionError(errno.EACCES, "Permission denied", "/some/file"),
+    ):
         assert refused(capsys, "run", config) == "error: /some/file: Permission denied"
 
 
 def test_a_disk_that_is_really_full(config, capsys, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", small], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", small], capture_output=True
+    ).returncode:
         pytest.skip("no permission to mount")
     try:
         line = refused(capsys, "run", config, "--out", small / "run")
@@ -411,18 +467,48 @@ def test_a_disk_that_is_really_full(config, capsys, tmp_path):
 @pytest.mark.parametrize(
     "words, line",
     [
-        (["evaluate", "--split", "tset"], 'split: given "tset"; must be train, valid or test. Did you mean "test"?'),
-        (["evaluate", "--client", "anne"], 'no client "anne" in this run; there are: ann, bob. Did you mean "ann"?'),
-        (["generate", "--client", "eve", "--prompt", "x"], 'no client "eve" in this run; there are: ann, bob'),
-        (["generate", "--client", "ann"], "Missing option '--prompt'. (try: comigs generate --help)"),
+        (
+            ["evaluate", "--split", "tset"],
+            'split: given "tset"; must be train, valid or test. Did you mean "test"?',
+        ),
+        (
+            ["evaluate", "--client", "anne"],
+            'no client "anne" in this run; there are: ann, bob. Did you mean "ann"?',
+        ),
+        (
+            ["generate", "--client", "eve", "--prompt", "x"],
+            'no client "eve" in this run; there are: ann, bob',
+        ),
+        (
+            ["generate", "--client", "ann"],
+            "Missing option '--prompt'. (try: comigs generate --help)",
+        ),
         (["generate", "--prompt", "x"], "Missing option '--client'"),
-        (["generate", "--client", "ann", "--prompt", "x", "--temperature", "-1"], "-1.0 is not in the range x>=0.0"),
-        (["generate", "--client", "ann", "--prompt", "x", "--temperature", "nan"], "--temperature: given nan"),
-        (["generate", "--client", "ann", "--prompt", "x", "--temperature", "inf"], "--temperature: given inf"),
-        (["generate", "--client", "ann", "--prompt", "x", "--max-new-tokens", "0"], "0 is not in the range x>=1"),
-        (["generate", "--client", "ann", "--prompt", "x", "--seed", "-1"], "--seed: given -1; must be"),
+        (
+            ["generate", "--client", "ann", "--prompt", "x", "--temperature", "-1"],
+            "-1.0 is not in the range x>=0.0",
+        ),
+        (
+            ["generate", "--client", "ann", "--prompt", "x", "--temperature", "nan"],
+            "--temperature: given nan",
+        ),
+        (
+            ["generate", "--client", "ann", "--prompt", "x", "--temperature", "inf"],
+            "--temperature: given inf",
+        ),
+        (
+            ["generate", "--client", "ann", "--prompt", "x", "--max-new-tokens", "0"],
+            "0 is not in the range x>=1",
+        ),
+        (
+            ["generate", "--client", "ann", "--prompt", "x", "--seed", "-1"],
+            "--seed: given -1; must be",
+        ),
         (["generate", "--client", "ann", "--prompt", "\udcff"], "--prompt: not valid UTF-8"),
-        (["generate", "--client", "ann", "--prompt", "x" * 64], "--prompt: longer than the 64 tokens this base reads"),
+        (
+            ["generate", "--client", "ann", "--prompt", "x" * 64],
+            "--prompt: longer than the 64 tokens this base reads",
+        ),
     ],
 )
 def test_wrong_words_for_a_run(capsys, words, line):
@@ -446,17 +532,26 @@ def test_wrong_words(capsys, words, line):
 
 def test_what_only_devices_of_a_federation_can_do(config, tmp_path, capsys):
     words = ("--engine", "flower", "--federation", "fed", "--dry-run")
-    assert "--dry-run: the text is on the federation's devices" in refused(capsys, "run", config, *words)
+    assert "--dry-run: the text is on the federation's devices" in refused(
+        capsys, "run", config, *words
+    )
     run = copied_run(tmp_path)
     environment = json.loads((run / "env.json").read_text())
-    (run / "env.json").write_text(json.dumps(environment | {"federation": {"folder": "fed", "id": "1"}}))
+    (run / "env.json").write_text(
+        json.dumps(environment | {"federation": {"folder": "fed", "id": "1"}})
+    )
     assert "whose text and models are on its devices" in refused(capsys, "evaluate", run)
 
 
 def test_a_run_without_a_round_has_no_model(config, capsys):
     refused(capsys, "run", config, "--set", "client.lr=1e30")
-    for command in (["evaluate", "runs/tiny"], ["generate", "runs/tiny", "--client", "ann", "--prompt", "x"]):
-        assert "no round is finished yet; go on with: comigs resume runs/tiny" in refused(capsys, *command)
+    for command in (
+        ["evaluate", "runs/tiny"],
+        ["generate", "runs/tiny", "--client", "ann", "--prompt", "x"],
+    ):
+        assert "no round is finished yet; go on with: comigs resume runs/tiny" in refused(
+            capsys, *command
+        )
 
 
 def test_paths_in_advice_can_be_pasted(config, capsys):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from comigs import api
-from comigs.engines import base_figures
-from comigs.record import RunFolder
+from comigs.app import api
+from comigs.engines import base_evaluation_cache
+from comigs.runs.folder import RunFolder
 from tests.conftest import run_config
 from tests.runs import outcome
 
@@ -15,9 +15,11 @@ from tests.runs import outcome
 @pytest.fixture
 def measured(monkeypatch):
     """Every measurement that is really made."""
-    made, measure = [], base_figures.of_the_base
+    made, measure = [], base_evaluation_cache.of_the_base
     monkeypatch.setattr(
-        base_figures, "of_the_base", lambda client, split: made.append((client.name, split)) or measure(client, split)
+        base_evaluation_cache,
+        "of_the_base",
+        lambda client, split: made.append((client.name, split)) or measure(client, split),
     )
     return made
 
@@ -31,7 +33,12 @@ def test_a_second_run_measures_nothing_anew_and_is_the_same_to_the_bit(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "other", [{"evaluation": {"batch_size": 3}}, {"data": {"sequence_length": 10}}, {"base": {"name": "tiny-llama"}}]
+    "other",
+    [
+        {"evaluation": {"batch_size": 3}},
+        {"data": {"sequence_length": 10}},
+        {"base": {"name": "tiny-llama"}},
+    ],
 )
 def test_another_way_to_measure_is_another_measurement(tmp_path, measured, other):
     for number, settings in enumerate(({}, other)):

@@ -20,7 +20,9 @@ from tests.conftest import bits, tiny
 def test_a_loaded_base_is_frozen_in_evaluation_mode_and_as_asked(base):
     assert not any(p.requires_grad for p in base.model.parameters())
     assert not any(m.training for m in base.model.modules())
-    assert {p.dtype for p in base.model.parameters()} == {torch.float32} and base.dtype == torch.float32
+    assert {p.dtype for p in base.model.parameters()} == {
+        torch.float32
+    } and base.dtype == torch.float32
     assert base.device.type == "cpu"
 
 
@@ -51,7 +53,11 @@ def test_the_fingerprint_tells_one_changed_weight_another_dtype_and_another_toke
     from comigs.bases.load import _fingerprint
 
     base = tiny("tiny-gpt2")
-    found = {base.fingerprint, tiny("tiny-gpt2", "bfloat16").fingerprint, tiny("tiny-llama").fingerprint}
+    found = {
+        base.fingerprint,
+        tiny("tiny-gpt2", "bfloat16").fingerprint,
+        tiny("tiny-llama").fingerprint,
+    }
     base.model.transformer.h[1].mlp.c_fc.weight[3, 4] += 1e-3
     found.add(_fingerprint(base.model, base.encoder))
     other = byte_tokenizer()
@@ -92,20 +98,32 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path):
 
 def test_an_unknown_family_is_refused_with_the_known_ones():
     config = BertConfig(
-        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, is_decoder=True
+        vocab_size=9,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        is_decoder=True,
     )
     with pytest.raises(UserError, match=r'"bert" is not known; known: gemma3_text, gpt2, llama'):
         architecture_of(BertLMHeadModel(config))
 
 
-@pytest.mark.parametrize(("device", "said"), [("gpu", "is no device"), ("cuda:99", "is not on this machine")])
+@pytest.mark.parametrize(
+    ("device", "said"), [("gpu", "is no device"), ("cuda:99", "is not on this machine")]
+)
 def test_a_device_that_is_not_there_is_refused(device, said):
     with pytest.raises(UserError, match=said):
         load_base(BaseSection(name="tiny-gpt2", device=device))
 
 
 def test_no_two_families_claim_the_same_model_type():
-    types = [t for m in modules().values() if hasattr(m, "ARCHITECTURE") for t in m.ARCHITECTURE.model_types]
+    types = [
+        t
+        for m in modules().values()
+        if hasattr(m, "ARCHITECTURE")
+        for t in m.ARCHITECTURE.model_types
+    ]
     assert len(types) == len(set(types))
     assert {"mini", "tiny-gpt2", "tiny-llama"} <= loaders().keys()
 
@@ -120,4 +138,8 @@ def test_text_is_tokens_and_back_and_special_tokens_in_text_stay_text(base):
     assert [base.tokenizer.decode(i) for i in ids] == texts
     assert [len(i) for i in ids] == [len(text.encode()) for text in texts]  # a token per byte
     assert base.encoder.separator == 256 and not any(256 in i for i in ids)
-    assert max(max(i, default=0) for i in ids) < base.encoder.vocabulary_size == base.model.config.vocab_size
+    assert (
+        max(max(i, default=0) for i in ids)
+        < base.encoder.vocabulary_size
+        == base.model.config.vocab_size
+    )

@@ -1,4 +1,6 @@
-"""The command line as a person uses it: what each command prints, on a terminal, in a pipe and with --quiet."""
+"""The command line as a person uses it: what each command prints, on a terminal, in a pipe and with
+--quiet.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,24 @@ import pytest
 from rich.console import Console as RichConsole
 
 import comigs as package
-from comigs import cli
+from comigs.app import cli
+from comigs.app.console import MANY, Console
 from comigs.config import parse_config
-from comigs.console import MANY, Console
-from comigs.record import RunFolder
-from comigs.report.tables import Table
+from comigs.runs.folder import RunFolder
+from comigs.text import Table
 from tests.runs import ENVIRONMENT, comigs, copied_run, finished, refused, write_config
 
-COMMANDS = ("run", "resume", "evaluate", "report", "compare", "sweep", "generate", "prepare", "list")
+COMMANDS = (
+    "run",
+    "resume",
+    "evaluate",
+    "report",
+    "compare",
+    "sweep",
+    "generate",
+    "prepare",
+    "list",
+)
 
 
 @pytest.fixture
@@ -43,13 +55,15 @@ def config(tmp_path, monkeypatch):
 def test_help_needs_no_torch():
     code = (
         "import sys; sys.argv = ['comigs', '--help']\n"
-        "from comigs.cli import main\n"
+        "from comigs.app.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: code = end.code\n"
         "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'matplotlib', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy and code == 0, (heavy, code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr
     for command in COMMANDS:
         assert re.search(rf"│ {command} +[A-Z]", done.stdout)
@@ -120,7 +134,12 @@ def test_quiet_is_the_table_and_the_report(config, capsys):
 
 
 def test_short_options_are_overrides(config, capsys):
-    assert comigs(capsys, "run", config, "-q", "--method", "local", "--seed", "5", "--set", "rounds=1").code == 0
+    assert (
+        comigs(
+            capsys, "run", config, "-q", "--method", "local", "--seed", "5", "--set", "rounds=1"
+        ).code
+        == 0
+    )
     written = RunFolder.open(Path("runs/tiny")).config()
     assert (written.method, written.seed, written.rounds) == ("local", 5, 1)
     comigs(capsys, "run", config, "-q", "--set", "rounds=1")
@@ -128,9 +147,13 @@ def test_short_options_are_overrides(config, capsys):
 
 
 def on_a_terminal(words):
-    """What `comigs WORDS` writes to a terminal of 80 columns, in a forked child: importing torch again takes long."""
+    """What `comigs WORDS` writes to a terminal of 80 columns, in a forked child: importing torch
+    again takes long.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: nobody holds a lock here
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of forking with threads: nobody holds a lock here
         child, screen = pty.fork()
     if child == 0:
         try:
@@ -162,7 +185,10 @@ def test_run_on_a_terminal_shows_progress_and_leaves_plain_lines(config):
     assert max(map(len, live)) <= 80
     bars = [line for line in live if "%" in line and "round " in line]
     assert any(
-        re.match(r"round \d/2  (ann|bob)  experts \d\.\d{3} nats/token [━╸╺ ]+ +\d+% about \d+ s left", b) for b in bars
+        re.match(
+            r"round \d/2  (ann|bob)  experts \d\.\d{3} nats/token [━╸╺ ]+ +\d+% about \d+ s left", b
+        )
+        for b in bars
     )
     assert any("starting" in line for line in live)
     assert "Traceback" not in raw and "Warning" not in raw and "[transformers]" not in raw
@@ -193,7 +219,12 @@ def a_round(screen, number, clients, trained=True):
                            "nats_per_token": 2.0})  # fmt: skip
     for client in clients:
         screen.report(
-            {"kind": "train", "round": number, "client": client, "train_nats_per_token": 2.0 if trained else None}
+            {
+                "kind": "train",
+                "round": number,
+                "client": client,
+                "train_nats_per_token": 2.0 if trained else None,
+            }
         )
     screen.report({"kind": "server", "round": number, "drift": None})
 
@@ -216,9 +247,28 @@ def test_a_round_in_which_nothing_was_trained():
 def test_warnings_are_whole_lines():
     screen = Screen(["ann"])
     message = "one expert takes over 97% of the weight " * 5
-    screen.report({"kind": "warning", "round": 1, "client": "ann", "sign": "collapsed-router", "message": message})
-    screen.report({"kind": "warning", "round": 1, "client": None, "sign": "drifting-generalists", "message": "m"})
-    assert screen.text == f"warning: collapsed-router: client ann: {message}\nwarning: drifting-generalists: m\n"
+    screen.report(
+        {
+            "kind": "warning",
+            "round": 1,
+            "client": "ann",
+            "sign": "collapsed-router",
+            "message": message,
+        }
+    )
+    screen.report(
+        {
+            "kind": "warning",
+            "round": 1,
+            "client": None,
+            "sign": "drifting-generalists",
+            "message": "m",
+        }
+    )
+    assert (
+        screen.text
+        == f"warning: collapsed-router: client ann: {message}\nwarning: drifting-generalists: m\n"
+    )
 
 
 def test_long_names_fit_a_terminal():
@@ -228,7 +278,13 @@ def test_long_names_fit_a_terminal():
         a_round(screen, 1, clients)
         screen.progress.refresh()
     rows = (("a" * 64, "1,548", "744", "51.9 %"), ("bob", "1,205", "584", "51.6 %"))
-    screen.table(Table(("client", "base perplexity", "personal perplexity", "gain"), rows, ("mean", "1", "2", "3")))
+    screen.table(
+        Table(
+            ("client", "base perplexity", "personal perplexity", "gain"),
+            rows,
+            ("mean", "1", "2", "3"),
+        )
+    )
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.text)
     shown = [line for part in plain.split("\n") for line in part.split("\r") if "train" not in line]
     assert max(map(len, shown)) <= 80
@@ -237,13 +293,24 @@ def test_long_names_fit_a_terminal():
 
 def test_time_left_counts_from_where_a_resumed_run_began(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("comigs.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("comigs.app.console.time.monotonic", lambda: now[0])
     screen = Screen(["ann"], rounds=9)
-    screen.report({"kind": "step", "round": 6, "client": "ann", "step": 1, "level": "experts", "nats_per_token": 1.0})
+    screen.report(
+        {
+            "kind": "step",
+            "round": 6,
+            "client": "ann",
+            "step": 1,
+            "level": "experts",
+            "nats_per_token": 1.0,
+        }
+    )
     now[0] += 30
     screen.report({"kind": "train", "round": 6, "client": "ann", "train_nats_per_token": 1.0})
     screen.report({"kind": "server", "round": 6, "drift": None})
-    assert "round 6/9  about 2 min left\n" in screen.text  # 30 s a round: three more, and the last exchange
+    assert (
+        "round 6/9  about 2 min left\n" in screen.text
+    )  # 30 s a round: three more, and the last exchange
 
 
 # evaluate, generate, prepare, list, report
@@ -257,7 +324,11 @@ def test_evaluate_is_the_summary_again(capsys):
     for name, result in results.items():
         for which, recorded in (("personal", "test"), ("base", "base_test")):
             for figure, value in summary[name][recorded].items():
-                assert result[which][figure] == pytest.approx(value, rel=1e-6), (name, which, figure)
+                assert result[which][figure] == pytest.approx(value, rel=1e-6), (
+                    name,
+                    which,
+                    figure,
+                )
 
 
 def test_evaluate_for_people_and_of_one_client(capsys, monkeypatch):
@@ -274,7 +345,16 @@ def test_generate_is_repeatable_and_streams(capsys):
 
     def write(*words):
         done = comigs(
-            capsys, "generate", run, "--client", "ann", "--prompt", "the cat ", "--max-new-tokens", "12", *words
+            capsys,
+            "generate",
+            run,
+            "--client",
+            "ann",
+            "--prompt",
+            "the cat ",
+            "--max-new-tokens",
+            "12",
+            *words,
         )
         assert (done.code, done.err) == (0, "")
         assert done.out.startswith("the cat ") and done.out.endswith("\n")
@@ -287,7 +367,10 @@ def test_generate_is_repeatable_and_streams(capsys):
 
 
 def test_a_model_made_on_a_gpu_is_read_where_there_is_none(tmp_path, capsys):
-    run, words = copied_run(tmp_path), ["--client", "ann", "--prompt", "the cat", "--max-new-tokens", 4]
+    run, words = (
+        copied_run(tmp_path),
+        ["--client", "ann", "--prompt", "the cat", "--max-new-tokens", 4],
+    )
     here = comigs(capsys, "generate", run, *words)
     config = run / "config.toml"
     config.write_text(config.read_text().replace('device = "cpu"', 'device = "cuda:97"'))
@@ -302,7 +385,10 @@ def test_prepare_lists_every_split_and_trains_nothing(config, capsys):
         [c, s] for c in ("ann", "bob") for s in ("train", "valid", "test")
     ]
     assert all(line.endswith("(tokenised)") for line in lines)
-    assert all(line.endswith("(in the cache)") for line in comigs(capsys, "prepare", config).out.splitlines())
+    assert all(
+        line.endswith("(in the cache)")
+        for line in comigs(capsys, "prepare", config).out.splitlines()
+    )
     assert not Path("runs").exists()
 
 
@@ -310,7 +396,15 @@ def test_list_names_everything(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     done = comigs(capsys, "list")
     assert (done.code, done.err) == (0, "")
-    for name in ("comigs", "fedavg", "local", "mini", "smollm2-135m", "FOLDER or ORG/MODEL", "debian-faq:LANGUAGE"):
+    for name in (
+        "comigs",
+        "fedavg",
+        "local",
+        "mini",
+        "smollm2-135m",
+        "FOLDER or ORG/MODEL",
+        "debian-faq:LANGUAGE",
+    ):
         assert name in done.out
     assert "Raises" not in done.out
     assert max(map(len, done.out.splitlines())) <= 80
@@ -322,13 +416,18 @@ def test_report_of_several_runs(tmp_path, capsys):
     one = copied_run(tmp_path)
     done = comigs(capsys, "report", one, two)
     assert done.out.splitlines() == [str(one / "report.html"), str(two / "report.html")]
-    assert refused(capsys, "report", one, two, "--out", tmp_path / "both.html").endswith("comigs compare RUN...")
+    assert refused(capsys, "report", one, two, "--out", tmp_path / "both.html").endswith(
+        "comigs compare RUN..."
+    )
 
 
 def test_output_that_cannot_show_a_letter(tmp_path):
     environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
-    code = "from comigs.cli import main; main()"
+    code = "from comigs.app.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "run", "--help"], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", code, "run", "--help"],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr

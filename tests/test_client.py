@@ -1,4 +1,6 @@
-"""A client: what goes in, what may come out, and that it goes on from its saved state as if never stopped."""
+"""A client: what goes in, what may come out, and that it goes on from its saved state as if never
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from comigs import api
+from comigs.app import api
 from comigs.client.client import Client
 from comigs.client.steps import NonFiniteLoss
 from comigs.errors import UserError
@@ -27,7 +29,10 @@ def client_of(root, name="ada", **tree):
 def saved(client):
     """Through the bytes of safetensors files and back."""
     parts = client.state().items()
-    return {part: safetensors.torch.load(safetensors.torch.save(copy_of(tensors))) for part, tensors in parts}
+    return {
+        part: safetensors.torch.load(safetensors.torch.save(copy_of(tensors)))
+        for part, tensors in parts
+    }
 
 
 def test_receiving_writes_the_downloads_slots_and_nothing_else(tmp_path):
@@ -38,7 +43,9 @@ def test_receiving_writes_the_downloads_slots_and_nothing_else(tmp_path):
     download = {slot: torch.full_like(tensors[slot], 0.25) for slot in shared}
     client.receive(download)
     after = saved(client)
-    assert same(before["optimizer"], after["optimizer"])  # moments stay, though they met other weights
+    assert same(
+        before["optimizer"], after["optimizer"]
+    )  # moments stay, though they met other weights
     for slot, tensor in tensors.items():
         assert client.trainee.tensors[slot] is tensor  # the optimisers hold this very tensor
         if slot in download:
@@ -55,7 +62,9 @@ def test_whoever_misses_rounds_goes_on_at_the_rate_that_everybody_has_by_then(tm
     rates = [present.train(round, QUIET).learning_rate for round in (1, 2, 3, 4)]
     assert rates[0] > rates[1] > rates[2] > rates[3]
     assert [absent.train(round, QUIET).learning_rate for round in (2, 4)] == [rates[1], rates[3]]
-    assert absent.trainee.local_steps == 2 * config.client.steps  # its own, by which it draws its text
+    assert (
+        absent.trainee.local_steps == 2 * config.client.steps
+    )  # its own, by which it draws its text
 
 
 @pytest.mark.parametrize("role", ["specialist", "router"])
@@ -94,7 +103,9 @@ def test_what_is_sent_is_a_copy_without_gradient(tmp_path):
     assert not same(upload, client.send(1))
 
 
-@pytest.mark.parametrize("shape", [{}, {"specialists": 2, "specialist_rank": 3, "top_k": 1}, {"specialists": 0}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"specialists": 2, "specialist_rank": 3, "top_k": 1}, {"specialists": 0}]
+)
 def test_a_client_goes_on_from_its_saved_state_to_the_bit(tmp_path, shape):
     tree = {"experts": {"rank": 2, **shape}}
     client, resumed = client_of(tmp_path, **tree), client_of(tmp_path, **tree)
@@ -102,7 +113,10 @@ def test_a_client_goes_on_from_its_saved_state_to_the_bit(tmp_path, shape):
     resumed.load_state(saved(client))
     for round in (2, 3):
         logs = [c.train(round, QUIET) for c in (client, resumed)]
-        assert logs[0].train_losses == logs[1].train_losses and logs[0].router_losses == logs[1].router_losses
+        assert (
+            logs[0].train_losses == logs[1].train_losses
+            and logs[0].router_losses == logs[1].router_losses
+        )
         for part in ("experts", "optimizer"):
             assert same(client.state()[part], resumed.state()[part])
     assert client.trainee.local_steps == resumed.trainee.local_steps == 6
@@ -111,14 +125,18 @@ def test_a_client_goes_on_from_its_saved_state_to_the_bit(tmp_path, shape):
 @pytest.mark.parametrize("built", ["at its start", "trained before", "with the state"])
 def test_a_client_is_exactly_what_was_saved_whatever_it_was_before(tmp_path, built):
     """Moments of tensors that the saved state never stepped are gone too."""
-    config = run_config(tmp_path, client={"steps": 1, "batch_size": 4, "router_every": 2, "router_steps": 1})
+    config = run_config(
+        tmp_path, client={"steps": 1, "batch_size": 4, "router_every": 2, "router_steps": 1}
+    )
     engine = start_engine(config).engine
     client = engine.bench.client("ada")
     client.train(1, QUIET)  # no router step yet
     state = saved(client)
     assert not any("router" in name for name in state["optimizer"] if name != "router_steps")
     if built == "with the state":
-        other = Client("ada", config, client.method, client.base, client.attachment, client.data, state)
+        other = Client(
+            "ada", config, client.method, client.base, client.attachment, client.data, state
+        )
     else:
         other = engine.bench.client("ada")
         for round in (1, 2, 3) if built == "trained before" else ():
@@ -137,14 +155,19 @@ def test_a_client_is_exactly_what_was_saved_whatever_it_was_before(tmp_path, bui
 
 def test_a_saved_state_holds_every_tensor_and_every_moment(tmp_path):
     client = client_of(tmp_path)
-    assert set(client.state()["optimizer"]) == {"local_steps", "router_steps"}  # nothing stepped yet
+    assert set(client.state()["optimizer"]) == {
+        "local_steps",
+        "router_steps",
+    }  # nothing stepped yet
     client.train(1, QUIET)
     names = {str(slot) for slot in client.trainee.tensors}
     state = client.state()
     assert set(state["experts"]) == names
     moments = {f"{name}/{key}" for name in names for key in ("exp_avg", "exp_avg_sq", "step")}
     assert set(state["optimizer"]) == moments | {"local_steps", "router_steps"}
-    assert int(state["optimizer"]["local_steps"]) == 2 and int(state["optimizer"]["router_steps"]) == 2
+    assert (
+        int(state["optimizer"]["local_steps"]) == 2 and int(state["optimizer"]["router_steps"]) == 2
+    )
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
@@ -170,7 +193,9 @@ def test_a_clients_batches_do_not_depend_on_who_else_takes_part(tmp_path):
     for split, number in (("train", 0), ("train", 5), ("valid", 0)):
         for a, b in zip(alone._draw(split, number), in_company._draw(split, number), strict=True):
             assert (a == b).all()
-    assert same(alone.trainee.tensors, in_company.trainee.tensors)  # and neither does where it starts
+    assert same(
+        alone.trainee.tensors, in_company.trainee.tensors
+    )  # and neither does where it starts
 
 
 def test_batches_differ_by_seed_split_and_number(tmp_path):
@@ -190,7 +215,9 @@ def test_a_loss_that_is_not_finite_is_told_as_one_line_with_client_round_and_bat
     client = client_of(tmp_path)
     client.train(1, QUIET)
     client.trainee.tensors[Slot(0, "up", "s0", "B")].fill_(math.inf)
-    with pytest.raises(UserError, match=r"client ada: the loss is nan in round 2, train batch 2") as raised:
+    with pytest.raises(
+        UserError, match=r"client ada: the loss is nan in round 2, train batch 2"
+    ) as raised:
         client.train(2, QUIET)
     assert "\n" not in str(raised.value) and not isinstance(raised.value, NonFiniteLoss)
     with pytest.raises(UserError, match="Start a new run and lower"):
@@ -233,7 +260,9 @@ MANY_STEPS = {"steps": 4, "batch_size": 4, "router_every": 2, "router_steps": 2,
 
 
 def test_no_upload_has_a_byte_of_specialists_routers_or_text(tmp_path):
-    config = run_config(tmp_path, "ada bob", client=MANY_STEPS, experts={"rank": 2, "specialists": 2})
+    config = run_config(
+        tmp_path, "ada bob", client=MANY_STEPS, experts={"rank": 2, "specialists": 2}
+    )
     engine = start_engine(config).engine
     for round in (1, 2):
         replies = exchange(engine, round)
@@ -241,10 +270,16 @@ def test_no_upload_has_a_byte_of_specialists_routers_or_text(tmp_path):
         for name, client in clients.items():
             raw, private = bytes_of(replies[name].upload), private_windows(client.trainee.tensors)
             assert leaks(raw, private) == []
-            assert not any(name in raw for name in (b".s0.", b".s1.", b".router."))  # two letters alone may be a number
+            assert not any(
+                name in raw for name in (b".s0.", b".s1.", b".router.")
+            )  # two letters alone may be a number
             for other, owner in clients.items():
                 assert not texts_of(tmp_path, other) & windows_of(raw, 24)
-                for store in (*owner.data.train, *owner.data.valid, *owner.data.test):  # nor of the text as tokens
+                for store in (
+                    *owner.data.train,
+                    *owner.data.valid,
+                    *owner.data.test,
+                ):  # nor of the text as tokens
                     assert not windows_of(store.tokens.tobytes(), 24) & windows_of(raw, 24)
             # the same look does find them where they are
             assert leaks(bytes_of(client.trainee.tensors), private) == sorted(private)
@@ -266,11 +301,15 @@ def test_the_servers_folder_has_no_byte_of_specialists_routers_or_text(tmp_path)
             for name in ("ada", "bob"):
                 (experts,) = (out / "clients" / name).glob("*.experts.safetensors")
                 private = private_windows(safetensors.torch.load_file(experts))
-                assert leaks(raw, private) == [] and leaks(experts.read_bytes(), private) == sorted(private)
+                assert leaks(raw, private) == [] and leaks(experts.read_bytes(), private) == sorted(
+                    private
+                )
                 assert not texts_of(tmp_path, name) & windows_of(raw, 24)
                 assert not any(part in raw for part in (b".s0.", b".router."))
 
     api.run(config, out, report=look)
     assert looked_at == [f"round-000{number}.state.safetensors" for number in (1, 2, 3)]
     for path in out.rglob("*.json*"):  # and no text in what is measured
-        assert not (texts_of(tmp_path, "ada") | texts_of(tmp_path, "bob")) & windows_of(path.read_bytes(), 24)
+        assert not (texts_of(tmp_path, "ada") | texts_of(tmp_path, "bob")) & windows_of(
+            path.read_bytes(), 24
+        )

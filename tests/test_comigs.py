@@ -1,4 +1,6 @@
-"""What is ours in comigs: a client judges a download on its valid, and keeps the rest of the world beside its own."""
+"""What is ours in comigs: a client judges a download on its valid, and keeps the rest of the world
+beside its own.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comigs.client.draw import probe_windows
-from comigs.engines.exchange import Task
+from comigs.data.sampling import probe_windows
 from comigs.errors import UserError
 from comigs.methods.comigs import adopt_as_valid_asks, share_that_valid_asks
+from comigs.server.protocol import Task
 from comigs.slots import Slot
 from tests.conftest import run_config, same, start_engine
 
@@ -18,10 +20,16 @@ A = Slot(0, "up", "g0", "A")
 LEFT_TO_COMIGS = {"generalists": None, "specialists": None}  # no number of experts
 
 
-@pytest.mark.parametrize(("best", "expected"), [(0.3, 0.3), (0.0, 0.0), (1.0, 1.0), (-2.0, 0.0), (7.0, 1.0)])
-def test_a_client_goes_to_the_lowest_point_of_its_valid_between_its_own_and_the_download(best, expected):
+@pytest.mark.parametrize(
+    ("best", "expected"), [(0.3, 0.3), (0.0, 0.0), (1.0, 1.0), (-2.0, 0.0), (7.0, 1.0)]
+)
+def test_a_client_goes_to_the_lowest_point_of_its_valid_between_its_own_and_the_download(
+    best, expected
+):
     own, download = {A: torch.zeros(2, 2)}, {A: torch.ones(2, 2)}
-    adopted, share = adopt_as_valid_asks(own, download, lambda t: 3.0 + 0.7 * (float(t[A].mean()) - best) ** 2)
+    adopted, share = adopt_as_valid_asks(
+        own, download, lambda t: 3.0 + 0.7 * (float(t[A].mean()) - best) ** 2
+    )
     assert share == pytest.approx(expected, abs=1e-6)
     torch.testing.assert_close(adopted[A], torch.full((2, 2), expected), rtol=0, atol=1e-6)
 
@@ -35,15 +43,24 @@ def test_without_a_lowest_point_inside_it_takes_the_better_end(slope, expected):
 
 
 def test_a_client_never_adopts_what_is_worse_on_the_windows_it_looks_at(tmp_path):
-    """With a real model and real text: of noise, its generalists take nothing that makes them worse."""
+    """With a real model and real text: of noise, its generalists take nothing that makes them
+    worse.
+    """
     client = start_engine(run_config(tmp_path, options={"probe_windows": 8})).clients["ada"]
     client.train(1, lambda level, nats: None)
     own = client.send(1)
     client.receive(
-        {slot: torch.randn(t.shape, generator=torch.Generator().manual_seed(0)) for slot, t in own.items()}, 2
+        {
+            slot: torch.randn(t.shape, generator=torch.Generator().manual_seed(0))
+            for slot, t in own.items()
+        },
+        2,
     )
     windows = probe_windows(client.config, "ada", client.data, 2, 8)
-    now, before = client.trainee.tensors, {slot: t for slot, t in own.items() if slot.role == "generalist"}
+    now, before = (
+        client.trainee.tensors,
+        {slot: t for slot, t in own.items() if slot.role == "generalist"},
+    )
     assert client._nats(now, windows) <= client._nats({**now, **before}, windows)
     kept = client.send(1)
     client.receive(kept, 2)
@@ -53,7 +70,9 @@ def test_a_client_never_adopts_what_is_worse_on_the_windows_it_looks_at(tmp_path
 def test_the_windows_are_of_valid_and_differ_between_rounds_but_not_between_models(tmp_path):
     client = start_engine(run_config(tmp_path)).clients["ada"]
     seen = []
-    client._nats = lambda tensors, windows: seen.append(b"".join(i.tobytes() for i, _ in windows)) or 1.0
+    client._nats = lambda tensors, windows: (
+        seen.append(b"".join(i.tobytes() for i, _ in windows)) or 1.0
+    )
     upload = client.send(1)
     client.receive(upload, 2)
     client.receive(upload, 3)
@@ -64,14 +83,19 @@ def test_the_windows_are_of_valid_and_differ_between_rounds_but_not_between_mode
 
 
 def test_where_it_makes_no_difference_all_of_a_download_is_adopted():
-    assert share_that_valid_asks({A: torch.zeros(2, 2)}, {A: torch.ones(2, 2)}, lambda t: 3.0) == 1.0
+    assert (
+        share_that_valid_asks({A: torch.zeros(2, 2)}, {A: torch.ones(2, 2)}, lambda t: 3.0) == 1.0
+    )
 
 
 def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(tmp_path):
     engine = start_engine(run_config(tmp_path, experts=LEFT_TO_COMIGS)).engine
     download = {}
     for round in (1, 2, 3):
-        tasks = {name: Task(round=round, train=True, evaluate=(), evaluate_base=()) for name in ("ada", "bob")}
+        tasks = {
+            name: Task(round=round, train=True, evaluate=(), evaluate_base=())
+            for name in ("ada", "bob")
+        }
         replies = engine.exchange(tasks, dict.fromkeys(tasks, download)).replies
         uploads = {name: dict(reply.upload) for name, reply in replies.items()}
         own = engine.bench.client("ada", staged=True).trainee.tensors
@@ -79,7 +103,9 @@ def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(
         assert len(rest) == sum(s.part == "g0" for s in own)
         for slot, tensor in rest.items():
             if download:
-                torch.testing.assert_close(tensor, download[replace(slot, part="g0")], rtol=0, atol=0)
+                torch.testing.assert_close(
+                    tensor, download[replace(slot, part="g0")], rtol=0, atol=0
+                )
             else:
                 assert slot.matrix == "A" or not tensor.any()  # as the base
         gates = {float(t) for s, t in own.items() if s.is_gate}
@@ -87,7 +113,9 @@ def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(
         shares = {line["adopted_share"] for line in replies["ada"].metrics}
         assert shares == ({1 - min(gates)} if download else {None})
         assert {s.role for s in uploads["ada"]} == {"generalist", "attention"}
-        download = {slot: (uploads["ada"][slot] + uploads["bob"][slot]) / 2 for slot in uploads["ada"]}
+        download = {
+            slot: (uploads["ada"][slot] + uploads["bob"][slot]) / 2 for slot in uploads["ada"]
+        }
         engine.bench.folder.commit(round, [], [])
 
 
@@ -101,7 +129,9 @@ def test_the_router_is_as_far_open_to_the_rest_as_the_download_was_not_adopted(t
     download = {slot: t + 0.1 * torch.randn(t.shape) for slot, t in own.items()}
     first = next(slot for slot in own if slot.part == "g0")
     far = float((download[first] - own[first])[0, 0])
-    client._nats = lambda tensors, windows: (float((tensors[first] - own[first])[0, 0]) / far - share) ** 2
+    client._nats = lambda tensors, windows: (
+        (float((tensors[first] - own[first])[0, 0]) / far - share) ** 2
+    )
     client.receive(download, 2)
     del client._nats
     tensors = client.trainee.tensors
@@ -117,12 +147,18 @@ def test_the_router_is_as_far_open_to_the_rest_as_the_download_was_not_adopted(t
 
 
 def test_whoever_takes_every_download_whole_has_to_say_how_many_experts_there_are(tmp_path):
-    with pytest.raises(UserError, match=r'options\.adopt: given "all", .* \(experts\.generalists, experts\.special'):
+    with pytest.raises(
+        UserError, match=r'options\.adopt: given "all", .* \(experts\.generalists, experts\.special'
+    ):
         start_engine(run_config(tmp_path, options={"adopt": "all"}, experts=LEFT_TO_COMIGS))
 
 
 def shape_with(tmp_path, entries=None, **experts):
-    return start_engine(run_config(tmp_path, entries=entries, experts=LEFT_TO_COMIGS | experts)).clients["ada"].shape
+    return (
+        start_engine(run_config(tmp_path, entries=entries, experts=LEFT_TO_COMIGS | experts))
+        .clients["ada"]
+        .shape
+    )
 
 
 def test_where_no_number_of_experts_is_given_it_is_one_of_all_ranks_and_the_rest(tmp_path):
@@ -141,14 +177,19 @@ def test_where_no_number_of_experts_is_given_it_is_one_of_all_ranks_and_the_rest
         ({}, {"bob": {"specialist_rank": 3}}, ["g0", "s0"]),
     ],
 )
-def test_a_number_that_is_given_is_kept_and_who_asks_for_specialists_has_some(tmp_path, experts, entries, parts):
+def test_a_number_that_is_given_is_kept_and_who_asks_for_specialists_has_some(
+    tmp_path, experts, entries, parts
+):
     if experts.get("generalists") == 0:
         experts = experts | {"top_k": 1}
     assert shape_with(tmp_path, entries, **experts).parts == parts
 
 
 def test_ranks_that_differ_are_refused_with_what_helps(tmp_path):
-    with pytest.raises(UserError, match=r"clients\.bob: rank 6, but ada has 4; .* Say how many specialists there are"):
+    with pytest.raises(
+        UserError,
+        match=r"clients\.bob: rank 6, but ada has 4; .* Say how many specialists there are",
+    ):
         shape_with(tmp_path, {"bob": {"rank": 3}})
 
 
@@ -160,4 +201,6 @@ def test_the_routers_phases_come_on_top_of_its_local_steps(tmp_path):
     assert log.router_losses and client.plan.schedule == "both"
     assert all((client.trainee.tensors[slot] != before).any() for slot, before in routers.items())
     state = client.trainee.optimizers["router"].state[client.trainee.tensors[next(iter(routers))]]
-    assert int(state["step"]) == len(log.router_losses) + len(log.train_losses) - 1  # in the first, experts are alike
+    assert (
+        int(state["step"]) == len(log.router_losses) + len(log.train_losses) - 1
+    )  # in the first, experts are alike

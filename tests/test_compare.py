@@ -1,4 +1,6 @@
-"""What is compared with what, and the figures that come out, against numpy over the numbers put in."""
+"""What is compared with what, and the figures that come out, against numpy over the numbers put
+in.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,22 @@ import pytest
 
 from comigs.config import parse_config, to_toml
 from comigs.errors import UserError
-from comigs.report.compare.compared import Compared, compare_runs
-from comigs.report.compare.figures import Results, Row, mean_by_round, mean_difference, ranks
-from comigs.report.compare.page import headline
-from comigs.report.compare.tables import client_scores, combined_table, cost_table, main_table, settings_table
+from comigs.experiments.compare.compared import Compared, compare_runs
+from comigs.experiments.compare.page import headline
+from comigs.experiments.compare.statistics import (
+    Results,
+    Row,
+    mean_by_round,
+    mean_difference,
+    ranks,
+)
+from comigs.experiments.compare.tables import (
+    client_scores,
+    combined_table,
+    cost_table,
+    main_table,
+    settings_table,
+)
 from tests.compared_runs import BYTES_A_TOKEN, CLIENTS, change, measured, three_methods
 
 NATS = {"ann": 5.0, "bob": 5.4}
@@ -73,7 +87,9 @@ def test_runs_are_found_at_any_depth_and_counted_once(tmp_path: Path, how: str) 
 
 def test_what_does_not_change_a_result_makes_no_setting(tmp_path: Path) -> None:
     measured(tmp_path / "a", NATS, 1, base={"threads": 1}, evaluation={"every": 5}, name="here")
-    measured(tmp_path / "b", NATS, 2, base={"threads": 2}, data={"cache": "elsewhere"}, name="there")
+    measured(
+        tmp_path / "b", NATS, 2, base={"threads": 2}, data={"cache": "elsewhere"}, name="there"
+    )
     compared = compare_runs([tmp_path])
     assert names(compared) == ["comigs"]
     assert "taken as equal: base.threads = 1 and 2" in compared.remarks
@@ -103,13 +119,17 @@ def test_settings_are_called_by_what_sets_them_apart(
     compared = compare_runs([tmp_path])
     assert sorted(names(compared)) == sorted(expected)
     table = settings_table(compared.comparison)
-    assert len({row[1:] for row in table.rows}) == len(expected)  # all that is apart is in the table
+    assert len({row[1:] for row in table.rows}) == len(
+        expected
+    )  # all that is apart is in the table
 
 
 def test_a_sweep_gives_names_order_and_baseline(tmp_path: Path) -> None:
     for text in ("topics", "faq"):
         for method in ("local", "comigs-2g", "comigs"):
-            folder = measured(tmp_path / text / method / "seed-42", NATS, method=method.removesuffix("-2g"))
+            folder = measured(
+                tmp_path / text / method / "seed-42", NATS, method=method.removesuffix("-2g")
+            )
             change(folder, "env.json", base_fingerprint=text)
     write_sweep(tmp_path, "comigs", text=["topics", "faq"], method=["local", "comigs-2g", "comigs"])
     compared = compare_runs([tmp_path / "topics", tmp_path / "faq"])
@@ -119,7 +139,9 @@ def test_a_sweep_gives_names_order_and_baseline(tmp_path: Path) -> None:
     assert [r.is_baseline for r in compared.comparison.datasets[0].rows] == [False, False, True]
 
 
-def test_a_setting_that_names_clients_is_told_for_the_clients_of_every_dataset(tmp_path: Path) -> None:
+def test_a_setting_that_names_clients_is_told_for_the_clients_of_every_dataset(
+    tmp_path: Path,
+) -> None:
     for text, clients in (("topics", ("news", "fiction")), ("faq", ("fr", "de"))):
         for power in ("equal", "more"):
             folder = measured(tmp_path / text / power / "seed-42", dict.fromkeys(clients, 5.0))
@@ -129,7 +151,12 @@ def test_a_setting_that_names_clients_is_told_for_the_clients_of_every_dataset(t
             (folder / "config.toml").write_text(to_toml(parse_config(tree)))
     write_sweep(tmp_path, "equal", text=["topics", "faq"], power=["equal", "more"])
     table = settings_table(compare_runs([tmp_path]).comparison)
-    assert table.headers == ("setting", "method", "clients.fiction.specialists", "clients.de.specialists")
+    assert table.headers == (
+        "setting",
+        "method",
+        "clients.fiction.specialists",
+        "clients.de.specialists",
+    )
     assert table.rows == (("equal", "comigs", "1", "1"), ("more", "comigs", "3", "3"))
 
 
@@ -142,7 +169,12 @@ def test_a_baseline_on_one_of_several_axes_is_each_setting_s_own(tmp_path: Path)
     for compared in (compare_runs([tmp_path]), compare_runs([tmp_path], baseline="local")):
         assert names(compared) == ["r4, local", "r4, comigs", "r8, local", "r8, comigs"]
         against = {r.setting.name: (r.baseline and r.baseline.name) for r in only(compared).rows}
-        assert against == {"r4, local": None, "r4, comigs": "r4, local", "r8, local": None, "r8, comigs": "r8, local"}
+        assert against == {
+            "r4, local": None,
+            "r4, comigs": "r4, local",
+            "r8, local": None,
+            "r8, comigs": "r8, local",
+        }
         means = [r.difference.difference.mean for r in only(compared).rows if r.difference]
         assert means == pytest.approx([-0.1, -1.1])
     one_for_all = compare_runs([tmp_path], baseline="r4/local")
@@ -169,7 +201,11 @@ def test_a_run_that_does_not_know_its_tokens_is_on_the_same_text(tmp_path: Path)
     text = {"bytes": 9, "sha256": ["0"]}
     for seed, more in ((1, {"tokens": 3}), (2, {})):
         run = measured(tmp_path / str(seed), NATS, seed)
-        change(run, "env.json", data={name: {"train": text | more, "test": text | more} for name in ("ann", "bob")})
+        change(
+            run,
+            "env.json",
+            data={name: {"train": text | more, "test": text | more} for name in ("ann", "bob")},
+        )
     (dataset,) = compare_runs([tmp_path]).comparison.datasets
     assert [len(row.setting.runs) for row in dataset.rows] == [2]
 
@@ -183,7 +219,9 @@ def test_a_run_that_does_not_know_its_tokens_is_on_the_same_text(tmp_path: Path)
         ("config.toml", {"sequence_length": ("128", "64")}, "data.sequence_length"),
     ],
 )
-def test_other_data_is_said_and_never_averaged(tmp_path: Path, file: str, values: dict[str, Any], said: str) -> None:
+def test_other_data_is_said_and_never_averaged(
+    tmp_path: Path, file: str, values: dict[str, Any], said: str
+) -> None:
     measured(tmp_path / "a", NATS, 1)
     other = measured(tmp_path / "b", moved(1.0), 2)
     if file == "env.json":
@@ -199,7 +237,9 @@ def test_other_data_is_said_and_never_averaged(tmp_path: Path, file: str, values
             config.write_text(changed)
     compared = compare_runs([tmp_path])
     assert len({d.name for d in compared.comparison.datasets}) == 2
-    assert [d.rows[0].scores["nats_per_token"].mean for d in compared.comparison.datasets] == pytest.approx([5.2, 6.2])
+    assert [
+        d.rows[0].scores["nats_per_token"].mean for d in compared.comparison.datasets
+    ] == pytest.approx([5.2, 6.2])
     assert said in compared.notes[0] and "never averaged" in compared.notes[0]
 
 
@@ -227,12 +267,16 @@ def test_scores_are_means_over_clients_then_over_seeds(tmp_path: Path) -> None:
     for metric, values in per_seed.items():
         score = found.scores[metric]
         assert score is not None
-        assert (score.mean, score.sd, score.n) == pytest.approx((values.mean(), values.std(ddof=1), 3))
+        assert (score.mean, score.sd, score.n) == pytest.approx(
+            (values.mean(), values.std(ddof=1), 3)
+        )
     assert found.perplexity_of_mean is not None
     assert found.perplexity_of_mean.mean == pytest.approx(np.exp(nats.mean(axis=1)).mean())
     bob = found.clients["bob"]["perplexity"]
     assert bob is not None
-    assert (bob.mean, bob.sd) == pytest.approx((np.exp(nats[:, 1]).mean(), np.exp(nats[:, 1]).std(ddof=1)))
+    assert (bob.mean, bob.sd) == pytest.approx(
+        (np.exp(nats[:, 1]).mean(), np.exp(nats[:, 1]).std(ddof=1))
+    )
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
@@ -259,7 +303,10 @@ def test_other_seeds_are_said_and_only_common_ones_paired(tmp_path: Path) -> Non
     found = row(compared, "comigs")
     assert found.scores["nats_per_token"].n == 4
     assert found.difference is not None
-    assert (found.difference.difference.n, found.difference.difference.mean) == (2, pytest.approx(0.25))
+    assert (found.difference.difference.n, found.difference.difference.mean) == (
+        2,
+        pytest.approx(0.25),
+    )
     assert any("not every setting has the same seeds" in note and "only seeds that both have" in note
                for note in compared.notes)  # fmt: skip
     table = main_table(compared.comparison, only(compared))
@@ -271,15 +318,27 @@ def test_nothing_is_called_best_where_settings_have_different_seeds(tmp_path: Pa
         for seed, nats in ((1, 2.0), (2, 1.0)):
             for method in ("local", "comigs"):
                 if (number, seed, method) != (2, 2, "local"):
-                    folder = measured(tmp_path / f"{number}/{method}-{seed}", {"ann": nats}, seed, method=method)
+                    folder = measured(
+                        tmp_path / f"{number}/{method}-{seed}", {"ann": nats}, seed, method=method
+                    )
                     change(folder, "env.json", base_fingerprint=str(number))
     compared = compare_runs([tmp_path])
     one, other = compared.comparison.datasets
     assert one.same_seeds and not other.same_seeds
-    assert main_table(compared.comparison, one).best and not main_table(compared.comparison, other).best
-    assert ranks(compared.comparison) == {} and combined_table(compared.comparison).best == frozenset()
-    assert headline(compared.comparison) == "Settings were measured on different seeds, so none is called best."
-    assert any("nothing is marked best or ranked where seeds differ" in note for note in compared.notes)
+    assert (
+        main_table(compared.comparison, one).best
+        and not main_table(compared.comparison, other).best
+    )
+    assert (
+        ranks(compared.comparison) == {} and combined_table(compared.comparison).best == frozenset()
+    )
+    assert (
+        headline(compared.comparison)
+        == "Settings were measured on different seeds, so none is called best."
+    )
+    assert any(
+        "nothing is marked best or ranked where seeds differ" in note for note in compared.notes
+    )
 
 
 def test_no_common_seed_is_no_difference(tmp_path: Path) -> None:
@@ -321,7 +380,11 @@ def test_a_figure_that_is_not_finite_drops_its_run_and_says_so(tmp_path: Path) -
     three_methods(tmp_path)
     summary = tmp_path / "comigs" / "seed-43" / "summary.json"
     content = json.loads(summary.read_text())
-    content["clients"]["bob"]["test"] |= {"perplexity": None, "nats_per_token": None, "bits_per_byte": None}
+    content["clients"]["bob"]["test"] |= {
+        "perplexity": None,
+        "nats_per_token": None,
+        "bits_per_byte": None,
+    }
     summary.write_text(json.dumps(content))
     compared = compare_runs([tmp_path])
     found = row(compared, "comigs")
@@ -337,7 +400,9 @@ def test_curves_are_means_over_clients_at_rounds_that_all_seeds_have(tmp_path: P
         for line in lines:
             if line["kind"] == "evaluation":
                 line["nats_per_token"] = line["round"] + seed + (line["client"] == "bob")
-        kept = [line for line in lines if line["kind"] != "evaluation" or line["round"] % every == 0]
+        kept = [
+            line for line in lines if line["kind"] != "evaluation" or line["round"] % every == 0
+        ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     curve = mean_by_round(row(compare_runs([tmp_path]), "comigs").setting, "nats_per_token")
     assert list(curve) == [2, 4]
@@ -348,12 +413,19 @@ def test_curves_are_means_over_clients_at_rounds_that_all_seeds_have(tmp_path: P
 
 
 def several_datasets(root: Path) -> Path:
-    levels = {"comigs": (1.0, 2.0, 3.0), "fedavg": (2.0, 1.0, 3.0), "local": (3.0, 3.0, 3.0), "extra": (0.0, None, 0.0)}
+    levels = {
+        "comigs": (1.0, 2.0, 3.0),
+        "fedavg": (2.0, 1.0, 3.0),
+        "local": (3.0, 3.0, 3.0),
+        "extra": (0.0, None, 0.0),
+    }
     for method, of_dataset in levels.items():
         for number, level in enumerate(of_dataset):
             if level is not None:
                 tree: dict[str, Any] = {"rounds": 3} if method == "extra" else {"method": method}
-                folder = measured(root / f"{number}" / method, {"ann": level}, name=f"text-{number}", **tree)
+                folder = measured(
+                    root / f"{number}" / method, {"ann": level}, name=f"text-{number}", **tree
+                )
                 change(folder, "env.json", base_fingerprint=str(number))
     return root
 
@@ -392,10 +464,18 @@ def test_the_best_two_of_a_column_are_marked(tmp_path: Path) -> None:
 
 def test_budgets_that_are_not_equal_say_by_how_much(tmp_path: Path) -> None:
     for method, parameters in (("local", 1000), ("comigs", 1500), ("fedavg", 1000)):
-        change(measured(tmp_path / method, NATS, method=method), "clients", trained_parameters=parameters)
+        change(
+            measured(tmp_path / method, NATS, method=method),
+            "clients",
+            trained_parameters=parameters,
+        )
     compared = compare_runs([tmp_path])
     cells = {row[0]: row[1] for row in cost_table(only(compared)).rows}
-    assert cells == {"local": "1,000", "comigs": "1,500 (1.50\N{MULTIPLICATION SIGN})", "fedavg": "1,000"}
+    assert cells == {
+        "local": "1,000",
+        "comigs": "1,500 (1.50\N{MULTIPLICATION SIGN})",
+        "fedavg": "1,000",
+    }
 
 
 def test_what_routers_learn_from_is_counted_beside_what_experts_do(tmp_path: Path) -> None:
@@ -404,12 +484,25 @@ def test_what_routers_learn_from_is_counted_beside_what_experts_do(tmp_path: Pat
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for line in lines:
             if line["kind"] == "train":
-                line |= {"local_steps": 4, "router_steps": 3 if method == "comigs" else 0, "trained_tokens": 80}
+                line |= {
+                    "local_steps": 4,
+                    "router_steps": 3 if method == "comigs" else 0,
+                    "trained_tokens": 80,
+                }
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     compared = compare_runs([tmp_path])
-    table, rounds = cost_table(only(compared)), compared.comparison.datasets[0].rows[0].setting.runs[42].config.rounds
-    shown = {r[0]: [r[table.headers.index(h)] for h in ("trained tokens", "and in router steps")] for r in table.rows}
-    assert shown == {"local": [f"{80 * rounds}", "0"], "comigs": [f"{80 * rounds}", f"{60 * rounds}"]}
+    table, rounds = (
+        cost_table(only(compared)),
+        compared.comparison.datasets[0].rows[0].setting.runs[42].config.rounds,
+    )
+    shown = {
+        r[0]: [r[table.headers.index(h)] for h in ("trained tokens", "and in router steps")]
+        for r in table.rows
+    }
+    assert shown == {
+        "local": [f"{80 * rounds}", "0"],
+        "comigs": [f"{80 * rounds}", f"{60 * rounds}"],
+    }
 
 
 def test_one_pooled_model_counts_the_client_that_trains(tmp_path: Path) -> None:
@@ -448,7 +541,9 @@ def test_unfinished_runs_are_left_out_and_named(tmp_path: Path) -> None:
     half = measured(tmp_path / "local" / "seed-45", NATS, 45, method="local", rounds=3, done=1)
     compared = compare_runs([tmp_path])
     assert list(row(compared, "local").setting.runs) == [42, 43, 44]
-    assert any(f"{half} (round 1 of 3); go on with: comigs resume" in note for note in compared.notes)
+    assert any(
+        f"{half} (round 1 of 3); go on with: comigs resume" in note for note in compared.notes
+    )
     with pytest.raises(UserError, match="no run here is finished; go on with: comigs resume"):
         compare_runs([half])
 
@@ -456,14 +551,20 @@ def test_unfinished_runs_are_left_out_and_named(tmp_path: Path) -> None:
 def test_two_runs_of_one_setting_and_seed_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         measured(tmp_path / name, NATS, 7)
-    with pytest.raises(UserError, match=r"a and .*b: the same setting \(comigs\) with the same seed, 7; leave one out"):
+    with pytest.raises(
+        UserError,
+        match=r"a and .*b: the same setting \(comigs\) with the same seed, 7; leave one out",
+    ):
         compare_runs([tmp_path])
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("fedagv", r'no setting "fedagv" here\. Did you mean "fedavg"\? There are: comigs; fedavg; local'),
+        (
+            "fedagv",
+            r'no setting "fedagv" here\. Did you mean "fedavg"\? There are: comigs; fedavg; local',
+        ),
         ("zzz", r'no setting "zzz" here\. There are: comigs; fedavg; local'),
         ("", r'no setting "" here\.'),
     ],
@@ -476,11 +577,15 @@ def test_an_unknown_baseline_names_the_nearest(tmp_path: Path, given: str, said:
 def test_a_baseline_that_one_dataset_lacks_is_said(tmp_path: Path) -> None:
     for number, methods in enumerate((("local", "comigs"), ("fedavg", "comigs"))):
         for method in methods:
-            folder = measured(tmp_path / f"{number}-{method}", NATS, method=method, name=f"text-{number}")
+            folder = measured(
+                tmp_path / f"{number}-{method}", NATS, method=method, name=f"text-{number}"
+            )
             change(folder, "env.json", base_fingerprint=str(number))
     compared = compare_runs([tmp_path])
     assert [d.has_baseline for d in compared.comparison.datasets] == [True, False]
-    assert "no finished run of the baseline (local) on text-1: no differences there" in compared.notes
+    assert (
+        "no finished run of the baseline (local) on text-1: no differences there" in compared.notes
+    )
 
 
 def test_no_baseline_is_said(tmp_path: Path) -> None:
@@ -496,5 +601,7 @@ def test_a_summary_of_other_clients_is_refused(tmp_path: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     del summary["clients"]["bob"]
     (folder / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(UserError, match=r"summary\.json: clients: ann; the run's config has ann, bob"):
+    with pytest.raises(
+        UserError, match=r"summary\.json: clients: ann; the run's config has ann, bob"
+    ):
         compare_runs([tmp_path])

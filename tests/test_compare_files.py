@@ -1,4 +1,6 @@
-"""What `comigs compare` prints and writes: whole, offline, escaped, deterministic, and nobody else's files touched."""
+"""What `comigs compare` prints and writes: whole, offline, escaped, deterministic, and nobody
+else's files touched.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,23 @@ from statistics import mean, stdev
 
 import pytest
 
-from comigs.report import format as f
-from comigs.report.compare.compared import compare_runs
-from comigs.report.compare.figures import metric_named
-from comigs.report.compare.find import common_folder
-from comigs.report.compare.plots import GLYPHS, SHAPES, key
-from comigs.report.compare.tables import WORDS
-from comigs.report.compare.texts import latex_table, markdown_table, tex
-from comigs.report.compare.write import FILES, write_comparison
-from comigs.report.tables import Table
+from comigs import text as f
+from comigs.experiments.compare.compared import compare_runs
+from comigs.experiments.compare.discover import common_folder
+from comigs.experiments.compare.export import latex_table, markdown_table, tex
+from comigs.experiments.compare.plots import GLYPHS, SHAPES, key
+from comigs.experiments.compare.statistics import metric_named
+from comigs.experiments.compare.tables import WORDS
+from comigs.experiments.compare.write import FILES, write_comparison
+from comigs.text import Table
 from tests.compared_runs import CLIENTS, change, measured, three_methods
 from tests.runs import comigs, files, finished, refused
 from tests.test_report import Page
 
 NATS = {"ann": 5.0, "bob": 5.4}
-_SEEDS = [(math.exp(4.9 + 0.01 * n) + math.exp(5.3 - 0.03 * n)) / 2 for n in range(3)]  # of comigs in three_methods
+_SEEDS = [
+    (math.exp(4.9 + 0.01 * n) + math.exp(5.3 - 0.03 * n)) / 2 for n in range(3)
+]  # of comigs in three_methods
 COMIGS = f"{mean(_SEEDS):.2f} ± {stdev(_SEEDS):.2f}"
 
 
@@ -83,7 +87,9 @@ def test_writes_every_file_beside_the_runs(folder: Path) -> None:
         (["local", "local/../comigs"], "."),
     ],
 )
-def test_the_default_folder_holds_the_runs_and_is_none(tmp_path: Path, given: list[str], expected: str) -> None:
+def test_the_default_folder_holds_the_runs_and_is_none(
+    tmp_path: Path, given: list[str], expected: str
+) -> None:
     three_methods(tmp_path)
     assert common_folder([tmp_path / name for name in given]) == (tmp_path / expected).resolve()
 
@@ -154,7 +160,13 @@ def test_untrusted_text_is_escaped_everywhere(tmp_path: Path) -> None:
     evil = "a|b&_<script>alert(1)<b>"
     for number in range(2):
         folder = measured(tmp_path / str(number), NATS, name=evil)
-        change(folder, "env.json", base_fingerprint=evil + str(number), commit=evil, versions={"torch": evil})
+        change(
+            folder,
+            "env.json",
+            base_fingerprint=evil + str(number),
+            commit=evil,
+            versions={"torch": evil},
+        )
         change(folder, "summary.json", weights=evil)
     folder = write(tmp_path)
     page = Page((folder / "compare.html").read_text())
@@ -196,8 +208,16 @@ def test_latex_marks_the_best_and_has_as_many_cells_as_columns(folder: Path) -> 
 
 
 def test_markup_of_tables() -> None:
-    table = Table(("a_b", "x"), (("s|t", "-1.5 %"), ("u", "2")), best=frozenset({(0, 1)}), second=frozenset({(1, 1)}))
-    assert markdown_table(table) == "| a\\_b | x |\n| --- | ---: |\n| s\\|t | **-1.5 %** |\n| u | *2* |\n"
+    table = Table(
+        ("a_b", "x"),
+        (("s|t", "-1.5 %"), ("u", "2")),
+        best=frozenset({(0, 1)}),
+        second=frozenset({(1, 1)}),
+    )
+    assert (
+        markdown_table(table)
+        == "| a\\_b | x |\n| --- | ---: |\n| s\\|t | **-1.5 %** |\n| u | *2* |\n"
+    )
     assert r"\textbf{$-$1.5 \%}" in latex_table(table, "c", "Some Label!")
     assert r"\label{tab:some-label}" in latex_table(table, "c", "Some Label!")
     assert tex("ffa-lora 2-3 <0.001") == r"ffa-lora 2-3 $<$0.001"
@@ -219,7 +239,9 @@ def test_files_of_somebody_else_are_kept(tmp_path: Path) -> None:
     out = tmp_path / "paper"
     out.mkdir()
     (out / "table.tex").write_text("mine")
-    with pytest.raises(ValueError, match=r"table\.tex: not written by comigs compare, so it is kept"):
+    with pytest.raises(
+        ValueError, match=r"table\.tex: not written by comigs compare, so it is kept"
+    ):
         write_comparison(compare_runs([tmp_path / "runs"]), out)
     assert files(out) == {"table.tex": b"mine"}
 
@@ -236,7 +258,9 @@ def test_other_files_in_the_folder_stay_and_own_ones_are_replaced(tmp_path: Path
     assert (out / "table.md").read_text() != before
 
 
-def test_a_file_in_the_way_and_a_full_disk_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_the_way_and_a_full_disk_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compared = compare_runs([measured(tmp_path / "a", NATS)])
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
@@ -246,7 +270,9 @@ def test_a_file_in_the_way_and_a_full_disk_are_one_line(tmp_path: Path, monkeypa
         raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(ValueError, match="no space left on the disk; choose another folder with --out"):
+    with pytest.raises(
+        ValueError, match="no space left on the disk; choose another folder with --out"
+    ):
         write_comparison(compared, tmp_path / "out")
     assert not any((tmp_path / "out").iterdir())
 
@@ -254,7 +280,9 @@ def test_a_file_in_the_way_and_a_full_disk_are_one_line(tmp_path: Path, monkeypa
 # The command
 
 
-def test_prints_the_main_table_the_notes_and_where_the_page_is(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_prints_the_main_table_the_notes_and_where_the_page_is(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     done = comigs(capsys, "compare", three_methods(tmp_path), "--out", tmp_path / "out")
     assert (done.code, done.err) == (0, "")
@@ -276,7 +304,10 @@ def test_the_metric_chosen_is_the_one_of_the_main_table(folder: Path, given: str
         (["nowhere"], "nowhere: no such folder"),
         (["empty"], "no run in it, nor below it"),
         (["local/seed-42/config.toml"], "a file; give run folders"),
-        (["local", "--baseline", "lcal"], 'no setting "lcal" here. Did you mean "local"? There are: local'),
+        (
+            ["local", "--baseline", "lcal"],
+            'no setting "lcal" here. Did you mean "local"? There are: local',
+        ),
         (
             ["local", "--metric", "perplexty"],
             'given "perplexty"; must be perplexity, nats_per_token, bits_per_byte. Did',
@@ -284,7 +315,9 @@ def test_the_metric_chosen_is_the_one_of_the_main_table(folder: Path, given: str
         ([], "Missing argument 'RUNS...'"),
     ],
 )
-def test_what_is_wrong_is_one_line(tmp_path: Path, capsys, monkeypatch, words: list[str], said: str) -> None:
+def test_what_is_wrong_is_one_line(
+    tmp_path: Path, capsys, monkeypatch, words: list[str], said: str
+) -> None:
     three_methods(tmp_path)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -293,10 +326,14 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys, monkeypatch, words: l
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("content", ["name = ", "[axes]\nmethod = 3", '[axes.method]\nlocal = {}\n"\xff'])
+@pytest.mark.parametrize(
+    "content", ["name = ", "[axes]\nmethod = 3", '[axes.method]\nlocal = {}\n"\xff']
+)
 def test_a_damaged_sweep_file_is_named(tmp_path: Path, capsys, content: str) -> None:
     (three_methods(tmp_path) / "sweep.toml").write_bytes(content.encode("latin-1"))
-    assert f"{tmp_path / 'sweep.toml'}: cannot be read as a sweep: " in refused(capsys, "compare", tmp_path)
+    assert f"{tmp_path / 'sweep.toml'}: cannot be read as a sweep: " in refused(
+        capsys, "compare", tmp_path
+    )
 
 
 def test_a_damaged_run_is_named(tmp_path: Path, capsys) -> None:

@@ -1,4 +1,6 @@
-"""The paired t-test, against printed tables, closed forms and a numerical integral; differences, against numpy."""
+"""The paired t-test, against printed tables, closed forms and a numerical integral; differences,
+against numpy.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from comigs.report.compare.stats import paired, spread, two_sided
+from comigs.experiments.compare.stats import paired, spread, two_sided
 
 # Critical values of Student's t, two-sided: NIST/SEMATECH e-Handbook 1.3.6.7.2
 TABLE = {  # freedom -> t at p = 0.10, 0.05, 0.02, 0.01, 0.002
@@ -37,7 +39,9 @@ def test_p_values_of_one_and_two_degrees_have_a_closed_form(t: float) -> None:
 
 @pytest.mark.parametrize("freedom", [3, 4, 7, 10, 29])
 def test_p_values_are_the_integral_of_the_density(freedom: int) -> None:
-    log_c = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+    log_c = (
+        math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+    )
     for t in (0.2, 1.1, 3.3):
         x = np.linspace(-t, t, 200_001)
         density = np.exp(log_c - (freedom + 1) / 2 * np.log1p(x * x / freedom))
@@ -52,14 +56,20 @@ def test_spread_divides_by_n_minus_1_and_has_none_of_one() -> None:
     values = [5.0, 5.25, 4.0]
     measured = spread(values)
     assert measured is not None
-    assert (measured.mean, measured.sd, measured.n) == pytest.approx((np.mean(values), np.std(values, ddof=1), 3))
+    assert (measured.mean, measured.sd, measured.n) == pytest.approx(
+        (np.mean(values), np.std(values, ddof=1), 3)
+    )
     alone = spread([2.0])
     assert alone is not None and alone.sd is None
     assert spread([]) is None
 
 
-def random_runs(seeds: list[int], level: float, rng: np.random.Generator) -> dict[int, dict[str, float]]:
-    return {seed: {name: level + rng.normal(0, 0.1) for name in ("ann", "bob", "cyd")} for seed in seeds}
+def random_runs(
+    seeds: list[int], level: float, rng: np.random.Generator
+) -> dict[int, dict[str, float]]:
+    return {
+        seed: {name: level + rng.normal(0, 0.1) for name in ("ann", "bob", "cyd")} for seed in seeds
+    }
 
 
 def test_the_seed_is_the_unit_of_the_paired_test() -> None:

@@ -9,30 +9,38 @@ import sys
 import pytest
 import torch
 
-from comigs import compiled
-from comigs.experts import chunks, in_c
+from comigs.experts import csrc, hidden_c, hidden_torch
 from comigs.experts.activation import GELU, SILU, by_autograd
 from comigs.experts.hidden import mixed_hidden
 from comigs.experts.layer import Layer
 
-pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(csrc.library() is None, reason="no C compiler")
 
 
 @pytest.fixture(params=["", "-U__AVX512DQ__"], ids=["this-processor", "any-other"], autouse=True)
 def processor(request, monkeypatch):
     """What is written for one kind of processor is written for all others, too."""
     monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} {request.param}")
-    compiled.attempt.cache_clear()
-    assert compiled.library() is not None
+    csrc.attempt.cache_clear()
+    assert csrc.library() is not None
     yield
-    compiled.attempt.cache_clear()
+    csrc.attempt.cache_clear()
 
 
 WIDTHS = [16, 272, 784]  # one vector; a tile's part; more than a tile
 TOKENS = [1, 7, 64, 65, 200]  # less than a group; a block; a block and one
 
 
-def layer(T=65, I=272, ranks=(3, 8, 1), top_k=2, products=2, dtype=torch.float32, act=SILU, learns=None):  # noqa: E741
+def layer(
+    T=65,
+    I=272,  # noqa: E741
+    ranks=(3, 8, 1),
+    top_k=2,
+    products=2,
+    dtype=torch.float32,
+    act=SILU,
+    learns=None,
+):
     """Random tensors; low as a permuted view, which is not contiguous."""
     torch.manual_seed(0)
     E, R = len(ranks), sum(ranks)
@@ -40,7 +48,11 @@ def layer(T=65, I=272, ranks=(3, 8, 1), top_k=2, products=2, dtype=torch.float32
     if top_k < E:
         largest = weights.topk(top_k)
         weights = torch.zeros(T, E).scatter(1, largest.indices, largest.values)
-    low, B, A = torch.randn(R, products, T).permute(2, 1, 0), torch.randn(products, R, I) / 4, torch.randn(R, I) / 4
+    low, B, A = (
+        torch.randn(R, products, T).permute(2, 1, 0),
+        torch.randn(products, R, I) / 4,
+        torch.randn(R, I) / 4,
+    )
     frozen = [torch.randn(T, I).to(dtype) for _ in range(products)]
     return Layer(act, ranks, learns or [True] * E, top_k / E, weights, low, B, A, frozen)
 
@@ -54,21 +66,25 @@ def distance(found, exact):
 
 
 def assert_equals_pytorch(given, wanted=(True,) * 4):
-    assert in_c.takes(given)
+    assert hidden_c.takes(given)
     exact = in_float64(given)
-    mixed, low = in_c.forward(given)
-    exact_mixed, exact_low = chunks.forward(exact)
+    mixed, low = hidden_c.forward(given)
+    exact_mixed, exact_low = hidden_torch.forward(exact)
     rounded = 3e-3 if given.frozen[0].dtype == torch.bfloat16 else 1e-6
     assert mixed.dtype == given.frozen[0].dtype
     assert distance(mixed, exact_mixed) < rounded
     assert distance(low, exact_low) < 1e-6
 
     grad_mixed, grad_low = torch.randn_like(mixed), torch.randn_like(low)
-    *found, frozen = in_c.backward(given, grad_mixed, grad_low, wanted)
-    *expected, exact_frozen = chunks.backward(exact, grad_mixed.double(), grad_low.double(), wanted)
+    *found, frozen = hidden_c.backward(given, grad_mixed, grad_low, wanted)
+    *expected, exact_frozen = hidden_torch.backward(
+        exact, grad_mixed.double(), grad_low.double(), wanted
+    )
     assert [t is not None for t in found] == [t is not None for t in expected] == list(wanted)
     assert all(distance(*pair) < rounded for pair in zip(frozen, exact_frozen, strict=True))
-    assert all(distance(*pair) < 1e-6 for pair in zip(found, expected, strict=True) if pair[0] is not None)
+    assert all(
+        distance(*pair) < 1e-6 for pair in zip(found, expected, strict=True) if pair[0] is not None
+    )
     return found
 
 
@@ -112,7 +128,7 @@ def test_inputs_that_are_far_out():
 def test_what_is_no_number_stays_none():
     given = layer()
     given.frozen[0][3, 5] = torch.nan
-    assert torch.isnan(in_c.forward(given)[0]).nonzero().tolist() == [[3, 5]]
+    assert torch.isnan(hidden_c.forward(given)[0]).nonzero().tolist() == [[3, 5]]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -120,8 +136,8 @@ def test_the_same_to_the_bit_every_time_with_any_number_of_threads(threads):
     given, before = layer(T=200), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        mixed, low = in_c.forward(given)
-        runs = [in_c.backward(given, mixed, low, (True,) * 4) for _ in range(3)]
+        mixed, low = hidden_c.forward(given)
+        runs = [hidden_c.backward(given, mixed, low, (True,) * 4) for _ in range(3)]
     finally:
         torch.set_num_threads(before)
     for other in runs[1:]:
@@ -131,14 +147,19 @@ def test_the_same_to_the_bit_every_time_with_any_number_of_threads(threads):
 
 @pytest.mark.parametrize(
     "given",
-    [layer(I=24), layer(act=by_autograd(torch.relu)), layer(ranks=(257,), top_k=1), in_float64(layer())],
+    [
+        layer(I=24),
+        layer(act=by_autograd(torch.relu)),
+        layer(ranks=(257,), top_k=1),
+        in_float64(layer()),
+    ],
     ids=["width", "activation", "rank", "float64"],
 )
 def test_what_c_does_not_take_pytorch_does(given):
-    assert not in_c.takes(given)
+    assert not hidden_c.takes(given)
     top_k = round(given.used * len(given.ranks))
     mixed, _ = mixed_hidden(*given[:3], top_k, *given[4:])
-    assert distance(mixed, chunks.forward(in_float64(given))[0]) < 1e-6
+    assert distance(mixed, hidden_torch.forward(in_float64(given))[0]) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -153,23 +174,29 @@ def test_cross_entropy_and_its_gradient(size, vocabulary, dtype):
     nats = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
     (gradient,) = torch.autograd.grad(nats.sum(), exact)
     before = logits.clone()
-    torch.testing.assert_close(compiled.cross_entropy(logits, targets, False).double(), nats, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        csrc.cross_entropy(logits, targets, False).double(), nats, rtol=1e-6, atol=1e-6
+    )
     assert torch.equal(logits, before)
-    found = compiled.cross_entropy(logits, targets, True)
+    found = csrc.cross_entropy(logits, targets, True)
     torch.testing.assert_close(found.double(), nats, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(logits.double(), gradient, rtol=4e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        logits.double(), gradient, rtol=4e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("target", [-1, 97])
 def test_a_target_that_is_no_column_is_refused(target):
-    with pytest.raises(IndexError, match=f"targets from -?\\d+ to {max(target, 3)}, but logits have 97 columns"):
-        compiled.cross_entropy(torch.randn(2, 97), torch.tensor([3, target]), False)
+    with pytest.raises(
+        IndexError, match=f"targets from -?\\d+ to {max(target, 3)}, but logits have 97 columns"
+    ):
+        csrc.cross_entropy(torch.randn(2, 97), torch.tensor([3, target]), False)
 
 
 def says(code, **environment):
     """What a process of its own prints; its cache folder is not ours."""
     done = subprocess.run(
-        [sys.executable, "-c", f"from comigs import compiled; {code}"],
+        [sys.executable, "-c", f"from comigs.experts import csrc as compiled; {code}"],
         capture_output=True, text=True, check=True, env={**os.environ, **environment},
     )  # fmt: skip
     return done.stdout.strip()
@@ -179,8 +206,12 @@ def test_without_a_compiler_or_switched_off_there_is_no_library(tmp_path):
     code = "print(compiled.library(), compiled.attempt())"
     none = "None no C compiler here (no-such-compiler)"
     assert says(code, COMIGS_CACHE=str(tmp_path), CC="no-such-compiler -x") == none
-    assert says(code, COMIGS_CACHE=str(tmp_path), CC="false").startswith("None nothing can be compiled here (Command")
-    assert says(code, COMIGS_CACHE=str(tmp_path), COMIGS_COMPILED="0") == "None COMIGS_COMPILED is 0"
+    assert says(code, COMIGS_CACHE=str(tmp_path), CC="false").startswith(
+        "None nothing can be compiled here (Command"
+    )
+    assert (
+        says(code, COMIGS_CACHE=str(tmp_path), COMIGS_COMPILED="0") == "None COMIGS_COMPILED is 0"
+    )
     assert not list(tmp_path.rglob("*.so"))
 
 

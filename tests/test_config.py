@@ -1,4 +1,6 @@
-"""The config: what is written comes back, what is wrong is named with what is nearest, its page is up to date."""
+"""The config: what is written comes back, what is wrong is named with what is nearest, its page is
+up to date.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def test_name_and_root_come_from_the_file(tmp_path):
 
 
 def test_a_base_in_a_folder_is_found_from_anywhere(tmp_path, monkeypatch):
-    """Beside the config, or where the command is given; a hub name, which looks alike, stays one."""
+    """Beside the config, or where the command is given; a hub name, which looks alike, stays
+    one.
+    """
     (tmp_path / "configs/models/mine").mkdir(parents=True)
     (tmp_path / "here/models/other").mkdir(parents=True)
     path = tmp_path / "configs" / "a.toml"
@@ -86,7 +90,16 @@ def test_every_field_says_what_it_is(section):
 
 
 def test_every_section_is_known():
-    named = {"base", "data", "experts", "client", "evaluation", "participation", "upload", "clients"}
+    named = {
+        "base",
+        "data",
+        "experts",
+        "client",
+        "evaluation",
+        "participation",
+        "upload",
+        "clients",
+    }
     assert set(Config.model_fields) & set(SECTIONS) == named
 
 
@@ -103,8 +116,12 @@ def test_the_nearest_name_is_given_in_every_section(name):
             tree["clients"][0]["text"] = {"train": "a", "valid": "b", "test": "c", wrong: "d"}
         else:
             tree[name] = {wrong: 1}
-        where = {"": "", "clients": "clients.ann.", "text": "clients.ann.text."}.get(name, f"{name}.")
-        with pytest.raises(UserError, match=rf'^config: {where}{wrong}: unknown key\. Did you mean "{key}"\?'):
+        where = {"": "", "clients": "clients.ann.", "text": "clients.ann.text."}.get(
+            name, f"{name}."
+        )
+        with pytest.raises(
+            UserError, match=rf'^config: {where}{wrong}: unknown key\. Did you mean "{key}"\?'
+        ):
             parse_config(tree)
 
 
@@ -174,9 +191,13 @@ def test_messages_are_one_line():
 
 
 def test_the_page_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("config_docs", ROOT / "scripts" / "config_docs.py")
+    spec = importlib.util.spec_from_file_location(
+        "config_docs", ROOT / "scripts" / "config_docs.py"
+    )
     docs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(docs)
     assert docs.PAGE.read_text(encoding="utf-8") == docs.page(), "run: make docs"
     rows = re.findall(r"^\| `(\w+)` \|", docs.page(), re.MULTILINE)
-    assert len(rows) == sum(len(s.model_fields) for s in SECTIONS.values()) - 8  # the sections themselves
+    assert (
+        len(rows) == sum(len(s.model_fields) for s in SECTIONS.values()) - 8
+    )  # the sections themselves

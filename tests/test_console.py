@@ -6,7 +6,7 @@ from io import StringIO
 
 from rich.console import Console as RichConsole
 
-from comigs.console import Console
+from comigs.app.console import Console
 from tests.fake_engine import GONE, Numbers, rounds_of
 
 
@@ -29,7 +29,10 @@ def test_absences_and_who_is_left_out_are_said(tmp_path):
     out = shown(tmp_path, engine, rounds=4)
     for round in (1, 2, 3):
         assert f"round {round}/4  bob  absent: {GONE}\n" in out
-    assert out.count("left-out: client bob: asked 3 times in a row") == 1 and "round 4/4  bob" not in out
+    assert (
+        out.count("left-out: client bob: asked 3 times in a row") == 1
+        and "round 4/4  bob" not in out
+    )
 
 
 def test_a_round_that_is_asked_again_says_why_and_an_absence_at_the_end_is_named_so(tmp_path):
@@ -50,7 +53,16 @@ def test_only_those_that_were_asked_are_shown_and_the_bar_counts_them(tmp_path):
     config = {"rounds": 3, "participation": {"clients_per_round": 2}}
     out = shown(tmp_path, engine, **config)
     for round in (1, 2, 3):
-        trained = [line for line in out.splitlines() if line.startswith(f"round {round}/3") and "train" in line]
+        trained = [
+            line
+            for line in out.splitlines()
+            if line.startswith(f"round {round}/3") and "train" in line
+        ]
         assert [line.split()[2] for line in trained] == list(engine.tasks[round - 1])
     console = Console(engine.folder.config())
-    assert [console._before(round) for round in (1, 2, 3, 4)] == [0, 2, 4, 6] and console._total() == 10
+    assert [console._before(round) for round in (1, 2, 3, 4)] == [
+        0,
+        2,
+        4,
+        6,
+    ] and console._total() == 10

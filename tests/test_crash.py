@@ -1,4 +1,6 @@
-"""Killed at any moment, resumed, and the result is that of a run nobody touched, to the bit (on the CPU)."""
+"""Killed at any moment, resumed, and the result is that of a run nobody touched, to the bit (on the
+CPU).
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,10 @@ from unittest.mock import patch
 
 import pytest
 
-from comigs import api, cli, load_config
+from comigs import load_config
+from comigs.app import api, cli
 from comigs.client.client import Client
-from comigs.record import RunFolder
+from comigs.runs.folder import RunFolder
 from tests.kills import begin, in_child, kill_self, killed_at
 from tests.runs import comigs, files, finished, outcome, start, write_config
 
@@ -66,9 +69,14 @@ def test_killed_while_measuring(tmp_path, evaluation):
 
     def harmed():
         with patch.object(Client, "evaluate", evaluate):
-            api.run(load_config(finished() / "tiny.toml", [f'data.cache="{tmp_path}"']), tmp_path / "run")
+            api.run(
+                load_config(finished() / "tiny.toml", [f'data.cache="{tmp_path}"']),
+                tmp_path / "run",
+            )
 
-    measured = len([x for x in RunFolder(finished() / "run").metrics() if x["kind"] == "evaluation"])
+    measured = len(
+        [x for x in RunFolder(finished() / "run").metrics() if x["kind"] == "evaluation"]
+    )
     if evaluation <= measured:
         assert in_child(harmed) == signal.SIGKILL
         resume_and_compare(tmp_path / "run")
@@ -121,7 +129,9 @@ def test_timings_of_a_round_that_was_lost_are_dropped(tmp_path):
     killed_at(45, path, lambda: api.run(settings(), path))
     api.resume(path)
     timings = [json.loads(line) for line in (path / "timings.jsonl").read_text().splitlines()]
-    assert [(t["round"], t["client"]) for t in timings] == [(r, c) for r in (1, 2, 3) for c in ("ann", "bob")]
+    assert [(t["round"], t["client"]) for t in timings] == [
+        (r, c) for r in (1, 2, 3) for c in ("ann", "bob")
+    ]
 
 
 def stop_after_round(number, run, child, sign, still_runs):
@@ -155,7 +165,10 @@ def test_the_command_stopped_from_outside(tmp_path, capsys, sign):
         assert os.WTERMSIG(status) == sign
     else:
         assert os.WEXITSTATUS(status) == 130
-        assert error.read_text() == f"stopped: every whole round is kept; go on with: comigs resume {run}\n"
+        assert (
+            error.read_text()
+            == f"stopped: every whole round is kept; go on with: comigs resume {run}\n"
+        )
     folder = RunFolder.open(run)
     assert 2 <= folder.rewind().round < 50
     whole = RunFolder.open(finished() / "run").metrics()
@@ -185,10 +198,10 @@ def test_a_stop_in_any_phase_is_one_line_and_130(tmp_path, capsys, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path)
     for phase, said in {
-        "comigs.preparation.load_base": "stopped\n",
-        "comigs.preparation.prepare": "stopped\n",
-        "comigs.engines.bench.Client.train": "stopped: every whole round is kept; go on with: comigs resume runs/",
-        "comigs.report.report.write_report": "stopped\n",
+        "comigs.app.setup.load_base": "stopped\n",
+        "comigs.app.setup.prepare": "stopped\n",
+        "comigs.engines.host.Client.train": "stopped: every whole round is kept; go on with: comigs resume runs/",
+        "comigs.runs.report.page.write_report": "stopped\n",
     }.items():
         with patch(phase, lambda *a, **k: signal.raise_signal(sign)):
             done = comigs(capsys, "run", config)
@@ -211,7 +224,7 @@ def test_a_run_killed_before_its_summary_gets_one(tmp_path):
     path = tmp_path / "run"
     api.run(settings(), path)
     (path / "summary.json").unlink()
-    with patch("comigs.preparation.load_base", side_effect=AssertionError("not needed")):
+    with patch("comigs.app.setup.load_base", side_effect=AssertionError("not needed")):
         api.resume(path)
     assert outcome(path) == outcome(finished() / "run")
 
@@ -219,11 +232,13 @@ def test_a_run_killed_before_its_summary_gets_one(tmp_path):
 def test_a_report_can_be_made_of_a_killed_run(tmp_path, capsys):
     path = tmp_path / "run"
     for touch in (20, 40, 60):
-        killed_at(touch, path, lambda: api.resume(path) if path.exists() else api.run(settings(), path))
+        killed_at(
+            touch, path, lambda: api.resume(path) if path.exists() else api.run(settings(), path)
+        )
         assert comigs(capsys, "report", path).code == 0
 
 
 def test_stdout_closed_by_its_reader_is_no_traceback(capsys):
-    with patch("comigs.cli.app", side_effect=BrokenPipeError), patch("os.dup2"):
+    with patch("comigs.app.cli.app", side_effect=BrokenPipeError), patch("os.dup2"):
         done = comigs(capsys, "list")
     assert (done.code, done.err) == (1, "")

@@ -23,12 +23,17 @@ def test_every_token_once(tmp_path: Path, num_bytes: int, batch_size: int) -> No
     length = 16
     batches = list(evaluation_windows(stores, length, batch_size))
     for inputs, targets in batches:
-        assert inputs.dtype == targets.dtype == np.int64 and inputs.flags.c_contiguous and inputs.flags.writeable
+        assert (
+            inputs.dtype == targets.dtype == np.int64
+            and inputs.flags.c_contiguous
+            and inputs.flags.writeable
+        )
         assert inputs.shape == targets.shape and len(inputs) <= batch_size
         assert inputs.shape[1] == length or len(inputs) == 1
     everything = [np.asarray(s.tokens) for s in stores]
     assert (
-        np.concatenate([t.ravel() for _, t in batches]).tolist() == np.concatenate([e[1:] for e in everything]).tolist()
+        np.concatenate([t.ravel() for _, t in batches]).tolist()
+        == np.concatenate([e[1:] for e in everything]).tolist()
     )
     assert (
         np.concatenate([i.ravel() for i, _ in batches]).tolist()
@@ -56,7 +61,10 @@ def test_every_start_is_drawn_and_the_shortest_store_has_one(tmp_path: Path) -> 
 
 
 def test_mixture_is_uniform_over_stores_whatever_their_size(tmp_path: Path) -> None:
-    stores = [build(tmp_path, [letter * size]) for letter, size in (("a", 20), ("b", 200), ("c", 5000), ("d", 60))]
+    stores = [
+        build(tmp_path, [letter * size])
+        for letter, size in (("a", 20), ("b", 200), ("c", 5000), ("d", 60))
+    ]
     inputs, _ = sample_windows(stores, np.random.default_rng(1), 8000, 4)
     counts = [int((inputs == ord(letter)).any(axis=1).sum()) for letter in "abcd"]
     assert sum(counts) == 8000

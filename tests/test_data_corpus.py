@@ -27,7 +27,9 @@ def test_stream_counts_and_mapping(tmp_path: Path) -> None:
     assert store.tokens.tolist() == stream_of(TEXTS)
     assert store.num_bytes == sum(len(t.encode()) for t in TEXTS)
     assert (store.num_documents, store.num_tokens) == (4, len(stream_of(TEXTS)))
-    assert store.num_predicted == store.num_bytes + store.num_documents  # a token per byte and one per document's end
+    assert (
+        store.num_predicted == store.num_bytes + store.num_documents
+    )  # a token per byte and one per document's end
     assert isinstance(store.tokens, np.memmap) and store.tokens.dtype == np.uint16
     with pytest.raises(ValueError, match="read-only"):
         store.tokens[0] = 1
@@ -56,7 +58,9 @@ def test_reading_back_equals_building(tmp_path: Path) -> None:
     assert (opened.num_bytes, opened.text_sha256) == (built.num_bytes, sha_of(TEXTS))
 
 
-def test_long_document_is_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_document_is_encoded_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writer_module, "BATCH", 1 << 12)
     monkeypatch.setattr("comigs.data.document.chunks.__defaults__", (1 << 10,))
     text = "".join(random.Random(0).choice("ab \né") for _ in range(50_000)) + "x" * 5_000
@@ -104,7 +108,9 @@ def test_text_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_killed_while_building(tmp_path: Path) -> None:
-    """What a kill leaves is never opened; the next build is whole; old leftovers go, young ones may yet be built."""
+    """What a kill leaves is never opened; the next build is whole; old leftovers go, young ones may
+    yet be built.
+    """
     folder = store_folder(tmp_path, sha_of(TEXTS), ByteEncoder())
     killed = StoreWriter(folder, ByteEncoder())
     killed.add(TEXTS[0])
@@ -112,7 +118,9 @@ def test_killed_while_building(tmp_path: Path) -> None:
     assert not folder.exists() and len(list(tmp_path.iterdir())) == 1
     store = build(tmp_path, TEXTS)
     assert texts_in(store) == TEXTS
-    assert os.name != "posix" or store.folder.stat().st_mode & 0o077 == 0  # its owner's only, as the text is private
+    assert (
+        os.name != "posix" or store.folder.stat().st_mode & 0o077 == 0
+    )  # its owner's only, as the text is private
     assert killed._unfinished.exists()
     for path in (killed._unfinished / "tokens.bin", killed._unfinished):
         os.utime(path, (0, 0))
@@ -121,7 +129,10 @@ def test_killed_while_building(tmp_path: Path) -> None:
 
 
 def test_failing_inside_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), StoreWriter(tmp_path / "cache" / "key", ByteEncoder()) as writer:
+    with (
+        pytest.raises(RuntimeError),
+        StoreWriter(tmp_path / "cache" / "key", ByteEncoder()) as writer,
+    ):
         writer.add("text")
         raise RuntimeError
     assert list((tmp_path / "cache").iterdir()) == []
@@ -133,12 +144,18 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
         for text in TEXTS:
             first.add(text)
             second.add(text)
-        assert first.commit(sha_of(TEXTS)).tokens.tolist() == second.commit(sha_of(TEXTS)).tokens.tolist()
+        assert (
+            first.commit(sha_of(TEXTS)).tokens.tolist()
+            == second.commit(sha_of(TEXTS)).tokens.tolist()
+        )
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
 
 
 def test_text_that_changed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="changed while"), StoreWriter(tmp_path / "k", ByteEncoder()) as writer:
+    with (
+        pytest.raises(UserError, match="changed while"),
+        StoreWriter(tmp_path / "k", ByteEncoder()) as writer,
+    ):
         writer.add("new text")
         writer.commit(sha_of(["old text"]))
     assert list(tmp_path.iterdir()) == []
@@ -153,11 +170,24 @@ def test_damage_is_found(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="damaged; delete the folder"):
             open_store(store.folder)
 
-    for damaged in (raw[:-2], raw + b"xx", raw[:-1], b"", bytes([raw[0] ^ 1]) + raw[1:], raw[:-1] + b"x"):
+    for damaged in (
+        raw[:-2],
+        raw + b"xx",
+        raw[:-1],
+        b"",
+        bytes([raw[0] ^ 1]) + raw[1:],
+        raw[:-1] + b"x",
+    ):
         path.write_bytes(damaged)
         refused()
     path.write_bytes(raw)
-    for damaged_meta in ("", "{", "[]", "{}", json.dumps({**json.loads(described), "num_tokens": "x"})):
+    for damaged_meta in (
+        "",
+        "{",
+        "[]",
+        "{}",
+        json.dumps({**json.loads(described), "num_tokens": "x"}),
+    ):
         meta.write_text(damaged_meta)
         refused()
     meta.write_text(described)
@@ -185,7 +215,9 @@ def test_damage_in_the_middle_is_found_by_verify(tmp_path: Path) -> None:
         (errno.EIO, "cannot"),
     ],
 )
-def test_disk_errors_name_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, says: str) -> None:
+def test_disk_errors_name_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, says: str
+) -> None:
     def fail(fd: int) -> None:
         raise OSError(code, os.strerror(code))
 

@@ -33,7 +33,9 @@ class ByteEncoder:
 
 
 def stream_of(texts: Iterable[str]) -> list[int]:
-    """The stream a store of these texts must hold, written down without any of the code under test."""
+    """The stream a store of these texts must hold, written down without any of the code under
+    test.
+    """
     stream = [SEPARATOR]
     for text in texts:
         stream += [*text.encode(), SEPARATOR]
@@ -64,14 +66,21 @@ def write_notes(folder: Path, num_files: int, label: str, num_words: int = 30) -
     """A folder of .txt files that all differ, between labels too."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(num_files):
-        (folder / f"note{i:03d}.txt").write_text(f"{label} {i} " + f"word{i} é\n" * num_words, encoding="utf-8")
+        (folder / f"note{i:03d}.txt").write_text(
+            f"{label} {i} " + f"word{i} é\n" * num_words, encoding="utf-8"
+        )
 
 
 def config_of(root: Path, clients: dict[str, object], **data: object) -> Config:
     """A config with these clients' texts."""
     return parse_config(
         {
-            "data": {"root": str(root), "cache": str(root / "cache"), "sequence_length": 16, **data},
+            "data": {
+                "root": str(root),
+                "cache": str(root / "cache"),
+                "sequence_length": 16,
+                **data,
+            },
             "clients": [{"name": name, "text": text} for name, text in clients.items()],
         }
     )

@@ -49,7 +49,10 @@ def test_splits_stay_when_documents_are_added(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"line {i} of jsonl"}) for i in range(60)]
     for name, some in (("one.jsonl", lines[10:]), ("two.jsonl", lines)):
         (tmp_path / name).write_text("\n".join(some))
-    one, two = ({d.text: s for s, d in of(tmp_path, name).read(SPLITS)} for name in ("one.jsonl", "two.jsonl"))
+    one, two = (
+        {d.text: s for s, d in of(tmp_path, name).read(SPLITS)}
+        for name in ("one.jsonl", "two.jsonl")
+    )
     assert {text: two[text] for text in one} == one  # though all line numbers moved
 
 
@@ -74,7 +77,9 @@ def test_too_few_documents(tmp_path: Path) -> None:
     write_notes(tmp_path, 2, "a")
     (tmp_path / "copy.txt").write_text((tmp_path / "note000.txt").read_text())
     (tmp_path / "blank.txt").write_text(" \n")
-    with pytest.raises(UserError, match=r'client "fr": .*2 different documents.*need 3.*train = \.\.\.'):
+    with pytest.raises(
+        UserError, match=r'client "fr": .*2 different documents.*need 3.*train = \.\.\.'
+    ):
         of(tmp_path, ".")
 
 
@@ -98,7 +103,9 @@ def test_given_split_without_text(tmp_path: Path) -> None:
 
 def test_repeated_text_in_one_source_is_left_out_and_counted(tmp_path: Path) -> None:
     write_notes(tmp_path, 20, "a")
-    (tmp_path / "zz.txt").write_text("  " + (tmp_path / "note003.txt").read_text().replace("\n", " \n"))
+    (tmp_path / "zz.txt").write_text(
+        "  " + (tmp_path / "note003.txt").read_text().replace("\n", " \n")
+    )
     part = of(tmp_path, ".")
     assert part.num_repeated == 1 and len(splits_of(part)) == 20 and "zz.txt" not in splits_of(part)
     check_disjoint([part])
@@ -107,11 +114,15 @@ def test_repeated_text_in_one_source_is_left_out_and_counted(tmp_path: Path) -> 
 def test_same_text_in_two_splits_is_an_error(tmp_path: Path) -> None:
     for split in SPLITS:
         write_notes(tmp_path / split, 3, split)
-    (tmp_path / "test" / "leak.txt").write_text((tmp_path / "train" / "note001.txt").read_text() + "\n\n")
+    (tmp_path / "test" / "leak.txt").write_text(
+        (tmp_path / "train" / "note001.txt").read_text() + "\n\n"
+    )
     part = of(tmp_path, Text(train="train", valid="valid", test="test"))
     with pytest.raises(UserError) as raised:
         check_disjoint([part])
-    assert 'client "fr" train ("note001.txt") and client "fr" test ("leak.txt")' in str(raised.value)
+    assert 'client "fr" train ("note001.txt") and client "fr" test ("leak.txt")' in str(
+        raised.value
+    )
 
 
 def test_same_text_at_two_clients_is_an_error(tmp_path: Path) -> None:
@@ -120,15 +131,22 @@ def test_same_text_at_two_clients_is_an_error(tmp_path: Path) -> None:
     parts = [of(tmp_path, "a", "ana"), of(tmp_path, "b", "bob")]
     check_disjoint(parts)
     for i in (1, 2):
-        (tmp_path / "b" / f"copy{i}.txt").write_text((tmp_path / "a" / f"note00{i}.txt").read_text())
+        (tmp_path / "b" / f"copy{i}.txt").write_text(
+            (tmp_path / "a" / f"note00{i}.txt").read_text()
+        )
     with pytest.raises(
-        UserError, match=r'"ana" \w+ \("note00\d.txt"\) and client "bob" \w+ \("copy\d.txt"\) \(and 1 more'
+        UserError,
+        match=r'"ana" \w+ \("note00\d.txt"\) and client "bob" \w+ \("copy\d.txt"\) \(and 1 more',
     ):
         check_disjoint([parts[0], of(tmp_path, "b", "bob")])
 
 
-def test_duplicates_are_found_whatever_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """numpy cuts zero bytes off the end of strings: digests that end in zeros must work as others do."""
+def test_duplicates_are_found_whatever_the_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numpy cuts zero bytes off the end of strings: digests that end in zeros must work as others
+    do.
+    """
     monkeypatch.setattr(
         "comigs.data.partition.content_digest",
         lambda text: hashlib.sha256(" ".join(text.split()).encode()).digest()[:14] + b"\0\0",
@@ -149,7 +167,9 @@ def test_text_hash_is_of_the_texts_in_order(tmp_path: Path) -> None:
     part = of(tmp_path, ".")
     for split in SPLITS:
         texts = [d.text for s, d in part.read([split])]
-        expected = hashlib.sha256(b"".join(hashlib.sha256(t.encode()).digest() for t in texts)).hexdigest()
+        expected = hashlib.sha256(
+            b"".join(hashlib.sha256(t.encode()).digest() for t in texts)
+        ).hexdigest()
         assert part.text_sha256(split) == expected
 
 

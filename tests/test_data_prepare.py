@@ -37,13 +37,17 @@ def test_all_text_arrives_once_at_its_own_client(tmp_path: Path) -> None:
     for name, of_client in data.items():
         files = [path.read_text(encoding="utf-8") for path in (tmp_path / name).iterdir()]
         assert sorted(all_texts(of_client)) == sorted(files)
-        assert sum(getattr(of_client, s)[0].num_bytes for s in SPLITS) == sum(len(f.encode()) for f in files)
+        assert sum(getattr(of_client, s)[0].num_bytes for s in SPLITS) == sum(
+            len(f.encode()) for f in files
+        )
 
 
 def test_evaluation_reads_the_whole_test_text(tmp_path: Path) -> None:
     config = two_clients(tmp_path)
     (store,) = prepare(config, ByteEncoder())["ana"].test
-    seen = np.concatenate([t.ravel() for _, t in evaluation_windows([store], config.data.sequence_length, 4)])
+    seen = np.concatenate(
+        [t.ravel() for _, t in evaluation_windows([store], config.data.sequence_length, 4)]
+    )
     assert bytes(seen[seen != SEPARATOR].tolist()).decode() == "".join(texts_in(store))
     assert (seen == SEPARATOR).sum() == store.num_documents
 
@@ -63,16 +67,23 @@ def test_nothing_is_tokenised_before_it_is_looked_at(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("data", [{}, {"distribution": "out"}, {"train_share": 0.3}, {"valid_share": 0.5}])
-def test_what_is_known_before_tokenising_is_what_the_stores_hold(tmp_path: Path, data: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "data", [{}, {"distribution": "out"}, {"train_share": 0.3}, {"valid_share": 0.5}]
+)
+def test_what_is_known_before_tokenising_is_what_the_stores_hold(
+    tmp_path: Path, data: dict[str, Any]
+) -> None:
     encoder = ByteEncoder()
     prepared = prepare(two_clients(tmp_path, **data), encoder)
     outlines = prepared.outlines()
     assert encoder.num_calls == 0 and list(outlines) == ["ana", "bob"]
     for name, outline in outlines.items():
         for split in SPLITS:
-            assert [(t.text_sha256, t.num_bytes, t.num_documents) for t in getattr(outline, split)] == [
-                (s.text_sha256, s.num_bytes, s.num_documents) for s in getattr(prepared[name], split)
+            assert [
+                (t.text_sha256, t.num_bytes, t.num_documents) for t in getattr(outline, split)
+            ] == [
+                (s.text_sha256, s.num_bytes, s.num_documents)
+                for s in getattr(prepared[name], split)
             ]
 
 
@@ -82,14 +93,18 @@ def test_a_share_of_the_text_is_its_first_bytes(tmp_path: Path) -> None:
     text = "".join(texts_in(whole.train[0])).encode()
     cut = text[: round(0.4 * len(text))].decode(errors="ignore")
     assert "".join(texts_in(part.train[0])) == cut
-    assert [texts_in(s) for s in (*part.valid, *part.test)] == [texts_in(s) for s in (*whole.valid, *whole.test)]
+    assert [texts_in(s) for s in (*part.valid, *part.test)] == [
+        texts_in(s) for s in (*whole.valid, *whole.test)
+    ]
 
 
 def test_no_text_is_held_in_memory(tmp_path: Path) -> None:
     """Neither before a client is asked nor while it is."""
     config = two_clients(tmp_path)
     for number in range(3):
-        (tmp_path / "ana" / f"long{number}.txt").write_text(f"{number} " + "a long line\n" * 200_000)
+        (tmp_path / "ana" / f"long{number}.txt").write_text(
+            f"{number} " + "a long line\n" * 200_000
+        )
     tracemalloc.start()
     try:
         data = prepare(config, ByteEncoder())
@@ -105,7 +120,10 @@ def test_no_text_is_held_in_memory(tmp_path: Path) -> None:
 def test_a_client_without_text_is_refused(tmp_path: Path) -> None:
     config = two_clients(tmp_path)
     away = config.clients[1].model_copy(update={"text": None})
-    with pytest.raises(UserError, match=r"clients\.bob\.text: missing; without --engine flower all text must be here"):
+    with pytest.raises(
+        UserError,
+        match=r"clients\.bob\.text: missing; without --engine flower all text must be here",
+    ):
         prepare(config.model_copy(update={"clients": (config.clients[0], away)}), ByteEncoder())
 
 
@@ -161,7 +179,9 @@ def test_one_client_alone(tmp_path: Path) -> None:
 def test_leaks_between_clients_are_refused(tmp_path: Path) -> None:
     config = two_clients(tmp_path)
     (tmp_path / "bob" / "copy.txt").write_text((tmp_path / "ana" / "note000.txt").read_text())
-    with pytest.raises(UserError, match=r'client "ana" \w+ \("note000.txt"\) and client "bob" \w+ \("copy.txt"\)'):
+    with pytest.raises(
+        UserError, match=r'client "ana" \w+ \("note000.txt"\) and client "bob" \w+ \("copy.txt"\)'
+    ):
         prepare(config, ByteEncoder())
     assert not (tmp_path / "cache").exists()  # before anything is tokenised
     prepare_client(config, "bob", ByteEncoder())
@@ -177,7 +197,9 @@ def test_repeated_documents_are_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("short", SPLITS)
 def test_too_short_for_one_window(tmp_path: Path, short: str) -> None:
     for split in SPLITS:
-        (tmp_path / f"{split}.txt").write_text(split + "x" * (15 - len(split)))  # 17 tokens: one window of 16
+        (tmp_path / f"{split}.txt").write_text(
+            split + "x" * (15 - len(split))
+        )  # 17 tokens: one window of 16
     texts = {split: f"{split}.txt" for split in SPLITS}
     config = config_of(tmp_path, {"ana": texts})
     prepare_all(config, ByteEncoder())

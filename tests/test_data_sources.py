@@ -23,7 +23,11 @@ def texts(spec: str, root: Path) -> list[str]:
 
 def test_every_source_says_what_it_is() -> None:
     infos = list_sources()
-    assert [info.name for info in infos] == source_names() == ["debian-faq", "folder", "hub", "jsonl", "manpages"]
+    assert (
+        [info.name for info in infos]
+        == source_names()
+        == ["debian-faq", "folder", "hub", "jsonl", "manpages"]
+    )
     for info in infos:
         assert info.summary.startswith(f"{info.name}:") and "\n" not in info.summary
         assert info.version and info.license
@@ -49,7 +53,10 @@ def test_byte_order_mark_is_not_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_jsonl(tmp_path: Path, name: str) -> None:
-    lines = [json.dumps({"text": text, "source": "s"}, ensure_ascii=False) for text in ("one", "zwölf\n", "")]
+    lines = [
+        json.dumps({"text": text, "source": "s"}, ensure_ascii=False)
+        for text in ("one", "zwölf\n", "")
+    ]
     raw = "\n".join([lines[0], "", *lines[1:]]).encode()
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
     for spec in (f"jsonl:{name}", name):
@@ -73,13 +80,29 @@ def test_sources_are_streamed(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a\.jsonl:2: not an object"),
         ("a.jsonl", b'{"text": "x", "id": ' + b"9" * 5000 + b"}", r"a\.jsonl:1: a number too long"),
-        ("a.jsonl", b'{"text": "x", "id": ' + b"[" * 10**6 + b"]" * 10**6 + b"}", r"a\.jsonl:1: .* or lists too deep"),
-        ("a.jsonl", b'{"txt": "x", "id": 1}\n', r"a\.jsonl:1: the field `text` is missing; fields there are: txt, id"),
+        (
+            "a.jsonl",
+            b'{"text": "x", "id": ' + b"[" * 10**6 + b"]" * 10**6 + b"}",
+            r"a\.jsonl:1: .* or lists too deep",
+        ),
+        (
+            "a.jsonl",
+            b'{"txt": "x", "id": 1}\n',
+            r"a\.jsonl:1: the field `text` is missing; fields there are: txt, id",
+        ),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: the field `text` is not a string"),
-        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8 at byte 25 \(0xff\)"),
+        (
+            "a.jsonl",
+            b'{"text": "ok"}\n{"text": "\xff"}\n',
+            r"a\.jsonl:2: not UTF-8 at byte 25 \(0xff\)",
+        ),
         ("a.jsonl", b"\n\n", r"a\.jsonl: the file is empty"),
         ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz: not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 50, mtime=0)[:-9], r"a\.jsonl\.gz: not a whole gzip file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n' * 50, mtime=0)[:-9],
+            r"a\.jsonl\.gz: not a whole gzip file",
+        ),
         ("a.txt", b"abc\xe9def", r"a\.txt: not UTF-8 at byte 3 \(0xe9\); save the file as UTF-8"),
         ("a.pdf", b"abc", r"a\.pdf: not a folder, nor a \.txt"),
     ],
@@ -125,7 +148,9 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         texts("a.txt", tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything"
+)
 def test_no_permission_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "private").mkdir(mode=0)
@@ -134,7 +159,10 @@ def test_no_permission_for_a_folder(tmp_path: Path) -> None:
 
 
 def test_debian_faq_is_parallel_prose_in_four_languages() -> None:
-    documents = {lang: list(open_source(f"debian-faq:{lang}", Path("."))) for lang in ("de", "fr", "it", "nl")}
+    documents = {
+        lang: list(open_source(f"debian-faq:{lang}", Path(".")))
+        for lang in ("de", "fr", "it", "nl")
+    }
     keys = [[d.key for d in of_language] for of_language in documents.values()]
     assert keys[0] == keys[1] == keys[2] == keys[3] and len(set(keys[0])) == len(keys[0]) > 100
     for of_language in documents.values():
@@ -147,8 +175,10 @@ def test_debian_faq_is_parallel_prose_in_four_languages() -> None:
 
 
 def test_debian_faq_keeps_its_notice() -> None:
-    notice = Path(manpages.__file__).parents[2] / "assets" / "debian-faq" / "NOTICE"
-    assert "Permission is granted to make and distribute verbatim copies" in notice.read_text(encoding="utf-8")
+    notice = Path(manpages.__file__).parent / "assets" / "debian-faq" / "NOTICE"
+    assert "Permission is granted to make and distribute verbatim copies" in notice.read_text(
+        encoding="utf-8"
+    )
 
 
 PAGE = """.TH GREET 1 "2024" "greet 1.0" "Commandes"
@@ -199,7 +229,10 @@ def test_hub_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     datasets = pytest.importorskip("datasets")
     train, test = ["one", "two", "drei ä"], ["four"]
     datasets.DatasetDict(
-        {name: datasets.Dataset.from_dict({"text": rows}) for name, rows in (("train", train), ("test", test))}
+        {
+            name: datasets.Dataset.from_dict({"text": rows})
+            for name, rows in (("train", train), ("test", test))
+        }
     ).save_to_disk(str(tmp_path / "saved"))
     assert texts("hub:saved:train", tmp_path) == train
     assert texts(f"hub:{tmp_path / 'saved'}:test", Path(".")) == test
@@ -207,8 +240,12 @@ def test_hub_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         texts("hub:saved:valid", tmp_path)
 
     (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in train))
-    (tmp_path / "files" / "test.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in test))
+    (tmp_path / "files" / "train.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in train)
+    )
+    (tmp_path / "files" / "test.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in test)
+    )
     assert texts("hub:files:train", tmp_path) == train
     assert texts("hub:files:default:test", tmp_path) == test
     with pytest.raises(UserError, match="hub:files:valid: cannot be read"):
@@ -217,7 +254,9 @@ def test_hub_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     datasets.Dataset.from_dict({"body": ["x"]}).save_to_disk(str(tmp_path / "single"))
     with pytest.raises(UserError, match="one dataset without splits"):
         texts("hub:single:train", tmp_path)
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"body": ["x"]})}).save_to_disk(str(tmp_path / "body"))
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"body": ["x"]})}).save_to_disk(
+        str(tmp_path / "body")
+    )
     with pytest.raises(UserError, match="row 0 has no field `text`; fields there are: body"):
         texts("hub:body:train", tmp_path)
 

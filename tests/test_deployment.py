@@ -1,7 +1,9 @@
-"""A true federation on the loopback: SuperLink, front, SuperNodes, TLS, keys. Every byte that passes is kept.
+"""A true federation on the loopback: SuperLink, front, SuperNodes, TLS, keys. Every byte that
+passes is kept.
 
-The first tests share one run of four clients and take about two minutes in all on two cores. Those that kill
-something and wait for the rest to notice take one to three minutes each: they are marked slow.
+The first tests share one run of four clients and take about two minutes in all on two cores. Those
+that kill something and wait for the rest to notice take one to three minutes each: they are marked
+slow.
 """
 
 from __future__ import annotations
@@ -25,17 +27,23 @@ import httpx
 import pytest
 from safetensors.torch import load_file
 
-from comigs import api, load_config
+from comigs import load_config
+from comigs.app import api
 from comigs.federation.bundle import read_bundle, write_bundle
-from comigs.federation.folder import Federation
-from comigs.federation.server import free_port
+from comigs.federation.operator.folder import Federation
+from comigs.federation.operator.server import free_port
 from comigs.slots import Slot
 from tests.runs import ENVIRONMENT, TINY, write_text
 
 CLIENTS = ("ann", "bob", "cyd", "dan")
 PAIR = ("ann", "bob")
 PATIENCE = 600  # seconds for what takes a minute at most on a quiet machine
-COMIGS = [sys.executable, "-P", "-c", "import sys; sys.argv[0] = 'comigs'; from comigs.cli import main; main()"]
+COMIGS = [
+    sys.executable,
+    "-P",
+    "-c",
+    "import sys; sys.argv[0] = 'comigs'; from comigs.app.cli import main; main()",
+]
 WINDOW = 48  # bytes; no two tensors or texts share so many by chance
 
 
@@ -95,7 +103,9 @@ def cwd(pid):
 
 
 class Recorder(threading.Thread):
-    """A machine in the middle that has the server's key: keeps every byte, either way, as it is inside the TLS."""
+    """A machine in the middle that has the server's key: keeps every byte, either way, as it is
+    inside the TLS.
+    """
 
     def __init__(self, federation, target):
         super().__init__(daemon=True)
@@ -112,7 +122,9 @@ class Recorder(threading.Thread):
 
     async def serve(self):
         self.loop, self.over = asyncio.get_running_loop(), asyncio.Event()
-        async with await asyncio.start_server(self.connect, sock=self.listening, ssl=self.server_side):
+        async with await asyncio.start_server(
+            self.connect, sock=self.listening, ssl=self.server_side
+        ):
             await self.over.wait()
 
     def end(self):
@@ -163,7 +175,11 @@ class Deployment:
 
     def comigs(self, *words):
         done = subprocess.run(
-            [*COMIGS, *map(str, words)], cwd=self.folder, env=ENVIRONMENT, capture_output=True, text=True
+            [*COMIGS, *map(str, words)],
+            cwd=self.folder,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -173,7 +189,17 @@ class Deployment:
         self.server.says("is open at")
 
     def join(self, name):
-        words = ["federation", "client", f"{name}.toml", "--text", name, "--home", f"home-{name}", "--threads", 1]
+        words = [
+            "federation",
+            "client",
+            f"{name}.toml",
+            "--text",
+            name,
+            "--home",
+            f"home-{name}",
+            "--threads",
+            1,
+        ]
         return Program(self.folder, name, *words)
 
     def config(self, name, clients=CLIENTS, more=""):
@@ -186,7 +212,18 @@ class Deployment:
         return self.folder / f"{name}.toml"
 
     def run(self, config, out):
-        return Program(self.folder, out, "run", config, "--engine", "flower", "--federation", "fed", "--out", out)
+        return Program(
+            self.folder,
+            out,
+            "run",
+            config,
+            "--engine",
+            "flower",
+            "--federation",
+            "fed",
+            "--out",
+            out,
+        )
 
     def run_id(self, out):
         """What devices call a run."""
@@ -200,11 +237,19 @@ class Deployment:
     def pids(self):
         """Processes that have to do with this folder."""
         pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
-        return [pid for pid in pids if self.folder in (cwd(pid), *cwd(pid).parents) and pid != os.getpid()]
+        return [
+            pid
+            for pid in pids
+            if self.folder in (cwd(pid), *cwd(pid).parents) and pid != os.getpid()
+        ]
 
     def pid(self, word, folder):
         """The one process at work in `folder` whose command line has this word."""
-        (found,) = [pid for pid in self.pids() if word in command_line(pid) and cwd(pid) == self.folder / folder]
+        (found,) = [
+            pid
+            for pid in self.pids()
+            if word in command_line(pid) and cwd(pid) == self.folder / folder
+        ]
         return found
 
     def end(self):
@@ -226,7 +271,9 @@ def deployment(tmp_path_factory):
 
 
 class Copies(threading.Thread):
-    """Keeps a copy of every private file that appears on a device, before a later round replaces it."""
+    """Keeps a copy of every private file that appears on a device, before a later round replaces
+    it.
+    """
 
     def __init__(self, folder):
         super().__init__()
@@ -279,12 +326,19 @@ def in_process(deployment, name, clients):
 
 
 def equal(deployment, out, alone, clients):
-    """A run's own models, on the devices, are those of the run in one process, and so is its result."""
+    """A run's own models, on the devices, are those of the run in one process, and so is its
+    result.
+    """
     for name in clients:
         ours = load_file(deployment.own_part(name, out) / "clients" / name / "personal.safetensors")
         theirs = load_file(alone / "clients" / name / "personal.safetensors")
-        assert ours.keys() == theirs.keys() and all(bool((ours[key] == theirs[key]).all()) for key in ours), name
-    figures = [json.loads((run / "summary.json").read_text())["clients"] for run in (deployment.folder / out, alone)]
+        assert ours.keys() == theirs.keys() and all(
+            bool((ours[key] == theirs[key]).all()) for key in ours
+        ), name
+    figures = [
+        json.loads((run / "summary.json").read_text())["clients"]
+        for run in (deployment.folder / out, alone)
+    ]
     assert figures[0] == figures[1]
 
 
@@ -294,13 +348,19 @@ def test_a_run_over_the_network_is_the_run_in_one_process(deployment, first, alo
 
 def test_the_operator_sees_who_is_there(deployment, first):
     said = deployment.comigs("federation", "status", "fed")
-    lines = [line.split() for line in said.splitlines() if line.split()[:1] and line.split()[0] in CLIENTS]
+    lines = [
+        line.split()
+        for line in said.splitlines()
+        if line.split()[:1] and line.split()[0] in CLIENTS
+    ]
     assert [line[0] for line in lines] == list(CLIENTS)
     assert all(line[3:] == ["yes", "yes", "now", "1"] for line in lines)
 
 
 def windows(raw):
-    """A few pieces of some bytes that, found elsewhere, prove that these were there: not of zeros and the like."""
+    """A few pieces of some bytes that, found elsewhere, prove that these were there: not of zeros
+    and the like.
+    """
     pieces = (raw[at : at + WINDOW] for at in range(0, len(raw) - WINDOW, WINDOW))
     return set(islice((piece for piece in pieces if len(set(piece)) > 12), 6))
 
@@ -308,7 +368,12 @@ def windows(raw):
 def test_no_specialist_router_or_text_leaves_a_device(deployment, first):
     """Not over the network, and not onto the server's disk."""
     run, copies = first
-    server = [path for folder in (run, deployment.federation) for path in folder.rglob("*") if path.is_file()]
+    server = [
+        path
+        for folder in (run, deployment.federation)
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
     seen = bytes(deployment.recorder.bytes) + b"".join(path.read_bytes() for path in server)
     checked = dict.fromkeys(("specialist", "router", "generalist", "attention"), 0)
     for path, raw in copies.items():
@@ -320,18 +385,28 @@ def test_no_specialist_router_or_text_leaves_a_device(deployment, first):
                 checked[role] += len(pieces)
             else:
                 checked[role] += found
-    assert min(checked.values()) > 20, checked  # there was something to find, and what is there is found
+    assert min(checked.values()) > 20, (
+        checked
+    )  # there was something to find, and what is there is found
     for name in CLIENTS:
         texts = [path.read_text(encoding="utf-8") for path in (deployment.folder / name).iterdir()]
-        assert not [t for t in texts for at in range(0, len(t) - 20, 20) if t[at : at + 20].encode() in seen]
-        stores = [p for p in (deployment.folder / f"home-{name}" / "cache").rglob("*") if p.is_file()]
-        assert stores and not [path for path in stores for piece in windows(path.read_bytes()) if piece in seen]
+        assert not [
+            t for t in texts for at in range(0, len(t) - 20, 20) if t[at : at + 20].encode() in seen
+        ]
+        stores = [
+            p for p in (deployment.folder / f"home-{name}" / "cache").rglob("*") if p.is_file()
+        ]
+        assert stores and not [
+            path for path in stores for piece in windows(path.read_bytes()) if piece in seen
+        ]
         key = read_bundle(deployment.folder / f"{name}.toml").key.splitlines()[2]
         assert key.encode() not in seen
 
 
 def role_of(key):
-    """What a tensor of a client's state is; its optimisers' are SLOT/MOMENT, and their counts the router's affair."""
+    """What a tensor of a client's state is; its optimisers' are SLOT/MOMENT, and their counts the
+    router's affair.
+    """
     slot = key.partition("/")[0]
     return Slot.parse(slot).role if "." in slot else "router"
 
@@ -345,7 +420,13 @@ def load_tensors(raw):
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/control/list-runs", "/v1/control/start-run", "/v1/runtime/acquire-task", "/v1/fleet/register-node"]
+    "path",
+    [
+        "/v1/control/list-runs",
+        "/v1/control/start-run",
+        "/v1/runtime/acquire-task",
+        "/v1/fleet/register-node",
+    ],
 )
 def test_from_outside_only_what_devices_need_answers(deployment, path):
     context = ssl.create_default_context(cafile=deployment.federation / "ca.pem")
@@ -358,7 +439,11 @@ def test_from_outside_only_what_devices_need_answers(deployment, path):
 def test_a_second_server_and_a_second_device_are_refused(deployment):
     for name, words, problem in (
         ("server-2", ("federation", "server", "fed"), "its server is running already"),
-        ("ann-2", ("federation", "client", "ann.toml", "--text", "ann", "--home", "home-ann"), "runs already"),
+        (
+            "ann-2",
+            ("federation", "client", "ann.toml", "--text", "ann", "--home", "home-ann"),
+            "runs already",
+        ),
     ):
         second = Program(deployment.folder, name, *words)
         assert second.code() == 2 and problem in second.said and second.said.count("\n") == 1
@@ -402,12 +487,17 @@ def test_a_server_killed_at_work_is_started_again_and_the_run_resumed(deployment
     run = deployment.run(deployment.config("crashed", PAIR, STEADY), "crashed")
     run.says("round 1/2")
     os.kill(deployment.pid("flower-superlink", "fed"), signal.SIGKILL)
-    assert deployment.server.code() == 2 and "superlink ended with code -9" in deployment.server.said
+    assert (
+        deployment.server.code() == 2 and "superlink ended with code -9" in deployment.server.said
+    )
     assert run.code() == 2 and "the server has stopped" in run.said and "comigs resume" in run.said
     early = Program(deployment.folder, "early", "resume", "crashed")
     assert early.code() == 2
     deployment.serve()
-    wait(lambda: not [pid for pid in deployment.pids() if "flwr-serverapp" in command_line(pid)], "the old ServerApp")
+    wait(
+        lambda: not [pid for pid in deployment.pids() if "flwr-serverapp" in command_line(pid)],
+        "the old ServerApp",
+    )
     again = Program(deployment.folder, "again", "resume", "crashed")
     assert again.code() == 0, again.said
     equal(deployment, "crashed", pair_alone, PAIR)
@@ -454,7 +544,10 @@ def test_a_server_killed_leaves_nothing_behind(deployment):
     """The command itself, not one of its programs: nobody is left to tell them."""
     os.kill(deployment.server.process.pid, signal.SIGKILL)
     deployment.server.process.wait()
-    wait(lambda: not [pid for pid in deployment.pids() if cwd(pid) == deployment.federation], "an end")
+    wait(
+        lambda: not [pid for pid in deployment.pids() if cwd(pid) == deployment.federation],
+        "an end",
+    )
     assert not Federation.open(deployment.federation).running
     with closing(socket.socket()) as probe:
         assert probe.connect_ex(("127.0.0.1", deployment.port)) != 0

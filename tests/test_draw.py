@@ -1,4 +1,6 @@
-"""Which text a step learns from: train for experts; valid, train or a fold the experts did not see for the router."""
+"""Which text a step learns from: train for experts; valid, train or a fold the experts did not see
+for the router.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from comigs import api
-from comigs.client.draw import batch_for, check_text
+from comigs.app import api
 from comigs.config import ClientSection, parse_config
 from comigs.data.batches import fold_windows
 from comigs.data.corpus import TokenStore
 from comigs.data.prepare import ClientData, prepare
+from comigs.data.sampling import batch_for, check_text
 from comigs.errors import Stopped, UserError
 from comigs.seeds import generator
 from tests.conftest import run_config, same, start_engine
@@ -33,7 +35,9 @@ def store(num_tokens, first=0):
 
 def fold_of(place, num_tokens, folds):
     """The part of the text that a place is in, by counting."""
-    return next(f for f in range(folds) if num_tokens * f // folds <= place < num_tokens * (f + 1) // folds)
+    return next(
+        f for f in range(folds) if num_tokens * f // folds <= place < num_tokens * (f + 1) // folds
+    )
 
 
 def random_for(label, number):
@@ -49,7 +53,9 @@ def drawn(inputs, targets):
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize(("num_tokens", "folds"), [(52, 4), (61, 4), (40, 3), (31, 2)])
 def test_windows_of_a_fold_are_all_windows_wholly_inside_or_outside_it(num_tokens, folds, inside):
-    """Every one of them, each as likely as any other, whatever the fold and however the text divides."""
+    """Every one of them, each as likely as any other, whatever the fold and however the text
+    divides.
+    """
     for fold in range(folds):
         places = [p for p in range(num_tokens) if fold_of(p, num_tokens, folds) == fold]
         possible = set()
@@ -59,7 +65,9 @@ def test_windows_of_a_fold_are_all_windows_wholly_inside_or_outside_it(num_token
                 possible.add(start)
         draws = 400 * len(possible)
         random = np.random.default_rng(fold)
-        windows = drawn(*fold_windows([store(num_tokens)], random, draws, LENGTH, fold, folds, inside))
+        windows = drawn(
+            *fold_windows([store(num_tokens)], random, draws, LENGTH, fold, folds, inside)
+        )
         assert (np.diff(windows, axis=1) == 1).all() and windows.shape == (draws, LENGTH + 1)
         starts, counts = np.unique(windows[:, 0], return_counts=True)
         assert set(starts.tolist()) == possible
@@ -68,16 +76,24 @@ def test_windows_of_a_fold_are_all_windows_wholly_inside_or_outside_it(num_token
 
 def test_every_text_of_a_mixture_is_as_likely_and_has_its_own_folds():
     stores = [store(60), store(400, first=1000), store(100, first=5000)]
-    windows = drawn(*fold_windows(stores, np.random.default_rng(0), 3000, LENGTH, 1, 4, inside=True))
-    counts = [((windows >= s.tokens[0]) & (windows <= s.tokens[-1])).all(axis=1).sum() for s in stores]
+    windows = drawn(
+        *fold_windows(stores, np.random.default_rng(0), 3000, LENGTH, 1, 4, inside=True)
+    )
+    counts = [
+        ((windows >= s.tokens[0]) & (windows <= s.tokens[-1])).all(axis=1).sum() for s in stores
+    ]
     assert sum(counts) == 3000 and max(abs(c - 1000) for c in counts) < 160
     for s in stores:
-        own = windows[(windows[:, 0] >= s.tokens[0]) & (windows[:, 0] <= s.tokens[-1])] - s.tokens[0]
+        own = (
+            windows[(windows[:, 0] >= s.tokens[0]) & (windows[:, 0] <= s.tokens[-1])] - s.tokens[0]
+        )
         assert {fold_of(p, s.num_tokens, 4) for p in own.ravel()} == {1}
 
 
 def test_the_routers_fold_is_the_one_its_experts_did_not_see_since_the_last_phase_and_folds_take_turns():
-    settings = ClientSection(batch_size=16, router_every=3, router_steps=2, router_data="crossfit", folds=4)
+    settings = ClientSection(
+        batch_size=16, router_every=3, router_steps=2, router_data="crossfit", folds=4
+    )
     text = store(200)
     data = ClientData((text,), (), ())  # no valid at all
     draw = partial(batch_for, settings=settings, length=LENGTH, random_for=random_for, data=data)
@@ -99,9 +115,18 @@ def test_the_routers_fold_is_the_one_its_experts_did_not_see_since_the_last_phas
 
 @pytest.mark.parametrize("source", ["valid", "train", "crossfit"])
 def test_a_client_in_a_run_learns_from_what_its_config_says(tmp_path, source):
-    """Through whole rounds whose phases do not fall on a round's end, and stopped and gone on with in between."""
+    """Through whole rounds whose phases do not fall on a round's end, and stopped and gone on with
+    in between.
+    """
     train, valid = store(120), store(60, first=180)
-    settings = {"steps": 4, "batch_size": 6, "router_every": 3, "router_steps": 2, "router_data": source, "lr": 5e-3}
+    settings = {
+        "steps": 4,
+        "batch_size": 6,
+        "router_every": 3,
+        "router_steps": 2,
+        "router_data": source,
+        "lr": 5e-3,
+    }
     config = run_config(tmp_path, "ada", client=settings, rounds=3)
 
     def client():
@@ -141,11 +166,16 @@ def test_a_client_in_a_run_learns_from_what_its_config_says(tmp_path, source):
     assert [n for level, n, *_ in batches if level == "router"] == list(range(8))
     places = [set(windows.ravel().tolist()) for *_, windows in batches]
     for start in range(0, len(batches), 5):
-        seen, read = set().union(*places[start : start + 3]), set().union(*places[start + 3 : start + 5])
+        seen, read = (
+            set().union(*places[start : start + 3]),
+            set().union(*places[start + 3 : start + 5]),
+        )
         assert seen <= set(range(120))
         assert read <= set(range(180, 240) if source == "valid" else range(120))
         assert not seen & read or source == "train"
-    assert len({windows.tobytes() for *_, windows in batches}) == len(batches)  # no batch is drawn twice
+    assert len({windows.tobytes() for *_, windows in batches}) == len(
+        batches
+    )  # no batch is drawn twice
 
 
 @pytest.mark.parametrize("source", ["train", "crossfit"])
@@ -200,8 +230,12 @@ def test_a_fold_may_be_as_short_as_one_window_and_no_shorter():
     told = str(raised.value)
     assert told.startswith("client.folds: given 3") and "client ada" in told and "38 tokens" in told
     assert "13 at least" in told and "Use at most 2, or" in told and "\n" not in told
-    check_text("ada", short, settings.model_copy(update={"router_data": "train"}), LENGTH)  # nothing is set aside
-    check_text("ada", short, settings.model_copy(update={"folds": 2}), LENGTH)  # what it advises works
+    check_text(
+        "ada", short, settings.model_copy(update={"router_data": "train"}), LENGTH
+    )  # nothing is set aside
+    check_text(
+        "ada", short, settings.model_copy(update={"folds": 2}), LENGTH
+    )  # what it advises works
 
 
 def test_a_text_too_short_for_any_fold_is_told_what_works():
@@ -219,7 +253,13 @@ def test_a_run_refuses_folds_that_are_too_short_before_it_trains(tmp_path):
 
 
 def test_a_crossfit_run_gone_on_with_equals_one_never_stopped(tmp_path):
-    settings = {"steps": 3, "batch_size": 4, "router_every": 2, "router_steps": 2, "router_data": "crossfit"}
+    settings = {
+        "steps": 3,
+        "batch_size": 4,
+        "router_every": 2,
+        "router_steps": 2,
+        "router_data": "crossfit",
+    }
     config = run_config(tmp_path, client={**settings, "lr": 5e-3}, rounds=3)
 
     def stop(event):
@@ -237,7 +277,9 @@ def test_a_crossfit_run_gone_on_with_equals_one_never_stopped(tmp_path):
 @pytest.mark.parametrize("share", [0.3, 0.77])
 def test_a_share_of_a_split_is_its_beginning_and_nothing_else_changes(tmp_path, split, share):
     whole = run_config(tmp_path, client={"batch_size": 4})
-    less = parse_config({**whole.model_dump(), "data": {**whole.data.model_dump(), f"{split}_share": share}})
+    less = parse_config(
+        {**whole.model_dump(), "data": {**whole.data.model_dump(), f"{split}_share": share}}
+    )
     folders = lambda data, name: [s.folder for s in getattr(data, name)]  # noqa: E731
     everything, part = (prepare(config, ByteEncoder()) for config in (whole, less))
     for name in ("ada", "bob"):

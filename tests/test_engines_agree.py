@@ -1,20 +1,28 @@
-"""In-process and Flower are one product: what is trained, sent, merged and measured is the same to the bit."""
+"""In-process and Flower are one product: what is trained, sent, merged and measured is the same to
+the bit.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from comigs import api
-from comigs.engines.flower.engine import Flower
+from comigs.app import api
 from comigs.engines.in_process import InProcess
+from comigs.federation.flower.engine import Flower
 from comigs.methods.method import list_methods, load_method
-from comigs.record import RunFolder
+from comigs.runs.folder import RunFolder
 from tests.conftest import bits, run_config
 from tests.local_grid import Federation
 
 NAMES = ("ada", "bob", "cyd")
-WEIGHED = {name: {"weight": 1.0} for name in NAMES}  # a federation does not weigh by tokens, which clients claim
-UNEQUAL = {"ada": {"weight": 1.0}, "bob": {"weight": 2.0, "specialist_rank": 3}, "cyd": {"weight": 0.5}}
+WEIGHED = {
+    name: {"weight": 1.0} for name in NAMES
+}  # a federation does not weigh by tokens, which clients claim
+UNEQUAL = {
+    "ada": {"weight": 1.0},
+    "bob": {"weight": 2.0, "specialist_rank": 3},
+    "cyd": {"weight": 0.5},
+}
 RANKS = {name: {**WEIGHED[name], "rank": rank} for name, rank in zip(NAMES, (2, 3, 1), strict=True)}
 
 
@@ -37,11 +45,15 @@ def both(federation, monkeypatch, tmp_path):
         api.run(config, tmp_path / out / "in-process")
         federation.run(tmp_path / out / "flower", config)
         one, other = (RunFolder.open(tmp_path / out / kind) for kind in ("in-process", "flower"))
-        assert (one.path / "metrics.jsonl").read_bytes() == (other.path / "metrics.jsonl").read_bytes()
+        assert (one.path / "metrics.jsonl").read_bytes() == (
+            other.path / "metrics.jsonl"
+        ).read_bytes()
         assert moved[InProcess] == moved[Flower] and len(moved[Flower]) == config.rounds + 1
         for name in (client.name for client in config.clients):
             own = federation.root / "devices" / name / "runs" / (other.path / ".run-id").read_text()
-            models = [folder.load(f"clients/{name}/personal") for folder in (one, RunFolder.open(own))]
+            models = [
+                folder.load(f"clients/{name}/personal") for folder in (one, RunFolder.open(own))
+            ]
             assert all_bits(models[0]) == all_bits(models[1])
         assert not list(other.path.glob("clients/*"))  # nothing personal was ever on the server
         return one, other
@@ -80,7 +92,9 @@ def test_every_method_is_the_same_on_both_engines(name, both, federation):
 @pytest.mark.parametrize("name", ["comigs", "hetlora", "flora"])
 def test_so_it_is_with_clients_that_differ(name, both, federation):
     entries = UNEQUAL if name == "comigs" else RANKS
-    both(run_config(federation.root / "text", " ".join(NAMES), entries, method=name, rounds=3), name)
+    both(
+        run_config(federation.root / "text", " ".join(NAMES), entries, method=name, rounds=3), name
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,9 +106,15 @@ def test_so_it_is_with_clients_that_differ(name, both, federation):
         {"upload": {"format": "bfloat16"}, "method": "pcl"},
         {"upload": {"format": "int8"}},
         {"upload": {"format": "int8"}, "participation": {"clients_per_round": 2}},
-        {"evaluation": {"every": 2, "splits": ["valid", "test"]}, "client": {"router_data": "crossfit"}},
+        {
+            "evaluation": {"every": 2, "splits": ["valid", "test"]},
+            "client": {"router_data": "crossfit"},
+        },
     ],
     ids=repr,
 )
 def test_so_it_is_with_other_settings(tree, both, federation):
-    both(run_config(federation.root / "text", " ".join(NAMES), WEIGHED, **{"rounds": 3, **tree}), "run")
+    both(
+        run_config(federation.root / "text", " ".join(NAMES), WEIGHED, **{"rounds": 3, **tree}),
+        "run",
+    )

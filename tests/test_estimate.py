@@ -8,22 +8,23 @@ import sys
 import pytest
 import torch
 
-from comigs import estimate, load_config
+from comigs import load_config
+from comigs.app import estimate
 from comigs.bases.load import load_base
 from comigs.data.prepare import prepare
-from comigs.engines.check import shapes_of_clients
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.methods.method import load_method
+from comigs.server.validation import shapes_of_clients
 from tests.runs import ENVIRONMENT, comigs, files, refused, write_config
 
 MEASURE = """
 import sys
-from comigs import estimate
+from comigs.app import estimate as estimate
 from comigs.bases.load import load_base
 from comigs.config import parse_config
-from comigs.engines.check import shapes_of_clients
-from comigs.process import peak_memory
+from comigs.server.validation import shapes_of_clients
+from comigs.processes import peak_memory
 from comigs.experts.attach import Attachment
 from comigs.methods.method import load_method
 windows, length, specialists = map(int, sys.argv[1:])
@@ -44,7 +45,11 @@ print(needed, peak_memory())
 @pytest.mark.parametrize("shape", [(4, 128, 1), (24, 128, 1), (8, 256, 3)])
 def test_the_memory_said_is_about_the_memory_taken(shape):
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, shape)], capture_output=True, text=True, env=ENVIRONMENT, check=True
+        [sys.executable, "-c", MEASURE, *map(str, shape)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=True,
     )
     said, taken = map(float, done.stdout.split())
     assert 0.75 < said / taken < 1.5
@@ -58,7 +63,10 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts():
 
 
 def test_time_counts_every_step_and_every_token_evaluated(tmp_path):
-    config = load_config(write_config(tmp_path, rounds=6), ["evaluation.every=2", f'data.cache="{tmp_path / "cache"}"'])
+    config = load_config(
+        write_config(tmp_path, rounds=6),
+        ["evaluation.every=2", f'data.cache="{tmp_path / "cache"}"'],
+    )
     base, method = load_base(config.base), load_method(config)
     texts = prepare(config, base.encoder)
     pace = estimate.Pace(step_seconds=1.0, evaluation_seconds=0.0)
@@ -67,10 +75,13 @@ def test_time_counts_every_step_and_every_token_evaluated(tmp_path):
     assert estimate.run_seconds(config, method, pace, outlines, 1.0) == 2 * (12 + 4)
     pace = estimate.Pace(step_seconds=0.0, evaluation_seconds=1.0)
     valid, test = (
-        sum(getattr(outline, split)[0].num_bytes for outline in outlines.values()) for split in ("valid", "test")
+        sum(getattr(outline, split)[0].num_bytes for outline in outlines.values())
+        for split in ("valid", "test")
     )
     # the base: valid and test; after rounds 2, 4 and 6: valid; at the end: test
-    assert estimate.run_seconds(config, method, pace, outlines, 1.0) == pytest.approx(4 * valid + 2 * test)
+    assert estimate.run_seconds(config, method, pace, outlines, 1.0) == pytest.approx(
+        4 * valid + 2 * test
+    )
 
 
 def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(tmp_path, capsys, monkeypatch):
@@ -93,12 +104,16 @@ def test_too_little_memory_is_one_line_and_no_run_folder(tmp_path, capsys, monke
 
 
 def test_the_largest_client_decides(tmp_path):
-    config = load_config(write_config(tmp_path), ["clients.bob.specialists=4", "clients.bob.specialist_rank=500"])
+    config = load_config(
+        write_config(tmp_path), ["clients.bob.specialists=4", "clients.bob.specialist_rank=500"]
+    )
     small = load_config(tmp_path / "tiny.toml")
     base = load_base(config.base)
     with Attachment(base.model, base.architecture, config.experts) as attachment:
         needs = [
-            estimate.memory_needed(c, base, shapes_of_clients(c, load_method(c), attachment), attachment)
+            estimate.memory_needed(
+                c, base, shapes_of_clients(c, load_method(c), attachment), attachment
+            )
             for c in (small, config)
         ]
     assert needs[0] + 1e6 < needs[1]

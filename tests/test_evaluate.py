@@ -43,23 +43,31 @@ def test_nats_are_the_sum_over_all_tokens_of_their_log_probabilities(base, store
         attachment.bind(random_tensors(attachment, shape_of(1, 2), routed))
         result = evaluate(attachment, stores, LENGTH, 4, torch.float32)
         expected = log_probabilities(base.model, TEXTS) + log_probabilities(base.model, OTHER)
-    assert result.tokens == len(expected) == sum(len(stream_of(texts)) - 1 for texts in (TEXTS, OTHER))
+    assert (
+        result.tokens == len(expected) == sum(len(stream_of(texts)) - 1 for texts in (TEXTS, OTHER))
+    )
     assert result.bytes == sum(len(text.encode()) for text in TEXTS + OTHER)
     assert result.nats == pytest.approx(-sum(expected), rel=1e-6)
     assert result.nats_per_token == pytest.approx(-np.mean(expected), rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(-np.mean(expected)), rel=1e-5)
-    assert result.bits_per_byte == pytest.approx(-sum(np.array(expected) / math.log(2)) / result.bytes, rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(
+        -sum(np.array(expected) / math.log(2)) / result.bytes, rel=1e-6
+    )
     assert (result.expert_share_LE is not None) == routed
 
 
 def test_the_batch_size_changes_nothing(base, stores):
     with attach(base.model, base.architecture) as attachment:
         attachment.bind(random_tensors(attachment, shape_of(1, 2), routed=True))
-        results = [evaluate(attachment, stores, LENGTH, size, torch.float32) for size in (1, 2, 3, 100)]
+        results = [
+            evaluate(attachment, stores, LENGTH, size, torch.float32) for size in (1, 2, 3, 100)
+        ]
     for result in results[1:]:
         assert result.nats == pytest.approx(results[0].nats, rel=1e-6)
         assert (result.tokens, result.bytes) == (results[0].tokens, results[0].bytes)
-        np.testing.assert_allclose(result.expert_share_LE, results[0].expert_share_LE, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            result.expert_share_LE, results[0].expert_share_LE, rtol=0, atol=1e-6
+        )
 
 
 def test_expert_shares_are_the_mean_routing_weights_over_all_tokens(base, stores):
@@ -67,7 +75,9 @@ def test_expert_shares_are_the_mean_routing_weights_over_all_tokens(base, stores
         attachment.bind(random_tensors(attachment, shape_of(1, 2), routed=True))
         weights = [[] for _ in attachment.mixtures]
         for layer, mixture in enumerate(attachment.mixtures):
-            mixture.register_forward_hook(lambda m, _i, _o, seen=weights[layer]: seen.append(m.routing.weights_TE))
+            mixture.register_forward_hook(
+                lambda m, _i, _o, seen=weights[layer]: seen.append(m.routing.weights_TE)
+            )
         result = evaluate(attachment, stores, LENGTH, 4, torch.float32)
     expected = [torch.cat(seen).double().mean(dim=0).tolist() for seen in weights]
     np.testing.assert_allclose(result.expert_share_LE, expected, rtol=0, atol=1e-6)
@@ -85,7 +95,9 @@ def test_unbound_it_is_the_base_that_is_evaluated(base, stores):
 def test_modes_and_random_generators_stay_as_found(stores):
     """With dropout in the model, which must not act."""
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=2, n_head=2)  # dropout 0.1
+    config = GPT2Config(
+        vocab_size=257, n_positions=64, n_embd=16, n_layer=2, n_head=2
+    )  # dropout 0.1
     model = GPT2LMHeadModel(config).requires_grad_(False)
     with attach(model, ARCHITECTURE) as attachment:
         tensors = random_tensors(attachment, shape_of(1, 1), routed=True)
@@ -99,7 +111,9 @@ def test_modes_and_random_generators_stay_as_found(stores):
         result = evaluate(attachment, stores, LENGTH, 4, torch.float32)
         assert result == expected
         assert torch.equal(before[0], torch.get_rng_state()) and before[2] == random.getstate()
-        assert all(np.array_equal(a, b) for a, b in zip(before[1], np.random.get_state(), strict=True))
+        assert all(
+            np.array_equal(a, b) for a, b in zip(before[1], np.random.get_state(), strict=True)
+        )
         assert [module.training for module in model.modules()] == modes
         assert all(t.grad is None and not t.requires_grad for t in tensors.values())
 
@@ -134,5 +148,8 @@ def test_perplexity_of_a_hopeless_model_is_still_a_number():
 def test_in_bfloat16_figures_are_close_to_float32(base, stores):
     with attach(base.model, base.architecture) as attachment:
         attachment.bind(random_tensors(attachment, shape_of(1, 1), routed=True))
-        exact, low = (evaluate(attachment, stores, LENGTH, 4, dtype) for dtype in (torch.float32, torch.bfloat16))
+        exact, low = (
+            evaluate(attachment, stores, LENGTH, 4, dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+        )
     assert low.nats == pytest.approx(exact.nats, rel=0.01) and low.nats != exact.nats

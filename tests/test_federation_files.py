@@ -1,4 +1,5 @@
-"""A federation's folder, bundles and certificates: private, whole, and what is wrong with them said in one line.
+"""A federation's folder, bundles and certificates: private, whole, and what is wrong with them said
+in one line.
 
 No server of Flower runs here; tests/test_deployment.py has one.
 """
@@ -28,16 +29,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from comigs.config import Text, load_config
 from comigs.errors import UserError
-from comigs.federation import control, operate, pki
 from comigs.federation.bundle import read_bundle, write_bundle
-from comigs.federation.children import Children, keep, wait_until
-from comigs.federation.device import Owner, join, text_of
-from comigs.federation.folder import Federation
-from comigs.federation.private import held, sole
-from comigs.federation.reach import check_server
-from comigs.federation.run import check, resume
-from comigs.federation.server import require_free_port
-from comigs.record import RunFolder
+from comigs.federation.device.connectivity import check_server
+from comigs.federation.device.join import Owner, join, text_of
+from comigs.federation.operator import admin, flwr_cli
+from comigs.federation.operator.folder import Federation
+from comigs.federation.operator.run import check, resume
+from comigs.federation.operator.server import require_free_port
+from comigs.federation.security import pki
+from comigs.federation.security.private_files import held, sole
+from comigs.federation.supervisor import Children, keep, wait_until
+from comigs.runs.folder import RunFolder
 from tests.runs import TINY, copied_run, finished, refused, write_text
 
 APP = "0" * 64
@@ -50,7 +52,7 @@ def federation(tmp_path):
 
 @pytest.fixture
 def bundle(federation, tmp_path):
-    return read_bundle(operate.invite(federation.path, "ann", tmp_path / "ann.toml"))
+    return read_bundle(admin.invite(federation.path, "ann", tmp_path / "ann.toml"))
 
 
 def problem(call, *arguments):
@@ -76,7 +78,10 @@ def test_what_init_makes_is_for_its_owner_only(federation):
 
 
 def test_the_server_certificate_names_its_hosts_and_comes_from_the_authority(federation):
-    server, authority = certificate(federation.read("server.pem")), certificate(federation.read("ca.pem"))
+    server, authority = (
+        certificate(federation.read("server.pem")),
+        certificate(federation.read("ca.pem")),
+    )
     server.verify_directly_issued_by(authority)
     names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["fed.example", "localhost"]
@@ -85,7 +90,9 @@ def test_the_server_certificate_names_its_hosts_and_comes_from_the_authority(fed
     days = (server.not_valid_after_utc - datetime.now(UTC)).days
     assert pki.SERVER_DAYS - 1 <= days <= pki.SERVER_DAYS
     assert not server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
+    assert (
+        authority.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
+    )
 
 
 def test_without_hosts_a_federation_is_open_to_its_own_machine_only(tmp_path, federation):
@@ -95,8 +102,10 @@ def test_without_hosts_a_federation_is_open_to_its_own_machine_only(tmp_path, fe
 
 def test_an_existing_folder_is_never_founded_in(tmp_path, federation):
     before = {path: path.read_bytes() for path in federation.path.rglob("*") if path.is_file()}
-    assert "exists already; nothing was changed" in problem(operate.found, federation.path, (), 8443)
-    assert before == {path: path.read_bytes() for path in federation.path.rglob("*") if path.is_file()}
+    assert "exists already; nothing was changed" in problem(admin.found, federation.path, (), 8443)
+    assert before == {
+        path: path.read_bytes() for path in federation.path.rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("host", ["https://a.b", "a b", "", "a.b:8443", "ü.example", "user@a"])
@@ -112,7 +121,9 @@ def test_the_server_certificate_is_renewed_when_hosts_change_and_before_it_ends(
     settings.write_text(settings.read_text().replace("10.0.0.7", "10.0.0.8"))
     changed = Federation.open(federation.path)
     assert changed.certify() and not changed.certify()
-    (federation.path / "server.pem").write_text(made_certificate(changed, timedelta(days=pki.RENEW_DAYS - 1)))
+    (federation.path / "server.pem").write_text(
+        made_certificate(changed, timedelta(days=pki.RENEW_DAYS - 1))
+    )
     assert changed.certify() and not changed.certify()
 
 
@@ -123,7 +134,9 @@ def test_a_certificate_names_this_machine_whatever_hosts_are_given_later(federat
     settings.write_text(tomli_w.dumps(tree))
     changed = Federation.open(federation.path)
     assert changed.certify()
-    names = certificate(changed.read("server.pem")).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    names = certificate(changed.read("server.pem")).extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
     assert names.value.get_values_for_type(x509.DNSName) == ["fed.example", "localhost"]
     assert [str(a) for a in names.value.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
 
@@ -137,7 +150,12 @@ def test_what_is_no_federation_says_so(tmp_path, federation):
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [("port = 8443", "port = 0"), ("port = 8443", "port = 'x'"), ('id = "', 'idd = "'), ("port = 8443", "port =")],
+    [
+        ("port = 8443", "port = 0"),
+        ("port = 8443", "port = 'x'"),
+        ('id = "', 'idd = "'),
+        ("port = 8443", "port ="),
+    ],
 )
 def test_damaged_settings_are_named(federation, line, said):
     file = federation.path / "federation.toml"
@@ -158,16 +176,27 @@ def test_a_bundle_holds_what_a_device_needs_and_only_it_holds_the_key(federation
     assert bundle.authority == federation.read("ca.pem")
     key = serialization.load_ssh_private_key(bundle.key.encode(), None)
     assert isinstance(key.curve, ec.SECP384R1)
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
     entry = federation.clients()["ann"]
     assert entry.public_key == public.decode() and entry.node_id is None
     middle = bundle.key.splitlines()[3]
-    assert not [path for path in federation.path.rglob("*") if path.is_file() and middle in path.read_text()]
+    assert not [
+        path for path in federation.path.rglob("*") if path.is_file() and middle in path.read_text()
+    ]
 
 
 def test_a_bundle_tells_its_owner_what_will_be_asked(bundle, tmp_path):
     said = tomllib.loads((tmp_path / "ann.toml").read_text())["about"]
-    for word in ("ann", "fed.example:8443", "private key", "send back", "stay in the device's folder", "privacy.md"):
+    for word in (
+        "ann",
+        "fed.example:8443",
+        "private key",
+        "send back",
+        "stay in the device's folder",
+        "privacy.md",
+    ):
         assert word in said
 
 
@@ -179,22 +208,28 @@ def test_an_ipv6_server_has_an_address_that_can_be_parsed(tmp_path):
 @pytest.mark.parametrize("name", ["ann", "ANN"])
 def test_a_name_is_invited_once(federation, bundle, name, tmp_path):
     before = federation.read("clients.json")
-    assert "invited already" in problem(operate.invite, federation.path, name, tmp_path / "other.toml")
+    assert "invited already" in problem(
+        admin.invite, federation.path, name, tmp_path / "other.toml"
+    )
     assert federation.read("clients.json") == before and not (tmp_path / "other.toml").exists()
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../a", "x" * 65, ".a"])
 def test_a_name_that_configs_refuse_is_refused(federation, name, tmp_path):
-    assert "cannot be a client's" in problem(operate.invite, federation.path, name, tmp_path / "other.toml")
+    assert "cannot be a client's" in problem(
+        admin.invite, federation.path, name, tmp_path / "other.toml"
+    )
 
 
 def test_a_bundle_is_never_overwritten(federation, tmp_path):
     (tmp_path / "ann.toml").write_text("mine")
-    assert "exists already" in problem(operate.invite, federation.path, "ann", tmp_path / "ann.toml")
+    assert "exists already" in problem(admin.invite, federation.path, "ann", tmp_path / "ann.toml")
     assert (tmp_path / "ann.toml").read_text() == "mine" and not federation.clients()
 
 
-@pytest.mark.parametrize("field", ["federation", "client", "address", "app", "authority", "key", "check"])
+@pytest.mark.parametrize(
+    "field", ["federation", "client", "address", "app", "authority", "key", "check"]
+)
 def test_a_bundle_with_a_changed_character_is_damaged(bundle, field, tmp_path):
     text, value = (tmp_path / "ann.toml").read_text(), getattr(bundle, field)
     at = len(value) // 2
@@ -211,38 +246,46 @@ def test_what_is_no_bundle_says_so(tmp_path, content):
 
 
 def test_revoking_frees_the_name(federation, bundle, tmp_path):
-    assert "was not invited" in problem(operate.revoke, federation.path, "bob")
-    operate.revoke(federation.path, "ann")
+    assert "was not invited" in problem(admin.revoke, federation.path, "bob")
+    admin.revoke(federation.path, "ann")
     assert not federation.clients()
-    operate.invite(federation.path, "ann", tmp_path / "again.toml")
+    admin.invite(federation.path, "ann", tmp_path / "again.toml")
 
 
 def test_status_lists_clients_without_a_server_too(federation, bundle, tmp_path):
     federation.note_run(tmp_path / "run", ["ann"])
-    (row,) = operate.status(federation.path).rows
+    (row,) = admin.status(federation.path).rows
     assert row[0] == "ann" and row[2:] == ("at the next start", "?", "-", "1")
 
 
 def test_commands_end_with_one_line_and_code_2(tmp_path, capsys):
     assert "no such folder" in refused(capsys, "federation", "status", tmp_path / "x")
-    assert "no such bundle" in refused(capsys, "federation", "client", tmp_path / "x", "--text", tmp_path)
+    assert "no such bundle" in refused(
+        capsys, "federation", "client", tmp_path / "x", "--text", tmp_path
+    )
     assert "--engine" in refused(capsys, "run", tmp_path / "x.toml", "--engine", "flowr")
     assert "--federation" in refused(capsys, "run", tmp_path / "x.toml", "--engine", "flower")
-    assert "--engine flower" in refused(capsys, "run", tmp_path / "x.toml", "--federation", tmp_path)
+    assert "--engine flower" in refused(
+        capsys, "run", tmp_path / "x.toml", "--federation", tmp_path
+    )
 
 
 def test_the_app_is_the_same_bundle_wherever_it_is_built():
-    assert control.app_hash() == control.app_hash()
+    assert flwr_cli.app_hash() == flwr_cli.app_hash()
 
 
 def test_flower_runs_quietly_with_its_own_home_only(tmp_path, monkeypatch):
     monkeypatch.setenv("FLWR_OIDC_ENABLED", "1")
     monkeypatch.setenv("FLWR_HOME", "/elsewhere")
     monkeypatch.setenv("NO_PROXY", "a.example")
-    environment = control.environment(tmp_path)
+    environment = flwr_cli.environment(tmp_path)
     ours = {key for key in environment if key.startswith("FLWR_")}
-    assert ours == {key for key in control.QUIET | control.PACE if key.startswith("FLWR_")} | {"FLWR_HOME"}
-    assert environment["FLWR_HOME"] == str(tmp_path) and environment["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert ours == {key for key in flwr_cli.QUIET | flwr_cli.PACE if key.startswith("FLWR_")} | {
+        "FLWR_HOME"
+    }
+    assert (
+        environment["FLWR_HOME"] == str(tmp_path) and environment["FLWR_TELEMETRY_ENABLED"] == "0"
+    )
     assert environment["NO_PROXY"] == "a.example,127.0.0.1,localhost"
 
 
@@ -282,16 +325,22 @@ def test_a_run_needs_a_running_server(federation, tmp_path):
         (['method="my.own"'], "method"),
     ],
 )
-def test_what_devices_cannot_do_is_refused_before_anything_runs(federation, tmp_path, overrides, word):
+def test_what_devices_cannot_do_is_refused_before_anything_runs(
+    federation, tmp_path, overrides, word
+):
     with sole(federation.lock, ""):
-        assert problem(check, load_config(config_file(tmp_path), overrides), federation.path).startswith(word)
+        assert problem(
+            check, load_config(config_file(tmp_path), overrides), federation.path
+        ).startswith(word)
 
 
 def test_every_client_must_be_invited_and_registered(federation, bundle, tmp_path):
     config = load_config(config_file(tmp_path))
     with sole(federation.lock, ""):
         assert '"ann" is not registered yet' in problem(check, config, federation.path)
-        federation.change_clients(lambda c: c.update(ann=c["ann"].model_copy(update={"node_id": 1})))
+        federation.change_clients(
+            lambda c: c.update(ann=c["ann"].model_copy(update={"node_id": 1}))
+        )
         assert '"bob" was not invited' in problem(check, config, federation.path)
 
 
@@ -299,7 +348,9 @@ def test_devices_that_pinned_another_app_are_not_sent_this_one(federation, bundl
     entry = federation.clients()["ann"].model_copy(update={"node_id": 1})
     federation.change_clients(lambda clients: clients.update(ann=entry, bob=entry))
     with sole(federation.lock, ""):
-        assert "another app bundle" in problem(check, load_config(config_file(tmp_path)), federation.path)
+        assert "another app bundle" in problem(
+            check, load_config(config_file(tmp_path)), federation.path
+        )
 
 
 def test_a_run_of_another_federation_is_not_resumed(federation, tmp_path):
@@ -318,10 +369,14 @@ def test_a_finished_run_is_not_resumed(tmp_path):
 # What a device checks before it starts anything
 
 
-def made_certificate(federation, until, since=timedelta(hours=-1), hosts=("127.0.0.1",), authority=None):
+def made_certificate(
+    federation, until, since=timedelta(hours=-1), hosts=("127.0.0.1",), authority=None
+):
     """A server certificate with these dates (from now); its key is server.key's."""
     key = serialization.load_pem_private_key(federation.read("server.key").encode(), None)
-    signer = serialization.load_pem_private_key((authority or federation).read("ca.key").encode(), None)
+    signer = serialization.load_pem_private_key(
+        (authority or federation).read("ca.key").encode(), None
+    )
     now = datetime.now(UTC)
     names = x509.SubjectAlternativeName([pki._host(host) for host in hosts])
     built = (
@@ -334,14 +389,18 @@ def made_certificate(federation, until, since=timedelta(hours=-1), hosts=("127.0
             not_valid_after=now + until,
         )
         .add_extension(names, critical=True)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
+        )
     )
     return built.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
 
 
 @contextmanager
 def serving(federation, offset=0):
-    """A web server of a federation, whose clock is off by `offset` seconds; without TLS where it is None."""
+    """A web server of a federation, whose clock is off by `offset` seconds; without TLS where it is
+    None.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -423,7 +482,7 @@ def test_a_device_says_at_once_what_is_wrong(federation, bundle, tmp_path):
     assert "no such file" in problem(join, file, Owner((str(tmp_path / "none"),), home), print)
     assert "does not answer" in problem(join, file, Owner(text, home), print)
     assert stat.S_IMODE(home.stat().st_mode) == 0o700 and modes(home) <= {0o600, 0o644}
-    bob = operate.invite(federation.path, "bob", tmp_path / "bob.toml")
+    bob = admin.invite(federation.path, "bob", tmp_path / "bob.toml")
     assert 'belongs to "ann"' in problem(join, bob, Owner(text, home), print)
     with sole(home / ".lock", ""):
         assert "runs already" in problem(join, file, Owner(text, home), print)
@@ -446,7 +505,13 @@ def test_text_is_one_place_or_three_splits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert text_of(["a"]) == "a"
     assert text_of(["test=c", "train=a", "valid=b"]) == Text(train="a", valid="b", test="c")
-    for wrong in (["a", "b"], ["train=a"], ["train=a", "valid=b", "test=c", "c"], ["train=a", "train=b", "test=c"], []):
+    for wrong in (
+        ["a", "b"],
+        ["train=a"],
+        ["train=a", "valid=b", "test=c", "c"],
+        ["train=a", "train=b", "test=c"],
+        [],
+    ):
         assert "--text" in problem(text_of, wrong)
     (tmp_path / "empty").mkdir()
     assert "no .txt or .md file" in problem(text_of, ["empty"])
@@ -464,7 +529,9 @@ def test_a_program_that_ends_is_told_and_ends_all(tmp_path):
 
 
 def test_a_program_says_itself_what_people_should_know(tmp_path):
-    (tmp_path / "told.py").write_text(f"def main():\n    print('one line')\n    raise SystemExit({os.EX_NOPERM})\n")
+    (tmp_path / "told.py").write_text(
+        f"def main():\n    print('one line')\n    raise SystemExit({os.EX_NOPERM})\n"
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     with Children(tmp_path / "log", environment, tmp_path) as children:
         children.start("told", ["told:main"])
@@ -476,13 +543,17 @@ def test_a_program_says_itself_what_people_should_know(tmp_path):
 def test_no_program_outlives_us(tmp_path, end):
     """Also where nobody could tell it to end."""
     script = (
-        "import os, sys; from pathlib import Path; from comigs.federation.children import Children\n"
+        "import os, sys; from pathlib import Path; from comigs.federation.supervisor import Children\n"
         "with Children(Path('log'), os.environ, Path()) as children:\n"
         "    for name in 'ab': print(children.start(name, ['signal:pause']).process.pid, flush=True)\n"
         "    sys.stdin.read()\n"
     )
     us = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     pids = [int(us.stdout.readline()) for _ in range(2)]
     time.sleep(0.5)
@@ -505,6 +576,10 @@ def alive(pid):
 
 
 def test_clients_json_is_what_the_server_side_reads(federation, bundle):
-    federation.change_clients(lambda c: c.update(ann=c["ann"].model_copy(update={"node_id": 2**64 - 1})))
+    federation.change_clients(
+        lambda c: c.update(ann=c["ann"].model_copy(update={"node_id": 2**64 - 1}))
+    )
     tree = json.loads(federation.read("clients.json"))
-    assert tree["ann"]["node_id"] == 2**64 - 1 and tree["ann"]["public_key"].startswith("ecdsa-sha2-nistp384 ")
+    assert tree["ann"]["node_id"] == 2**64 - 1 and tree["ann"]["public_key"].startswith(
+        "ecdsa-sha2-nistp384 "
+    )

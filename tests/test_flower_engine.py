@@ -1,4 +1,6 @@
-"""Rounds that survive: devices raise, hang, vanish, come back and lie, the server dies, and nothing private leaves."""
+"""Rounds that survive: devices raise, hang, vanish, come back and lie, the server dies, and nothing
+private leaves.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,14 @@ from flwr.app import Context, Message, RecordDict
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
-from comigs import api
-from comigs.engines import wire
-from comigs.engines.flower import apps
-from comigs.engines.flower.engine import Flower
-from comigs.engines.flower.messages import ANSWERS, REQUESTS, Refusal
-from comigs.engines.flower.post import envelope
+from comigs.app import api
 from comigs.errors import UserError
-from comigs.record import RunFolder
+from comigs.federation.flower import apps
+from comigs.federation.flower.engine import Flower
+from comigs.federation.flower.grid import envelope
+from comigs.federation.messages import ANSWERS, REQUESTS, Refusal
+from comigs.runs.folder import RunFolder
+from comigs.server import wire
 from comigs.slots import SPELLING, Slot
 from tests.conftest import WORDS, run_config, same
 from tests.local_grid import FIRST_NODE, Federation, LocalGrid, TestTrainer, events, everything
@@ -66,7 +68,9 @@ def undisturbed(tmp_path):
 
 
 def equal(folder, out, federation):
-    """A run on the server and its devices is what it would have been without any trouble, to the bit."""
+    """A run on the server and its devices is what it would have been without any trouble, to the
+    bit.
+    """
     assert (folder.path / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
     for name in federation.names:
         own = RunFolder.open(federation.device_run(name))
@@ -98,7 +102,11 @@ def until(true, seconds=60):
 
 def absent(out):
     lines = RunFolder.open(out).metrics()
-    return [(line["round"], line["client"], line["reason"]) for line in lines if line["kind"] == "absent"]
+    return [
+        (line["round"], line["client"], line["reason"])
+        for line in lines
+        if line["kind"] == "absent"
+    ]
 
 
 def trained(out):
@@ -134,7 +142,9 @@ def test_of_an_error_the_server_learns_the_type_and_nothing_else(federation, tmp
     out, config = tmp_path / "run", configured(federation, participation={"max_failures": 2})
     grid = federation.run(out, config)
     assert absent(out) == [(1, "bob", "failed: ValueError"), (2, "bob", "failed: ValueError")]
-    assert not any(what in raw for raw in grid.seen for what in (b"secret", str(tmp_path).encode(), b"cloud"))
+    assert not any(
+        what in raw for raw in grid.seen for what in (b"secret", str(tmp_path).encode(), b"cloud")
+    )
     assert any("secret" in line and "Traceback" in line for line in federation.said["bob"])
     assert {name for _, name in trained(out)} == {"ada"}
     assert "secret" not in (out / ".progress.jsonl").read_text()
@@ -142,16 +152,26 @@ def test_of_an_error_the_server_learns_the_type_and_nothing_else(federation, tmp
 
 @pytest.mark.parametrize(
     ("config", "said"),
-    [({"trainer": "/nowhere/secret"}, "FileNotFoundError"), ({}, "KeyError"), ({"trainer": 7}, "FileNotF")],
+    [
+        ({"trainer": "/nowhere/secret"}, "FileNotFoundError"),
+        ({}, "KeyError"),
+        ({"trainer": 7}, "FileNotF"),
+    ],
 )
 def test_a_client_app_lets_no_exception_out(config, said):
     LocalGrid([])
     message = Message(envelope(b"request"), BOB, "train")
     message.metadata.__dict__["_message_id"] = "m1"
     reply = apps.client(message, Context(1, BOB, config, RecordDict(), {}))
-    assert not reply.has_error() and said in str(everything(reply)) and b"secret" not in everything(reply)
+    assert (
+        not reply.has_error()
+        and said in str(everything(reply))
+        and b"secret" not in everything(reply)
+    )
     strange = Message(RecordDict(), BOB, "train")
-    assert b"ValueError" in everything(apps.client(strange, Context(1, BOB, {"trainer": "x"}, RecordDict(), {})))
+    assert b"ValueError" in everything(
+        apps.client(strange, Context(1, BOB, {"trainer": "x"}, RecordDict(), {}))
+    )
 
 
 def test_without_a_trainer_a_client_is_absent(federation, tmp_path):
@@ -164,13 +184,19 @@ def test_without_a_trainer_a_client_is_absent(federation, tmp_path):
 
 
 def hanging(federation, client, round, rounds):
-    """A gate at which the client waits in that round, and what opens it and waits until it has answered."""
+    """A gate at which the client waits in that round, and what opens it and waits until it has
+    answered.
+    """
     gate = threading.Event()
     federation.trainers[client].on[round] = lambda raw: gate.wait(60) and None
 
     def release():
         gate.set()
-        until(lambda: any(f"round {round} of {rounds}: trained" in line for line in federation.said[client]))
+        until(
+            lambda: any(
+                f"round {round} of {rounds}: trained" in line for line in federation.said[client]
+            )
+        )
 
     return release
 
@@ -178,7 +204,10 @@ def hanging(federation, client, round, rounds):
 @pytest.mark.parametrize("method", ["comigs", "flora"])
 def test_one_that_hangs_is_not_waited_for_and_comes_late(federation, tmp_path, method):
     """flora: nothing that was merged into the base is merged again, nothing is left out."""
-    out, config = tmp_path / "run", configured(federation, rounds=5, method=method, participation={"deadline": 6})
+    out, config = (
+        tmp_path / "run",
+        configured(federation, rounds=5, method=method, participation={"deadline": 6}),
+    )
     with around(4, hanging(federation, "bob", 2, 5)):
         federation.run(out, config)
     assert absent(out) == [
@@ -191,7 +220,9 @@ def test_one_that_hangs_is_not_waited_for_and_comes_late(federation, tmp_path, m
     if method == "flora":
         models = [RunFolder(federation.device_run(n)).load(f"clients/{n}/personal") for n in NAMES]
         merged = [name for name in models[0] if name.endswith("merged.W")]
-        assert merged and all(torch.allclose(models[0][name], models[1][name], atol=1e-6) for name in merged)
+        assert merged and all(
+            torch.allclose(models[0][name], models[1][name], atol=1e-6) for name in merged
+        )
         assert all(float(models[0][name].abs().max()) > 1e-4 for name in merged)
 
 
@@ -199,11 +230,21 @@ def test_one_that_hangs_is_not_waited_for_and_comes_late(federation, tmp_path, m
 def test_what_comes_late_may_count_for_less(federation, tmp_path, format):
     """In int8 it is a step from the download of its own round, which the server has kept."""
     patience = {"deadline": 6, "late": "discount", "late_discount": 0.5}
-    config = configured(federation, rounds=4, method="fedavg", participation=patience, upload={"format": format})
-    out, first, second = tmp_path / "run", hanging(federation, "bob", 2, 4), hanging(federation, "bob", 3, 4)
+    config = configured(
+        federation, rounds=4, method="fedavg", participation=patience, upload={"format": format}
+    )
+    out, first, second = (
+        tmp_path / "run",
+        hanging(federation, "bob", 2, 4),
+        hanging(federation, "bob", 3, 4),
+    )
     with around(3, first), around(4, second):
         federation.run(out, config)
-    assert [round for round, name in trained(out) if name == "bob"] == [1, 2, 4]  # what came late counted in round 3
+    assert [round for round, name in trained(out) if name == "bob"] == [
+        1,
+        2,
+        4,
+    ]  # what came late counted in round 3
     assert [line for line in absent(out) if "late" not in line[2]] == [
         (2, "bob", "no answer by the deadline"), (3, "bob", "no answer by the deadline"),
     ]  # fmt: skip
@@ -226,7 +267,9 @@ def test_one_that_vanishes_is_gone_and_welcome_back(federation, tmp_path):
     assert [round for round, name in trained(out) if name == "bob"] == [1, 3, 4]
 
 
-def test_one_that_is_killed_and_started_again_is_asked_again_in_the_same_round(federation, tmp_path, undisturbed):
+def test_one_that_is_killed_and_started_again_is_asked_again_in_the_same_round(
+    federation, tmp_path, undisturbed
+):
     config, out = configured(federation), tmp_path / "run"
     federation.create(out, config)
     grid = federation.grid()
@@ -237,7 +280,9 @@ def test_one_that_is_killed_and_started_again_is_asked_again_in_the_same_round(f
 
 
 @pytest.mark.parametrize("when", ["before they are asked", "while they are at work"])
-def test_with_all_clients_gone_it_waits_says_so_and_goes_on(federation, tmp_path, undisturbed, when):
+def test_with_all_clients_gone_it_waits_says_so_and_goes_on(
+    federation, tmp_path, undisturbed, when
+):
     config, out = configured(federation), tmp_path / "run"
     federation.create(out, config)
     grid = federation.grid()
@@ -253,7 +298,8 @@ def test_with_all_clients_gone_it_waits_says_so_and_goes_on(federation, tmp_path
         federation.trainers["ada"].on[2] = gone
         federation.go_on(out, grid)
     assert any(
-        re.match(r"round 2: nobody can be asked yet, waiting for ada, bob \(\d s\)", note) for note in notes(out)
+        re.match(r"round 2: nobody can be asked yet, waiting for ada, bob \(\d s\)", note)
+        for note in notes(out)
     )
     assert any(e.get("say") for e in events(out))
     assert equal(undisturbed(config), out, federation)
@@ -261,11 +307,19 @@ def test_with_all_clients_gone_it_waits_says_so_and_goes_on(federation, tmp_path
 
 @pytest.mark.parametrize(
     ("tree", "round"),
-    [({}, 1), ({}, 4), ({"upload": {"format": "int8"}}, 3), ({"method": "flora"}, 3), ({"method": "pcl"}, 2)],
+    [
+        ({}, 1),
+        ({}, 4),
+        ({"upload": {"format": "int8"}}, 3),
+        ({"method": "flora"}, 3),
+        ({"method": "pcl"}, 2),
+    ],
     ids=str,
 )
 def test_the_server_may_die_before_it_has_kept_a_round(federation, tmp_path, tree, round):
-    """It asks again, the devices say again what they said, and the result is that of a run nobody disturbed."""
+    """It asks again, the devices say again what they said, and the result is that of a run nobody
+    disturbed.
+    """
     config, whole, died = configured(federation, **tree), tmp_path / "whole", tmp_path / "died"
     federation.run(whole, config)
     federation.create(died, config)
@@ -283,7 +337,10 @@ def test_the_server_may_die_before_it_has_kept_a_round(federation, tmp_path, tre
     assert sum(map(len, federation.said.values())) > count
     assert (whole / "metrics.jsonl").read_bytes() == (died / "metrics.jsonl").read_bytes()
     for name in NAMES:
-        runs = [federation.root / "devices" / name / "runs" / (out / ".run-id").read_text() for out in (whole, died)]
+        runs = [
+            federation.root / "devices" / name / "runs" / (out / ".run-id").read_text()
+            for out in (whole, died)
+        ]
         assert same(*(load_file(run / "clients" / name / "personal.safetensors") for run in runs))
         assert len({(run / "metrics.jsonl").read_bytes() for run in runs}) == 1
 
@@ -291,9 +348,13 @@ def test_the_server_may_die_before_it_has_kept_a_round(federation, tmp_path, tre
 def test_what_travels_is_as_large_as_its_format(federation, tmp_path):
     sizes = {}
     for format in ("float32", "bfloat16", "int8"):
-        config = configured(federation, upload={"format": format}, experts={"rank": 64}, evaluation={"every": 0})
+        config = configured(
+            federation, upload={"format": format}, experts={"rank": 64}, evaluation={"every": 0}
+        )
         seen = federation.run(tmp_path / format, config).seen
-        answers = [raw for raw in seen if b'\\"kind\\":\\"answered\\"' in raw and b'\\"round\\":3' in raw]
+        answers = [
+            raw for raw in seen if b'\\"kind\\":\\"answered\\"' in raw and b'\\"round\\":3' in raw
+        ]
         sizes[format] = min(len(raw) for raw in answers) - 3000
     assert sizes["bfloat16"] < 0.6 * sizes["float32"] and sizes["int8"] < 0.45 * sizes["float32"]
     personal = [RunFolder.open(tmp_path / f).metrics()[-1]["nats_per_token"] for f in sizes]
@@ -357,7 +418,9 @@ class Liar(Told):
 
 
 def test_whatever_a_liar_sends_is_named_left_out_and_the_run_goes_on(tmp_path):
-    """Where its bytes could not be read, it is asked for that answer once more before it is asked anything new."""
+    """Where its bytes could not be read, it is asked for that answer once more before it is asked
+    anything new.
+    """
     names, rounds = ("ada", "bob", "dan"), len(LIES) + 2
     run_config(tmp_path / "text", " ".join(names))
     federation = Federation(tmp_path / "federation", names, tmp_path / "text", Liar)
@@ -389,7 +452,9 @@ def test_a_run_goes_on_without_a_client_that_was_revoked(federation, tmp_path):
 
     with patch.object(RunFolder, "commit", die), pytest.raises(KeyboardInterrupt):
         federation.go_on(out, federation.grid())
-    file.write_text(json.dumps({name: e for name, e in json.loads(file.read_text()).items() if name != "bob"}))
+    file.write_text(
+        json.dumps({name: e for name, e in json.loads(file.read_text()).items() if name != "bob"})
+    )
     federation.go_on(out, federation.grid())
     assert RunFolder.open(out).checkpoint().finished
     assert {name for round, name in trained(out) if round > 1} == {"ada"}
@@ -397,7 +462,7 @@ def test_a_run_goes_on_without_a_client_that_was_revoked(federation, tmp_path):
 
 
 def test_a_version_that_differs_is_named_on_both_sides(federation, tmp_path):
-    other = "comigs.engines.flower.trainer.our_version"
+    other = "comigs.federation.device.device_service.our_version"
     out = tmp_path / "run"
     with patch(other, lambda: "9.9.9"), pytest.raises(UserError, match="too few"):
         federation.run(out, configured(federation, participation={"max_failures": 1}))
@@ -422,18 +487,25 @@ def test_what_a_federation_cannot_do_is_said_before_anything_runs(federation, tm
 
 
 def test_nothing_private_is_in_any_byte_of_any_message(federation, tmp_path):
-    """All that goes either way is looked through for slots, tensors, moments, text and tokens of every round."""
+    """All that goes either way is looked through for slots, tensors, moments, text and tokens of
+    every round.
+    """
     config, out = configured(federation, experts={"specialists": 2, "rank": 4}), tmp_path / "run"
     states, real = [], Flower.exchange
 
     def exchange(self, tasks, downloads):
         answers = real(self, tasks, downloads)
-        states.extend(path.read_bytes() for path in federation.root.glob("devices/*/runs/*/clients/*/*.safetensors"))
+        states.extend(
+            path.read_bytes()
+            for path in federation.root.glob("devices/*/runs/*/clients/*/*.safetensors")
+        )
         return answers
 
     with patch.object(Flower, "exchange", exchange):
         seen = b"".join(federation.run(out, config).seen)
-    slots = {Slot.parse(found.group().decode()) for found in re.finditer(SPELLING.pattern.encode(), seen)}
+    slots = {
+        Slot.parse(found.group().decode()) for found in re.finditer(SPELLING.pattern.encode(), seen)
+    }
     assert {slot.role for slot in slots} == {"generalist", "attention"}
     pieces = {True: set(), False: set()}
     nothing = TypeAdapter(dict)
@@ -443,14 +515,23 @@ def test_nothing_private_is_in_any_byte_of_any_message(federation, tmp_path):
             if name != "__metadata__" and len(entry["shape"]) == 2:
                 start, end = entry["data_offsets"]
                 row = raw[8 + size + start : 8 + size + end][:16]
-                shared = name.count("/") == 0 and Slot.parse(name).role in ("generalist", "attention")
+                shared = name.count("/") == 0 and Slot.parse(name).role in (
+                    "generalist",
+                    "attention",
+                )
                 pieces[shared].add(row)
     pieces[False] -= {bytes(16)}
-    assert len(pieces[False]) > 100 and sum(row in seen for row in pieces[True]) > 20  # it would be seen
+    assert (
+        len(pieces[False]) > 100 and sum(row in seen for row in pieces[True]) > 20
+    )  # it would be seen
     assert not [row for row in pieces[False] if row in seen]
     for name in NAMES:
         for word in WORDS[name].split():
-            assert word.encode() not in seen or word in ("table", "little", "note")  # words of ours, too
+            assert word.encode() not in seen or word in (
+                "table",
+                "little",
+                "note",
+            )  # words of ours, too
         for store in federation.root.glob(f"devices/{name}/cache/*/tokens.bin"):
             tokens = np.fromfile(store, dtype="<u2")
             for start in range(0, len(tokens) - 12, 12):
@@ -462,9 +543,13 @@ def test_nothing_private_is_in_any_byte_of_any_message(federation, tmp_path):
 
 def test_an_app_ends_with_the_process_that_started_it():
     app = "apps.GRACE = 0; apps.end_with_starter(); print(os.getpid(), flush=True); time.sleep(600)"
-    app = f"import os, time; from comigs.engines.flower import apps; {app}"
+    app = f"import os, time; from comigs.federation.flower import apps; {app}"
     starter = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); sys.stdin.read()"
     command = [sys.executable, "-c", starter, app]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert int(process.stdout.readline()) != process.pid  # the app watches
-        process.communicate(timeout=60)  # ends the one who started it, and waits until nobody holds its output
+        process.communicate(
+            timeout=60
+        )  # ends the one who started it, and waits until nobody holds its output

@@ -1,4 +1,6 @@
-"""The TLS front: what a device needs reaches the SuperLink as it is, and nothing else reaches it at all."""
+"""The TLS front: what a device needs reaches the SuperLink as it is, and nothing else reaches it at
+all.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from comigs.federation.front import CALLS, front
+from comigs.federation.security.gateway import CALLS, front
 
 OUTSIDE = (  # what the SuperLink has beside what devices need
     "/", "/docs", "/openapi.json", "/health", "/v1/control/list-runs", "/v1/control/start-run",
@@ -28,7 +30,9 @@ class Link:
     def __init__(self):
         self.seen = []
         self.pieces = asyncio.Queue()
-        self.app = Starlette(routes=[Route("/{path:path}", self.answer, methods=["GET", "POST", "PUT", "DELETE"])])
+        self.app = Starlette(
+            routes=[Route("/{path:path}", self.answer, methods=["GET", "POST", "PUT", "DELETE"])]
+        )
 
     async def answer(self, request):
         body = b""
@@ -56,11 +60,17 @@ def asked(link, call, max_body=1000):
 def test_what_a_device_needs_goes_through_unchanged(name):
     link = Link()
     headers = {"flwr-signature": "signed", "content-type": "application/x-protobuf"}
-    answer = asked(link, lambda c: c.post(f"/v1/fleet/{name}", content=b"\x00body", headers=headers))
+    answer = asked(
+        link, lambda c: c.post(f"/v1/fleet/{name}", content=b"\x00body", headers=headers)
+    )
     ((method, path, got, body),) = link.seen
     assert (method, path, body) == ("POST", f"/v1/fleet/{name}", b"\x00body")
     assert headers.items() <= got.items() and got["content-length"] == "5"
-    assert (answer.status_code, answer.content, answer.headers["x-of-the-link"]) == (418, b"answer \x00body", "yes")
+    assert (answer.status_code, answer.content, answer.headers["x-of-the-link"]) == (
+        418,
+        b"answer \x00body",
+        "yes",
+    )
 
 
 @pytest.mark.parametrize("path", OUTSIDE)
@@ -94,7 +104,9 @@ def test_a_body_that_grows_too_large_is_cut_off():
             sent += 400
             yield b"x" * 400
 
-    assert asked(link, lambda c: c.post("/v1/fleet/push-object", content=endless())).status_code == 413
+    assert (
+        asked(link, lambda c: c.post("/v1/fleet/push-object", content=endless())).status_code == 413
+    )
     assert not link.seen
 
 
@@ -106,15 +118,25 @@ def test_a_body_passes_as_it_comes():
         if not pieces:
             await asyncio.Event().wait()  # for a disconnect, which never comes
         if len(pieces) < 3:  # the one before is there already, before this one is sent
-            assert await asyncio.wait_for(link.pieces.get(), 5) == bytes(str(2 - len(pieces)), "ascii")
+            assert await asyncio.wait_for(link.pieces.get(), 5) == bytes(
+                str(2 - len(pieces)), "ascii"
+            )
         return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
 
     async def send(message):
         statuses.append(message.get("status"))
 
     async def run():
-        scope = {"type": "http", "method": "POST", "path": "/v1/fleet/push-object", "headers": [], "query_string": b""}
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(link.app), base_url="http://link") as upstream:
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/fleet/push-object",
+            "headers": [],
+            "query_string": b"",
+        }
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(link.app), base_url="http://link"
+        ) as upstream:
             await front(upstream)(scope, receive, send)
 
     asyncio.run(run())
@@ -122,4 +144,7 @@ def test_a_body_passes_as_it_comes():
 
 
 def test_a_superlink_that_is_away_is_a_503_which_devices_retry():
-    assert asked(None, lambda c: c.post("/v1/fleet/pull-messages")).status_code == http.client.SERVICE_UNAVAILABLE
+    assert (
+        asked(None, lambda c: c.post("/v1/fleet/pull-messages")).status_code
+        == http.client.SERVICE_UNAVAILABLE
+    )

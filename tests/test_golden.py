@@ -1,4 +1,6 @@
-"""The mixture against the authors' own module: logits, loss, gradients and balance term (golden/README.md)."""
+"""The mixture against the authors' own module: logits, loss, gradients and balance term
+(golden/README.md).
+"""
 
 import pytest
 import torch
@@ -21,9 +23,15 @@ def forward(tensors, config, dtype=torch.float32):
     attachment = load.attached(tensors, config["topk_exp"], dtype)
     outputs = []
     for block in attachment.model.transformer.h:
-        block.register_forward_hook(lambda _m, _i, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+        block.register_forward_hook(
+            lambda _m, _i, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+        )
     kinds = ["lora."] if config["is_no_router"] else ["lora.", "router."]
-    trained = {s: t.to(dtype).requires_grad_() for kind in kinds for s, t in load.slots(tensors, kind).items()}
+    trained = {
+        s: t.to(dtype).requires_grad_()
+        for kind in kinds
+        for s, t in load.slots(tensors, kind).items()
+    }
     attachment.bind(trained)
     logits = attachment.model(tensors["input_ids"]).logits
     loss = F.cross_entropy(logits.flatten(0, 1), tensors["targets"].flatten())
@@ -42,7 +50,11 @@ def test_logits_and_loss_equal_the_authors_in_float64(case):
     exact, _ = load.read(f"{name}.f64")
     _, _, logits, loss, _ = forward(tensors, config, torch.float64)
     # the authors take the routing softmax in float32 by force where K > 1
-    tolerance = 1e-7 if config["topk_exp"] > 1 and config["expert_num"] > 1 and not config["is_no_router"] else 1e-12
+    tolerance = (
+        1e-7
+        if config["topk_exp"] > 1 and config["expert_num"] > 1 and not config["is_no_router"]
+        else 1e-12
+    )
     torch.testing.assert_close(logits, exact["logits"], rtol=0, atol=tolerance)
     torch.testing.assert_close(loss, exact["loss_reported"].squeeze(), rtol=0, atol=tolerance)
 
@@ -63,11 +75,16 @@ def test_gradients_equal_the_authors(case):
     attachment, trained, _, loss, outputs = forward(tensors, config)
     if attachment.routings():  # the authors' balance term reads the block's output
         terms = [
-            balance_loss(route(out.flatten(0, 1) @ mixture.W_ED.T, config["topk_exp"]), config["expert0_importance"])
+            balance_loss(
+                route(out.flatten(0, 1) @ mixture.W_ED.T, config["topk_exp"]),
+                config["expert0_importance"],
+            )
             for out, mixture in zip(outputs, attachment.mixtures, strict=True)
         ]
         loss = loss + config["load_balancing_lambda"] * torch.stack(terms).mean()
     loss.backward()
     expected = load.slots(tensors, "grad.")
     for slot, tensor in trained.items():
-        torch.testing.assert_close(tensor.grad, expected[slot], rtol=0, atol=1e-5, msg=lambda m, s=slot: f"{s}: {m}")
+        torch.testing.assert_close(
+            tensor.grad, expected[slot], rtol=0, atol=1e-5, msg=lambda m, s=slot: f"{s}: {m}"
+        )

@@ -1,4 +1,6 @@
-"""Clients that are not at work are on the disk, cost no memory, and go on from there as if they had never left it."""
+"""Clients that are not at work are on the disk, cost no memory, and go on from there as if they had
+never left it.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ import weakref
 import pytest
 import torch
 
-from comigs import api
+from comigs.app import api
 from comigs.bases.load import load_base
 from comigs.client.client import Client
 from comigs.data.prepare import Texts, prepare
-from comigs.engines.rounds import Task
 from comigs.errors import UserError
-from comigs.record import RunFolder
+from comigs.runs.folder import RunFolder
+from comigs.server.rounds import Task
 from tests.conftest import copy_of, run_config, same, start_engine
 from tests.kills import in_child, kill_self, killed_at
 from tests.runs import outcome
@@ -27,7 +29,10 @@ NAMES = "ada bob cyd dan"
 
 def exchange(engine, round, names="ada bob", downloads=None, train=True):
     """Ask these clients to train, and nothing else; their replies."""
-    tasks = {name: Task(round=round, train=train, evaluate=(), evaluate_base=()) for name in names.split()}
+    tasks = {
+        name: Task(round=round, train=train, evaluate=(), evaluate_base=())
+        for name in names.split()
+    }
     answers = engine.exchange(tasks, downloads or {})
     assert not answers.absent and not answers.late and list(answers.replies) == list(tasks)
     assert all(reply.round == round for reply in answers.replies.values())
@@ -36,7 +41,12 @@ def exchange(engine, round, names="ada bob", downloads=None, train=True):
 
 def sampled(root, **tree):
     """A run in which half of the clients are asked in a round."""
-    settings = {"rounds": 4, "participation": {"clients_per_round": 2}, "evaluation": {"every": 2}, **tree}
+    settings = {
+        "rounds": 4,
+        "participation": {"clients_per_round": 2},
+        "evaluation": {"every": 2},
+        **tree,
+    }
     return run_config(root, NAMES, **settings)
 
 
@@ -49,7 +59,9 @@ def assert_equal(one, other):
 
 
 def test_a_client_that_was_idle_goes_on_as_one_that_stayed(tmp_path):
-    """To the bit: tensors, moments, counts and what it sends, over rounds in which others were at work."""
+    """To the bit: tensors, moments, counts and what it sends, over rounds in which others were at
+    work.
+    """
     engine = start_engine(run_config(tmp_path, NAMES, rounds=6)).engine
     stayed = engine.bench.client("bob")
     for round, names in enumerate(("ada bob", "cyd", "dan ada", "bob cyd", "bob"), 1):
@@ -69,7 +81,10 @@ def test_a_client_is_asked_as_it_was_committed_until_the_next_commit(tmp_path):
     engine = start_engine(run_config(tmp_path)).engine
     exchange(engine, 1)
     engine.bench.folder.commit(1, [], [])
-    first, second = ({slot: t.clone() for slot, t in exchange(engine, 2, "ada")["ada"].upload.items()} for _ in "12")
+    first, second = (
+        {slot: t.clone() for slot, t in exchange(engine, 2, "ada")["ada"].upload.items()}
+        for _ in "12"
+    )
     assert same(first, second)
     assert engine.bench.client("ada").trainee.local_steps == 2
     assert engine.bench.client("ada", staged=True).trainee.local_steps == 4
@@ -80,7 +95,10 @@ def test_files_of_idle_clients_are_neither_written_nor_read(tmp_path):
     exchange(engine, 1, NAMES)
     engine.bench.folder.commit(1, [], [])
     idle = sorted((engine.bench.folder.path / "clients" / "cyd").iterdir())
-    assert [path.name for path in idle] == ["round-0001.experts.safetensors", "round-0001.optimizer.safetensors"]
+    assert [path.name for path in idle] == [
+        "round-0001.experts.safetensors",
+        "round-0001.optimizer.safetensors",
+    ]
     for path in idle:
         path.write_bytes(b"whoever reads this fails")
     before = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in idle]
@@ -96,7 +114,12 @@ def test_nothing_of_a_client_stays_in_memory_when_its_exchange_is_over(tmp_path)
     make = Client.train
 
     def watch(client, round, on_step):
-        built.extend(map(weakref.ref, (client, *client.trainee.tensors.values(), *client.trainee.optimizers.values())))
+        built.extend(
+            map(
+                weakref.ref,
+                (client, *client.trainee.tensors.values(), *client.trainee.optimizers.values()),
+            )
+        )
         return make(client, round, on_step)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -105,11 +128,17 @@ def test_nothing_of_a_client_stays_in_memory_when_its_exchange_is_over(tmp_path)
     gc.collect()
     assert len(built) > 4 * 20 and not [ref for ref in built if ref() is not None]
     for tensors in (reply.upload for reply in replies.values()):
-        assert not any(isinstance(value, torch.Tensor) for value in vars(tensors).values())  # it is in a file
+        assert not any(
+            isinstance(value, torch.Tensor) for value in vars(tensors).values()
+        )  # it is in a file
 
 
 def test_a_run_with_idle_clients_that_is_killed_and_resumed_equals_one_that_was_not(tmp_path):
-    config = sampled(tmp_path, rounds=3, client={"steps": 1, "batch_size": 2, "router_every": 2, "router_steps": 1})
+    config = sampled(
+        tmp_path,
+        rounds=3,
+        client={"steps": 1, "batch_size": 2, "router_every": 2, "router_steps": 1},
+    )
     whole = outcome(api.run(config, tmp_path / "whole").path)
     for number, touch in enumerate((40, 80)):
         path = tmp_path / str(number)
@@ -148,17 +177,24 @@ def test_at_the_end_everybody_has_a_model_of_its_own(tmp_path):
     folder = api.run(config, tmp_path / "run")
     trained = {line["client"] for line in folder.metrics() if line["kind"] == "train"}
     assert len(trained) == 2
-    found = {str(p.relative_to(folder.path / "clients")) for p in folder.path.rglob("*.safetensors")}
+    found = {
+        str(p.relative_to(folder.path / "clients")) for p in folder.path.rglob("*.safetensors")
+    }
     assert found == {f"{name}/personal.safetensors" for name in NAMES.split()}
     for name, result in api.evaluate(folder.path).items():
-        assert result["personal"]["nats_per_token"] == folder.summary()["clients"][name]["test"]["nats_per_token"]
+        assert (
+            result["personal"]["nats_per_token"]
+            == folder.summary()["clients"][name]["test"]["nats_per_token"]
+        )
         assert math.isfinite(result["base"]["nats_per_token"])
 
 
 def test_the_text_of_a_client_is_tokenised_when_it_is_first_asked(tmp_path, monkeypatch):
     config, looks = sampled(tmp_path, rounds=1), []
     look = Texts.__getitem__
-    monkeypatch.setattr(Texts, "__getitem__", lambda texts, name: (looks.append(name), look(texts, name))[1])
+    monkeypatch.setattr(
+        Texts, "__getitem__", lambda texts, name: (looks.append(name), look(texts, name))[1]
+    )
     lines, seen = [], []
 
     def report(event):
@@ -183,7 +219,9 @@ def test_every_kind_of_method_runs_with_idle_clients(tmp_path, method):
     folder = api.run(sampled(tmp_path, method=method, rounds=3), tmp_path / "run")
     assert folder.checkpoint().finished
     for name in NAMES.split():
-        assert all(bool(t.isfinite().all()) for t in folder.load(f"clients/{name}/personal").values())
+        assert all(
+            bool(t.isfinite().all()) for t in folder.load(f"clients/{name}/personal").values()
+        )
 
 
 def test_peers_are_measured_by_clients_as_they_left_their_training(tmp_path):
@@ -191,7 +229,9 @@ def test_peers_are_measured_by_clients_as_they_left_their_training(tmp_path):
     engine = start_engine(run_config(tmp_path, "ada bob cyd", method="pcl", options={})).engine
     uploads = {name: reply.upload for name, reply in exchange(engine, 1, "ada cyd").items()}
     nats = engine.probe(uploads, 1)
-    assert nats.keys() == {"ada", "cyd"} and all(row.keys() == {"ada", "cyd"} for row in nats.values())
+    assert nats.keys() == {"ada", "cyd"} and all(
+        row.keys() == {"ada", "cyd"} for row in nats.values()
+    )
     trained = engine.bench.client("ada")
     trained.receive({}, 1)
     trained.train(1, QUIET)

@@ -1,4 +1,6 @@
-"""Chunked cross-entropy: the same numbers as the plain one, without ever holding all tokens' logits."""
+"""Chunked cross-entropy: the same numbers as the plain one, without ever holding all tokens'
+logits.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +56,16 @@ def test_value_and_gradient_equal_plain_cross_entropy(model_type, dtype, toleran
     assert inputs.numel() > ROWS * 257 // 97 and inputs.numel() % (ROWS * 257 // 97)
     with attach(model, architecture_of(model)) as attachment:
         tensors = random_tensors(attachment, shape_of(1, 1), routed=True, dtype=dtype)
-        (ours, our_gradients), (plain, gradients) = losses_and_gradients(attachment, tensors, inputs, targets, dtype)
+        (ours, our_gradients), (plain, gradients) = losses_and_gradients(
+            attachment, tensors, inputs, targets, dtype
+        )
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, plain, rtol=tolerance / 10, atol=0)
     for slot, gradient in gradients.items():
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(our_gradients[slot], gradient, rtol=0, atol=10 * tolerance * max(scale, 1e-3))
+        torch.testing.assert_close(
+            our_gradients[slot], gradient, rtol=0, atol=10 * tolerance * max(scale, 1e-3)
+        )
 
 
 def test_a_cap_on_the_logits_is_not_forgotten():
@@ -119,11 +125,17 @@ def test_the_frozen_head_gets_no_gradient():
 def test_under_autocast_the_loss_is_summed_in_float32_from_bfloat16_logits():
     base = tiny("tiny-llama")
     inputs, targets = batch(257)
-    with attach(base.model, base.architecture) as attachment, torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with (
+        attach(base.model, base.architecture) as attachment,
+        torch.autocast("cpu", torch.bfloat16),
+        torch.no_grad(),
+    ):
         attachment.bind(random_tensors(attachment, shape_of(1, 1), routed=True))
         loss = sum_cross_entropy(attachment.model, inputs, targets)
         plain = F.cross_entropy(
-            attachment.model(inputs).logits.float().flatten(0, 1), targets.flatten(), reduction="sum"
+            attachment.model(inputs).logits.float().flatten(0, 1),
+            targets.flatten(),
+            reduction="sum",
         )
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)

@@ -25,7 +25,9 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         made = result if isinstance(result, tuple | list) else [result]
-        self.elements = max(self.elements, *(t.numel() for t in made if isinstance(t, torch.Tensor)), 0)
+        self.elements = max(
+            self.elements, *(t.numel() for t in made if isinstance(t, torch.Tensor)), 0
+        )
         return result
 
 
@@ -46,7 +48,11 @@ def close(a, b, tolerance=1e-12):
 
 
 def test_scaling_is_alpha_over_the_rank_or_over_its_root():
-    assert ExpertsSection(alpha=16).scale(4) == ExpertsSection(alpha=16, scaling="rslora").scale(4) == 8
+    assert (
+        ExpertsSection(alpha=16).scale(4)
+        == ExpertsSection(alpha=16, scaling="rslora").scale(4)
+        == 8
+    )
     assert ExpertsSection(alpha=16, scaling="lora").scale(4) == 4
     assert ExpertsSection(alpha=3).scale(7) == pytest.approx(3 / 7**0.5, rel=1e-15)
 
@@ -55,7 +61,9 @@ def test_a_stack_stands_for_the_weighted_sum_of_products_of_any_ranks():
     factors, weights = [pair(rank, seed) for seed, rank in enumerate((1, 4, 2))], [0.3, -1.2, 2.0]
     A, B = lowrank.stack(factors, weights)
     assert A.shape == (7, IN) and B.shape == (OUT, 7)
-    assert close(product((A, B)), sum(w * product(f) for f, w in zip(factors, weights, strict=True)))
+    assert close(
+        product((A, B)), sum(w * product(f) for f, w in zip(factors, weights, strict=True))
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 5, 9])
@@ -67,7 +75,9 @@ def test_factorizing_gives_numpys_truncated_svd(given, rank):
     A, B = lowrank.factorize(pair(given), rank)
     assert A.shape == (rank, IN) and B.shape == (OUT, rank)
     assert close(product((A, B)), (U[:, :rank] * S[:rank]) @ Vh[:rank], 1e-12)
-    np.testing.assert_allclose(np.linalg.norm(B.numpy(), axis=0)[:given], S[:rank][:given], rtol=1e-10)
+    np.testing.assert_allclose(
+        np.linalg.norm(B.numpy(), axis=0)[:given], S[:rank][:given], rtol=1e-10
+    )
 
 
 @pytest.mark.parametrize("rank", [2, 4, 7, 9])
@@ -94,7 +104,10 @@ def test_factorizing_nothing_at_all_stays_nothing():
 def test_equal_products_give_equal_factors():
     A, B = pair(3)
     mix = torch.from_numpy(np.random.default_rng(5).normal(size=(3, 3)))
-    one, other = lowrank.factorize((A, B), 2), lowrank.factorize((torch.linalg.solve(mix, A), B @ mix), 2)
+    one, other = (
+        lowrank.factorize((A, B), 2),
+        lowrank.factorize((torch.linalg.solve(mix, A), B @ mix), 2),
+    )
     split = lowrank.factorize(lowrank.stack([(A, B), (A, B)], [0.25, 0.75]), 2)
     for mine, theirs, third in zip(one, other, split, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
@@ -115,13 +128,17 @@ def test_padding_keeps_the_product_and_first_rows_undo_it():
     padded = lowrank.pad(factors, 5)
     assert padded[0].shape == (5, IN) and padded[1].shape == (OUT, 5)
     assert close(product(padded), product(factors))
-    assert all(torch.equal(a, b) for a, b in zip(lowrank.first_rows(padded, 3), factors, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(lowrank.first_rows(padded, 3), factors, strict=True)
+    )
     assert all(t.dtype == torch.float64 for t in padded)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 12])
 def test_the_norm_of_a_product_is_numpys(rank):
-    assert lowrank.product_norm(pair(rank)) == pytest.approx(np.linalg.norm(product(pair(rank))), rel=1e-12)
+    assert lowrank.product_norm(pair(rank)) == pytest.approx(
+        np.linalg.norm(product(pair(rank))), rel=1e-12
+    )
     assert lowrank.product_norm((pair(rank)[0], torch.zeros(OUT, rank, dtype=torch.float64))) == 0
 
 

@@ -9,20 +9,23 @@ import pytest
 import safetensors.torch
 import torch
 
-from comigs import api
+from comigs.app import api
 from comigs.bases.load import load_base
 from comigs.client.client import PRIVATE
 from comigs.config import parse_config
-from comigs.engines.check import check_upload, expected_upload, shapes_of_clients
-from comigs.engines.waiting import next_downloads, pack_server, unpack_server
 from comigs.errors import Stopped, UserError
 from comigs.experts.attach import Attachment
 from comigs.methods.method import Facts, list_methods, load_method
+from comigs.server.pending import next_downloads, pack_server, unpack_server
+from comigs.server.validation import check_upload, expected_upload, shapes_of_clients
 from comigs.slots import Slot
 from tests.conftest import copy_of, run_config, same, start_engine
 
 NAMES = ("ada", "bob", "cyd")
-NO_PULL = {"fedprox": {"mu": 0}, "hetlora": {"penalty": 0, "gamma": 1}}  # what is not training as if alone
+NO_PULL = {
+    "fedprox": {"mu": 0},
+    "hetlora": {"penalty": 0, "gamma": 1},
+}  # what is not training as if alone
 QUIET = lambda level, nats: None  # noqa: E731
 
 AS_INSTALLED = "comigs, no number of experts given"
@@ -46,20 +49,36 @@ class Setting:
         self.clients = self.engine.clients
         self.method = self.clients["ada"].method
         self.dtype = dtype
-        self.templates = {name: self.clients[name].send(1) for name in self.clients if name in self.engine.trainers}
+        self.templates = {
+            name: self.clients[name].send(1)
+            for name in self.clients
+            if name in self.engine.trainers
+        }
         self.shares_something = any(self.templates.values())
 
     def uploads(self, seed=0):
         random = torch.Generator().manual_seed(seed)
         return {
-            client: {slot: torch.randn(t.shape, generator=random).to(self.dtype) for slot, t in template.items()}
+            client: {
+                slot: torch.randn(t.shape, generator=random).to(self.dtype)
+                for slot, t in template.items()
+            }
             for client, template in self.templates.items()
         }
 
     def aggregate(self, uploads, memory=None, peer_nats=None):
-        """As the round loop calls it. peer_nats: reader -> author -> nats; as good as equal where not given."""
-        nats = {r: {a: 1.0 + 0.1 * i + 0.03 * j for j, a in enumerate(NAMES)} for i, r in enumerate(NAMES)}
-        facts = Facts(NAMES, dict.fromkeys(uploads, 100), (peer_nats or nats) if self.method.reads_peers else {})
+        """As the round loop calls it. peer_nats: reader -> author -> nats; as good as equal where
+        not given.
+        """
+        nats = {
+            r: {a: 1.0 + 0.1 * i + 0.03 * j for j, a in enumerate(NAMES)}
+            for i, r in enumerate(NAMES)
+        }
+        facts = Facts(
+            NAMES,
+            dict.fromkeys(uploads, 100),
+            (peer_nats or nats) if self.method.reads_peers else {},
+        )
         return self.method.aggregate(uploads, memory or {}, facts)
 
     def memory(self):
@@ -72,14 +91,18 @@ def equal(a, b):
 
 
 def products(tensors, config):
-    """What an update does to each linear, however it is factored: (layer, site, part) -> scaled sum of B @ A.
+    """What an update does to each linear, however it is factored: (layer, site, part) -> scaled sum
+    of B @ A.
 
-    What is merged counts, with the LoRA on the same linear, as one. A factor that travels alone is taken as it is.
+    What is merged counts, with the LoRA on the same linear, as one. A factor that travels alone is
+    taken as it is.
     """
     result = {}
     for slot, tensor in tensors.items():
         partner = tensors.get(Slot(slot.layer, slot.site, slot.part, "B"))
-        merges = slot.role in ("merged", "update") or any(s.role in ("merged", "update") for s in tensors)
+        merges = slot.role in ("merged", "update") or any(
+            s.role in ("merged", "update") for s in tensors
+        )
         part = "all" if merges else slot.part
         key = (slot.layer, slot.site, part)
         if slot.matrix == "A" and partner is not None:
@@ -98,7 +121,8 @@ def agree(a, b, config, tolerance=1e-5):
         return True
     one, other = products(a, config), products(b, config)
     return one.keys() == other.keys() and all(
-        torch.allclose(one[key], other[key], rtol=0, atol=tolerance * float(one[key].abs().max())) for key in one
+        torch.allclose(one[key], other[key], rtol=0, atol=tolerance * float(one[key].abs().max()))
+        for key in one
     )
 
 
@@ -129,7 +153,10 @@ def test_an_upload_is_what_the_server_expects(setting, round):
         assert check_upload(upload, expected_upload(setting.method, shapes[name], round)) is None
         for slot in list(upload)[:1]:
             del upload[slot]
-            assert check_upload(upload, expected_upload(setting.method, shapes[name], round)) == f"missing: {slot}"
+            assert (
+                check_upload(upload, expected_upload(setting.method, shapes[name], round))
+                == f"missing: {slot}"
+            )
 
 
 def test_clients_that_sent_nothing_cost_the_server_a_number_each(name):
@@ -143,11 +170,16 @@ def test_clients_that_sent_nothing_cost_the_server_a_number_each(name):
     senders, names = ("c0", "c7", "c30"), tuple(shapes)
     random = torch.Generator().manual_seed(0)
     uploads = {
-        n: {s: torch.randn(d, generator=random) for s, d in expected_upload(method, shapes[n], 1).items()}
+        n: {
+            s: torch.randn(d, generator=random)
+            for s, d in expected_upload(method, shapes[n], 1).items()
+        }
         for n in (senders[:1] if method.pooled else senders)
     }
     nats = {r: dict.fromkeys(uploads, 1.0) for r in uploads if method.reads_peers}
-    downloads, memory = method.aggregate(uploads, {}, Facts(names, dict.fromkeys(uploads, 1.0), nats))
+    downloads, memory = method.aggregate(
+        uploads, {}, Facts(names, dict.fromkeys(uploads, 1.0), nats)
+    )
     waiting = next_downloads(downloads, downloads, delivered=senders)
     assert len({id(waiting[n]) for n in waiting if n not in senders}) <= 1
     packed = pack_server(waiting, memory)
@@ -165,24 +197,33 @@ def test_a_download_touches_what_the_method_receives_and_nothing_private(setting
             assert slot.role == "update" or tensor.shape == before[slot].shape
         client.receive(downloads[name])
         written = {slot: t for slot, t in downloads[name].items() if slot.role != "update"}
-        changed = {slot for slot, t in client.trainee.tensors.items() if not torch.equal(t, before[slot])}
+        changed = {
+            slot for slot, t in client.trainee.tensors.items() if not torch.equal(t, before[slot])
+        }
         if setting.method.restarts:  # what was merged, and the LoRA that went into it
             assert all(slot.role == "merged" or setting.method.shares(slot) for slot in changed)
         else:
-            kept = {slot for slot in changed if slot.role in ("merged", "rest") or slot.is_gate}  # what is made of it
+            kept = {
+                slot for slot in changed if slot.role in ("merged", "rest") or slot.is_gate
+            }  # what is made of it
             assert changed - kept <= written.keys()
         if setting.method.adopt is None:
             assert same(written, {s: client.trainee.tensors[s] for s in written})
 
 
 def test_identical_uploads_come_back_unchanged(setting):
-    """Whatever was sent is what comes back, under the slot it is received in (fedalt receives beside its own)."""
+    """Whatever was sent is what comes back, under the slot it is received in (fedalt receives
+    beside its own).
+    """
     upload = next(iter(setting.uploads().values()), {})
     downloads, _ = setting.aggregate(dict.fromkeys(setting.templates, upload))
     for download in downloads.values():
         other, expected = dict(download), upload
         if setting.method.name == "fedalt":
-            other = {Slot(s.layer, s.site, "g0" if s.part == "rest" else s.part, s.matrix): t for s, t in other.items()}
+            other = {
+                Slot(s.layer, s.site, "g0" if s.part == "rest" else s.part, s.matrix): t
+                for s, t in other.items()
+            }
         if setting.method.restarts:
             expected = {Slot(s.layer, s.site, "update", s.matrix): t for s, t in upload.items()}
             scale = {s: 16 / len(t) ** 0.5 for s, t in expected.items() if s.matrix == "A"}
@@ -194,7 +235,9 @@ def fedex_is_exact(upload, download):
     """The residual of equal uploads is zero, and the factors are unchanged."""
     residual = {s: t for s, t in download.items() if s.role == "update"}
     kept = {s: t for s, t in download.items() if s.role != "update"}
-    return same(dict(upload), kept) and all(p.abs().max() < 1e-5 for p in products(residual, None).values())
+    return same(dict(upload), kept) and all(
+        p.abs().max() < 1e-5 for p in products(residual, None).values()
+    )
 
 
 def test_the_order_of_clients_does_not_matter(setting):
@@ -209,10 +252,15 @@ def test_clients_that_swap_uploads_swap_downloads(setting):
         pytest.skip("one model for all: nobody uploads but one")
     uploads = setting.uploads()
     swap = {"ada": "bob", "bob": "cyd", "cyd": "ada"}
-    nats = {r: {a: 1.0 + 0.07 * i + 0.2 * j * (i + 1) for j, a in enumerate(NAMES)} for i, r in enumerate(NAMES)}
+    nats = {
+        r: {a: 1.0 + 0.07 * i + 0.2 * j * (i + 1) for j, a in enumerate(NAMES)}
+        for i, r in enumerate(NAMES)
+    }
     swapped_nats = {r: {a: nats[swap[r]][swap[a]] for a in NAMES} for r in NAMES}
     downloads, _ = setting.aggregate(uploads, peer_nats=nats)
-    swapped, _ = setting.aggregate({name: uploads[swap[name]] for name in NAMES}, peer_nats=swapped_nats)
+    swapped, _ = setting.aggregate(
+        {name: uploads[swap[name]] for name in NAMES}, peer_nats=swapped_nats
+    )
     assert all_agree(swapped, {name: downloads[swap[name]] for name in NAMES}, setting.config)
 
 
@@ -229,7 +277,9 @@ def test_every_clients_upload_counts(setting):
 
 
 def test_any_client_may_be_missing_from_a_round(setting):
-    """Those who sent something decide; whoever gets a download can use it; nobody at all is no error either."""
+    """Those who sent something decide; whoever gets a download can use it; nobody at all is no
+    error either.
+    """
     for missing in NAMES:
         uploads = {name: upload for name, upload in setting.uploads().items() if name != missing}
         downloads, memory = setting.aggregate(uploads, setting.memory())
@@ -252,7 +302,9 @@ def test_aggregate_is_pure(setting):
 def test_dtype_and_device_are_kept(name, tmp_path, dtype):
     setting = Setting(tmp_path, name, dtype)
     downloads, _ = setting.aggregate(setting.uploads())
-    assert all(t.dtype == dtype and t.device.type == "cpu" for d in downloads.values() for t in d.values())
+    assert all(
+        t.dtype == dtype and t.device.type == "cpu" for d in downloads.values() for t in d.values()
+    )
 
 
 def test_memory_and_downloads_survive_being_saved_and_loaded(setting):
@@ -266,9 +318,17 @@ def test_memory_and_downloads_survive_being_saved_and_loaded(setting):
 
 
 def test_one_client_alone_trains_as_if_there_were_no_server(name, tmp_path):
-    """After two rounds through the whole round loop: bit for bit, or, where the server factors anew, after one."""
+    """After two rounds through the whole round loop: bit for bit, or, where the server factors
+    anew, after one.
+    """
     refactors = name in ("flexlora", "flora", "fedex-lora")
-    config = run_config(tmp_path, "ada", **tree_of(name), options=NO_PULL.get(name, {}), rounds=1 if refactors else 2)
+    config = run_config(
+        tmp_path,
+        "ada",
+        **tree_of(name),
+        options=NO_PULL.get(name, {}),
+        rounds=1 if refactors else 2,
+    )
     out = tmp_path / "run"
     api.run(config, out)
     alone = start_engine(config).clients["ada"]
@@ -276,13 +336,16 @@ def test_one_client_alone_trains_as_if_there_were_no_server(name, tmp_path):
         alone.train(round, QUIET)
     alone.finish()
     personal = safetensors.torch.load_file(out / "clients" / "ada" / "personal.safetensors")
-    given = {slot: t for name, t in personal.items() if (slot := Slot.parse(name)).role != "rest"}  # of no weight
+    given = {
+        slot: t for name, t in personal.items() if (slot := Slot.parse(name)).role != "rest"
+    }  # of no weight
     expected = {slot: t for slot, t in alone.trainee.tensors.items() if slot.role != "rest"}
     assert agree(given, expected, config) if refactors else same(given, expected)
 
 
 @pytest.mark.parametrize(
-    "entry", [{"rank": 3}, {"specialist_rank": 3}, {"specialists": 2}, {"specialists": 2, "rank": 3}]
+    "entry",
+    [{"rank": 3}, {"specialist_rank": 3}, {"specialists": 2}, {"specialists": 2, "rank": 3}],
 )
 def test_unequal_clients_work_or_are_refused_before_anything_runs(name, tmp_path, entry):
     config = run_config(tmp_path, " ".join(NAMES), {"bob": entry}, **tree_of(name))
@@ -295,7 +358,9 @@ def test_unequal_clients_work_or_are_refused_before_anything_runs(name, tmp_path
     downloads, memory = setting.aggregate(setting.uploads())
     for client, download in downloads.items():
         own = setting.clients[client].trainee.tensors
-        assert all(slot.role == "update" or t.shape == own[slot].shape for slot, t in download.items())
+        assert all(
+            slot.role == "update" or t.shape == own[slot].shape for slot, t in download.items()
+        )
         setting.clients[client].receive(download)
     safetensors.torch.save(pack_server(downloads, memory))
 
@@ -310,14 +375,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(name, tmp_path):
     whole, stopped, pooled = tmp_path / "whole", tmp_path / "stopped", load_method(config).pooled
 
     def stop(event):
-        if event["kind"] == "step" and event["round"] == 2 and event["client"] == ("ada" if pooled else "bob"):
+        if (
+            event["kind"] == "step"
+            and event["round"] == 2
+            and event["client"] == ("ada" if pooled else "bob")
+        ):
             raise KeyboardInterrupt
 
     api.run(config, whole)
     with pytest.raises(Stopped):
         api.run(config, stopped, report=stop)
     api.resume(stopped)
-    for path in ("metrics.jsonl", "summary.json", *(f"clients/{n}/personal.safetensors" for n in NAMES)):
+    for path in (
+        "metrics.jsonl",
+        "summary.json",
+        *(f"clients/{n}/personal.safetensors" for n in NAMES),
+    ):
         tensors = path.endswith("safetensors")
         read = safetensors.torch.load_file if tensors else Path.read_bytes
         one, other = read(whole / path), read(stopped / path)

@@ -41,7 +41,9 @@ def test_the_mean_is_numpys(num_clients):
 @pytest.mark.parametrize("num_clients", [1, 2, 3, 5, 10])
 def test_the_mean_of_equal_uploads_is_the_upload_to_the_bit(num_clients, dtype):
     upload = {A: (torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 1e-3).to(dtype)}
-    downloads, _ = mean_of_uploads({f"c{i}": upload for i in range(num_clients)}, {}, Facts(NAMES[:num_clients]))
+    downloads, _ = mean_of_uploads(
+        {f"c{i}": upload for i in range(num_clients)}, {}, Facts(NAMES[:num_clients])
+    )
     assert all(bits(download[A]) == bits(upload[A]) for download in downloads.values())
 
 
@@ -62,7 +64,8 @@ def test_the_median_is_numpys(num_clients):
 
 
 @pytest.mark.parametrize(
-    ("num_clients", "trim", "cut"), [(1, 0.4, 0), (3, 0.25, 0), (4, 0.25, 1), (8, 0.25, 2), (7, 0.3, 2), (5, 0, 0)]
+    ("num_clients", "trim", "cut"),
+    [(1, 0.4, 0), (3, 0.25, 0), (4, 0.25, 1), (8, 0.25, 2), (7, 0.3, 2), (5, 0, 0)],
 )
 def test_the_trimmed_mean_is_the_mean_without_the_largest_and_smallest(num_clients, trim, cut):
     uploads = uploads_of(num_clients)
@@ -95,19 +98,36 @@ def test_uploads_of_other_slots_are_never_averaged():
         mean([uploads["c0"], {A: uploads["c1"][A]}])
 
 
-ROBUST = ["comigs", "fdlora", "fedalt", "fedavg", "fedprox", "fedsa-lora", "ffa-lora", "local", "pfedmoe", "rolora"]
+ROBUST = [
+    "comigs",
+    "fdlora",
+    "fedalt",
+    "fedavg",
+    "fedprox",
+    "fedsa-lora",
+    "ffa-lora",
+    "local",
+    "pfedmoe",
+    "rolora",
+]
 
 
 @pytest.mark.parametrize("how", ["trimmed", "median"])
 @pytest.mark.parametrize("name", list_methods())
-def test_who_averages_can_do_so_robustly_and_who_does_not_refuses_before_anything_runs(tmp_path, name, how):
+def test_who_averages_can_do_so_robustly_and_who_does_not_refuses_before_anything_runs(
+    tmp_path, name, how
+):
     config = run_config(tmp_path, method=name, upload={"merge": how})
     if name not in ROBUST:
-        with pytest.raises(UserError, match=f'^upload.merge: given "{how}", but {name} merges in its own way'):
+        with pytest.raises(
+            UserError, match=f'^upload.merge: given "{how}", but {name} merges in its own way'
+        ):
             load_method(config)
         return
     method, names = load_method(config), NAMES[:6]
-    shared = [s for s in (A, Slot(0, "up", "g1", "A"), Slot(0, "q", "attention", "A")) if method.shares(s)]
+    shared = [
+        s for s in (A, Slot(0, "up", "g1", "A"), Slot(0, "q", "attention", "A")) if method.shares(s)
+    ]
     random = torch.Generator().manual_seed(0)
     uploads = {n: {slot: torch.randn(3, 4, generator=random) for slot in shared} for n in names}
     uploads["c5"] = {slot: t * 1e6 for slot, t in uploads["c5"].items()}  # a liar
@@ -124,7 +144,12 @@ def roles_shared(config):
 @pytest.mark.parametrize(
     ("method", "experts", "shared", "held"),
     [
-        ("comigs", {}, {"generalist", "attention"}, {"generalist", "specialist", "router", "attention"}),
+        (
+            "comigs",
+            {},
+            {"generalist", "attention"},
+            {"generalist", "specialist", "router", "attention"},
+        ),
         (
             "comigs",
             {"specialists": 0, "generalists": 2},
@@ -137,13 +162,21 @@ def roles_shared(config):
             set(),
             {"specialist", "router", "attention"},
         ),
-        ("comigs", {"share_attention": False}, {"generalist"}, {"generalist", "specialist", "router", "attention"}),
+        (
+            "comigs",
+            {"share_attention": False},
+            {"generalist"},
+            {"generalist", "specialist", "router", "attention"},
+        ),
         ("fedavg", {}, {"generalist", "attention"}, {"generalist", "attention"}),
         ("local", {}, set(), {"specialist", "attention"}),
     ],
 )
 def test_what_is_shared_and_what_is_held(tmp_path, method, experts, shared, held):
-    assert roles_shared(run_config(tmp_path, method=method, experts={"rank": 2, **experts})) == (shared, held)
+    assert roles_shared(run_config(tmp_path, method=method, experts={"rank": 2, **experts})) == (
+        shared,
+        held,
+    )
 
 
 @pytest.mark.parametrize("method", list_methods())
@@ -152,12 +185,16 @@ def test_every_method_trains_as_many_scalars_in_experts_and_attention(tmp_path, 
 
     def budget(name):
         client = start_engine(run_config(tmp_path, "ada", method=name)).clients["ada"]
-        router = sum(t.numel() for slot, t in client.trainee.tensors.items() if slot.role == "router")
+        router = sum(
+            t.numel() for slot, t in client.trainee.tensors.items() if slot.role == "router"
+        )
         return client.trained_parameters([1, 2]) - router
 
     if method == "ffa-lora":  # it rests A: of each linear only B, (out, rank), is trained
         client = start_engine(run_config(tmp_path, "ada", method=method)).clients["ada"]
-        assert budget(method) == sum(t.numel() for slot, t in client.trainee.tensors.items() if slot.matrix == "B")
+        assert budget(method) == sum(
+            t.numel() for slot, t in client.trainee.tensors.items() if slot.matrix == "B"
+        )
     else:
         assert budget(method) == budget("comigs")
 
@@ -169,7 +206,10 @@ def test_clients_may_have_different_numbers_and_ranks_of_specialists(tmp_path):
     downloads, _ = engine.clients["ada"].method.aggregate(uploads, {}, Facts(tuple(uploads)))
     for name, client in engine.clients.items():
         client.receive(downloads[name])
-    assert engine.clients["ada"].shape.num_experts == 4 and engine.clients["bob"].shape.num_experts == 1
+    assert (
+        engine.clients["ada"].shape.num_experts == 4
+        and engine.clients["bob"].shape.num_experts == 1
+    )
 
 
 @pytest.mark.parametrize("method", ["comigs", "fedavg"])
@@ -188,7 +228,9 @@ def test_fedavg_refuses_unequal_numbers_of_experts(tmp_path):
 def test_an_unknown_method_is_refused_with_the_nearest_name(tmp_path):
     with pytest.raises(UserError, match='unknown method "comig"') as raised:
         load_method(run_config(tmp_path, method="comig"))
-    assert 'Did you mean "comigs"?' in str(raised.value) and all(name in str(raised.value) for name in list_methods())
+    assert 'Did you mean "comigs"?' in str(raised.value) and all(
+        name in str(raised.value) for name in list_methods()
+    )
 
 
 def test_someones_own_module_is_a_method_too(tmp_path, monkeypatch):
@@ -207,4 +249,6 @@ def test_someones_own_module_is_a_method_too(tmp_path, monkeypatch):
 def test_every_method_says_its_name_what_it_does_and_its_paper(tmp_path):
     for name in list_methods():
         method = load_method(run_config(tmp_path, method=name))
-        assert method.name == name and method.summary and "\n" not in method.summary and method.paper
+        assert (
+            method.name == name and method.summary and "\n" not in method.summary and method.paper
+        )

@@ -1,6 +1,8 @@
-"""Every method's merge, penalty and schedule against numpy in float64, through what real clients send and receive.
+"""Every method's merge, penalty and schedule against numpy in float64, through what real clients
+send and receive.
 
-W is what a client adds to a frozen linear: all that was merged, plus scale * B @ A of its LoRA, written out whole.
+W is what a client adds to a frozen linear: all that was merged, plus scale * B @ A of its LoRA,
+written out whole.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from comigs import api
+from comigs.app import api
 from comigs.client.client import Client
-from comigs.client.draw import probe_windows
-from comigs.engines.rounds import Task
-from comigs.engines.traffic import drift
+from comigs.data.sampling import probe_windows
 from comigs.errors import Stopped, UserError
 from comigs.methods import fdlora, hetlora, pcl
 from comigs.methods.method import Facts, list_methods, load_method
+from comigs.server.communication import drift
+from comigs.server.rounds import Task
 from comigs.slots import Slot
 from tests import naive
 from tests.conftest import bits, copy_of, run_config, same, start_engine, tiny
@@ -38,7 +40,9 @@ def config_of(root, method, ranks=(), names=NAMES, base="tiny-gpt2", experts=Non
     settings = {"rank": 2, "specialists": 0, "alpha": ALPHA, "attention_rank": 3, **(experts or {})}
     entries = {name: {"rank": rank} for name, rank in zip(names, ranks, strict=False)}
     base = {"name": base, "dtype": "float32", "device": "cpu", "threads": 1}
-    return run_config(root, " ".join(names), entries, method=method, experts=settings, base=base, **tree)
+    return run_config(
+        root, " ".join(names), entries, method=method, experts=settings, base=base, **tree
+    )
 
 
 def engine_of(*args, **tree):
@@ -121,22 +125,31 @@ def sites_of(client, role):
     return {(s.layer, s.site) for s in client.trainee.tensors if s.role == role}
 
 
-# --- merges that are exact -------------------------------------------------------------------------------------------
+# --- merges that are exact
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scaling", ["rslora", "lora"])
 @pytest.mark.parametrize("base", ["tiny-gpt2", "tiny-llama"])
-@pytest.mark.parametrize(("method", "ranks"), [("flora", (2, 3, 5)), ("flora", (2, 2, 2)), ("fedex-lora", (3, 3, 3))])
-def test_stacking_and_the_residual_give_the_mean_of_the_products(tmp_path, method, ranks, base, scaling):
+@pytest.mark.parametrize(
+    ("method", "ranks"), [("flora", (2, 3, 5)), ("flora", (2, 2, 2)), ("fedex-lora", (3, 3, 3))]
+)
+def test_stacking_and_the_residual_give_the_mean_of_the_products(
+    tmp_path, method, ranks, base, scaling
+):
     """In every linear of MLP and attention, of every client, twice in a row: W = mean of all W."""
     engine = engine_of(tmp_path, method, ranks, base=base, experts={"scaling": scaling})
     for round in (1, 2):
         fill(engine, round)
-        wanted = mean_of({name: changes(client, scaling) for name, client in engine.clients.items()})
+        wanted = mean_of(
+            {name: changes(client, scaling) for name, client in engine.clients.items()}
+        )
         exchange(engine, round)
         for client in engine.clients.values():
             assert_close(changes(client, scaling), wanted)
-            assert sites_of(client, "merged") == sites_of(client, "generalist") | sites_of(client, "attention")
+            assert sites_of(client, "merged") == sites_of(client, "generalist") | sites_of(
+                client, "attention"
+            )
 
 
 @pytest.mark.parametrize("method", ["flora", "fedex-lora", "flexlora"])
@@ -144,15 +157,22 @@ def test_stacking_and_the_residual_give_the_mean_of_the_products(tmp_path, metho
 def test_after_an_exact_merge_every_client_is_the_base_with_the_mean_update(tmp_path, method, base):
     """As a model: a copy of the base whose weights are changed by numpy gives the same logits."""
     rank = 16  # flexlora: no less than any product of these bases has
-    engine = engine_of(tmp_path, method, base=base, experts={"rank": rank, "attention_rank": rank, "alpha": 0.2})
+    engine = engine_of(
+        tmp_path, method, base=base, experts={"rank": rank, "attention_rank": rank, "alpha": 0.2}
+    )
     fill(engine)
     each = {name: factors(client.trainee.tensors) for name, client in engine.clients.items()}
     shares = SHARES if method == "flexlora" else dict.fromkeys(NAMES, 1 / 3)
     plain, architecture = tiny(base).model, engine.clients["ada"].base.architecture
-    paths = {site: f"mlp.{name}" for site, name in architecture.mlp_linears().items()} | dict(architecture.attention)
+    paths = {site: f"mlp.{name}" for site, name in architecture.mlp_linears().items()} | dict(
+        architecture.attention
+    )
     for layer, site, part in each["ada"]:
         linear = plain.get_submodule(architecture.blocks)[layer].get_submodule(paths[site])
-        change = sum(shares[n] * 0.2 / 4 * (f[layer, site, part][1] @ f[layer, site, part][0]) for n, f in each.items())
+        change = sum(
+            shares[n] * 0.2 / 4 * (f[layer, site, part][1] @ f[layer, site, part][0])
+            for n, f in each.items()
+        )
         change = torch.from_numpy(change).float()
         linear.weight.data += change if isinstance(linear, torch.nn.Linear) else change.T
     exchange(engine)
@@ -160,23 +180,34 @@ def test_after_an_exact_merge_every_client_is_the_base_with_the_mean_update(tmp_
     wanted = plain(inputs).logits
     for client in engine.clients.values():
         engine.attachment.bind(client.trainee.tensors)
-        torch.testing.assert_close(engine.attachment.model(inputs).logits, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            engine.attachment.model(inputs).logits, wanted, rtol=1e-4, atol=1e-4
+        )
     engine.attachment.unbind()
     assert (engine.attachment.model(inputs).logits - wanted).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("scaling", ["rslora", "lora"])
 @pytest.mark.parametrize("base", ["tiny-gpt2", "tiny-llama"])
-def test_flexlora_gives_each_client_numpys_svd_of_the_mean_weighted_by_train_tokens(tmp_path, base, scaling):
-    """A client whose rank is no less than the mean's gets the mean itself; attention has one rank for all."""
+def test_flexlora_gives_each_client_numpys_svd_of_the_mean_weighted_by_train_tokens(
+    tmp_path, base, scaling
+):
+    """A client whose rank is no less than the mean's gets the mean itself; attention has one rank
+    for all.
+    """
     engine = engine_of(tmp_path, "flexlora", (2, 5, 16), base=base, experts={"scaling": scaling})
     for round in (1, 2):
         fill(engine, round)
-        mean = mean_of({name: changes(client, scaling) for name, client in engine.clients.items()}, SHARES)
+        mean = mean_of(
+            {name: changes(client, scaling) for name, client in engine.clients.items()}, SHARES
+        )
         exchange(engine, round)
         for client in engine.clients.values():
             attention = sites_of(client, "attention")
-            wanted = {at: truncated(W, 3 if at in attention else client.shape.rank) for at, W in mean.items()}
+            wanted = {
+                at: truncated(W, 3 if at in attention else client.shape.rank)
+                for at, W in mean.items()
+            }
             assert_close(changes(client, scaling), wanted)
             if client.name == "cyd":  # rank 16: nothing is cut off
                 whole = mean.keys() - attention
@@ -187,11 +218,15 @@ def test_the_server_is_told_how_many_tokens_each_client_trains_on(tmp_path):
     engine = engine_of(tmp_path, "flexlora")
     replies = engine.engine.exchange(dict.fromkeys(NAMES, Task(1, True, (), ())), {}).replies
     for name, reply in replies.items():
-        assert reply.train_tokens == sum(len(store.tokens) for store in engine.clients[name].data.train)
+        assert reply.train_tokens == sum(
+            len(store.tokens) for store in engine.clients[name].data.train
+        )
     assert len({reply.train_tokens for reply in replies.values()}) > 1
 
 
-def test_a_client_that_missed_a_flexlora_round_of_smaller_ones_can_still_use_all_its_ranks(tmp_path):
+def test_a_client_that_missed_a_flexlora_round_of_smaller_ones_can_still_use_all_its_ranks(
+    tmp_path,
+):
     engine = engine_of(tmp_path, "flexlora", (2, 2, 9))
     fill(engine)
     downloads, _ = exchange(engine, missing=("cyd",))
@@ -222,7 +257,9 @@ def test_no_server_ever_forms_a_whole_product(tmp_path, method):
 
 @pytest.mark.parametrize("method", ["rolora", "ffa-lora"])
 def test_where_one_factor_rests_the_mean_of_the_other_is_the_mean_of_the_products(tmp_path, method):
-    """Exactly, in each of four rounds of real training; and the resting factor is the same on all clients."""
+    """Exactly, in each of four rounds of real training; and the resting factor is the same on all
+    clients.
+    """
     engine = engine_of(tmp_path, method, client={"steps": 2, "batch_size": 4, "lr": 5e-2}, rounds=4)
     for round in (1, 2, 3, 4):
         before = {name: copy_of(client.trainee.tensors) for name, client in engine.clients.items()}
@@ -249,7 +286,10 @@ def test_an_update_that_does_not_fit_is_refused_before_anything_is_written(tmp_p
     """In whatever company it comes."""
     client = engine_of(tmp_path, "fedavg" if wrong == "method" else "fedex-lora").clients["ada"]
     site, size = ("elsewhere" if wrong == "linear" else "up"), (1 if wrong == "shape" else 64)
-    update = {Slot(1, site, "update", "A"): torch.ones(4, 16), Slot(1, site, "update", "B"): torch.ones(size, 4)}
+    update = {
+        Slot(1, site, "update", "A"): torch.ones(4, 16),
+        Slot(1, site, "update", "B"): torch.ones(size, 4),
+    }
     if wrong == "value":
         update[Slot(1, site, "update", "B")][0, 0] = float("nan")
     before = copy_of(client.trainee.tensors)
@@ -268,11 +308,14 @@ def test_averaging_both_factors_is_not_the_mean_of_the_products():
     assert np.linalg.norm(plain - exact) > 0.5 * np.linalg.norm(exact)
 
 
-# --- who shares what -------------------------------------------------------------------------------------------------
+# --- who shares what
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("method", "shared"), [("fedsa-lora", "A"), ("ffa-lora", "B")])
-def test_of_a_method_that_shares_one_factor_the_other_never_leaves_or_changes_hands(tmp_path, method, shared):
+def test_of_a_method_that_shares_one_factor_the_other_never_leaves_or_changes_hands(
+    tmp_path, method, shared
+):
     engine = engine_of(tmp_path, method, client={"steps": 2, "batch_size": 4, "lr": 5e-2})
     start = copy_of(engine.clients["ada"].trainee.tensors)
     for round in (1, 2):
@@ -281,12 +324,18 @@ def test_of_a_method_that_shares_one_factor_the_other_never_leaves_or_changes_ha
         own = {name: copy_of(client.trainee.tensors) for name, client in engine.clients.items()}
         downloads, _ = exchange(engine, round)
         for name, client in engine.clients.items():
-            assert {slot.matrix for slot in downloads[name]} == {slot.matrix for slot in client.send(round)} == {shared}
+            assert (
+                {slot.matrix for slot in downloads[name]}
+                == {slot.matrix for slot in client.send(round)}
+                == {shared}
+            )
             for slot, tensor in client.trainee.tensors.items():
                 if slot.matrix == shared:
                     mean = np.mean([double(t[slot]) for t in own.values()], axis=0)
                     np.testing.assert_array_equal(double(tensor), mean.astype(np.float32))
-                elif method == "ffa-lora":  # A, of attention too, is what was drawn at the very start
+                elif (
+                    method == "ffa-lora"
+                ):  # A, of attention too, is what was drawn at the very start
                     assert bits(tensor) == bits(start[slot])
                 else:  # B is each client's own, and learnt
                     assert bits(tensor) == bits(own[name][slot])
@@ -295,7 +344,9 @@ def test_of_a_method_that_shares_one_factor_the_other_never_leaves_or_changes_ha
 
 
 def test_fedalt_keeps_the_own_lora_and_learns_beside_a_frozen_mean_of_the_others(tmp_path):
-    engine = engine_of(tmp_path, "fedalt", client={"steps": 2, "batch_size": 4, "lr": 5e-2}, rounds=3)
+    engine = engine_of(
+        tmp_path, "fedalt", client={"steps": 2, "batch_size": 4, "lr": 5e-2}, rounds=3
+    )
     for round in (1, 2, 3):
         world = {n: {s: t for s, t in copy_of(c.trainee.tensors).items() if s.role == "rest"}
                  for n, c in engine.clients.items()}  # fmt: skip
@@ -303,8 +354,14 @@ def test_fedalt_keeps_the_own_lora_and_learns_beside_a_frozen_mean_of_the_others
             start = copy_of(client.trainee.tensors)
             client.train(round, QUIET)
             now = client.trainee.tensors
-            assert same(world[name], {s: now[s] for s in world[name]})  # the rest of the world is never trained
-            assert {s.part for s in now if not torch.equal(now[s], start[s])} == {"g0", "attention", "router"}
+            assert same(
+                world[name], {s: now[s] for s in world[name]}
+            )  # the rest of the world is never trained
+            assert {s.part for s in now if not torch.equal(now[s], start[s])} == {
+                "g0",
+                "attention",
+                "router",
+            }
         own = {name: copy_of(client.trainee.tensors) for name, client in engine.clients.items()}
         assert {slot.part for slot in engine.clients["ada"].send(round)} == {"g0", "attention"}
         exchange(engine, round)
@@ -321,14 +378,18 @@ def test_fedalt_keeps_the_own_lora_and_learns_beside_a_frozen_mean_of_the_others
 
 
 def test_fedalt_refuses_more_experts_per_token_than_it_has(tmp_path):
-    config = run_config(tmp_path, method="fedalt", experts={"rank": 2, "specialists": 2, "top_k": 3})
+    config = run_config(
+        tmp_path, method="fedalt", experts={"rank": 2, "specialists": 2, "top_k": 3}
+    )
     with pytest.raises(
-        UserError, match=r"^experts\.top_k: 3 experts per token, but client \"ada\" has 2 with fedalt; allowed: 1 to 2"
+        UserError,
+        match=r"^experts\.top_k: 3 experts per token, but client \"ada\" has 2 with fedalt; allowed: 1 to 2",
     ):
         load_method(config)
 
 
-# --- pcl -------------------------------------------------------------------------------------------------------------
+# --- pcl
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_pcl_weighs_models_by_softmax_of_minus_perplexity(tmp_path):
@@ -344,19 +405,30 @@ def test_pcl_weighs_models_by_softmax_of_minus_perplexity(tmp_path):
     assert memory == {}
     for reader in ("ada", "bob"):
         powers = np.array([np.exp(-np.exp(nats[reader][a])) for a in NAMES])
-        wanted = sum(w * uploads[a][slot].numpy() for w, a in zip(powers / powers.sum(), NAMES, strict=True))
+        wanted = sum(
+            w * uploads[a][slot].numpy() for w, a in zip(powers / powers.sum(), NAMES, strict=True)
+        )
         np.testing.assert_allclose(downloads[reader][slot].numpy(), wanted, rtol=1e-12)
-    # exp(-exp(0.1)) = 0.3312, exp(-exp(0.6)) = 0.1617, exp(-exp(1.1)) = 0.0496: weights 0.6106, 0.2980, 0.0914
-    by_hand = 0.6106 * uploads["ada"][slot] + 0.2980 * uploads["bob"][slot] + 0.0914 * uploads["cyd"][slot]
+    # exp(-exp(0.1)) = 0.3312, exp(-exp(0.6)) = 0.1617, exp(-exp(1.1)) = 0.0496: weights 0.6106,
+    # 0.2980, 0.0914
+    by_hand = (
+        0.6106 * uploads["ada"][slot]
+        + 0.2980 * uploads["bob"][slot]
+        + 0.0914 * uploads["cyd"][slot]
+    )
     torch.testing.assert_close(downloads["ada"][slot], by_hand, rtol=0, atol=3e-4)
-    assert torch.equal(downloads["cyd"][slot], uploads["bob"][slot])  # a model that fails counts nothing
+    assert torch.equal(
+        downloads["cyd"][slot], uploads["bob"][slot]
+    )  # a model that fails counts nothing
     failing = {"ada": dict.fromkeys(NAMES, float("inf"))}
     mean = pcl.aggregate(uploads, {}, Facts(NAMES, {}, failing))[0]["ada"][slot]
     torch.testing.assert_close(mean, sum(u[slot] for u in uploads.values()) / 3)
 
 
 def test_pcl_measures_each_model_whole_on_the_readers_valid(tmp_path):
-    """The figure that decides is the loss of the author's model on text of the reader, and it leaves no trace."""
+    """The figure that decides is the loss of the author's model on text of the reader, and it
+    leaves no trace.
+    """
     config = config_of(tmp_path, "pcl", options={"probe_windows": 3}, experts={"alpha": 16.0})
     engine = start_engine(config)
     fill(engine)
@@ -366,7 +438,9 @@ def test_pcl_measures_each_model_whole_on_the_readers_valid(tmp_path):
     uploads = {name: client.send(1) for name, client in engine.clients.items()}
     before = {name: copy_of(client.trainee.tensors) for name, client in engine.clients.items()}
     nats = probed(engine, uploads, 1)
-    assert nats == probed(engine, uploads, 1) and nats != probed(engine, uploads, 2)  # a sample for each round
+    assert nats == probed(engine, uploads, 1) and nats != probed(
+        engine, uploads, 2
+    )  # a sample for each round
     for reader, client in engine.clients.items():
         ((inputs, targets),) = probe_windows(config, reader, client.data, 1, 3)
         assert inputs.shape == (3, config.data.sequence_length)
@@ -375,12 +449,15 @@ def test_pcl_measures_each_model_whole_on_the_readers_valid(tmp_path):
             assert any(row == t[i : i + len(row)] for t in valid for i in range(len(t)))
         for author, upload in uploads.items():
             model = naive.naive_model(tiny("tiny-gpt2").model, upload, 1)
-            loss = naive.mean_nats(model(torch.from_numpy(inputs)).logits, torch.from_numpy(targets))
+            loss = naive.mean_nats(
+                model(torch.from_numpy(inputs)).logits, torch.from_numpy(targets)
+            )
             assert nats[reader][author] == pytest.approx(float(loss), rel=1e-5)
         assert same(before[reader], client.trainee.tensors)
 
 
-# --- penalties -------------------------------------------------------------------------------------------------------
+# --- penalties
+# -------------------------------------------------------------------------------------------------------
 
 
 def pull_of_fedprox(theta, anchor):
@@ -388,7 +465,9 @@ def pull_of_fedprox(theta, anchor):
 
 
 def pull_of_hetlora(theta, anchor):
-    """d/dA[t:] = lambda |B[:, t:]| A[t:] / |A[t:]|, and the other way round; rank 5 and 0.5: t = 2, attention: 1."""
+    """d/dA[t:] = lambda |B[:, t:]| A[t:] / |A[t:]|, and the other way round; rank 5 and 0.5: t = 2,
+    attention: 1.
+    """
     gradients = {}
     for (layer, site, part), (A, B) in factors(theta).items():
         t = {5: 2, 3: 1}[len(A)]
@@ -401,16 +480,25 @@ def pull_of_hetlora(theta, anchor):
 
 @pytest.mark.parametrize(
     ("method", "options", "pull"),
-    [("fedprox", {"mu": 0.7}, pull_of_fedprox), ("hetlora", {"penalty": 0.4, "gamma": 0.5}, pull_of_hetlora)],
+    [
+        ("fedprox", {"mu": 0.7}, pull_of_fedprox),
+        ("hetlora", {"penalty": 0.4, "gamma": 0.5}, pull_of_hetlora),
+    ],
 )
-def test_a_local_step_adds_the_gradient_of_the_penalty_and_nothing_else(tmp_path, method, options, pull):
-    """The second step of a round, caught before AdamW: with the penalty and without, at the same weights."""
+def test_a_local_step_adds_the_gradient_of_the_penalty_and_nothing_else(
+    tmp_path, method, options, pull
+):
+    """The second step of a round, caught before AdamW: with the penalty and without, at the same
+    weights.
+    """
     tree = {"client": {"steps": 2, "batch_size": 4, "micro_batch_size": 2, "lr": 0.3}}
     client = engine_of(tmp_path, method, (5, 5, 5), options=options, **tree).clients["ada"]
     off = {"mu": 0} if method == "fedprox" else {"penalty": 0, "gamma": options["gamma"]}
     plain = engine_of(tmp_path, method, (5, 5, 5), options=off, **tree).clients["ada"]
     random = torch.Generator().manual_seed(0)
-    download = {s: 0.3 * torch.randn(t.shape, generator=random) for s, t in client.trainee.tensors.items()}
+    download = {
+        s: 0.3 * torch.randn(t.shape, generator=random) for s, t in client.trainee.tensors.items()
+    }
     caught = []
 
     def catching(trainee):
@@ -452,14 +540,19 @@ def test_the_penalties_are_their_formulas(tmp_path):
     )  # fmt: skip
     prox = load_method(config_of(tmp_path, "fedprox", options={"mu": 0.7})).penalty(tensors, anchor)
     assert prox.item() == pytest.approx(
-        0.35 * sum(((double(tensors[s]) - double(anchor[s])) ** 2).sum() for s in tensors), rel=1e-12
+        0.35 * sum(((double(tensors[s]) - double(anchor[s])) ** 2).sum() for s in tensors),
+        rel=1e-12,
     )
     method = load_method(config_of(tmp_path, "hetlora", options={"penalty": 0.4, "gamma": 0.5}))
     trained = {s: t.clone().requires_grad_() for s, t in tensors.items()}
     value = method.penalty(trained, anchor)
 
     def tails(values):
-        (A, B), (C, D) = ((values[s], values[Slot(s.layer, s.site, s.part, "B")]) for s in values if s.matrix == "A")
+        (A, B), (C, D) = (
+            (values[s], values[Slot(s.layer, s.site, s.part, "B")])
+            for s in values
+            if s.matrix == "A"
+        )
         norm = lambda x: np.sqrt((x**2).sum())  # noqa: E731
         return 0.4 * (norm(A[2:]) * norm(B[:, 2:]) + norm(C[1:]) * norm(D[:, 1:]))
 
@@ -477,16 +570,23 @@ def test_the_penalties_are_their_formulas(tmp_path):
 
 
 def test_a_penalty_of_nothing_is_fedavg_to_the_bit(tmp_path):
-    """mu = 0; lambda = 0 and gamma = 1 and equal ranks trained alike differ from fedavg in the merge alone."""
+    """mu = 0; lambda = 0 and gamma = 1 and equal ranks trained alike differ from fedavg in the
+    merge alone.
+    """
     trained = []
-    for method, options in (("fedavg", {}), ("fedprox", {"mu": 0}), ("hetlora", {"penalty": 0, "gamma": 1})):
+    for method, options in (
+        ("fedavg", {}),
+        ("fedprox", {"mu": 0}),
+        ("hetlora", {"penalty": 0, "gamma": 1}),
+    ):
         client = engine_of(tmp_path, method, options=options).clients["ada"]
         client.train(1, QUIET)
         trained.append(client.trainee.tensors)
     assert same(trained[0], trained[1]) and same(trained[0], trained[2])
 
 
-# --- hetlora ---------------------------------------------------------------------------------------------------------
+# --- hetlora
+# ---------------------------------------------------------------------------------------------------------
 
 
 def zero_padded(matrix, rows, columns):
@@ -500,7 +600,9 @@ def test_hetlora_pads_weighs_by_the_norm_of_the_product_and_gives_first_rows(tmp
     engine = engine_of(tmp_path, "hetlora", tuple(ranks.values()))
     fill(engine)
     for slot, tensor in engine.clients["bob"].trainee.tensors.items():
-        tensor.mul_({"A": 0.2, "B": 3}[slot.matrix])  # weights by each factor's own norm would come out otherwise
+        tensor.mul_(
+            {"A": 0.2, "B": 3}[slot.matrix]
+        )  # weights by each factor's own norm would come out otherwise
     each = {name: factors(client.trainee.tensors) for name, client in engine.clients.items()}
     exchange(engine)
     for at in each["ada"]:
@@ -509,8 +611,14 @@ def test_hetlora_pads_weighs_by_the_norm_of_the_product_and_gives_first_rows(tmp
         largest = 3 if at[2] == "attention" else 5
         norms = {name: np.linalg.norm(f[at][1] @ f[at][0]) for name, f in each.items()}
         total = sum(norms.values())
-        A = sum(norms[n] / total * zero_padded(f[at][0], largest, f[at][0].shape[1]) for n, f in each.items())
-        B = sum(norms[n] / total * zero_padded(f[at][1], f[at][1].shape[0], largest) for n, f in each.items())
+        A = sum(
+            norms[n] / total * zero_padded(f[at][0], largest, f[at][0].shape[1])
+            for n, f in each.items()
+        )
+        B = sum(
+            norms[n] / total * zero_padded(f[at][1], f[at][1].shape[0], largest)
+            for n, f in each.items()
+        )
         for name, client in engine.clients.items():
             own = 3 if at[2] == "attention" else ranks[name]
             mine = factors(client.trainee.tensors)[at]
@@ -520,25 +628,35 @@ def test_hetlora_pads_weighs_by_the_norm_of_the_product_and_gives_first_rows(tmp
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.999, 1.0, 1.001, 2.0])
-@pytest.mark.parametrize(("rank", "gamma", "t"), [(5, 0.5, 2), (5, 0.99, 4), (16, 0.99, 15), (1, 0.5, 1), (4, 1.0, 4)])
-def test_hetlora_prunes_where_the_tails_product_of_norms_shrank_and_only_there(tmp_path, rank, gamma, t, factor):
+@pytest.mark.parametrize(
+    ("rank", "gamma", "t"), [(5, 0.5, 2), (5, 0.99, 4), (16, 0.99, 15), (1, 0.5, 1), (4, 1.0, 4)]
+)
+def test_hetlora_prunes_where_the_tails_product_of_norms_shrank_and_only_there(
+    tmp_path, rank, gamma, t, factor
+):
     settle = load_method(config_of(tmp_path, "hetlora", options={"gamma": gamma})).settle
     if gamma == 1:
         assert settle is None
         return
     random = np.random.default_rng(rank)
-    A, B, C, D = (Slot(0, site, part, m) for site, part in (("up", "g0"), ("q", "attention")) for m in "AB")
+    A, B, C, D = (
+        Slot(0, site, part, m) for site, part in (("up", "g0"), ("q", "attention")) for m in "AB"
+    )
     anchor = {A: random.normal(size=(rank, 7)), B: random.normal(size=(6, rank)),
               C: random.normal(size=(3, 7)), D: random.normal(size=(7, 3))}  # fmt: skip
     now = {slot: value.copy() for slot, value in anchor.items()}
     now[A][t:] *= 3 * factor  # one factor may grow while the product shrinks
     now[B][:, t:] /= 3
     now[A][:t] *= 0.1  # what is before the tail does not matter
-    tensors = [{slot: torch.from_numpy(v) for slot, v in values.items()} for values in (now, anchor)]
+    tensors = [
+        {slot: torch.from_numpy(v) for slot, v in values.items()} for values in (now, anchor)
+    ]
     settled = settle(*tensors)
     pruned = factor < 1 and t < rank
     assert settled.keys() == now.keys()
-    assert np.array_equal(settled[A][:t], now[A][:t]) and np.array_equal(settled[B][:, :t], now[B][:, :t])
+    assert np.array_equal(settled[A][:t], now[A][:t]) and np.array_equal(
+        settled[B][:, :t], now[B][:, :t]
+    )
     if t < rank and factor != 1:  # at 1, rounding decides
         assert (not settled[A][t:].any() and not settled[B][:, t:].any()) == pruned
     for slot in (C, D):  # another linear's tail is its own affair
@@ -558,7 +676,9 @@ FAST = {"steps": 3, "batch_size": 4, "lr": 2e-2}
 
 
 def test_what_hetlora_pruned_stays_pruned_through_rounds_downloads_and_absence(tmp_path):
-    """Training, AdamW's moments, downloads from clients that have more, and a round missed, revive nothing."""
+    """Training, AdamW's moments, downloads from clients that have more, and a round missed, revive
+    nothing.
+    """
     engine = engine_of(tmp_path, "hetlora", (3, 5, 8), options=STRONG, client=FAST, rounds=6)
     ever, memory = {name: alive(client) for name, client in engine.clients.items()}, {}
     for round in range(1, 7):
@@ -577,7 +697,11 @@ def test_what_hetlora_pruned_stays_pruned_through_rounds_downloads_and_absence(t
             for slot, tensor in client.trainee.tensors.items():
                 moments = client.trainee.optimizers["experts"].state[tensor]
                 rows = ever[name][slot.layer, slot.site, slot.part]
-                dead = (lambda t, r=rows: t[r:]) if slot.matrix == "A" else (lambda t, r=rows: t[:, r:])
+                dead = (
+                    (lambda t, r=rows: t[r:])
+                    if slot.matrix == "A"
+                    else (lambda t, r=rows: t[:, r:])
+                )
                 assert not any(dead(moments[key]).any() for key in ("exp_avg", "exp_avg_sq"))
     full = {name: client.shape.rank for name, client in engine.clients.items()}
     pruned = [n for n in NAMES for at, r in ever[n].items() if at[2] == "g0" and r < full[n]]
@@ -586,7 +710,9 @@ def test_what_hetlora_pruned_stays_pruned_through_rounds_downloads_and_absence(t
 
 
 def test_the_hetlora_server_remembers_who_pruned_what_while_they_are_gone(tmp_path):
-    """Others still use the ranks that bob has pruned; a round that he misses gives him none of them back."""
+    """Others still use the ranks that bob has pruned; a round that he misses gives him none of them
+    back.
+    """
     engine = engine_of(tmp_path, "hetlora", (5, 5, 5))
     fill(engine)
     for slot, tensor in engine.clients["bob"].trainee.tensors.items():
@@ -604,8 +730,12 @@ def test_the_hetlora_server_remembers_who_pruned_what_while_they_are_gone(tmp_pa
 
 
 def test_hetlora_never_zeroes_ranks_that_a_client_did_not_prune(tmp_path):
-    """Where all who use them are gone, there is nothing to give: such a client keeps what it has."""
-    engine = engine_of(tmp_path, "hetlora", (2, 2, 5), options={"penalty": 0}, client=FAST, rounds=3)
+    """Where all who use them are gone, there is nothing to give: such a client keeps what it
+    has.
+    """
+    engine = engine_of(
+        tmp_path, "hetlora", (2, 2, 5), options={"penalty": 0}, client=FAST, rounds=3
+    )
     memory = {}
     for round, missing in ((1, ("cyd",)), (2, ()), (3, ("cyd",)), (4, ())):
         for name, client in engine.clients.items():
@@ -647,14 +777,22 @@ def test_a_tail_starts_at_the_floor_and_leaves_a_rank():
     for rank, gamma, t in ((8, 0.99, 7), (100, 0.99, 99), (3, 0.5, 1), (1, 0.1, 1), (7, 1.0, 7)):
         pair = (torch.ones(rank, 4), torch.ones(5, rank))
         assert hetlora.tail_start(pair, gamma) == t
-    padded = (torch.cat([torch.ones(4, 3), torch.zeros(4, 3)]), torch.cat([torch.ones(5, 4), torch.zeros(5, 4)], dim=1))
-    assert hetlora.used_rank(padded) == 4 and hetlora.tail_start(padded, 0.5) == 2  # of the ranks still used
+    padded = (
+        torch.cat([torch.ones(4, 3), torch.zeros(4, 3)]),
+        torch.cat([torch.ones(5, 4), torch.zeros(5, 4)], dim=1),
+    )
+    assert (
+        hetlora.used_rank(padded) == 4 and hetlora.tail_start(padded, 0.5) == 2
+    )  # of the ranks still used
 
 
-# --- fdlora ----------------------------------------------------------------------------------------------------------
+# --- fdlora
+# ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimum", [(0.5, 0.5), (-1.0, 1.0), (0.25, -0.75), (1.0, 1.0), (3.0, -0.2), (0.0, 0.0)])
+@pytest.mark.parametrize(
+    "optimum", [(0.5, 0.5), (-1.0, 1.0), (0.25, -0.75), (1.0, 1.0), (3.0, -0.2), (0.0, 0.0)]
+)
 def test_the_search_finds_an_optimum_inside_the_square_within_its_evaluations(optimum):
     """For a bowl, the point of [-1, 1]^2 nearest to its bottom."""
     asked = []
@@ -686,7 +824,9 @@ def test_the_search_asks_as_often_as_it_may_and_returns_the_best(evaluations):
 
 def test_the_search_ends_however_many_evaluations_it_is_given():
     asked = []
-    found = fdlora.compass_search(lambda at: asked.append(at) or abs(at[0] - 1 / 3) + abs(at[1] + 1 / 7), 10**6)
+    found = fdlora.compass_search(
+        lambda at: asked.append(at) or abs(at[0] - 1 / 3) + abs(at[1] + 1 / 7), 10**6
+    )
     assert len(asked) < 1000 and np.abs(np.array(found) - (1 / 3, -1 / 7)).max() < 1e-5
 
 
@@ -699,7 +839,11 @@ def valid_cost(client, tensors, weights, l1):
     whole = added(tensors)
     model = naive.naive_model(tiny("tiny-gpt2").model, whole, 1, ALPHA)
     (store,) = client.data.valid
-    tokens, length, nats = torch.from_numpy(store.tokens.astype(np.int64)), client.config.data.sequence_length, 0.0
+    tokens, length, nats = (
+        torch.from_numpy(store.tokens.astype(np.int64)),
+        client.config.data.sequence_length,
+        0.0,
+    )
     for start in range(0, len(tokens) - 1, length):
         window = tokens[start : start + length + 1]
         logits = model(window[None, :-1]).logits
@@ -708,7 +852,9 @@ def valid_cost(client, tensors, weights, l1):
 
 
 def added(tensors):
-    """g0 and s0 as one expert g0: the rows of both A's, the columns of both scaled B's, for the scale of the whole."""
+    """g0 and s0 as one expert g0: the rows of both A's, the columns of both scaled B's, for the
+    scale of the whole.
+    """
     whole = {slot: t for slot, t in tensors.items() if slot.role == "attention"}
     for slot in (s for s in tensors if s.part == "g0" and s.matrix == "A"):
         pairs = [(tensors[Slot(slot.layer, slot.site, p, "A")], tensors[Slot(slot.layer, slot.site, p, "B")])
@@ -722,8 +868,12 @@ def added(tensors):
     return whole
 
 
-def test_fdlora_finishes_once_with_weights_no_worse_on_valid_and_that_is_the_personal_model(tmp_path, monkeypatch):
-    """Two ranks, so two scales. Seen from outside: what finish was given, what it left, and what the run keeps."""
+def test_fdlora_finishes_once_with_weights_no_worse_on_valid_and_that_is_the_personal_model(
+    tmp_path, monkeypatch
+):
+    """Two ranks, so two scales. Seen from outside: what finish was given, what it left, and what
+    the run keeps.
+    """
     options = {"evaluations": 9, "l1": 0.05}
     config = config_of(tmp_path, "fdlora", names=("ada", "bob"), options=options, rounds=3,
                        experts={"specialists": 1, "specialist_rank": 4},
@@ -747,13 +897,20 @@ def test_fdlora_finishes_once_with_weights_no_worse_on_valid_and_that_is_the_per
         for slot, tensor in after.items():
             part = {"specialist": 0, "generalist": 1}.get(slot.role)
             if slot.matrix == "B" and part is not None:
-                ratio = double(tensor).ravel() @ double(before[slot]).ravel() / (double(before[slot]) ** 2).sum()
+                ratio = (
+                    double(tensor).ravel()
+                    @ double(before[slot]).ravel()
+                    / (double(before[slot]) ** 2).sum()
+                )
                 assert w.setdefault(part, ratio) == pytest.approx(ratio, abs=1e-6)
                 np.testing.assert_allclose(double(tensor), ratio * double(before[slot]), atol=1e-7)
             else:
                 assert bits(tensor) == bits(before[slot])
         assert max(map(abs, w.values())) <= 1
-        unfused, fused = valid_cost(client, before, (1, 1), 0.05), valid_cost(client, after, (w[0], w[1]), 0.05)
+        unfused, fused = (
+            valid_cost(client, before, (1, 1), 0.05),
+            valid_cost(client, after, (w[0], w[1]), 0.05),
+        )
         assert fused <= unfused + 1e-6
         chosen.append((round(w[0], 6), round(w[1], 6)))
         assert same({str(s): t for s, t in after.items()}, personal(run.path, client.name))
@@ -771,7 +928,8 @@ def test_fdlora_finishes_once_with_weights_no_worse_on_valid_and_that_is_the_per
         assert same(personal(run.path, name), personal(tmp_path / "stopped", name))
 
 
-# --- centralized, pfedmoe --------------------------------------------------------------------------------------------
+# --- centralized, pfedmoe
+# --------------------------------------------------------------------------------------------
 
 
 def caught_gradients(client, round=1):
@@ -781,7 +939,9 @@ def caught_gradients(client, round=1):
     step, by_id = optimizer.step, {id(t): slot for slot, t in client.trainee.tensors.items()}
 
     def first_look():
-        caught["gradients"] = {by_id[id(t)]: t.grad.clone() for t in client.trainee.group("experts")}
+        caught["gradients"] = {
+            by_id[id(t)]: t.grad.clone() for t in client.trainee.group("experts")
+        }
         step()
 
     def drawing(level, number):
@@ -804,11 +964,15 @@ def test_a_centralized_step_is_the_gradient_over_a_batch_of_everybodys_text(tmp_
     start = {slot: t.clone().requires_grad_() for slot, t in client.trainee.tensors.items()}
     gradients, (inputs, targets) = caught_gradients(client)
     assert inputs.shape == (3 * 6, 12)
-    texts = {name: np.asarray(c.data.train[0].tokens).tolist() for name, c in engine.clients.items()}
+    texts = {
+        name: np.asarray(c.data.train[0].tokens).tolist() for name, c in engine.clients.items()
+    }
     owners = []
     for row, last in zip(inputs.tolist(), targets[:, -1].tolist(), strict=True):
         window = [*row, last]
-        owners += [n for n, t in texts.items() if any(window == t[i : i + 13] for i in range(len(t)))]
+        owners += [
+            n for n, t in texts.items() if any(window == t[i : i + 13] for i in range(len(t)))
+        ]
     assert len(owners) == 18 and set(owners) == set(NAMES)
     model = naive.naive_model(tiny("tiny-gpt2").model, start, 1, ALPHA)
     naive.mean_nats(model(torch.from_numpy(inputs)).logits, torch.from_numpy(targets)).backward()
@@ -826,7 +990,9 @@ def test_a_centralized_run_trains_one_model_that_everybody_ends_with(tmp_path):
     assert not same(models[0], start)
     trained = [event["trained_tokens"] for event in events if event["kind"] == "train"]
     assert trained == [2 * 3 * 4 * 12] * 2  # steps, clients, windows, tokens
-    measured = {e["client"] for e in events if e["kind"] == "evaluation" and e["model"] == "personal"}
+    measured = {
+        e["client"] for e in events if e["kind"] == "evaluation" and e["model"] == "personal"
+    }
     assert measured == set(NAMES)
 
 
@@ -837,31 +1003,46 @@ def test_pfedmoe_teaches_the_router_with_train_and_never_reads_valid(tmp_path):
         trained = {}
         for changed in ("nothing", "train", "valid"):
             settings = {"steps": 2, "batch_size": 4, "router_every": 2, "lr": 5e-3}
-            engine = engine_of(tmp_path, method, names=("ada",), experts={"specialists": 1}, client=settings)
+            engine = engine_of(
+                tmp_path, method, names=("ada",), experts={"specialists": 1}, client=settings
+            )
             client, random = engine.clients["ada"], torch.Generator().manual_seed(0)
-            for tensor in client.trainee.tensors.values():  # experts that differ, so that routing matters
+            for (
+                tensor
+            ) in client.trainee.tensors.values():  # experts that differ, so that routing matters
                 tensor += 0.1 * torch.randn(tensor.shape, generator=random)
             start = copy_of(client.trainee.tensors)
             if changed != "nothing":
                 client.text = replace(client.text, **{changed: getattr(theirs, changed)})
             log = client.train(1, QUIET)
             assert len(log.router_losses) == (2 if method == "comigs" else 0)
-            trained[changed] = {s: t for s, t in client.trainee.tensors.items() if s.role == "router"}
-            assert not any(torch.equal(t, start[s]) for s, t in trained[changed].items())  # the router learns
+            trained[changed] = {
+                s: t for s, t in client.trainee.tensors.items() if s.role == "router"
+            }
+            assert not any(
+                torch.equal(t, start[s]) for s, t in trained[changed].items()
+            )  # the router learns
         assert same(trained["nothing"], trained["valid"]) == (method == "pfedmoe")
-        assert not same(trained["nothing"], trained["train"])  # by itself, or through the experts that it weighs
+        assert not same(
+            trained["nothing"], trained["train"]
+        )  # by itself, or through the experts that it weighs
 
 
 def test_what_a_comigs_client_adopts_is_one_share_of_a_download_judged_on_its_own_valid(tmp_path):
-    """Seen from outside: all generalists went the same share of the way, none private moved, and no worse is found.
+    """Seen from outside: all generalists went the same share of the way, none private moved, and no
+    worse is found.
 
     Attention LoRA is the download's. The windows are those of its valid that the round draws.
     """
     options = {"adopt": "valid", "probe_windows": 4}
-    client = engine_of(tmp_path, "comigs", experts={"specialists": 1}, options=options).clients["ada"]
+    client = engine_of(tmp_path, "comigs", experts={"specialists": 1}, options=options).clients[
+        "ada"
+    ]
     client.train(1, QUIET)
     own, random = copy_of(client.trainee.tensors), torch.Generator().manual_seed(0)
-    download = {s: t + 0.02 * torch.randn(t.shape, generator=random) for s, t in client.send(1).items()}
+    download = {
+        s: t + 0.02 * torch.randn(t.shape, generator=random) for s, t in client.send(1).items()
+    }
     client.receive(download, 2)
     experts = {s: t for s, t in download.items() if s.role == "generalist"}
     way = sum(((double(experts[s]) - double(own[s])) ** 2).sum() for s in experts)
@@ -879,14 +1060,21 @@ def test_what_a_comigs_client_adopts_is_one_share_of_a_download_judged_on_its_ow
     ((inputs, targets),) = probe_windows(client.config, "ada", client.data, 2, 4)
 
     def nats(share):
-        tensors = {**own, **download, **{s: torch.lerp(own[s], t, share) for s, t in experts.items()}}
+        tensors = {
+            **own,
+            **download,
+            **{s: torch.lerp(own[s], t, share) for s, t in experts.items()},
+        }
         model = naive.naive_model(tiny("tiny-gpt2").model, tensors, 2, ALPHA)
-        return float(naive.mean_nats(model(torch.from_numpy(inputs)).logits, torch.from_numpy(targets)))
+        return float(
+            naive.mean_nats(model(torch.from_numpy(inputs)).logits, torch.from_numpy(targets))
+        )
 
     assert 0 <= share <= 1 and nats(share) <= min(map(nats, (0.0, 0.5, 1.0))) + 1e-6
 
 
-# --- all methods -----------------------------------------------------------------------------------------------------
+# --- all methods
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list_methods())
@@ -907,7 +1095,11 @@ def test_a_round_in_which_nobody_sends_anything_is_no_error(tmp_path, name):
     [
         ("fedprox", {"mu": -1}, "options.mu: given -1; must be 0.0 or more"),
         ("fedprox", {"mu": "strong"}, "options.mu: given 'strong'; must be a number"),
-        ("fedprox", {"nu": 0.1}, 'options.nu: "fedprox" has no such option. Did you mean "mu"? Its options: mu'),
+        (
+            "fedprox",
+            {"nu": 0.1},
+            'options.nu: "fedprox" has no such option. Did you mean "mu"? Its options: mu',
+        ),
         ("hetlora", {"gamma": 0}, "options.gamma: given 0; must be above 0"),
         ("hetlora", {"gamma": 1.5}, "options.gamma: given 1.5; must be 1.0 or less"),
         ("hetlora", {"penalty": -0.5}, "options.penalty: given -0.5; must be 0.0 or more"),
@@ -920,7 +1112,9 @@ def test_a_round_in_which_nobody_sends_anything_is_no_error(tmp_path, name):
         ("flora", {"rank": 3}, 'options.rank: "flora" has no such option. Its options: none'),
     ],
 )
-def test_an_option_that_is_unknown_or_out_of_range_is_told_in_one_line(tmp_path, method, given, told):
+def test_an_option_that_is_unknown_or_out_of_range_is_told_in_one_line(
+    tmp_path, method, given, told
+):
     with pytest.raises(UserError) as raised:
         load_method(run_config(tmp_path, method=method, options=given))
     assert told in str(raised.value) and "\n" not in str(raised.value)

@@ -8,14 +8,24 @@ import pytest
 import torch
 
 from comigs.config import parse_config
-from comigs.engines.participation import failures, left_out, participants
-from comigs.engines.summary import summarize
-from comigs.engines.waiting import unpack_server
 from comigs.errors import UserError
 from comigs.methods.method import load_method
-from comigs.record import RunFolder
+from comigs.runs.folder import RunFolder
+from comigs.runs.summary import summarize
+from comigs.server.participation import failures, left_out, participants
+from comigs.server.pending import unpack_server
 from tests.conftest import same
-from tests.fake_engine import GONE, SHAPE, A, B, Numbers, averaging, evaluation_of, lines_of, rounds_of
+from tests.fake_engine import (
+    GONE,
+    SHAPE,
+    A,
+    B,
+    Numbers,
+    averaging,
+    evaluation_of,
+    lines_of,
+    rounds_of,
+)
 
 FOUR = "ada bob cyd dan"
 
@@ -34,17 +44,23 @@ def asked(engine):
     return [list(tasks) for tasks in engine.tasks]
 
 
-# --- whom to ask -----------------------------------------------------------------------------------------------------
+# --- whom to ask
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_participants_are_drawn_by_seed_and_round_and_come_in_the_configs_order():
     config = config_of(50, clients_per_round=7)
     drawn = [participants(config, round, ()) for round in range(1, 101)]
     assert drawn == [participants(config, round, ()) for round in range(1, 101)]
-    assert drawn != [participants(config_of(50, seed=43, clients_per_round=7), round, ()) for round in range(1, 101)]
+    assert drawn != [
+        participants(config_of(50, seed=43, clients_per_round=7), round, ())
+        for round in range(1, 101)
+    ]
     assert all(len(names) == 7 == len(set(names)) and names == sorted(names) for names in drawn)
     turns = {name: sum(name in names for names in drawn) for names in drawn for name in names}
-    assert len(turns) == 50 and min(turns.values()) >= 3 and max(turns.values()) <= 30  # 14 on average
+    assert (
+        len(turns) == 50 and min(turns.values()) >= 3 and max(turns.values()) <= 30
+    )  # 14 on average
 
 
 def test_who_is_left_out_is_replaced_by_the_next_and_nobody_else_changes():
@@ -64,7 +80,10 @@ def test_all_are_asked_where_no_number_is_wanted():
 def test_a_round_asks_as_many_as_wanted_says_whom_and_the_end_asks_everybody(tmp_path):
     engine = Numbers(FOUR)
     folder = rounds_of(tmp_path, engine, rounds=3, participation={"clients_per_round": 2})
-    assert asked(engine) == [*(participants(folder.config(), r, ()) for r in (1, 2, 3)), FOUR.split()]
+    assert asked(engine) == [
+        *(participants(folder.config(), r, ()) for r in (1, 2, 3)),
+        FOUR.split(),
+    ]
     assert [line["asked"] for line in lines_of(folder, "server")] == asked(engine)[:3]
     everybody = rounds_of(tmp_path, Numbers(FOUR), name="all", rounds=2)
     assert not any("asked" in line for line in lines_of(everybody, "server"))
@@ -102,27 +121,40 @@ def test_the_base_is_measured_when_a_client_is_first_asked_and_on_test_at_the_la
             assert task.evaluate_base == (() if name in met else ("valid", "test"))
             met.add(name)
     assert met < set(FOUR.split())
-    assert {n for n, task in engine.tasks[3].items() if task.evaluate_base == ("test",)} == set(FOUR.split()) - met
-    base = [x for x in lines_of(folder, "evaluation") if (x["model"], x["split"]) == ("base", "test")]
+    assert {n for n, task in engine.tasks[3].items() if task.evaluate_base == ("test",)} == set(
+        FOUR.split()
+    ) - met
+    base = [
+        x for x in lines_of(folder, "evaluation") if (x["model"], x["split"]) == ("base", "test")
+    ]
     assert sorted(line["client"] for line in base) == FOUR.split()
 
 
 def test_who_did_not_answer_when_first_asked_is_asked_about_the_base_again(tmp_path):
     engine = Numbers(trouble=gone((1, "bob")))
     rounds_of(tmp_path, engine, rounds=2)
-    assert [tasks["bob"].evaluate_base for tasks in engine.tasks] == [("valid", "test"), ("valid", "test"), ()]
+    assert [tasks["bob"].evaluate_base for tasks in engine.tasks] == [
+        ("valid", "test"),
+        ("valid", "test"),
+        (),
+    ]
 
 
-# --- who is absent ---------------------------------------------------------------------------------------------------
+# --- who is absent
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_an_absence_is_a_line_and_the_round_goes_on_without(tmp_path):
     engine = Numbers(trouble=gone((2, "bob")))
     folder = rounds_of(tmp_path, engine, rounds=3)
-    assert lines_of(folder, "absent") == [{"kind": "absent", "round": 2, "client": "bob", "reason": GONE}]
+    assert lines_of(folder, "absent") == [
+        {"kind": "absent", "round": 2, "client": "bob", "reason": GONE}
+    ]
     trained = [(line["round"], line["client"]) for line in lines_of(folder, "train")]
     assert trained == [(1, "ada"), (1, "bob"), (2, "ada"), (3, "ada"), (3, "bob")]
-    assert same(engine.received[2]["bob"], engine.received[2]["ada"])  # what it missed, it gets with the next
+    assert same(
+        engine.received[2]["bob"], engine.received[2]["ada"]
+    )  # what it missed, it gets with the next
 
 
 def absence(round, client):
@@ -168,7 +200,9 @@ def test_a_run_without_one_of_its_clients_has_a_result_of_the_others(tmp_path):
     folder = rounds_of(tmp_path, engine, rounds=4, evaluation={"splits": ["valid", "test"]})
     config = folder.config()
     summary = summarize(config, load_method(config), folder.metrics())
-    assert summary["clients"]["bob"]["test"] is None and summary["clients"]["bob"]["base_test"] is None
+    assert (
+        summary["clients"]["bob"]["test"] is None and summary["clients"]["bob"]["base_test"] is None
+    )
     assert summary["clients"]["bob"]["uploaded_bytes"] == 0
     others = [summary["clients"][name]["test"]["nats_per_token"] for name in ("ada", "cyd")]
     assert summary["mean"]["clients"] == 2
@@ -189,14 +223,19 @@ def test_a_resumed_run_knows_who_failed_before(tmp_path, round):
     trouble = gone((1, "bob"), (2, "bob"), (3, "bob"))
     tree = {"rounds": 5, "participation": {"clients_per_round": 3}}
     whole = rounds_of(tmp_path, Numbers(FOUR, trouble), name="whole", **tree)
-    first = participants(whole.config(), round, left_out(x for x in whole.metrics() if x["round"] < round))[0]
+    first = participants(
+        whole.config(), round, left_out(x for x in whole.metrics() if x["round"] < round)
+    )[0]
     with pytest.raises(KeyboardInterrupt):
         rounds_of(tmp_path, Numbers(FOUR, trouble, fail_at=(round, first)), name="stopped", **tree)
     resumed = rounds_of(tmp_path, Numbers(FOUR, trouble), name="stopped", **tree)
-    assert (resumed.path / "metrics.jsonl").read_bytes() == (whole.path / "metrics.jsonl").read_bytes()
+    assert (resumed.path / "metrics.jsonl").read_bytes() == (
+        whole.path / "metrics.jsonl"
+    ).read_bytes()
 
 
-# --- too few ---------------------------------------------------------------------------------------------------------
+# --- too few
+# ---------------------------------------------------------------------------------------------------------
 
 
 def first_time(round, *names):
@@ -215,13 +254,21 @@ def first_time(round, *names):
 def test_a_round_with_too_few_uploads_is_asked_again_of_those_whose_upload_is_missing(tmp_path):
     notes = []
     engine = Numbers(FOUR, first_time(2, "bob", "cyd"))
-    folder = rounds_of(tmp_path, engine, rounds=2, report=notes.append, participation={"min_clients": 3})
+    folder = rounds_of(
+        tmp_path, engine, rounds=2, report=notes.append, participation={"min_clients": 3}
+    )
     assert asked(engine) == [FOUR.split(), FOUR.split(), ["bob", "cyd"], FOUR.split()]
     assert engine.tasks[2]["bob"] == engine.tasks[1]["bob"]
     assert same(engine.received[2]["bob"], engine.received[1]["bob"])
     (note,) = [event for event in notes if event["kind"] == "note"]
-    assert "round 2: 2 of the 3 uploads" in note["message"] and f"bob: {GONE}" in note["message"] and note["say"]
-    whole = rounds_of(tmp_path, Numbers(FOUR), name="whole", rounds=2, participation={"min_clients": 3})
+    assert (
+        "round 2: 2 of the 3 uploads" in note["message"]
+        and f"bob: {GONE}" in note["message"]
+        and note["say"]
+    )
+    whole = rounds_of(
+        tmp_path, Numbers(FOUR), name="whole", rounds=2, participation={"min_clients": 3}
+    )
     assert folder.metrics() == whole.metrics()  # the same rounds in the end, and nobody absent
 
 
@@ -236,14 +283,20 @@ def test_an_answer_to_the_first_asking_counts_when_asked_again(tmp_path):
 
     engine.trouble = trouble
     folder = rounds_of(tmp_path, engine, rounds=2, participation={"min_clients": 2})
-    whole = rounds_of(tmp_path, Numbers("ada bob"), name="whole", rounds=2, participation={"min_clients": 2})
+    whole = rounds_of(
+        tmp_path, Numbers("ada bob"), name="whole", rounds=2, participation={"min_clients": 2}
+    )
     assert folder.metrics() == whole.metrics() and asked(engine)[2] == ["bob"]
 
 
 def test_others_take_the_place_of_who_never_answers(tmp_path):
     engine = Numbers(FOUR, lambda name, task, reply: "gone" if name == "bob" else reply)
-    folder = rounds_of(tmp_path, engine, rounds=3, participation={"clients_per_round": 2, "min_clients": 2})
-    assert all(len([x for x in lines_of(folder, "train") if x["round"] == r]) == 2 for r in (1, 2, 3))
+    folder = rounds_of(
+        tmp_path, engine, rounds=3, participation={"clients_per_round": 2, "min_clients": 2}
+    )
+    assert all(
+        len([x for x in lines_of(folder, "train") if x["round"] == r]) == 2 for r in (1, 2, 3)
+    )
     assert [line["client"] for line in lines_of(folder, "warning")] == ["bob"]
     (round,) = {line["round"] for line in lines_of(folder, "absent")}
     (line,) = [line for line in lines_of(folder, "server") if line["round"] == round]
@@ -251,11 +304,16 @@ def test_others_take_the_place_of_who_never_answers(tmp_path):
 
 
 def test_where_too_few_are_left_the_run_stops_and_goes_on_when_they_are_back(tmp_path):
-    engine = Numbers("ada bob cyd", lambda name, task, reply: "gone" if name != "ada" and task.round == 2 else reply)
+    engine = Numbers(
+        "ada bob cyd",
+        lambda name, task, reply: "gone" if name != "ada" and task.round == 2 else reply,
+    )
     tree = {"rounds": 3, "participation": {"min_clients": 2, "max_failures": 4}}
     with pytest.raises(UserError) as error:
         rounds_of(tmp_path, engine, **tree)
-    assert "\n" not in str(error.value) and str(error.value).startswith("round 2: 1 of the 2 usable uploads")
+    assert "\n" not in str(error.value) and str(error.value).startswith(
+        "round 2: 1 of the 2 usable uploads"
+    )
     assert "participation.min_clients" in str(error.value) and "comigs resume" in str(error.value)
     assert asked(engine)[1:] == [["ada", "bob", "cyd"], *[["bob", "cyd"]] * 3]
     folder = rounds_of(tmp_path, Numbers("ada bob cyd"), **tree)
@@ -269,8 +327,12 @@ def test_a_run_ends_whatever_clients_answer(tmp_path, answer):
         other = {
             "none": "gone",
             "no upload": type(reply)(None, [], reply.timing, 9, reply.round),
-            "NaN": type(reply)({A: torch.full(SHAPE, torch.nan)}, reply.metrics, reply.timing, 9, reply.round),
-            "somebody else's": type(reply)(reply.upload, [x | {"client": "eve"} for x in reply.metrics], reply.timing),
+            "NaN": type(reply)(
+                {A: torch.full(SHAPE, torch.nan)}, reply.metrics, reply.timing, 9, reply.round
+            ),
+            "somebody else's": type(reply)(
+                reply.upload, [x | {"client": "eve"} for x in reply.metrics], reply.timing
+            ),
         }
         return other[answer]
 
@@ -280,7 +342,8 @@ def test_a_run_ends_whatever_clients_answer(tmp_path, answer):
     assert len(engine.tasks) <= 3 and RunFolder.open(tmp_path / "run").checkpoint().round == 0
 
 
-# --- late uploads ----------------------------------------------------------------------------------------------------
+# --- late uploads
+# ----------------------------------------------------------------------------------------------------
 
 
 def late_in(round, *names):
@@ -302,7 +365,9 @@ def test_a_late_upload_is_dropped_and_said_so(tmp_path):
     assert [(x["round"], x["client"], x["reason"]) for x in lines_of(folder, "absent")] == [
         (2, "bob", GONE), (2, "bob", "too late, in round 3: dropped"),
     ]  # fmt: skip
-    without = rounds_of(tmp_path, Numbers("ada bob cyd", gone((2, "bob"))), name="without", rounds=4)
+    without = rounds_of(
+        tmp_path, Numbers("ada bob cyd", gone((2, "bob"))), name="without", rounds=4
+    )
     assert lines_of(folder, "train") == lines_of(without, "train")
 
 
@@ -313,7 +378,12 @@ def watched(seen):
     """Plain averaging that shows what counted."""
 
     def aggregate(uploads, memory, facts):
-        seen.append({name: {slot: t.clone() for slot, t in upload.items()} for name, upload in uploads.items()})
+        seen.append(
+            {
+                name: {slot: t.clone() for slot, t in upload.items()}
+                for name, upload in uploads.items()
+            }
+        )
         return dict.fromkeys(facts.clients, facts.mean(uploads.values())), memory
 
     return averaging(aggregate=aggregate)
@@ -329,7 +399,9 @@ def test_a_late_upload_counts_as_its_step_from_the_newest_download_at_a_discount
     engine.trouble = trouble
     late = {}
     answer = engine.answer
-    engine.answer = lambda name, task, download: late.setdefault((name, task.round), answer(name, task, download))
+    engine.answer = lambda name, task, download: late.setdefault(
+        (name, task.round), answer(name, task, download)
+    )
     folder = rounds_of(tmp_path, engine, watched(seen), rounds=4, participation=DISCOUNT)
     started, now = engine.received[1]["bob"][A], engine.received[2]["bob"][A]
     upload = late["bob", 2].upload[A]
@@ -395,9 +467,17 @@ def test_a_late_upload_is_checked_like_any_other(tmp_path, upload, says):
 
     engine.trouble, seen = trouble, []
     folder = rounds_of(tmp_path, engine, watched(seen), rounds=4, participation=DISCOUNT)
-    assert [list(uploads) for uploads in seen] == [FOUR.split(), *[["ada", "bob", "cyd"]] * 2, FOUR.split()]
+    assert [list(uploads) for uploads in seen] == [
+        FOUR.split(),
+        *[["ada", "bob", "cyd"]] * 2,
+        FOUR.split(),
+    ]
     (line,) = [x for x in lines_of(folder, "absent") if x["reason"] != GONE]
-    assert line["round"] == 2 and line["reason"].startswith("too late, in round 3: ") and says in line["reason"]
+    assert (
+        line["round"] == 2
+        and line["reason"].startswith("too late, in round 3: ")
+        and says in line["reason"]
+    )
 
 
 def test_what_comes_late_from_who_is_left_out_is_dropped(tmp_path):
@@ -420,7 +500,9 @@ def test_a_late_upload_of_other_slots_than_the_rounds_is_dropped(tmp_path):
     def trouble(name, task, reply):
         if reply.upload:
             slot = B if task.round % 2 else A
-            reply = type(reply)({slot: reply.upload[slot]}, reply.metrics, reply.timing, 9, reply.round)
+            reply = type(reply)(
+                {slot: reply.upload[slot]}, reply.metrics, reply.timing, 9, reply.round
+            )
         if (task.round, name) == (3, "bob"):
             engine.late[name] = reply
         return GONE if (task.round, name) in ((3, "bob"), (4, "bob")) else reply
@@ -432,18 +514,23 @@ def test_a_late_upload_of_other_slots_than_the_rounds_is_dropped(tmp_path):
     ]  # fmt: skip
 
 
-# --- what idle clients cost ------------------------------------------------------------------------------------------
+# --- what idle clients cost
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("by_turns", [False, True])
 def test_idle_clients_cost_the_server_a_number_each(tmp_path, by_turns):
-    """300 clients, 2 a round: what waits for all of them is a handful of tensors, and is what they end with."""
+    """300 clients, 2 a round: what waits for all of them is a handful of tensors, and is what they
+    end with.
+    """
     names = " ".join(f"c{n}" for n in range(300))
 
     def trouble(name, task, reply):
         if by_turns and reply.upload:
             slot = B if task.round % 2 else A
-            return type(reply)({slot: reply.upload[slot]}, reply.metrics, reply.timing, 9, reply.round)
+            return type(reply)(
+                {slot: reply.upload[slot]}, reply.metrics, reply.timing, 9, reply.round
+            )
         return reply
 
     method = averaging(trains=lambda slot, round: not by_turns or slot == (B if round % 2 else A))
@@ -463,7 +550,8 @@ def test_idle_clients_cost_the_server_a_number_each(tmp_path, by_turns):
     assert len(last) == 300 and len({id(t) for d in last.values() for t in d.values()}) <= 3
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -490,7 +578,10 @@ def test_what_cannot_be_is_refused_in_one_line(participation, says):
 @pytest.mark.parametrize("participation", [{"clients_per_round": 2}, {"min_clients": 2}])
 def test_one_model_on_pooled_text_has_nobody_to_choose_from(participation):
     config = config_of(4, **participation).model_copy(update={"method": "centralized"})
-    with pytest.raises(UserError, match=r"^participation\.\w+: given 2, but centralized trains one model in one place"):
+    with pytest.raises(
+        UserError,
+        match=r"^participation\.\w+: given 2, but centralized trains one model in one place",
+    ):
         load_method(config)
     load_method(config_of(4, clients_per_round=4).model_copy(update={"method": "centralized"}))
 
@@ -504,14 +595,21 @@ def test_weights_are_given_to_all_clients_or_none():
 def test_lines_about_somebody_else_do_not_count(tmp_path):
     """A client cannot leave another out, or report for it, by what it writes about."""
     forged = {"kind": "warning", "round": 1, "client": "bob", "sign": "left-out", "message": "x"}
-    for line in (forged, evaluation_of(0, "bob", "test", "base"), evaluation_of(0, "eve", "test", "base")):
+    for line in (
+        forged,
+        evaluation_of(0, "bob", "test", "base"),
+        evaluation_of(0, "eve", "test", "base"),
+    ):
 
         def trouble(name, task, reply, line=line):
             return type(reply)(reply.upload, [*reply.metrics, line], reply.timing, 9, reply.round) if (
                 name == "eve") else reply  # fmt: skip
 
         folder = rounds_of(
-            tmp_path, Numbers("ada bob eve", trouble), name=f"run {len(line)} {line['client']}", rounds=1
+            tmp_path,
+            Numbers("ada bob eve", trouble),
+            name=f"run {len(line)} {line['client']}",
+            rounds=1,
         )
         assert {x["client"] for x in lines_of(folder, "train")} == {"ada", "bob"}
         assert {x["client"] for x in lines_of(folder, "absent")} == {"eve"}

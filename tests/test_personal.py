@@ -1,4 +1,6 @@
-"""A client's own model: an ordinary `transformers` model that writes text, and can be taken apart again."""
+"""A client's own model: an ordinary `transformers` model that writes text, and can be taken apart
+again.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from comigs import api
+from comigs.app import api
 from comigs.errors import UserError
 from tests.runs import copied_run, finished
 
@@ -126,7 +128,9 @@ def test_a_client_that_was_not_asked_yet_has_no_model(tmp_path):
     (asked,) = [line["client"] for line in folder.metrics() if line["kind"] == "train"]
     api.open_personal_model(folder.path, asked).close()
     (other,) = {"ann", "bob"} - {asked}
-    with pytest.raises(UserError, match=f'holds no model of client "{other}"; it was not asked yet') as raised:
+    with pytest.raises(
+        UserError, match=f'holds no model of client "{other}"; it was not asked yet'
+    ) as raised:
         api.open_personal_model(folder.path, other)
     assert "\n" not in str(raised.value)
 
@@ -136,6 +140,7 @@ def test_experts_of_another_shape_are_refused(tmp_path):
     config = run / "config.toml"
     config.write_text(config.read_text().replace("rank = 8", "rank = 3"))
     with pytest.raises(
-        UserError, match=r"client ann: saved tensor .* the checkpoint belongs to another config or base"
+        UserError,
+        match=r"client ann: saved tensor .* the checkpoint belongs to another config or base",
     ):
         api.open_personal_model(run, "ann")

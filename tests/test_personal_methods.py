@@ -1,4 +1,6 @@
-"""Personal models of every kind of mixing: what is opened is what the run measured, and it writes as it reads."""
+"""Personal models of every kind of mixing: what is opened is what the run measured, and it writes
+as it reads.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from comigs import api
+from comigs.app import api
 from comigs.slots import Slot
 from tests.conftest import run_config
 
@@ -28,10 +30,12 @@ KINDS = {
 
 
 def likeliest(model, prompt, tokens):
-    """The prompt and the likeliest token each time, found by reading all of the text again, up to a separator."""
-    ids = model.tokenizer(prompt or model.tokenizer.eos_token, return_tensors="pt", add_special_tokens=False)[
-        "input_ids"
-    ]
+    """The prompt and the likeliest token each time, found by reading all of the text again, up to a
+    separator.
+    """
+    ids = model.tokenizer(
+        prompt or model.tokenizer.eos_token, return_tensors="pt", add_special_tokens=False
+    )["input_ids"]
     given = ids.shape[1]
     for _ in range(tokens):
         with torch.no_grad():
@@ -44,9 +48,14 @@ def likeliest(model, prompt, tokens):
 
 @pytest.mark.parametrize(
     ("kind", "base"),
-    [*((kind, "tiny-gpt2") for kind in KINDS), *((kind, "tiny-llama") for kind in ("sequence", "sum", "merged"))],
+    [
+        *((kind, "tiny-gpt2") for kind in KINDS),
+        *((kind, "tiny-llama") for kind in ("sequence", "sum", "merged")),
+    ],
 )
-def test_a_personal_model_is_the_one_that_was_measured_and_writes_what_it_finds_likeliest(tmp_path, kind, base):
+def test_a_personal_model_is_the_one_that_was_measured_and_writes_what_it_finds_likeliest(
+    tmp_path, kind, base
+):
     method, experts = KINDS[kind]
     config = run_config(
         tmp_path, method=method, experts={"rank": 2, **experts}, evaluation={"every": 0, "batch_size": 8},
@@ -61,7 +70,9 @@ def test_a_personal_model_is_the_one_that_was_measured_and_writes_what_it_finds_
         assert figures["test"]["nats_per_token"] < figures["base_test"]["nats_per_token"]
 
     with closing(api.open_personal_model(folder.path, "bob")) as model:
-        saved = safetensors.torch.load_file(folder.path / "clients" / "bob" / "personal.safetensors")
+        saved = safetensors.torch.load_file(
+            folder.path / "clients" / "bob" / "personal.safetensors"
+        )
         assert {str(slot) for slot in model.tensors} == saved.keys()
         for prompt in ("paint happy ", "says bob"):
             assert model.generate(prompt, max_new_tokens=12) == likeliest(model, prompt, 12)
@@ -73,14 +84,18 @@ def test_a_personal_model_is_the_one_that_was_measured_and_writes_what_it_finds_
         assert (own - plain).abs().max() > 1e-2
 
     roles = {Slot.parse(slot).role for slot in saved}
-    assert ("router" in roles) == (kind in ("token", "top 1", "sequence", "client", "rest of the world"))
+    assert ("router" in roles) == (
+        kind in ("token", "top 1", "sequence", "client", "rest of the world")
+    )
     assert ("merged" in roles) == kind.startswith("merged")
     routers = [tuple(t.shape) for slot, t in saved.items() if Slot.parse(slot).role == "router"]
     assert all(shape[1] == (1 if kind == "client" else 16) for shape in routers)
 
 
 def test_a_model_routed_by_sequence_reads_the_whole_text_again_for_each_token(tmp_path):
-    """A cache of keys and values knows nothing of the mean of what was read: with one it writes something else."""
+    """A cache of keys and values knows nothing of the mean of what was read: with one it writes
+    something else.
+    """
     config = run_config(
         tmp_path, "ada", experts={"rank": 2, "routing": "sequence", "router_start": 2.0},
         client={"steps": 6, "batch_size": 4, "router_every": 2, "router_steps": 4, "lr": 5e-2},

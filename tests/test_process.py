@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from comigs.process import interrupts
+from comigs.processes import interrupts
 
 
 @pytest.fixture(autouse=True)

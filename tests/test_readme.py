@@ -29,7 +29,9 @@ def test_python_example_runs_as_written(tmp_path):
     (example,) = blocks("python")
     assert len(example.strip().splitlines()) <= 10
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len([line for line in lines if " -> " in line]) == 4
@@ -40,7 +42,10 @@ def test_python_example_runs_as_written(tmp_path):
 
 def test_config_example_is_a_valid_config():
     (example,) = blocks("toml")
-    assert [client.name for client in parse_config(tomllib.loads(example)).clients] == ["clinic", "laboratory"]
+    assert [client.name for client in parse_config(tomllib.loads(example)).clients] == [
+        "clinic",
+        "laboratory",
+    ]
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"`comigs ([a-z]+)", README))))
@@ -62,4 +67,6 @@ def test_every_link_into_the_repository_leads_somewhere():
 
 
 def test_method_table_lists_every_method_once():
-    assert sorted(re.findall(r"^\| `([a-z][a-z-]+)` \|", README, flags=re.MULTILINE)) == sorted(list_methods())
+    assert sorted(re.findall(r"^\| `([a-z][a-z-]+)` \|", README, flags=re.MULTILINE)) == sorted(
+        list_methods()
+    )

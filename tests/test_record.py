@@ -1,4 +1,6 @@
-"""The run folder: a commit is whole or not there, whatever moment a kill comes at; damage is found and named."""
+"""The run folder: a commit is whole or not there, whatever moment a kill comes at; damage is found
+and named.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import torch
 from comigs.config import parse_config
 from comigs.errors import UserError
 from comigs.files import require_free, write_whole
-from comigs.record import RunFolder
+from comigs.runs.folder import RunFolder
 from tests.kills import killed_at
 from tests.runs import files
 
@@ -44,7 +46,10 @@ def file_of(path, round):
 
 
 def lines_of(round):
-    return [{"kind": "train", "round": round, "loss": 1 / round}, {"kind": "server", "round": round}]
+    return [
+        {"kind": "train", "round": round, "loss": 1 / round},
+        {"kind": "server", "round": round},
+    ]
 
 
 def commit(folder, round):
@@ -119,7 +124,9 @@ def test_rewind_drops_what_was_not_committed(tmp_path):
     with (folder.path / "timings.jsonl").open("a") as file:
         file.write('{"round": 3}\n')
     (folder.path / "clients" / "ann" / "round-0003.experts.safetensors").write_bytes(b"half")
-    (folder.path / "clients" / "ann" / ".round-0003.optimizer.safetensors.unfinished").write_bytes(b"half")
+    (folder.path / "clients" / "ann" / ".round-0003.optimizer.safetensors.unfinished").write_bytes(
+        b"half"
+    )
     folder.stage("clients/eve/experts", {"A": torch.zeros(2)}, 3)
     folder.scratch.mkdir()
     (folder.scratch / "upload").touch()
@@ -128,11 +135,15 @@ def test_rewind_drops_what_was_not_committed(tmp_path):
 
 
 def test_rewind_leaves_what_somebody_else_put_into_the_folder(tmp_path):
-    """A run inside the run, an export: only what a killed process of this run may leave is dropped."""
+    """A run inside the run, an export: only what a killed process of this run may leave is
+    dropped.
+    """
     folder = new_run(tmp_path / "run", rounds=2)
     inner = new_run(folder.path / "second", rounds=2)
     before = files(inner.path)
-    mine = [folder.path / name for name in ("export/model.safetensors", "clients/ann/mine.safetensors")]
+    mine = [
+        folder.path / name for name in ("export/model.safetensors", "clients/ann/mine.safetensors")
+    ]
     for file in mine:
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"mine")
@@ -161,7 +172,9 @@ def test_what_is_staged_is_not_part_of_the_run_before_the_commit(tmp_path):
         assert float(reader.load("clients/ann/experts")["A"][0, 0]) == 1
         assert not reader.holds("clients/eve/experts")
     assert float(folder.load("clients/ann/experts", staged=True)["A"]) == 2
-    assert float(folder.load("clients/bob/experts", staged=True)["A"][0]) == 0  # of which nothing is staged
+    assert (
+        float(folder.load("clients/bob/experts", staged=True)["A"][0]) == 0
+    )  # of which nothing is staged
     folder.stage("clients/ann/experts", {"A": torch.tensor(4.0)}, 2)  # asked again
     folder.commit(2, [], [])
     for reader in (folder, RunFolder.open(folder.path)):
@@ -184,7 +197,10 @@ def test_a_finished_run_keeps_personal_models_and_nothing_else(tmp_path):
 
 def test_a_commit_that_fails_leaves_the_last_one_and_can_be_made_again(tmp_path):
     whole, folder = new_run(tmp_path / "whole", rounds=2), new_run(tmp_path / "run")
-    full = patch("comigs.record.RunFolder._write_checkpoint", side_effect=OSError(28, "No space left on device"))
+    full = patch(
+        "comigs.runs.folder.RunFolder._write_checkpoint",
+        side_effect=OSError(28, "No space left on device"),
+    )
     with full, pytest.raises(UserError, match="no space left on the disk"):
         commit(folder, 2)
     assert RunFolder.open(folder.path).checkpoint().round == 1
@@ -241,7 +257,9 @@ def test_lines_that_are_gone_are_noticed(tmp_path, name):
 def test_a_missing_tensor_file_is_named(tmp_path):
     folder = new_run(tmp_path / "run")
     (folder.path / "server" / "round-0001.state.safetensors").unlink()
-    with pytest.raises(UserError, match=r"round-0001\.state\.safetensors: cannot be read: No such file"):
+    with pytest.raises(
+        UserError, match=r"round-0001\.state\.safetensors: cannot be read: No such file"
+    ):
         folder.load("server/state")
 
 
@@ -252,7 +270,11 @@ def test_only_committed_tensors_are_loaded(tmp_path):
 
 def test_only_one_process_works_on_a_run(tmp_path):
     folder = new_run(tmp_path / "run")
-    with folder, pytest.raises(UserError, match="another process is working on this run"), RunFolder.open(folder.path):
+    with (
+        folder,
+        pytest.raises(UserError, match="another process is working on this run"),
+        RunFolder.open(folder.path),
+    ):
         pass
     with RunFolder.open(folder.path):  # free again
         pass
@@ -260,7 +282,9 @@ def test_only_one_process_works_on_a_run(tmp_path):
 
 def test_the_config_comes_back_equal(tmp_path):
     written = new_run(tmp_path / "run").config()
-    assert written.model_copy(update={"data": CONFIG.data}) == CONFIG  # its data.root is now absolute
+    assert (
+        written.model_copy(update={"data": CONFIG.data}) == CONFIG
+    )  # its data.root is now absolute
 
 
 def test_write_whole_leaves_the_old_file_when_writing_fails(tmp_path):
@@ -280,7 +304,9 @@ def test_write_whole_is_there_or_not_after_a_kill(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("old")
     for moment in count(1):
-        if not killed_at(moment, tmp_path, lambda: write_whole(path, lambda p: p.write_text("new"))):
+        if not killed_at(
+            moment, tmp_path, lambda: write_whole(path, lambda p: p.write_text("new"))
+        ):
             break
         assert path.read_text() in ("old", "new")
     assert moment > 3

@@ -13,7 +13,7 @@ import pytest
 
 from comigs.config import parse_config, to_toml
 from comigs.errors import UserError
-from comigs.report.read import read_run
+from comigs.runs.report.read import read_run
 
 LANGUAGES = ("de", "fr", "it", "nl")
 
@@ -27,13 +27,22 @@ def config_text(clients: tuple[str, ...], rounds: int, **tree: Any) -> str:
 def score(nats: float, tokens: int = 9000) -> dict[str, Any]:
     """The three figures of one loss, 4.3 bytes a token."""
     bits = nats / math.log(2) / 4.3
-    return {"nats_per_token": nats, "perplexity": math.exp(nats), "bits_per_byte": bits, "tokens": tokens}
+    return {
+        "nats_per_token": nats,
+        "perplexity": math.exp(nats),
+        "bits_per_byte": bits,
+        "tokens": tokens,
+    }
 
 
 def shares(rng: np.random.Generator, layers: int, experts: int) -> dict[str, Any]:
     """Routing weights of a round; none where there is one expert or no router."""
     if experts < 2:
-        return {"generalist_share_by_layer": None, "expert_share_by_layer": None, "adopted_share": None}
+        return {
+            "generalist_share_by_layer": None,
+            "expert_share_by_layer": None,
+            "adopted_share": None,
+        }
     weights = rng.dirichlet(np.linspace(3, 2, experts), size=layers)
     return {
         "generalist_share_by_layer": weights[:, 0].tolist(),
@@ -69,8 +78,18 @@ def write_run(
         return start[name] - fall[name] * (1 - math.exp(-3 * done / rounds))
 
     def evaluated(name: str, round_: int, split: str, model: str) -> dict[str, Any]:
-        line = {"kind": "evaluation", "round": round_, "client": name, "split": split, "model": model}
-        return line | score(loss(name, round_) + 0.03) | shares(rng, layers, experts if model == "personal" else 1)
+        line = {
+            "kind": "evaluation",
+            "round": round_,
+            "client": name,
+            "split": split,
+            "model": model,
+        }
+        return (
+            line
+            | score(loss(name, round_) + 0.03)
+            | shares(rng, layers, experts if model == "personal" else 1)
+        )
 
     lines += [evaluated(name, 0, split, "base") for name in clients for split in ("valid", "test")]
     for r in range(1, last + 1):
@@ -78,21 +97,43 @@ def write_run(
             by_step = [loss(name, r - 1 + i / steps) + rng.normal(0, 0.08) for i in range(steps)]
             slots = {"generalist": {"slots": 4 * layers, "bytes": uploaded * 2 // 3}}
             slots["attention"] = {"slots": 2 * layers, "bytes": uploaded - uploaded * 2 // 3}
-            line = {"kind": "train", "round": r, "client": name, "local_steps": steps, "router_steps": 0}
-            line |= {"learning_rate": 2e-3, "train_nats_per_token": float(np.mean(by_step)), "balance_loss": 1.0}
-            line |= {"train_nats_per_token_by_step": by_step, "router_nats_per_token": None, "trained_tokens": 81920}
+            line = {
+                "kind": "train",
+                "round": r,
+                "client": name,
+                "local_steps": steps,
+                "router_steps": 0,
+            }
+            line |= {
+                "learning_rate": 2e-3,
+                "train_nats_per_token": float(np.mean(by_step)),
+                "balance_loss": 1.0,
+            }
+            line |= {
+                "train_nats_per_token_by_step": by_step,
+                "router_nats_per_token": None,
+                "trained_tokens": 81920,
+            }
             line["trained_parameters"] = 590_592
             line |= {"uploaded_bytes": uploaded, "downloaded_bytes": uploaded}
-            lines.append(line | {"uploaded_by_role": slots if uploaded else {}} | shares(rng, layers, experts))
+            lines.append(
+                line
+                | {"uploaded_by_role": slots if uploaded else {}}
+                | shares(rng, layers, experts)
+            )
             speed = {"tokens_per_second": 2400 + 50 * r, "peak_memory_bytes": 900_000_000 + r}
             timings.append({"round": r, "client": name, "seconds": 3.2} | speed)
             lines.append(evaluated(name, r, "valid", "personal"))
-        lines.append({"kind": "server", "round": r, "drift": 0.5 / r + 0.05 if uploaded and r > 1 else None})
+        lines.append(
+            {"kind": "server", "round": r, "drift": 0.5 / r + 0.05 if uploaded and r > 1 else None}
+        )
         timings.append({"round": r, "client": None, "seconds": 13.1})
         lines += [w for w in warnings if w["round"] == r]
     if done is None:
         lines += [evaluated(name, rounds, "test", "personal") for name in clients]
-        (folder / "summary.json").write_text(json.dumps(summary(clients, rounds, lines, uploaded, experts, tree)))
+        (folder / "summary.json").write_text(
+            json.dumps(summary(clients, rounds, lines, uploaded, experts, tree))
+        )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timings))
     (folder / "env.json").write_text(json.dumps(environment(clients)))
@@ -111,17 +152,30 @@ def summary(
     tree: dict[str, Any],
 ) -> dict[str, Any]:
     def tested(name: str, model: str) -> dict[str, Any]:
-        found = [e for e in lines if (e.get("client"), e.get("split"), e.get("model")) == (name, "test", model)]
-        return {k: found[-1][k] for k in ("nats_per_token", "perplexity", "bits_per_byte", "tokens")}
+        found = [
+            e
+            for e in lines
+            if (e.get("client"), e.get("split"), e.get("model")) == (name, "test", model)
+        ]
+        return {
+            k: found[-1][k] for k in ("nats_per_token", "perplexity", "bits_per_byte", "tokens")
+        }
 
     def mean(model: str) -> dict[str, float]:
         keys = ("nats_per_token", "perplexity", "bits_per_byte")
         means = {k: float(np.mean([tested(name, model)[k] for name in clients])) for k in keys}
         return means | {"perplexity_of_mean": math.exp(means["nats_per_token"])}
 
-    facts = {"uploaded_bytes": uploaded * rounds, "downloaded_bytes": uploaded * rounds, "trained_parameters": 590_592}
+    facts = {
+        "uploaded_bytes": uploaded * rounds,
+        "downloaded_bytes": uploaded * rounds,
+        "trained_parameters": 590_592,
+    }
     facts |= {"generalists": 1, "specialists": experts - 1, "rank": 8, "specialist_rank": 8}
-    results = {name: {"test": tested(name, "personal"), "base_test": tested(name, "base")} | facts for name in clients}
+    results = {
+        name: {"test": tested(name, "personal"), "base_test": tested(name, "base")} | facts
+        for name in clients
+    }
     return {
         "method": tree.get("method", "comigs"), "base": tree.get("base", {}).get("name", "mini"), "seed": 42,
         "rounds": rounds, "clients": results, "mean": {"test": mean("personal"), "base_test": mean("base")},
@@ -137,15 +191,29 @@ def change_metrics(folder: Path, **values: Any) -> None:
 
 def environment(clients: tuple[str, ...]) -> dict[str, Any]:
     sizes = {"train": 400_000, "valid": 9000, "test": 9000}
-    split = {s: {"tokens": n, "bytes": 4 * n, "documents": n // 300, "sha256": [f"{n:064x}"]} for s, n in sizes.items()}
+    split = {
+        s: {"tokens": n, "bytes": 4 * n, "documents": n // 300, "sha256": [f"{n:064x}"]}
+        for s, n in sizes.items()
+    }
     machine = {"device": "cpu", "threads": 2, "dtype": "float32"}
-    return {"comigs": "0.1.0", "torch": "2.9.0", "machine": machine, "data": dict.fromkeys(clients, split)}
+    return {
+        "comigs": "0.1.0",
+        "torch": "2.9.0",
+        "machine": machine,
+        "data": dict.fromkeys(clients, split),
+    }
 
 
 def write_experts(path: Path, layers: int, experts: int) -> None:
     """A safetensors file of zeros with a client's slots."""
     parts = ["g0", *(f"s{i}" for i in range(experts - 1))]
-    names = [f"{i}.{site}.{p}.{m}" for i in range(layers) for site in ("up", "down") for p in parts for m in "AB"]
+    names = [
+        f"{i}.{site}.{p}.{m}"
+        for i in range(layers)
+        for site in ("up", "down")
+        for p in parts
+        for m in "AB"
+    ]
     names += [f"{i}.q.attention.{m}" for i in range(layers) for m in "AB"]
     names += [f"{i}.mlp.router.W" for i in range(layers)] if experts > 1 else []
     size = 256
@@ -163,7 +231,9 @@ def test_reads_what_was_written(tmp_path: Path) -> None:
     assert (len(run.train), len(run.evaluations), len(run.drift), run.last_round) == (12, 24, 3, 3)
     assert run.train[0].uploaded_bytes == 1_200_000
     assert run.summary is not None and run.summary.clients["fr"].rank == 8
-    assert run.summary.test.perplexity_of_mean == pytest.approx(math.exp(run.summary.test.nats_per_token or 0))
+    assert run.summary.test.perplexity_of_mean == pytest.approx(
+        math.exp(run.summary.test.nats_per_token or 0)
+    )
     assert run.environment["torch"] == "2.9.0"
 
 
@@ -233,7 +303,9 @@ def test_no_folder(tmp_path: Path) -> None:
 def test_numbers_that_are_none_of_json_count_as_not_measured(tmp_path: Path) -> None:
     metrics = write_run(tmp_path, done=1) / "metrics.jsonl"
     with metrics.open("a") as file:
-        file.write('{"kind": "server", "round": 2, "drift": NaN}\n{"kind": "server", "round": 3, "drift": 1e999}\n')
+        file.write(
+            '{"kind": "server", "round": 2, "drift": NaN}\n{"kind": "server", "round": 3, "drift": 1e999}\n'
+        )
     assert [d.drift for d in read_run(tmp_path).drift[1:]] == [None, None]
 
 

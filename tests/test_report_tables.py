@@ -9,14 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from comigs import text as f
 from comigs.errors import UserError
-from comigs.report import format as f
-from comigs.report.curves import MAX_STEP_POINTS, drift_points, loss_curves, share_lines
-from comigs.report.heat import routing_heatmap
-from comigs.report.held import held_by_role
-from comigs.report.read import Score, read_run
-from comigs.report.results import gain, results
-from comigs.report.tables import client_table, cost_table, expert_share_table, headline, role_table
+from comigs.runs.report.curves import MAX_STEP_POINTS, drift_points, loss_curves, share_lines
+from comigs.runs.report.held import held_by_role
+from comigs.runs.report.read import Score, read_run
+from comigs.runs.report.results import gain, results
+from comigs.runs.report.routing_heatmap import routing_heatmap
+from comigs.runs.report.tables import (
+    client_table,
+    cost_table,
+    expert_share_table,
+    headline,
+    role_table,
+)
 from tests.test_report_runs import change_metrics, write_run
 
 
@@ -80,7 +86,9 @@ def test_results_of_an_unfinished_run_are_the_last_on_valid(tmp_path: Path) -> N
 
 def test_headline(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, clients=("a",), rounds=1))
-    assert headline(run).startswith("1 client, test perplexity 416 \N{RIGHTWARDS ARROW} 90.9 (78 % lower), in 1 round;")
+    assert headline(run).startswith(
+        "1 client, test perplexity 416 \N{RIGHTWARDS ARROW} 90.9 (78 % lower), in 1 round;"
+    )
 
 
 def test_client_table(tmp_path: Path) -> None:
@@ -119,7 +127,9 @@ def test_costs(tmp_path: Path) -> None:
 def test_held_and_uploaded_by_role(tmp_path: Path, done: int | None) -> None:
     write_run(tmp_path, layers=3, experts=3, clients=("a", "b"), rounds=2, done=done)
     held = held_by_role(tmp_path)
-    slots = {role: amount.slots for role, amount in held.items()}  # layers x sites x experts x (A, B) x clients
+    slots = {
+        role: amount.slots for role, amount in held.items()
+    }  # layers x sites x experts x (A, B) x clients
     assert slots == {"generalist": 24, "specialist": 48, "attention": 12, "router": 6}
     assert held["router"].size == 6 * 256
     table = role_table(read_run(tmp_path))
@@ -143,13 +153,23 @@ def test_beside_the_rest_of_the_world_stands_how_much_of_it_was_adopted(tmp_path
     change_metrics(folder, expert_share_by_layer=[[0.5, 0.5], [1.0, 0.0]], adopted_share=0.4)
     table = expert_share_table(read_run(folder))
     assert table is not None
-    assert table.headers == ("client", "its own", "rest of the world", "adopted of the last download")
+    assert table.headers == (
+        "client",
+        "its own",
+        "rest of the world",
+        "adopted of the last download",
+    )
     assert table.rows[0] == ("de", "0.75", "0.25", "0.40")
     config = folder / "config.toml"
     config.write_text(config.read_text().replace("[experts]\n", "[experts]\nspecialists = 1\n"))
     table = expert_share_table(read_run(folder))
     assert table is not None
-    assert table.headers == ("client", "generalist 0", "specialist 0", "adopted of the last download")
+    assert table.headers == (
+        "client",
+        "generalist 0",
+        "specialist 0",
+        "adopted of the last download",
+    )
 
 
 def test_a_client_without_a_router_may_adopt_as_well(tmp_path: Path) -> None:
@@ -157,11 +177,15 @@ def test_a_client_without_a_router_may_adopt_as_well(tmp_path: Path) -> None:
     change_metrics(folder, expert_share_by_layer=None, adopted_share=1.0)
     table = expert_share_table(read_run(folder))
     assert table is not None
-    assert (table.headers, table.rows[0]) == (("client", "adopted of the last download"), ("de", "1.00"))
+    assert (table.headers, table.rows[0]) == (
+        ("client", "adopted of the last download"),
+        ("de", "1.00"),
+    )
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff" * 20, b"\x02" + bytes(7) + b"[]", b"\x0d" + bytes(7) + b'{"x":{"a":1}}']
+    "content",
+    [b"", b"\xff" * 20, b"\x02" + bytes(7) + b"[]", b"\x0d" + bytes(7) + b'{"x":{"a":1}}'],
 )
 def test_broken_tensor_file_is_named(tmp_path: Path, content: bytes) -> None:
     file = write_run(tmp_path, done=1) / "clients" / "fr" / "round-0001.experts.safetensors"
@@ -176,7 +200,12 @@ def test_heatmap_leans_from_the_middle(tmp_path: Path) -> None:
     heat = routing_heatmap(read_run(folder))
     assert heat is not None
     mean, *cells = heat.rows[0][1]
-    assert [(c.text, c.strength) for c in cells] == [("0.50", 0), ("1.00", 1), ("0.00", 1), ("0.25", 0.5)]
+    assert [(c.text, c.strength) for c in cells] == [
+        ("0.50", 0),
+        ("1.00", 1),
+        ("0.00", 1),
+        ("0.25", 0.5),
+    ]
     assert [c.role for c in cells[1:]] == ["generalist", "specialist", "specialist"]
     assert mean.text == "0.44"
     assert heat.source == "the test text"

@@ -15,7 +15,9 @@ SHARES = [0.0, 0.25, 0.5, 0.9]
 
 
 def random_logits(num_experts, num_tokens=50):
-    return torch.from_numpy(np.random.default_rng(num_experts).normal(0, 2, (num_tokens, num_experts)))
+    return torch.from_numpy(
+        np.random.default_rng(num_experts).normal(0, 2, (num_tokens, num_experts))
+    )
 
 
 def numpy_weights(logits_TE, top_k):
@@ -37,7 +39,11 @@ def numpy_balance(logits_TE, top_k, share):
     z_TE = np.where(chosen_TE, logits_TE, 0.0)
     softmax_TE = np.exp(z_TE) / np.exp(z_TE).sum(axis=1, keepdims=True)
     p_E = (weights_TE if top_k == 1 else softmax_TE).mean(axis=0)
-    factor_E = np.array([1 / (share * E)] + (E - 1) * [(E - 1) / ((1 - share) * E)]) if share else np.ones(E)
+    factor_E = (
+        np.array([1 / (share * E)] + (E - 1) * [(E - 1) / ((1 - share) * E)])
+        if share
+        else np.ones(E)
+    )
     return E**2 * np.mean(p_E * density_E * factor_E)
 
 
@@ -47,7 +53,9 @@ def test_weights_equal_numpy(num_experts, top_k):
     routing = route(logits_TE, top_k)
     expected = numpy_weights(logits_TE.numpy(), top_k)
     # K >= 2 takes its softmax in float32
-    np.testing.assert_allclose(routing.weights_TE.numpy(), expected, rtol=0, atol=1e-12 if top_k == 1 else 1e-6)
+    np.testing.assert_allclose(
+        routing.weights_TE.numpy(), expected, rtol=0, atol=1e-12 if top_k == 1 else 1e-6
+    )
     assert np.array_equal(routing.selected_TE.numpy(), expected > 0)
     assert (routing.selected_TE.sum(dim=-1) == top_k).all()
 
@@ -93,18 +101,26 @@ def test_gradient_of_the_balance_loss_equals_that_of_the_naive_one(num_experts, 
 
 def test_balance_loss_is_one_and_teaches_nothing_where_two_of_two_are_used():
     for seed in range(5):
-        logits_TE = torch.from_numpy(np.random.default_rng(seed).normal(0, 3, (40, 2))).requires_grad_()
+        logits_TE = torch.from_numpy(
+            np.random.default_rng(seed).normal(0, 3, (40, 2))
+        ).requires_grad_()
         loss = balance_loss(route(logits_TE, top_k=2), 0.5)
         loss.backward()
         assert loss.item() == pytest.approx(1, abs=1e-12)
         assert logits_TE.grad.abs().max() < 1e-15
 
 
-@pytest.mark.parametrize(("share", "wanted"), [(0.0, (4, 4, 4)), (0.5, (6, 3, 3)), (2 / 3, (8, 2, 2))])
-def test_balance_loss_is_least_where_the_first_expert_has_its_share_and_the_others_an_equal_rest(share, wanted):
+@pytest.mark.parametrize(
+    ("share", "wanted"), [(0.0, (4, 4, 4)), (0.5, (6, 3, 3)), (2 / 3, (8, 2, 2))]
+)
+def test_balance_loss_is_least_where_the_first_expert_has_its_share_and_the_others_an_equal_rest(
+    share, wanted
+):
     def loss(counts):
         chosen = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
-        return float(balance_loss(route(40.0 * torch.nn.functional.one_hot(chosen, 3).double(), 1), share))
+        return float(
+            balance_loss(route(40.0 * torch.nn.functional.one_hot(chosen, 3).double(), 1), share)
+        )
 
     possible = [(a, b, 12 - a - b) for a in range(13) for b in range(13 - a)]
     assert min(possible, key=loss) == wanted
@@ -125,7 +141,9 @@ def test_a_token_is_routed_by_itself_by_its_sequence_so_far_or_by_nothing():
 
 @pytest.mark.parametrize("routing", ["token", "sequence", "client"])
 def test_no_token_is_routed_by_a_later_one_or_by_another_sequence(routing):
-    """To the bit, wherever the text goes on differently; and by sequence, an earlier token does count."""
+    """To the bit, wherever the text goes on differently; and by sequence, an earlier token does
+    count.
+    """
     x_BLD = random_sequences()
     other = x_BLD.clone()
     other[1, 6:] += 100.0

@@ -24,13 +24,19 @@ def test_equal_names_draw_equal_numbers_whatever_was_drawn_between():
 
 
 def test_every_seed_and_name_is_a_stream_of_its_own():
-    draws = [generator(seed, *names).integers(0, 2**62, 4).tobytes() for seed in (0, 1, 42) for names in NAMES]
+    draws = [
+        generator(seed, *names).integers(0, 2**62, 4).tobytes()
+        for seed in (0, 1, 42)
+        for names in NAMES
+    ]
     assert len(set(draws)) == len(draws)
 
 
 def test_streams_are_uncorrelated():
     streams = [generator(42, "batch", name).normal(size=4000) for name in "abcdef"]
-    assert all(abs(np.corrcoef(a, b)[0, 1]) < 0.06 for a, b in combinations(streams, 2))  # 4 standard errors
+    assert all(
+        abs(np.corrcoef(a, b)[0, 1]) < 0.06 for a, b in combinations(streams, 2)
+    )  # 4 standard errors
 
 
 def test_the_stream_is_numpys_pcg64_seeded_with_the_names_sha256():

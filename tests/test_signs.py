@@ -1,16 +1,26 @@
-"""Failure signs: each fires on a history that shows it, stays quiet on a healthy one, and is said once."""
+"""Failure signs: each fires on a history that shows it, stays quiet on a healthy one, and is said
+once.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from comigs.engines.signs import failure_signs
+from comigs.server.diagnostics import failure_signs
 
-HEALTHY = {"shares": [[0.5, 0.5], [0.6, 0.4]], "valid": 3.0, "train": 3.0, "drift": 0.5, "adopted": None}
+HEALTHY = {
+    "shares": [[0.5, 0.5], [0.6, 0.4]],
+    "valid": 3.0,
+    "train": 3.0,
+    "drift": 0.5,
+    "adopted": None,
+}
 
 
 def lines_of(round, client="ada", **changes):
-    """What a round adds to metrics.jsonl: its training, its drift, and the evaluation of the round before."""
+    """What a round adds to metrics.jsonl: its training, its drift, and the evaluation of the round
+    before.
+    """
     shown = {**HEALTHY, **changes}
     return [
         {"kind": "train", "round": round, "client": client, "train_nats_per_token": shown["train"],
@@ -22,11 +32,15 @@ def lines_of(round, client="ada", **changes):
 
 
 def warnings_over(rounds, own_or_rest=False):
-    """All warnings of a run whose rounds show these, with what was warned of before as part of the history."""
+    """All warnings of a run whose rounds show these, with what was warned of before as part of the
+    history.
+    """
     history, found = [], []
     for number, lines in enumerate(rounds, start=1):
         new = [
-            line for change in (lines if isinstance(lines, list) else [lines]) for line in lines_of(number, **change)
+            line
+            for change in (lines if isinstance(lines, list) else [lines])
+            for line in lines_of(number, **change)
         ]
         signs = failure_signs(history, new, own_or_rest)
         history += [*new, *signs]
@@ -35,11 +49,16 @@ def warnings_over(rounds, own_or_rest=False):
 
 
 def test_a_healthy_run_shows_no_sign():
-    improving = [{"valid": 4 - 0.2 * i, "train": 3.9 - 0.2 * i, "drift": 0.5 + 0.01 * (i % 2)} for i in range(12)]
+    improving = [
+        {"valid": 4 - 0.2 * i, "train": 3.9 - 0.2 * i, "drift": 0.5 + 0.01 * (i % 2)}
+        for i in range(12)
+    ]
     assert warnings_over(improving) == []
 
 
-@pytest.mark.parametrize("shares", [[[0.5, 0.5], [0.98, 0.02]], [[0.01, 0.99], [0.5, 0.5]], [[0.0, 0.0, 1.0]]])
+@pytest.mark.parametrize(
+    "shares", [[[0.5, 0.5], [0.98, 0.02]], [[0.01, 0.99], [0.5, 0.5]], [[0.0, 0.0, 1.0]]]
+)
 def test_a_router_that_collapses_onto_one_expert_is_told_once(shares):
     (warning,) = warnings_over([{}, {"shares": shares}, {"shares": shares}, {"shares": shares}])
     assert (warning["sign"], warning["round"], warning["client"]) == ("collapsed-router", 2, "ada")
@@ -59,14 +78,20 @@ def test_an_own_expert_with_all_the_weight_beside_the_rest_of_the_world_is_no_co
 
 @pytest.mark.parametrize(("adopted", "told"), [(0.2, []), (0.8, ["drifting-generalists"])])
 def test_drift_is_no_sign_where_most_of_the_mean_is_not_adopted(adopted, told):
-    rising = [{"drift": value, "adopted": adopted} for value in (None, 0.5, 0.6, 0.7, 0.9, 1.2, 1.5)]
+    rising = [
+        {"drift": value, "adopted": adopted} for value in (None, 0.5, 0.6, 0.7, 0.9, 1.2, 1.5)
+    ]
     assert [warning["sign"] for warning in warnings_over(rising)] == told
 
 
 def test_generalists_that_drift_apart_are_told_once():
     rising = [{"drift": value} for value in (None, 0.5, 0.6, 0.7, 0.9, 1.2, 1.5)]
     (warning,) = warnings_over(rising)
-    assert (warning["sign"], warning["round"], warning["client"]) == ("drifting-generalists", 5, None)
+    assert (warning["sign"], warning["round"], warning["client"]) == (
+        "drifting-generalists",
+        5,
+        None,
+    )
     assert "0.50 to 0.90" in warning["message"]
 
 
@@ -93,7 +118,9 @@ def test_overfitting_is_told_once_where_valid_rises_while_train_falls():
 @pytest.mark.parametrize(
     "rounds",
     [
-        [{"valid": 3.0 + 0.05 * i, "train": 3.0 + 0.1 * i} for i in range(6)],  # both rise: diverging, not overfitting
+        [
+            {"valid": 3.0 + 0.05 * i, "train": 3.0 + 0.1 * i} for i in range(6)
+        ],  # both rise: diverging, not overfitting
         [{"valid": 3.0 + 0.001 * i, "train": 3.0 - 0.1 * i} for i in range(6)],  # hardly
         [{"valid": 3.0 + 0.1 * (i % 2), "train": 3.0 - 0.1 * i} for i in range(6)],  # up and down
         [{"valid": 3.0 + 0.05 * i, "train": 3.0 - 0.1 * i} for i in range(3)],  # too short to say
@@ -107,7 +134,10 @@ def test_clients_are_told_apart():
     ada = {"client": "ada", "shares": [[1.0, 0.0]]}
     bob = [{"client": "bob", "valid": 3.0 + 0.05 * i, "train": 3.0 - 0.1 * i} for i in range(6)]
     found = warnings_over([[ada, b] for b in bob])
-    assert {(w["sign"], w["client"]) for w in found} == {("collapsed-router", "ada"), ("overfitting", "bob")}
+    assert {(w["sign"], w["client"]) for w in found} == {
+        ("collapsed-router", "ada"),
+        ("overfitting", "bob"),
+    }
     assert len(found) == 2
 
 

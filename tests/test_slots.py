@@ -1,4 +1,6 @@
-"""Slots: the one address of every trainable tensor, and the one thing that says what may leave a client."""
+"""Slots: the one address of every trainable tensor, and the one thing that says what may leave a
+client.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ def test_anything_else_is_refused(text):
 
 
 def test_slots_are_keys_and_have_an_order():
-    slots = [Slot(1, "up", "g0", "A"), Slot(0, "up", "s0", "B"), Slot(0, "up", "s0", "A"), Slot(0, "down", "s0", "A")]
+    slots = [
+        Slot(1, "up", "g0", "A"),
+        Slot(0, "up", "s0", "B"),
+        Slot(0, "up", "s0", "A"),
+        Slot(0, "down", "s0", "A"),
+    ]
     assert sorted(slots) == slots[:0:-1] + slots[:1]
     assert {Slot(0, "up", "g0", "A"): 1}[Slot(0, "up", "g0", "A")] == 1
 

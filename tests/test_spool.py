@@ -1,4 +1,6 @@
-"""Uploads on the disk: the same slots and bits, read when looked at, and nothing of them in memory in between."""
+"""Uploads on the disk: the same slots and bits, read when looked at, and nothing of them in memory
+in between.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,17 @@ import sys
 import pytest
 import torch
 
-from comigs.engines.spool import MAX_OPEN, Spool
+from comigs.engines.upload_store import MAX_OPEN, Spool
 from comigs.errors import UserError
 from comigs.slots import Slot
 from tests.conftest import same
 from tests.runs import ENVIRONMENT
 
-A, B, ATTENTION = Slot(3, "up", "g0", "A"), Slot(3, "up", "g0", "B"), Slot(11, "q", "attention", "A")
+A, B, ATTENTION = (
+    Slot(3, "up", "g0", "A"),
+    Slot(3, "up", "g0", "B"),
+    Slot(11, "q", "attention", "A"),
+)
 UPLOAD = {
     B: torch.tensor([[float("nan"), -0.0], [1e-40, 3.0]]),
     ATTENTION: torch.randn(5, 7, dtype=torch.float64).to(torch.bfloat16),
@@ -49,7 +55,9 @@ def test_one_client_may_be_there_twice(tmp_path):
 
 def test_no_more_files_are_open_than_a_process_may_have(tmp_path):
     spool, before = Spool(tmp_path), len(os.listdir("/proc/self/fd"))
-    uploads = [spool.add(f"client{n}", {A: torch.full((2,), float(n))}) for n in range(3 * MAX_OPEN)]
+    uploads = [
+        spool.add(f"client{n}", {A: torch.full((2,), float(n))}) for n in range(3 * MAX_OPEN)
+    ]
     assert [float(upload[A][0]) for upload in uploads] == list(range(3 * MAX_OPEN))
     assert len(os.listdir("/proc/self/fd")) <= before + MAX_OPEN
     spool.clear()
@@ -66,8 +74,8 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from comigs.engines.spool import Spool
-from comigs.process import peak_memory
+from comigs.engines.upload_store import Spool
+from comigs.processes import peak_memory
 from comigs.methods.method import mean
 from comigs.slots import Slot
 spool, slots = Spool(Path(sys.argv[1])), [Slot(layer, "up", "g0", "A") for layer in range(8)]
@@ -82,6 +90,10 @@ print(peak_memory() - before)
 
 def test_memory_holds_one_sum_however_many_uploads_are_averaged(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)], check=True, env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        check=True,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert int(done.stdout) < 32 << 20  # of 320 MiB

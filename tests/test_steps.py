@@ -9,9 +9,17 @@ import pytest
 import torch
 
 from comigs.client.client import new_trainee
-from comigs.client.steps import NonFiniteLoss, Plan, RoundLog, Rules, experts_differ, local_round, step
+from comigs.client.steps import (
+    NonFiniteLoss,
+    Plan,
+    RoundLog,
+    Rules,
+    experts_differ,
+    local_round,
+    step,
+)
 from comigs.config import ClientSection
-from comigs.experts.start import starting_tensors
+from comigs.experts.init import starting_tensors
 from tests import naive
 from tests.conftest import attach, bits, copy_of, random_tensors, same, shape_of, tiny
 
@@ -29,7 +37,14 @@ def draw(split, number, windows=3, length=5):
 
 
 def settings_of(**changes):
-    defaults = {"steps": 3, "batch_size": 3, "router_every": 2, "router_steps": 2, "lr": 2e-3, "balance_coef": 0.01}
+    defaults = {
+        "steps": 3,
+        "batch_size": 3,
+        "router_every": 2,
+        "router_steps": 2,
+        "lr": 2e-3,
+        "balance_coef": 0.01,
+    }
     return ClientSection(**{**defaults, **changes})
 
 
@@ -39,10 +54,19 @@ def plan_of(settings, dtype=torch.float32, total_steps=20, **more):
 
 
 class Case:
-    """A client in the middle of its training: experts that differ, and moments in both optimisers."""
+    """A client in the middle of its training: experts that differ, and moments in both
+    optimisers.
+    """
 
     def __init__(
-        self, name="tiny-gpt2", shape=None, top_k=2, dtype="float32", fresh=False, schedule="alternating", **settings
+        self,
+        name="tiny-gpt2",
+        shape=None,
+        top_k=2,
+        dtype="float32",
+        fresh=False,
+        schedule="alternating",
+        **settings,
     ):
         self.base = tiny(name, dtype)
         self.attachment = attach(self.base.model, self.base.architecture, top_k)
@@ -75,14 +99,18 @@ class Case:
             if seen is not None:
                 seen.append((group, nats))
 
-        return local_round(self.attachment, self.trainee, self.plan, noting_draw, Rules(trains), on_step)
+        return local_round(
+            self.attachment, self.trainee, self.plan, noting_draw, Rules(trains), on_step
+        )
 
     def of(self, group):
         """Tensors and moments of one level, by name."""
         by_id = {id(t): str(slot) for slot, t in self.trainee.tensors.items()}
         members = self.trainee.group(group)
         state = self.trainee.optimizers[group].state
-        moments = {f"{by_id[id(p)]}/{key}": v for p, values in state.items() for key, v in values.items()}
+        moments = {
+            f"{by_id[id(p)]}/{key}": v for p, values in state.items() for key, v in values.items()
+        }
         return copy_of({by_id[id(t)]: t for t in members} | moments)
 
     def everything(self):
@@ -138,7 +166,9 @@ def test_two_rounds_equal_an_independent_training_loop(name, shape, top_k, toler
 
 @pytest.mark.parametrize(("stepped", "other"), [("experts", "router"), ("router", "experts")])
 @pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
-def test_a_step_of_one_level_changes_nothing_of_the_other_and_leaves_no_gradient(name, stepped, other):
+def test_a_step_of_one_level_changes_nothing_of_the_other_and_leaves_no_gradient(
+    name, stepped, other
+):
     case = Case(name)
     before = {group: case.of(group) for group in (stepped, other)}
     case.step(stepped)
@@ -158,7 +188,9 @@ def test_a_step_computes_the_gradient_of_its_own_level_only(group):
 
     case.trainee.optimizers[group].step = look
     case.step(group)
-    assert seen == {slot: (slot.role == "router") == (group == "router") for slot in case.trainee.tensors}
+    assert seen == {
+        slot: (slot.role == "router") == (group == "router") for slot in case.trainee.tensors
+    }
 
 
 def test_no_gradient_is_left_anywhere_after_a_round():
@@ -228,13 +260,17 @@ def test_while_experts_are_equal_the_routers_gradient_is_rounding_noise():
         t.requires_grad_(slot.role == "router")
     inputs, targets = (torch.from_numpy(part) for part in draw("valid", 0))
     case.base.model(input_ids=inputs, labels=targets).loss.backward()
-    assert all(t.grad.abs().max() < 1e-6 for s, t in case.trainee.tensors.items() if s.role == "router")
+    assert all(
+        t.grad.abs().max() < 1e-6 for s, t in case.trainee.tensors.items() if s.role == "router"
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("groups", LEVELS)
 def test_micro_batches_give_the_gradient_of_the_whole_batch(groups, size):
-    whole, pieces = (Case(dtype="float64", balance_coef=0, micro_batch_size=m) for m in (None, size))
+    whole, pieces = (
+        Case(dtype="float64", balance_coef=0, micro_batch_size=m) for m in (None, size)
+    )
     nats, gradients, log = whole.gradients_of(*groups)
     piece_nats, piece_gradients, piece_log = pieces.gradients_of(*groups)
     assert piece_nats == pytest.approx(nats, abs=1e-7)
@@ -245,7 +281,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(groups, size):
 
 
 def test_micro_batches_add_up_to_one_balance_loss():
-    """It is a mean over tokens, not a sum over them: windows that are all the same show it exactly."""
+    """It is a mean over tokens, not a sum over them: windows that are all the same show it
+    exactly.
+    """
     same_windows = tuple(np.repeat(part[:1], 4, axis=0) for part in draw("train", 0))
     whole, pieces = (Case(dtype="float64", balance_coef=0.5) for _ in range(2))
     pieces.plan = plan_of(settings_of(balance_coef=0.5, micro_batch_size=1), torch.float64)
@@ -320,7 +358,15 @@ def test_router_phases_are_counted_over_rounds():
         phases.append(len(case.round(drawn=drawn).router_losses))
     assert phases == [0, 2, 2, 0, 2]  # after local steps 3, 6 and 9 of 10
     train, valid = [("train", n) for n in range(10)], [("valid", n) for n in range(6)]
-    assert drawn == [*train[:3], *valid[:2], *train[3:6], *valid[2:4], *train[6:9], *valid[4:6], train[9]]
+    assert drawn == [
+        *train[:3],
+        *valid[:2],
+        *train[3:6],
+        *valid[2:4],
+        *train[6:9],
+        *valid[4:6],
+        train[9],
+    ]
     assert (case.trainee.local_steps, case.trainee.router_steps) == (10, 6)
 
 
@@ -360,7 +406,9 @@ def test_the_experts_rate_falls_as_a_cosine_to_a_tenth_and_the_routers_stays():
     settings = settings_of(lr=2e-3, router_lr=5e-4)
     plan = plan_of(settings, total_steps=200)
     assert plan.rate("experts", 0) == pytest.approx(2e-3, rel=1e-12)
-    assert plan.rate("experts", 100) == pytest.approx(1.1e-3, rel=1e-12)  # half way: the mean of both ends
+    assert plan.rate("experts", 100) == pytest.approx(
+        1.1e-3, rel=1e-12
+    )  # half way: the mean of both ends
     assert plan.rate("experts", 200) == pytest.approx(2e-4, rel=1e-12)
     assert plan.rate("experts", 50) == pytest.approx(2e-4 + 9e-4 * (1 + math.sqrt(0.5)), rel=1e-12)
     rates = [plan.rate("experts", done) for done in range(201)]
@@ -371,14 +419,19 @@ def test_the_experts_rate_falls_as_a_cosine_to_a_tenth_and_the_routers_stays():
 def test_the_schedule_runs_over_rounds_and_is_logged():
     case = Case(steps=2)
     logged = [case.round().learning_rate for _ in range(3)]
-    assert logged == [case.plan.rate("experts", done) for done in (1, 3, 5)]  # of each round's last step
+    assert logged == [
+        case.plan.rate("experts", done) for done in (1, 3, 5)
+    ]  # of each round's last step
 
 
 def test_adamw_equals_the_one_written_out_in_numpy():
     case = Case(fresh=True, dtype="float64", betas=(0.8, 0.9), weight_decay=0.1)
     ours, random = case.trainee, np.random.default_rng(0)
     values = {slot: t.numpy().copy() for slot, t in ours.tensors.items()}
-    theirs = {"experts": naive.NumpyAdamW((0.8, 0.9), 0.1), "router": naive.NumpyAdamW((0.8, 0.9), 0.1)}
+    theirs = {
+        "experts": naive.NumpyAdamW((0.8, 0.9), 0.1),
+        "router": naive.NumpyAdamW((0.8, 0.9), 0.1),
+    }
     for number in range(5):
         for group, optimizer in ours.optimizers.items():
             optimizer.param_groups[0]["lr"] = rate = 0.01 / (1 + number)
@@ -417,4 +470,6 @@ def test_what_is_logged_of_a_round_is_what_happened():
     case = Case(router_steps=0)
     log = case.round()
     assert log.trained_tokens == 3 * 15 and len(log.balance_losses) == 3
-    torch.testing.assert_close(log.share_sum_LE.sum(dim=1), torch.full((2,), 45.0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        log.share_sum_LE.sum(dim=1), torch.full((2,), 45.0), rtol=0, atol=1e-4
+    )

@@ -1,4 +1,6 @@
-"""A sweep: what its file means, what is refused before anything runs, and that every run is as if run by hand."""
+"""A sweep: what its file means, what is refused before anything runs, and that every run is as if
+run by hand.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,18 @@ from unittest.mock import patch
 
 import pytest
 
-from comigs import api, cli, load_config
+from comigs import load_config
+from comigs.app import api, cli
 from comigs.config import parse_config
 from comigs.errors import UserError
-from comigs.record import RunFolder
-from comigs.report.report import write_report
-from comigs.sweep import child, run
-from comigs.sweep.child import Child
-from comigs.sweep.file import flat, literal, read_sweep
-from comigs.sweep.folders import ELSEWHERE, State, differences
-from comigs.sweep.pace import START, Pace, about, clock
-from comigs.sweep.plan import read_plan
+from comigs.experiments.sweep import process, run
+from comigs.experiments.sweep.eta import START, Pace, about, clock
+from comigs.experiments.sweep.plan import read_plan
+from comigs.experiments.sweep.process import Child
+from comigs.experiments.sweep.spec import flat, literal, read_sweep
+from comigs.experiments.sweep.state import ELSEWHERE, State, differences
+from comigs.runs.folder import RunFolder
+from comigs.runs.report.page import write_report
 from tests.runs import comigs, files, finished, outcome, refused, write_config
 
 SWEEP = """\
@@ -47,7 +50,9 @@ class Forked:
 
     def __init__(self, words, environment, errors):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: nobody holds a lock here
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # of forking with threads: nobody holds a lock here
             self.pid, self.returncode = os.fork(), None
         if self.pid == 0:
             try:
@@ -86,7 +91,7 @@ def warm(tmp_path_factory):
 def sweep(tmp_path, monkeypatch, warm):
     """A sweep file of four runs of half a second, in a folder in which the test also stands."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(child, "start", Forked)
+    monkeypatch.setattr(process, "start", Forked)
     monkeypatch.setattr(run, "POLL", 0.02)
     write_config(tmp_path)
     path = tmp_path / "main.toml"
@@ -116,15 +121,22 @@ def test_every_run_is_as_if_run_by_hand_and_is_not_run_again(sweep, capsys):
     assert sum("left" in line for line in over) == 3
     assert lines[-1] == "next: comigs compare runs/main"
 
-    by_hand = load_config("tiny.toml", ["client.lr=1e-3", "method='comigs'", "experts.generalists=2", "seed=2"])
+    by_hand = load_config(
+        "tiny.toml", ["client.lr=1e-3", "method='comigs'", "experts.generalists=2", "seed=2"]
+    )
     api.run(by_hand, "hand")
     assert outcome(Path("hand")) == outcome(Path("runs/main/ours/seed-2"))
 
     before = files(Path("runs"))
     again = comigs(capsys, "sweep", sweep)
-    assert again.out.splitlines() == ["4 runs in runs/main: 4 done", "next: comigs compare runs/main"]
+    assert again.out.splitlines() == [
+        "4 runs in runs/main: 4 done",
+        "next: comigs compare runs/main",
+    ]
     assert files(Path("runs")) == before
-    copied = comigs(capsys, "sweep", "runs/main/sweep.toml", "--dry-run")  # its paths mean the same from there
+    copied = comigs(
+        capsys, "sweep", "runs/main/sweep.toml", "--dry-run"
+    )  # its paths mean the same from there
     assert copied.out.splitlines()[0] == "4 runs in runs/main: 4 done"
 
 
@@ -133,8 +145,14 @@ def test_runs_made_by_hand_are_taken_over(sweep, capsys):
     moved = Path("elsewhere/other.toml")
     text = Path("tiny.toml").read_text().replace('cache = "cache"', f'root = "{Path.cwd()}"')
     moved.write_text(text)
-    api.run(load_config(moved, ["method='fedavg'", "seed=2", "client.lr=1e-3"]), "runs/main/fedavg/seed-2")
-    stop_after_a_round(load_config(moved, ["method='fedavg'", "seed=1", "client.lr=1e-3"]), "runs/main/fedavg/seed-1")
+    api.run(
+        load_config(moved, ["method='fedavg'", "seed=2", "client.lr=1e-3"]),
+        "runs/main/fedavg/seed-2",
+    )
+    stop_after_a_round(
+        load_config(moved, ["method='fedavg'", "seed=1", "client.lr=1e-3"]),
+        "runs/main/fedavg/seed-1",
+    )
     before = files(Path("runs/main/fedavg/seed-2"))
     shown = comigs(capsys, "sweep", sweep, "--dry-run", "--jobs", "2").out.splitlines()
     assert shown[0] == "4 runs in runs/main: 1 done, 1 to resume, 2 new"
@@ -166,9 +184,13 @@ def test_a_run_that_fails_is_a_line_and_the_others_go_on(sweep, capsys):
     done = comigs(capsys, "sweep", sweep)
     assert (done.code, done.err) == (1, "")
     lines = done.out.splitlines()
-    assert re.match(r"\[1/2\] fedavg/seed-1 +failed: client ann: the loss is nan in round 1", lines[3]), lines
+    assert re.match(
+        r"\[1/2\] fedavg/seed-1 +failed: client ann: the loss is nan in round 1", lines[3]
+    ), lines
     assert any(line.startswith("[2/2] ours/seed-1") for line in lines)
-    assert lines[-2] == "1 of 2 runs failed:" and lines[-1].startswith("  fedavg/seed-1: client ann: the loss is nan")
+    assert lines[-2] == "1 of 2 runs failed:" and lines[-1].startswith(
+        "  fedavg/seed-1: client ann: the loss is nan"
+    )
     log = Path("runs/main/sweep.log").read_text()
     assert log.startswith("$ comigs run ") and "error: client ann: the loss is nan" in log
 
@@ -188,7 +210,10 @@ def test_ctrl_c_leaves_whole_rounds_and_no_process(sweep, capsys):
         if (first / "checkpoint.json").exists() and RunFolder.open(first).checkpoint().round:
             raise KeyboardInterrupt
 
-    with patch("comigs.sweep.child.start", keep), patch("comigs.sweep.run.time.sleep", interrupt):
+    with (
+        patch("comigs.experiments.sweep.process.start", keep),
+        patch("comigs.experiments.sweep.run.time.sleep", interrupt),
+    ):
         done = comigs(capsys, "sweep", sweep, "--jobs", "2", "--only", "seed-2")
     assert done.code == 130
     assert done.err == (
@@ -207,7 +232,10 @@ def test_a_run_that_somebody_works_on_is_left_to_the_end(sweep, capsys):
         done = comigs(capsys, "sweep", sweep)
     assert done.code == 1
     assert "[1/2] ours/seed-1" in done.out
-    assert "[2/2] fedavg/seed-1  failed: another process is working on it; when it is done, go on with:" in done.out
+    assert (
+        "[2/2] fedavg/seed-1  failed: another process is working on it; when it is done, go on with:"
+        in done.out
+    )
 
 
 # the file
@@ -226,7 +254,12 @@ def test_seeds_are_outermost_and_axes_are_folders(sweep):
     ]
     assert runs[1].path == Path("there/a/ours/seed-1")
     config = runs[1].config
-    assert (config.method, config.seed, config.client.lr, config.experts.generalists) == ("comigs", 1, 1e-3, 2)
+    assert (config.method, config.seed, config.client.lr, config.experts.generalists) == (
+        "comigs",
+        1,
+        1e-3,
+        2,
+    )
     assert [r.label for r in read_plan(sweep, only=["fedavg/seed-2", "ours"]).runs] == [
         "a/ours/seed-1", "a/fedavg/seed-2", "a/ours/seed-2", "b/fedavg/seed-2"
     ]  # fmt: skip
@@ -240,7 +273,18 @@ def test_dotted_keys_and_sections_are_the_same():
 
 
 @pytest.mark.parametrize(
-    "value", [1, -2.5, 1e-30, True, 'a "b" \\ = é\n', [0.8, 0.9], [["a"], []], {"train": "a b", "x": {"y=": [1]}}, []]
+    "value",
+    [
+        1,
+        -2.5,
+        1e-30,
+        True,
+        'a "b" \\ = é\n',
+        [0.8, 0.9],
+        [["a"], []],
+        {"train": "a b", "x": {"y=": [1]}},
+        [],
+    ],
 )
 def test_what_is_given_on_the_command_line_is_the_value(value):
     written = literal(value)
@@ -250,13 +294,21 @@ def test_what_is_given_on_the_command_line_is_the_value(value):
 @pytest.mark.parametrize(
     "old, new, line",
     [
-        ("seeds = [1, 2]", "sedes = [1]", 'sedes: unknown key. Did you mean "seeds"? Allowed: name, config, seeds'),
+        (
+            "seeds = [1, 2]",
+            "sedes = [1]",
+            'sedes: unknown key. Did you mean "seeds"? Allowed: name, config, seeds',
+        ),
         ("seeds = [1, 2]", "seeds = []", "seeds: none; give at least one"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "seeds: given [1, 1]; must differ"),
         ("seeds = [1, 2]", "seeds = [-1]", "seeds.0: given -1; must be 0 or more"),
         ("seeds = [1, 2]", 'name = "../x"', "name: given '../x'; must be letters"),
         ("seeds = [1, 2]", "seeds = ", "cannot be read as TOML"),
-        ('config = "tiny.toml"', "", 'config: missing; write config = "quickstart.toml" at the top'),
+        (
+            'config = "tiny.toml"',
+            "",
+            'config: missing; write config = "quickstart.toml" at the top',
+        ),
         ("tiny.toml", "tony.toml", 'tony.toml: no such config file. Did you mean "tiny.toml"?'),
         (
             '"fedavg" }',
@@ -268,9 +320,21 @@ def test_what_is_given_on_the_command_line_is_the_value(value):
             'baseline = "fedvag"',
             'no axis has a value "fedvag". Did you mean "fedavg"? There are',
         ),
-        ('baseline = "fedavg"', 'skip = [{ methods = "ours" }]', 'skip.0: no axis "methods". Did you mean "method"?'),
-        ('baseline = "fedavg"', 'skip = [{ method = "our" }]', 'skip.0: no value "our". Did you mean "ours"?'),
-        ('baseline = "fedavg"', 'skip = [{method = "ours"}, {method = "fedavg"}]', "skip: every run is skipped"),
+        (
+            'baseline = "fedavg"',
+            'skip = [{ methods = "ours" }]',
+            'skip.0: no axis "methods". Did you mean "method"?',
+        ),
+        (
+            'baseline = "fedavg"',
+            'skip = [{ method = "our" }]',
+            'skip.0: no value "our". Did you mean "ours"?',
+        ),
+        (
+            'baseline = "fedavg"',
+            'skip = [{method = "ours"}, {method = "fedavg"}]',
+            "skip: every run is skipped",
+        ),
         ("ours = {", '"a/b" = {', 'axes.method: the name "a/b" is also a folder'),
         ("ours = {", "Fedavg = {", "axes.method: two values have the same name"),
         (
@@ -279,11 +343,23 @@ def test_what_is_given_on_the_command_line_is_the_value(value):
             "axes.method.ours: given 'comigs'; must be a section, or {",
         ),
         ("client.lr = 1e-3", "seed = 3", "set: seed: write seeds = [42, ...] at the top"),
-        ('"comigs"', '"comgis"', 'axes.method.ours: method: unknown method "comgis". Did you mean "comigs"? Known: '),
+        (
+            '"comigs"',
+            '"comgis"',
+            'axes.method.ours: method: unknown method "comgis". Did you mean "comigs"? Known: ',
+        ),
         ("client.lr", "client.rl", 'set: client.rl: unknown key. Did you mean "lr"?'),
         ("client.lr = 1e-3", "rounds = 0", "set: rounds: given 0; must be 1 or more"),
-        ('"experts.generalists" = 2', "clients.eve.rank = 2", 'axes.method.ours: clients.eve.rank=2: no client "eve"'),
-        ("client.lr", "client.steps.lr", "set: client.steps.lr=0.001: client.steps is a value, not a section"),
+        (
+            '"experts.generalists" = 2',
+            "clients.eve.rank = 2",
+            'axes.method.ours: clients.eve.rank=2: no client "eve"',
+        ),
+        (
+            "client.lr",
+            "client.steps.lr",
+            "set: client.steps.lr=0.001: client.steps is a value, not a section",
+        ),
     ],
 )
 def test_a_wrong_sweep_is_refused_whole(sweep, capsys, old, new, line):
@@ -323,7 +399,9 @@ def test_a_run_with_another_config_is_refused_and_left_alone(sweep, capsys):
     ) in refused(capsys, "sweep", sweep)
     edit(Path("runs/main/fedavg/seed-2/config.toml"), "rounds = 2", "laps = 2")
     line = refused(capsys, "sweep", sweep)
-    assert "laps: unknown key" in line and line.endswith("Move runs/main/fedavg/seed-2 away, or " + ELSEWHERE)
+    assert "laps: unknown key" in line and line.endswith(
+        "Move runs/main/fedavg/seed-2 away, or " + ELSEWHERE
+    )
     edit(Path("runs/main/fedavg/seed-2/config.toml"), "laps = 2", "rounds = 2")
     Path("other/ours/seed-1").mkdir(parents=True)
     assert "other/ours/seed-1: exists and is no run folder; nothing was changed" in refused(
@@ -340,7 +418,9 @@ def test_the_folder_of_another_sweep_is_refused(sweep, capsys):
     Path("runs/main").mkdir(parents=True)
     there = Path("runs/main/sweep.toml")
     there.write_text(SWEEP + '[axes.rank]\nlow = { config = "x" }\n'.replace("config", "method"))
-    assert "runs/main: is the folder of a sweep with name sweep, this one has main" in refused(capsys, "sweep", sweep)
+    assert "runs/main: is the folder of a sweep with name sweep, this one has main" in refused(
+        capsys, "sweep", sweep
+    )
     there.write_text('name = "main"\n' + there.read_text())
     assert "a sweep with axes method, rank, this one has method; choose another folder" in refused(
         capsys, "sweep", sweep
@@ -367,7 +447,9 @@ def test_the_folder_of_another_sweep_is_refused(sweep, capsys):
 )  # fmt: skip
 def test_what_makes_it_another_run(wanted, there, fields):
     ann = {"clients": [{"name": "ann", "text": "x"}], "data": {"root": "/a"}}
-    found = [name for name, *_ in differences(parse_config(ann | wanted), parse_config(ann | there))]
+    found = [
+        name for name, *_ in differences(parse_config(ann | wanted), parse_config(ann | there))
+    ]
     assert found[: len(fields)] == fields and bool(found) == bool(fields)
 
 
@@ -378,13 +460,21 @@ def test_a_run_takes_as_long_as_those_most_like_it(sweep):
     edit(sweep, "seeds = [1, 2]", "seeds = [1, 2, 3]")
     runs = {r.label: r for r in read_plan(sweep).runs}
     pace = Pace()
-    todo = [(runs[label], State(), 0.0) for label in ("ours/seed-2", "fedavg/seed-2", "fedavg/seed-3")]
+    todo = [
+        (runs[label], State(), 0.0) for label in ("ours/seed-2", "fedavg/seed-2", "fedavg/seed-3")
+    ]
     assert pace.left(todo, 1) is None
     pace.learn(runs["fedavg/seed-1"], State(round=1, begun=True, seconds=50.0))  # half of it
-    assert pace.seconds(runs["fedavg/seed-2"]) == pace.seconds(runs["ours/seed-2"]) == pytest.approx(100)
+    assert (
+        pace.seconds(runs["fedavg/seed-2"])
+        == pace.seconds(runs["ours/seed-2"])
+        == pytest.approx(100)
+    )
     pace.learn(runs["ours/seed-1"], State(round=2, begun=True, finished=True, seconds=300.0))
     assert pace.left(todo, 1) == pytest.approx(300 + 100 + 100 + 3 * START)
-    assert pace.left(todo, 2) == pytest.approx(310)  # the longest one is longer than the half of all
+    assert pace.left(todo, 2) == pytest.approx(
+        310
+    )  # the longest one is longer than the half of all
     pace.learn_start(State(), State(seconds=100.0), 104.0)
     half = (runs["ours/seed-2"], State(round=1, begun=True, seconds=150.0), 30.0)
     assert pace.left([half], 1) == pytest.approx(150 + 4 - 30)
@@ -395,21 +485,32 @@ def test_runs_of_another_machine_say_how_runs_compare_and_those_of_this_one_how_
     runs = {r.label: r for r in read_plan(sweep).runs}
     pace = Pace()
     for label, seconds in (("ours/seed-1", 300.0), ("fedavg/seed-1", 100.0)):
-        pace.learn(runs[label], State(round=2, begun=True, finished=True, seconds=seconds), here=False)
+        pace.learn(
+            runs[label], State(round=2, begun=True, finished=True, seconds=seconds), here=False
+        )
     assert pace.seconds(runs["fedavg/seed-2"]) == pytest.approx(100)
-    pace.learn(runs["ours/seed-2"], State(round=2, begun=True, finished=True, seconds=150.0))  # twice as fast
+    pace.learn(
+        runs["ours/seed-2"], State(round=2, begun=True, finished=True, seconds=150.0)
+    )  # twice as fast
     assert pace.seconds(runs["fedavg/seed-2"]) == pytest.approx(50)
     assert pace.seconds(runs["ours/seed-3"]) == pytest.approx(150)
 
 
 def test_how_time_is_said():
-    assert [clock(s) for s in (3.4, 59.6, 250, 7500)] == ["3 s", "1 min 00 s", "4 min 10 s", "2 h 05 min"]
+    assert [clock(s) for s in (3.4, 59.6, 250, 7500)] == [
+        "3 s",
+        "1 min 00 s",
+        "4 min 10 s",
+        "2 h 05 min",
+    ]
     assert [about(s) for s in (50, 300, 5400, 18000, 43200)] == [
         "about 50 s", "about 5 min", "about 1.5 h", "about 5.0 h", "about 12 h"
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("cpus, jobs, own, threads", [(8, 2, None, 4), (8, 3, None, 2), (2, 4, None, 1), (8, 2, 5, 5)])
+@pytest.mark.parametrize(
+    "cpus, jobs, own, threads", [(8, 2, None, 4), (8, 3, None, 2), (2, 4, None, 1), (8, 2, 5, 5)]
+)
 def test_runs_share_the_cpus(sweep, cpus, jobs, own, threads):
     edit(Path("tiny.toml"), "threads = 1\n", f"threads = {own}\n" if own else "")
     with patch("os.sched_getaffinity", lambda _: set(range(cpus))):
@@ -450,10 +551,10 @@ def test_the_whole_thing_in_real_processes(tmp_path, monkeypatch, capsys):
 
 
 def test_reading_a_sweep_needs_no_torch():
-    code = "import sys, comigs.sweep.file, comigs.sweep.child; assert 'torch' not in sys.modules"
+    code = "import sys, comigs.experiments.sweep.spec, comigs.experiments.sweep.process; assert 'torch' not in sys.modules"
     with tempfile.TemporaryFile() as errors:
-        process = child.subprocess.run([sys.executable, "-c", code], stderr=errors)
-    assert process.returncode == 0
+        done = process.subprocess.run([sys.executable, "-c", code], stderr=errors)
+    assert done.returncode == 0
 
 
 def test_the_resolved_sweep_is_the_sweep(sweep, capsys):
@@ -468,5 +569,11 @@ def test_the_page_shows_a_valid_sweep(tmp_path):
     path = tmp_path / "main.toml"
     path.write_text(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1])
     shown = read_sweep(path)
-    assert shown.set == {"rounds": 20, "client.batch_size": 4} and list(shown.axes) == ["dataset", "method"]
-    assert shown.config_of({"dataset": "topics", "method": "local"}) == ("../topics.toml", "axes.dataset.topics.config")
+    assert shown.set == {"rounds": 20, "client.batch_size": 4} and list(shown.axes) == [
+        "dataset",
+        "method",
+    ]
+    assert shown.config_of({"dataset": "topics", "method": "local"}) == (
+        "../topics.toml",
+        "axes.dataset.topics.config",
+    )

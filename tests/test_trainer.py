@@ -1,4 +1,6 @@
-"""A device: it does what it is asked once, says it as often as it is asked, and tells the server a code and no more."""
+"""A device: it does what it is asked once, says it as often as it is asked, and tells the server a
+code and no more.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,28 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from comigs import api
+from comigs.app import api
 from comigs.bases.load import load_base
 from comigs.client.client import Client
 from comigs.data.prepare import prepare_client
-from comigs.engines import wire
-from comigs.engines.answer import answer
-from comigs.engines.exchange import Task
-from comigs.engines.flower import link
-from comigs.engines.flower.messages import ANSWERS, Answered, Probed, Refusal, Request, config_for, our_version
-from comigs.engines.flower.trainer import Device, Trainer
+from comigs.engines.client_task import answer
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
+from comigs.federation.device import trainer_socket
+from comigs.federation.device.device_service import Device, Trainer
+from comigs.federation.messages import (
+    ANSWERS,
+    Answered,
+    Probed,
+    Refusal,
+    Request,
+    config_for,
+    our_version,
+)
 from comigs.methods.method import load_method
-from comigs.record import RunFolder
+from comigs.runs.folder import RunFolder
+from comigs.server import wire
+from comigs.server.protocol import Task
 from comigs.slots import Slot
 from tests.conftest import run_config, same
 from tests.kills import begin, killed_at
@@ -43,7 +53,14 @@ class Setting:
         self.root, self.said = root, []
         self.config = run_config(root, **tree)
         self.fingerprint = load_base(self.config.base).fingerprint
-        given = {"name": "ada", "text": "ada", "home": root / home, "root": root, "accelerator": "cpu", "threads": 1}
+        given = {
+            "name": "ada",
+            "text": "ada",
+            "home": root / home,
+            "root": root,
+            "accelerator": "cpu",
+            "threads": 1,
+        }
         self.device = Device(**{**given, **(device or {})})
         self.report = report
         self.trainer = self.restarted()
@@ -58,9 +75,16 @@ class Setting:
 
     def request(self, round=1, download=None, kind="exchange", **changes):
         last = round > self.config.rounds
-        task = {"evaluate": ("test",) if last else (), "evaluate_base": ("valid", "test") if round == 1 else ()}
+        task = {
+            "evaluate": ("test",) if last else (),
+            "evaluate_base": ("valid", "test") if round == 1 else (),
+        }
         before = {"after": round - 1, "since": round - 1}
-        told = {"config": config_for(self.config, "ada"), "comigs": our_version(), "base": self.fingerprint}
+        told = {
+            "config": config_for(self.config, "ada"),
+            "comigs": our_version(),
+            "base": self.fingerprint,
+        }
         values = {"run": RUN, "round": round, "train": not last, **before, **task, **told}
         encoded = wire.encode_download(download or {}, self.config.upload.format)
         return wire.pack(Request(kind=kind, **{**values, **changes}), encoded)
@@ -110,7 +134,9 @@ def test_it_answers_as_a_client_in_process_would(setting, tmp_path):
             lambda event: None,
         )
     assert isinstance(head, Answered) and head.trained
-    assert head.metrics == reply.metrics and [list(line) for line in head.metrics] == [list(x) for x in reply.metrics]
+    assert head.metrics == reply.metrics and [list(line) for line in head.metrics] == [
+        list(x) for x in reply.metrics
+    ]
     assert same(uploaded(tensors), reply.upload)
     assert {slot.role for slot in uploaded(tensors)} == {"generalist", "attention"}
 
@@ -148,7 +174,9 @@ def test_the_last_answer_can_be_repeated_too(setting):
 
 
 def test_what_was_there_already_is_not_added_again(tmp_path):
-    """Updates of a missed round come with those that were delivered but whose answer came too late to count."""
+    """Updates of a missed round come with those that were delivered but whose answer came too late
+    to count.
+    """
     draw = torch.Generator().manual_seed(1)
     settings = [Setting(tmp_path, home, method="flora", rounds=3) for home in ("once", "twice")]
     heads = [setting.ask(1) for setting in settings]
@@ -156,7 +184,9 @@ def test_what_was_there_already_is_not_added_again(tmp_path):
 
     def update(rank):
         shapes = {s: (rank, d[1]) if s.matrix == "A" else (d[0], rank) for s, d in sizes.items()}
-        return {replace(s, part="update"): torch.randn(d, generator=draw) for s, d in shapes.items()}
+        return {
+            replace(s, part="update"): torch.randn(d, generator=draw) for s, d in shapes.items()
+        }
 
     one, two, three = update(2), update(3), update(1)
     both = {s: torch.cat([one[s], two[s]], 0 if s.matrix == "A" else 1) for s in one}
@@ -177,7 +207,9 @@ def test_rounds_it_was_not_asked_in_are_left_out(tmp_path):
     setting.ask(2, after=0, since=0)
     head, _ = setting.ask(5, after=2, since=2)
     assert head.round == 5
-    assert [line["round"] for line in RunFolder(setting.folder).metrics() if line["kind"] == "train"] == [2, 5]
+    assert [
+        line["round"] for line in RunFolder(setting.folder).metrics() if line["kind"] == "train"
+    ] == [2, 5]
 
 
 def test_the_run_on_the_device_is_an_ordinary_one(setting, tmp_path, capsys):
@@ -188,12 +220,19 @@ def test_the_run_on_the_device_is_an_ordinary_one(setting, tmp_path, capsys):
     assert [line["nats_per_token"] for line in head.metrics if line["split"] == "test"] == [test]
     measured = api.evaluate(setting.folder, client="ada")["ada"]
     assert measured["personal"]["nats_per_token"] == pytest.approx(test, rel=1e-6)
-    assert api.open_personal_model(setting.folder, "ada").generate("engine", max_new_tokens=3).startswith("engine")
-    from comigs.report.report import write_report
+    assert (
+        api.open_personal_model(setting.folder, "ada")
+        .generate("engine", max_new_tokens=3)
+        .startswith("engine")
+    )
+    from comigs.runs.report.page import write_report
 
     assert write_report(setting.folder).exists()
     assert "goes on when its server asks" in refused(capsys, "resume", setting.folder)
-    assert not list(setting.folder.glob("clients/*/round-*")) and len(list(setting.folder.glob(".answer*"))) == 1
+    assert (
+        not list(setting.folder.glob("clients/*/round-*"))
+        and len(list(setting.folder.glob(".answer*"))) == 1
+    )
 
 
 def test_states_of_a_run_that_goes_on_are_ordinary_too(setting):
@@ -233,16 +272,29 @@ def test_it_measures_the_uploads_of_others_and_keeps_nothing(tmp_path):
     assert RunFolder(setting.folder).checkpoint() == before
     strange = wire.pack(head, {f"7/{slot}": t for slot, t in tensors.items()})
     assert opened(setting.trainer.answer(strange))[0].code == "unreadable"
-    assert opened(setting.trainer.answer(wire.pack(head.model_copy(update={"round": 2}), peers)))[0].code == "ahead"
+    assert (
+        opened(setting.trainer.answer(wire.pack(head.model_copy(update={"round": 2}), peers)))[
+            0
+        ].code
+        == "ahead"
+    )
 
 
 CENTRAL = {"method": "centralized"}
 REFUSALS = {  # what the server asks -> the code it gets, and what the device's owner reads
     "another comigs": ({"comigs": "9.9.9"}, "version", "the server has comigs 9.9.9, this device"),
-    "another base": ({"base": "0" * 64}, "base", 'base "tiny-gpt2" (torch.float32) is not the one of this run'),
+    "another base": (
+        {"base": "0" * 64},
+        "base",
+        'base "tiny-gpt2" (torch.float32) is not the one of this run',
+    ),
     "no config": ({"config": {"rounds": "many"}}, "refused", "the server's config: rounds"),
     "a round after the last": ({"round": 9}, "refused", "asked for round 9 of 2"),
-    "a round whose state is gone": ({"round": 2, "after": 1}, "lost", "missing; the server has had answers"),
+    "a round whose state is gone": (
+        {"round": 2, "after": 1},
+        "lost",
+        "missing; the server has had answers",
+    ),
 }
 
 
@@ -284,7 +336,9 @@ def test_a_download_of_private_slots_fails_and_changes_nothing(setting):
     setting.ask(1)
     before = RunFolder(setting.folder).load("clients/ada/experts")
     name = next(name for name in before if ".s0." in name)
-    raw = setting.trainer.answer(setting.request(2, {Slot.parse(name): torch.ones_like(before[name])}))
+    raw = setting.trainer.answer(
+        setting.request(2, {Slot.parse(name): torch.ones_like(before[name])})
+    )
     refusal, _ = opened(raw)
     assert (refusal.code, refusal.error) == ("failed", "AssertionError") and b"s0" not in raw
     assert same(before, RunFolder(setting.folder).load("clients/ada/experts"))
@@ -336,7 +390,11 @@ def test_an_error_of_ours_leaves_as_its_type(setting):
 
 def test_a_loss_that_is_not_finite_is_a_code(setting):
     setting.config = setting.config.model_copy(
-        update={"client": setting.config.client.model_copy(update={"lr": 1e30, "router_lr": 1e30, "steps": 6})}
+        update={
+            "client": setting.config.client.model_copy(
+                update={"lr": 1e30, "router_lr": 1e30, "steps": 6}
+            )
+        }
     )
     assert setting.refused() == "loss"
     assert "loss" in setting.said[-1] and RunFolder(setting.folder).checkpoint().round == 0
@@ -388,29 +446,43 @@ def test_the_base_is_loaded_once_for_all_runs(setting):
 
 
 def test_a_request_holds_no_text_no_path_and_nothing_of_others(tmp_path):
-    local = run_config(tmp_path, "ada bob", {"bob": {"rank": 2, "weight": 2.0}, "ada": {"weight": 1.0}})
+    local = run_config(
+        tmp_path, "ada bob", {"bob": {"rank": 2, "weight": 2.0}, "ada": {"weight": 1.0}}
+    )
     base = local.base.model_copy(update={"name": str(tmp_path)})
     told = json.dumps(config_for(local.model_copy(update={"base": base}), "ada"))
-    assert "bob" not in told and str(tmp_path) not in told and "text" not in json.loads(told)["clients"][0]
+    assert (
+        "bob" not in told
+        and str(tmp_path) not in told
+        and "text" not in json.loads(told)["clients"][0]
+    )
     assert json.loads(told)["base"]["name"] == tmp_path.name
 
 
 def test_a_socket_serves_one_after_the_other_and_only_who_has_the_key(setting, tmp_path):
     """In a process of its own, as on a device; what it writes is for its owner only."""
     socket = tmp_path / "s" / "trainer"
-    child = begin(lambda: link.serve(socket, link.key_beside(socket), setting.trainer.answer))
+    child = begin(
+        lambda: trainer_socket.serve(
+            socket, trainer_socket.key_beside(socket), setting.trainer.answer
+        )
+    )
     try:
         until = time.monotonic() + 30
         while not socket.exists() and time.monotonic() < until:
             time.sleep(0.01)
-        key = link.key_beside(socket).read_bytes()
-        link.key_beside(socket).write_bytes(b"another key")
+        key = trainer_socket.key_beside(socket).read_bytes()
+        trainer_socket.key_beside(socket).write_bytes(b"another key")
         with pytest.raises(Exception, match="digest"):
-            link.ask(socket, setting.request())
-        link.key_beside(socket).write_bytes(key)
+            trainer_socket.ask(socket, setting.request())
+        trainer_socket.key_beside(socket).write_bytes(key)
         answers = {}
         threads = [
-            threading.Thread(target=lambda n=n: answers.update({n: link.ask(socket, setting.request())}))
+            threading.Thread(
+                target=lambda n=n: answers.update(
+                    {n: trainer_socket.ask(socket, setting.request())}
+                )
+            )
             for n in range(3)
         ]
         for thread in threads:
@@ -428,4 +500,4 @@ def test_a_socket_serves_one_after_the_other_and_only_who_has_the_key(setting, t
 
 def test_a_socket_with_a_path_too_long_is_one_line(tmp_path):
     with pytest.raises(UserError, match="too long for a socket's path"):
-        link.serve(tmp_path / ("x" * 120), tmp_path / "key", lambda raw: raw)
+        trainer_socket.serve(tmp_path / ("x" * 120), tmp_path / "key", lambda raw: raw)

@@ -1,4 +1,6 @@
-"""The authors' whole training loop, replayed through our own steps: pins schedule, optimiser and averaging."""
+"""The authors' whole training loop, replayed through our own steps: pins schedule, optimiser and
+averaging.
+"""
 
 import json
 
@@ -11,11 +13,15 @@ from comigs.config import ClientSection
 from comigs.methods.method import Facts, mean_of_uploads
 from tests.golden import load
 
-SETTINGS = ClientSection(steps=4, batch_size=2, router_every=3, router_steps=2, lr=2e-3, leaky_gradients=True)
+SETTINGS = ClientSection(
+    steps=4, batch_size=2, router_every=3, router_steps=2, lr=2e-3, leaky_gradients=True
+)
 
 
 def replay(settings):
-    """(largest difference to the recorded tensors after training, and after the server's mean), over all rounds."""
+    """(largest difference to the recorded tensors after training, and after the server's mean),
+    over all rounds.
+    """
     tensors, metadata = load.read("traj1_comigs1g1s")
     order = json.loads(metadata["batches"])
     attachment = load.attached(tensors, top_k=2)
@@ -27,9 +33,14 @@ def replay(settings):
     def draw(level, _):
         nonlocal position
         split = "train" if level == "experts" else "valid"
-        assert order[position] == [client, split]  # our loop wants the batches that the authors' loop took
+        assert order[position] == [
+            client,
+            split,
+        ]  # our loop wants the batches that the authors' loop took
         position += 1
-        return tensors[f"batch{position - 1:03d}.x"].numpy(), tensors[f"batch{position - 1:03d}.y"].numpy()
+        return tensors[f"batch{position - 1:03d}.x"].numpy(), tensors[
+            f"batch{position - 1:03d}.y"
+        ].numpy()
 
     worst = 0.0
     for round_ in range(3):
@@ -41,7 +52,9 @@ def replay(settings):
             attachment.bind(trainee.tensors)
             local_round(attachment, trainee, plan, draw, Rules(), lambda group, loss: None)
             expected = load.slots(tensors, f"round{round_}.client{client}.trained.")
-            worst = max(worst, *((trainee.tensors[s] - t).abs().max().item() for s, t in expected.items()))
+            worst = max(
+                worst, *((trainee.tensors[s] - t).abs().max().item() for s, t in expected.items())
+            )
             uploads[str(client)] = {slot: trainee.tensors[slot] for slot in shared}
         downloads, _ = mean_of_uploads(uploads, {}, Facts(tuple(uploads)))
         server = downloads["0"]
@@ -56,4 +69,6 @@ def test_three_rounds_equal_the_authors_when_gradients_leak_as_theirs():
 
 
 def test_strict_separation_is_what_differs_from_the_authors():
-    assert replay(SETTINGS.model_copy(update={"leaky_gradients": False})) == pytest.approx(2e-2, rel=0.5)
+    assert replay(SETTINGS.model_copy(update={"leaky_gradients": False})) == pytest.approx(
+        2e-2, rel=0.5
+    )

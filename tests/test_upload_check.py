@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from comigs.config import UploadSection
-from comigs.engines.check import check_upload, common_start, step_length, too_long
-from comigs.engines.exchange import Reply, Task
-from comigs.engines.lines import check_lines
-from comigs.engines.summary import summarize
 from comigs.methods.method import load_method
+from comigs.runs.summary import summarize
+from comigs.server.protocol import Reply, Task
+from comigs.server.validation import check_lines, check_upload, common_start, step_length, too_long
 from comigs.slots import Slot
 from tests.conftest import run_config, same, start_engine
 from tests.fake_engine import (
@@ -41,16 +40,25 @@ def upload(**changes):
     ("given", "says"),
     [
         (upload(), None),
-        ({A: torch.ones(2, 3, dtype=torch.float64), B: torch.zeros(4, 2, dtype=torch.bfloat16)}, None),
+        (
+            {A: torch.ones(2, 3, dtype=torch.float64), B: torch.zeros(4, 2, dtype=torch.bfloat16)},
+            None,
+        ),
         ({A: torch.ones(2, 3)}, f"missing: {B}"),
         ({}, f"missing: {A}"),
         (upload() | {OTHER: torch.ones(1)}, f"not asked for: {OTHER}"),
         (upload() | {A: torch.ones(3, 2)}, f"shape (3, 2) instead of (2, 3): {A}"),
         (upload() | {B: torch.ones(4, 2, 1)}, f"shape (4, 2, 1) instead of (4, 2): {B}"),
         (upload() | {A: torch.ones(2, 3, dtype=torch.int64)}, f"int64 instead of floating: {A}"),
-        (upload() | {A: torch.ones(2, 3, dtype=torch.complex64)}, f"complex64 instead of floating: {A}"),
+        (
+            upload() | {A: torch.ones(2, 3, dtype=torch.complex64)},
+            f"complex64 instead of floating: {A}",
+        ),
         (upload() | {B: torch.full((4, 2), torch.inf)}, f"not finite: {B}"),
-        (upload() | {B: torch.zeros(4, 2).index_fill(0, torch.tensor([3]), torch.nan)}, f"not finite: {B}"),
+        (
+            upload() | {B: torch.zeros(4, 2).index_fill(0, torch.tensor([3]), torch.nan)},
+            f"not finite: {B}",
+        ),
     ],
 )
 def test_what_is_wrong_with_an_upload_is_said_by_slot(given, says):
@@ -60,12 +68,16 @@ def test_what_is_wrong_with_an_upload_is_said_by_slot(given, says):
 def test_a_step_is_measured_from_the_download_and_else_from_the_common_start():
     random = np.random.default_rng(0)
     sent, start, given = ({s: random.normal(size=d) for s, d in EXPECTED.items()} for _ in range(3))
-    as_tensors = [{s: torch.from_numpy(x) for s, x in tensors.items()} for tensors in (given, sent, start)]
+    as_tensors = [
+        {s: torch.from_numpy(x) for s, x in tensors.items()} for tensors in (given, sent, start)
+    ]
     drawn = lambda slot, dims: as_tensors[2][slot]  # noqa: E731
     whole = np.sqrt(sum(((given[s] - sent[s]) ** 2).sum() for s in EXPECTED))
     assert step_length(*as_tensors[:2], drawn) == pytest.approx(whole, rel=1e-12)
     half = np.sqrt(((given[A] - sent[A]) ** 2).sum() + ((given[B] - start[B]) ** 2).sum())
-    assert step_length(as_tensors[0], {A: as_tensors[1][A]}, drawn) == pytest.approx(half, rel=1e-12)
+    assert step_length(as_tensors[0], {A: as_tensors[1][A]}, drawn) == pytest.approx(
+        half, rel=1e-12
+    )
 
 
 def test_the_common_start_is_what_every_client_starts_with(tmp_path):
@@ -74,7 +86,9 @@ def test_the_common_start_is_what_every_client_starts_with(tmp_path):
     for client in started.clients.values():
         for slot, tensor in client.send(1).items():
             assert torch.equal(start(slot, tuple(tensor.shape)), tensor)
-            assert start(slot, tuple(tensor.shape)) is start(slot, tuple(tensor.shape))  # drawn once
+            assert start(slot, tuple(tensor.shape)) is start(
+                slot, tuple(tensor.shape)
+            )  # drawn once
 
 
 @pytest.mark.parametrize(
@@ -93,10 +107,13 @@ def test_the_common_start_is_what_every_client_starts_with(tmp_path):
 def test_a_step_is_too_long_by_itself_or_beside_the_others(lengths, limits, refused):
     found = too_long(lengths, UploadSection(**limits))
     assert found.keys() == refused.keys()
-    assert all(f"(upload.{refused[name]})" in why and "\n" not in why for name, why in found.items())
+    assert all(
+        f"(upload.{refused[name]})" in why and "\n" not in why for name, why in found.items()
+    )
 
 
-# --- in a run --------------------------------------------------------------------------------------------------------
+# --- in a run
+# --------------------------------------------------------------------------------------------------------
 
 LIES = {
     "NaN": lambda u: {A: u[A] * torch.nan},
@@ -112,7 +129,11 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 def test_a_run_with_a_liar_is_the_run_without_it(tmp_path, lie):
     def lying(name, task, reply):
-        return replace(reply, upload=LIES[lie](reply.upload)) if name == "dan" and task.train else reply
+        return (
+            replace(reply, upload=LIES[lie](reply.upload))
+            if name == "dan" and task.train
+            else reply
+        )
 
     def away(name, task, reply):
         return "gone" if name == "dan" and task.train else reply
@@ -121,7 +142,9 @@ def test_a_run_with_a_liar_is_the_run_without_it(tmp_path, lie):
     with_liar = rounds_of(tmp_path, Numbers("ada bob cyd dan", lying), name="liar", **tree)
     without = rounds_of(tmp_path, Numbers("ada bob cyd dan", away), name="without", **tree)
     absent = lines_of(with_liar, "absent")
-    assert [(line["round"], line["client"]) for line in absent] == [(r, "dan") for r in (1, 2, 3, 4)]
+    assert [(line["round"], line["client"]) for line in absent] == [
+        (r, "dan") for r in (1, 2, 3, 4)
+    ]
     assert all(line["reason"] != "gone" for line in absent)
     assert lines_of(with_liar, "train") == lines_of(without, "train")
     results = []
@@ -138,24 +161,38 @@ def test_a_flipped_sign_is_no_fault_but_a_median_does_not_follow_it(tmp_path):
     """Its length is as usual: nothing shows it, which is what robust merging is for."""
 
     def flipping(name, task, reply):
-        return replace(reply, upload={A: -reply.upload[A]}) if name == "eve" and task.train else reply
+        return (
+            replace(reply, upload={A: -reply.upload[A]}) if name == "eve" and task.train else reply
+        )
 
     ends = {}
     for merge in ("mean", "median"):
         for trouble, liar in ((flipping, "liar"), (lambda name, task, reply: reply, "honest")):
             engine = Numbers("ada bob cyd dan eve", trouble)
-            folder = rounds_of(tmp_path, engine, name=f"{merge} {liar}", rounds=3, upload={"merge": merge})
+            folder = rounds_of(
+                tmp_path, engine, name=f"{merge} {liar}", rounds=3, upload={"merge": merge}
+            )
             assert not lines_of(folder, "absent")
             ends[merge, liar] = folder.load("clients/ada/personal")[str(A)].mean()
-    assert abs(ends["median", "liar"] - ends["median", "honest"]) < abs(ends["mean", "liar"] - ends["mean", "honest"])
+    assert abs(ends["median", "liar"] - ends["median", "honest"]) < abs(
+        ends["mean", "liar"] - ends["mean", "honest"]
+    )
 
 
 def test_a_client_that_only_lies_is_left_out_and_what_it_was_sent_is_not_sent_again(tmp_path):
     def lying(name, task, reply):
-        return replace(reply, upload={A: reply.upload[A] * torch.nan}) if name == "bob" and task.train else reply
+        return (
+            replace(reply, upload={A: reply.upload[A] * torch.nan})
+            if name == "bob" and task.train
+            else reply
+        )
 
-    def each_its_own(uploads, memory, facts):  # in rounds, so that one that was not delivered would be seen
-        return {name: {A: facts.mean(uploads.values())[A]} for name in facts.clients if name in uploads}, memory
+    def each_its_own(
+        uploads, memory, facts
+    ):  # in rounds, so that one that was not delivered would be seen
+        return {
+            name: {A: facts.mean(uploads.values())[A]} for name in facts.clients if name in uploads
+        }, memory
 
     engine = Numbers("ada bob cyd", lying)
     folder = rounds_of(tmp_path, engine, averaging(aggregate=each_its_own), rounds=5)
@@ -166,20 +203,31 @@ def test_a_client_that_only_lies_is_left_out_and_what_it_was_sent_is_not_sent_ag
 
 def test_an_upload_that_is_too_long_is_named_with_its_setting(tmp_path):
     def long(name, task, reply):
-        return replace(reply, upload={A: reply.upload[A] + 1e3}) if (name, task.round) == ("bob", 2) else reply
+        return (
+            replace(reply, upload={A: reply.upload[A] + 1e3})
+            if (name, task.round) == ("bob", 2)
+            else reply
+        )
 
     folder = rounds_of(tmp_path, Numbers("ada bob", long), rounds=3, upload={"max_norm": 100})
     (line,) = lines_of(folder, "absent")
-    assert (line["round"], line["client"]) == (2, "bob") and line["reason"].endswith("above 100 (upload.max_norm)")
+    assert (line["round"], line["client"]) == (2, "bob") and line["reason"].endswith(
+        "above 100 (upload.max_norm)"
+    )
 
 
-# --- what a client says about itself ---------------------------------------------------------------------------------
+# --- what a client says about itself
+# ---------------------------------------------------------------------------------
 
 TASK = Task(round=3, train=True, evaluate=("valid",), evaluate_base=("test",))
 
 
 def reply_of(*more, **timing):
-    lines = [evaluation_of(0, "ada", "test", "base"), evaluation_of(2, "ada", "valid", "personal"), train_of(3, "ada")]
+    lines = [
+        evaluation_of(0, "ada", "test", "base"),
+        evaluation_of(2, "ada", "valid", "personal"),
+        train_of(3, "ada"),
+    ]
     return Reply({A: torch.zeros(SHAPE)}, [*lines, *more], timing_of(3, "ada") | timing, 9, 3)
 
 
@@ -216,6 +264,11 @@ def test_what_real_clients_write_is_accepted(tmp_path):
     for method in ("comigs", "fedavg", "centralized"):
         config = run_config(tmp_path, method=method)
         engine = start_engine(config).engine
-        for task in (Task(1, True, (), ("valid", "test")), Task(3, False, ("valid", "test", "train"), ("test",))):
-            for name, reply in engine.exchange(dict.fromkeys(("ada", "bob"), task), {}).replies.items():
+        for task in (
+            Task(1, True, (), ("valid", "test")),
+            Task(3, False, ("valid", "test", "train"), ("test",)),
+        ):
+            for name, reply in engine.exchange(
+                dict.fromkeys(("ada", "bob"), task), {}
+            ).replies.items():
                 assert check_lines(reply, name, task) is None

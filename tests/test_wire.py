@@ -1,4 +1,6 @@
-"""Messages as bytes: what goes in comes out, as exactly as its format says, and nothing strange gets in."""
+"""Messages as bytes: what goes in comes out, as exactly as its format says, and nothing strange
+gets in.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from comigs.engines import wire
-from comigs.engines.wire import WireError
+from comigs.server import wire
+from comigs.server.wire import WireError
 from comigs.slots import Slot
 from tests.conftest import bits, same
 
@@ -45,7 +47,9 @@ def tensors(seed, scale=1.0):
     for number, shape in enumerate(SHAPES):
         rows = 10.0 ** torch.randint(-12, 3, (shape[0], 1), generator=draw)
         rows[torch.rand(shape[0], 1, generator=draw) < 0.2] = 0
-        made[Slot(number, "up", "g0", "AB"[number % 2])] = torch.randn(shape, generator=draw) * rows * scale
+        made[Slot(number, "up", "g0", "AB"[number % 2])] = (
+            torch.randn(shape, generator=draw) * rows * scale
+        )
     return made
 
 
@@ -99,11 +103,16 @@ def test_float32_travels_as_it_is(seed):
 def test_bfloat16_is_torchs_rounding_in_half_the_bytes(seed):
     upload, reference = tensors(seed), tensors(seed + 100)
     came, left, encoded = sent(upload, reference, "bfloat16")
-    assert same(came, {slot: tensor.bfloat16().float() for slot, tensor in upload.items()}) and not left
+    assert (
+        same(came, {slot: tensor.bfloat16().float() for slot, tensor in upload.items()})
+        and not left
+    )
     assert 2 * size(encoded) == size(upload)
     for format in ("bfloat16", "int8"):
         received = wire.as_received(reference, format)
-        assert same(received, {slot: tensor.bfloat16().float() for slot, tensor in reference.items()})
+        assert same(
+            received, {slot: tensor.bfloat16().float() for slot, tensor in reference.items()}
+        )
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -115,7 +124,9 @@ def test_int8_is_off_by_half_a_level_at_most_and_keeps_what_it_left(seed):
     for slot, tensor in upload.items():
         true = tensor.double() - reference[slot].double()
         scale = encoded[f"{slot}/scale"]
-        assert scale.shape == (len(tensor), 1) and same({0: scale}, {0: (true.abs().amax(1, True) / 127).float()})
+        assert scale.shape == (len(tensor), 1) and same(
+            {0: scale}, {0: (true.abs().amax(1, True) / 127).float()}
+        )
         assert bool((left[slot].abs() <= scale / 2).all())
         whole = encoded[str(slot)].double() * scale.double()
         assert torch.allclose(whole + left[slot], true, rtol=1e-7, atol=0)
@@ -135,7 +146,9 @@ def test_int8_rounds_half_to_even_and_is_the_same_whoever_does_it():
 def test_with_error_feedback_the_sum_of_what_arrives_follows_the_sum_of_the_steps():
     """Without it, what is smaller than half a level never arrives, however often it is sent."""
     slot, draw = Slot(0, "up", "g0", "A"), generator(3)
-    drift = torch.randn(4, 32, generator=draw) * 1e-4  # well below half a level, always the same way
+    drift = (
+        torch.randn(4, 32, generator=draw) * 1e-4
+    )  # well below half a level, always the same way
     total, arrived, without = (torch.zeros(4, 32, dtype=torch.float64) for _ in range(3))
     residual, largest = {}, torch.zeros(4, 1)
     reference = {slot: torch.randn(4, 32, generator=draw)}
@@ -151,7 +164,9 @@ def test_with_error_feedback_the_sum_of_what_arrives_follows_the_sum_of_the_step
         plain, _ = wire.encode(upload, reference, "int8", {})
         without += plain[str(slot)].double() * plain[f"{slot}/scale"].double()
         assert bool((residual[slot].abs() <= encoded[f"{slot}/scale"] / 2).all())
-        assert bool(((arrived - total).abs() <= largest / 2 + 1e-6).all())  # at any time, however long it goes on
+        assert bool(
+            ((arrived - total).abs() <= largest / 2 + 1e-6).all()
+        )  # at any time, however long it goes on
     assert float((arrived - total)[:, 1:].norm()) < 0.3 * float(total[:, 1:].norm())
     assert float((without - total)[:, 1:].norm()) > 0.9 * float(total[:, 1:].norm())
 
@@ -291,7 +306,9 @@ def test_a_message_that_was_tampered_with_is_read_or_refused(seed):
     """Nothing but WireError, whatever bytes change, go or come."""
     draw = random.Random(seed)
     upload, reference = tensors(seed), tensors(seed + 1)
-    whole = wire.pack(Note(text="secret", number=1.5), wire.encode(upload, reference, "int8", {})[0])
+    whole = wire.pack(
+        Note(text="secret", number=1.5), wire.encode(upload, reference, "int8", {})[0]
+    )
     for _ in range(300):
         raw = bytearray(whole)
         for _ in range(draw.randint(1, 4)):
@@ -313,6 +330,8 @@ def test_a_message_that_was_tampered_with_is_read_or_refused(seed):
 def test_bits_of_a_tensor_do_not_depend_on_where_it_lay_in_a_message():
     """What is computed from it may: so it is copied to where torch would have put it."""
     slot = Slot(0, "up", "g0", "A")
-    _, came = wire.unpack(wire.pack(Note(text="x", number=0), {str(slot): torch.randn(3, 3)}), NOTES, ROOM)
+    _, came = wire.unpack(
+        wire.pack(Note(text="x", number=0), {str(slot): torch.randn(3, 3)}), NOTES, ROOM
+    )
     taken = wire.decode_download(came)[slot]
     assert taken.data_ptr() % 64 == 0 and bits(taken) == bits(came[str(slot)])

@@ -1,4 +1,6 @@
-"""Clients spread over processes: the same run to the bit, one base in each, and nothing left behind."""
+"""Clients spread over processes: the same run to the bit, one base in each, and nothing left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ import psutil
 import pytest
 import torch
 
-from comigs import api, preparation
+from comigs.app import api, setup
 from comigs.engines import workers
 from comigs.errors import UserError
-from comigs.record import RunFolder
+from comigs.runs.folder import RunFolder
 from tests.conftest import run_config
 from tests.kills import in_child
 from tests.runs import outcome, refused, write_config
@@ -30,7 +32,11 @@ def four_cores(monkeypatch):
 
 
 def children():
-    return [p for p in psutil.Process().children(recursive=True) if "comigs.engines.workers" in " ".join(p.cmdline())]
+    return [
+        p
+        for p in psutil.Process().children(recursive=True)
+        if "comigs.engines.workers" in " ".join(p.cmdline())
+    ]
 
 
 SETTINGS = [
@@ -40,7 +46,9 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "steps"), SETTINGS[:1] + [pytest.param(*s, marks=SLOW) for s in SETTINGS[1:]])
+@pytest.mark.parametrize(
+    ("settings", "steps"), SETTINGS[:1] + [pytest.param(*s, marks=SLOW) for s in SETTINGS[1:]]
+)
 def test_a_run_by_two_processes_is_the_run_by_one_to_the_bit(tmp_path, settings, steps):
     outcomes = []
     for count in (1, 2):
@@ -50,7 +58,9 @@ def test_a_run_by_two_processes_is_the_run_by_one_to_the_bit(tmp_path, settings,
         config = run_config(tmp_path, NAMES, workers=count, **sampled, **settings)
         api.run(config, out, seen.append)
         outcomes.append(outcome(out))
-        assert len([event for event in seen if event["kind"] == "step"]) == steps  # from all processes
+        assert (
+            len([event for event in seen if event["kind"] == "step"]) == steps
+        )  # from all processes
     assert outcomes[0] == outcomes[1]
     assert not children()
 
@@ -58,9 +68,15 @@ def test_a_run_by_two_processes_is_the_run_by_one_to_the_bit(tmp_path, settings,
 @SLOW
 def test_work_is_really_elsewhere(tmp_path, monkeypatch):
     here, exchange = [], workers.Bench.exchange
-    monkeypatch.setattr(workers.Bench, "exchange", lambda *given: here.append(given[1]) or exchange(*given))
+    monkeypatch.setattr(
+        workers.Bench, "exchange", lambda *given: here.append(given[1]) or exchange(*given)
+    )
     seen = set()
-    api.run(run_config(tmp_path, NAMES, workers=3, rounds=6), tmp_path / "run", lambda _: seen.update(children()))
+    api.run(
+        run_config(tmp_path, NAMES, workers=3, rounds=6),
+        tmp_path / "run",
+        lambda _: seen.update(children()),
+    )
     assert len(seen) == 2 and len(here) < 7 * 3
 
 
@@ -96,7 +112,9 @@ def test_one_that_dies_is_named_and_the_run_can_go_on(tmp_path):
             for child in children():
                 child.kill()
 
-    with pytest.raises(UserError, match=r"worker 1: ended with code -9 .* comigs resume .*/run --workers 1"):
+    with pytest.raises(
+        UserError, match=r"worker 1: ended with code -9 .* comigs resume .*/run --workers 1"
+    ):
         api.run(config, tmp_path / "run", kill)
     api.resume(tmp_path / "run", workers=1)
     api.run(config.model_copy(update={"workers": 1}), tmp_path / "whole")
@@ -137,9 +155,9 @@ def test_more_workers_than_devices_are_refused(tmp_path, capsys, monkeypatch):
 
 
 def test_cores_are_divided_among_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(preparation, "cpus", lambda: 4)
+    monkeypatch.setattr(setup, "cpus", lambda: 4)
     config, said = run_config(tmp_path, NAMES, workers=2, base={"threads": None}), []
-    _, resolved = preparation.load(config, said.append)
+    _, resolved = setup.load(config, said.append)
     assert resolved.base.threads == 2 and said[0].endswith("2 CPU threads in each of 2 processes")
 
 

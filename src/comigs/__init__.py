@@ -1,4 +1,6 @@
-"""CoMiGS: many devices, each with private text, fine-tune one language model together; each ends with its own."""
+"""CoMiGS: many devices, each with private text, fine-tune one language model together; each ends
+with its own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from comigs.api import open_personal_model, prepare, resume, run
+    from comigs.app.api import open_personal_model, prepare, resume, run
     from comigs.config import Config, load_config
     from comigs.errors import UserError
 
@@ -19,5 +21,5 @@ _LIGHT = {"Config": "comigs.config", "load_config": "comigs.config", "UserError"
 def __getattr__(name: str) -> Any:
     """Import torch only when something is run: `comigs --help` must not wait for it."""
     if name in __all__:
-        return getattr(import_module(_LIGHT.get(name, "comigs.api")), name)
+        return getattr(import_module(_LIGHT.get(name, "comigs.app.api")), name)
     raise AttributeError(f"module 'comigs' has no attribute '{name}'")

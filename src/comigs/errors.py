@@ -4,7 +4,8 @@
 class UserError(ValueError):
     """One line for the user: which field or file, what was given, what is allowed, what to do.
 
-    The command line prints the line and exits with `exit_code`; a bug of ours is never a `UserError`.
+    The command line prints the line and exits with `exit_code`; a bug of ours is never a
+    `UserError`.
     """
 
     exit_code = 2

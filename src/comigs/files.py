@@ -23,11 +23,14 @@ def cache_folder() -> Path:
 
 
 def folder_or_name(name: str, beside: Path) -> str:
-    """A folder, given beside `beside` or from here, by its whole path, so that it is found from anywhere.
+    """A folder, given beside `beside` or from here, by its whole path, so that it is found from
+    anywhere.
 
     What has no slash, or is no folder, is a name, and stays as it is.
     """
-    found = [str(path.resolve()) for path in (beside / name, Path(name)) if "/" in name and path.is_dir()]
+    found = [
+        str(path.resolve()) for path in (beside / name, Path(name)) if "/" in name and path.is_dir()
+    ]
     return found[0] if found else name
 
 
@@ -41,7 +44,9 @@ def require_free(path: Path) -> None:
             )
         parent = next(p for p in path.absolute().parents if p.exists())
         if not parent.is_dir():
-            raise UserError(f"{path}: {parent} is a file, not a folder; choose another folder with --out")
+            raise UserError(
+                f"{path}: {parent} is a file, not a folder; choose another folder with --out"
+            )
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -62,7 +67,8 @@ def writing(folder: Path, advice: str) -> Iterator[None]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, put it on the disk, then move it into place in one step.
+    """Let `write` fill a file beside `path`, put it on the disk, then move it into place in one
+    step.
 
     A kill at any moment leaves the old file or the new one. Raises OSError.
     """

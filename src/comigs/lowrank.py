@@ -15,29 +15,35 @@ Pair = tuple[Tensor, Tensor]  # A (R, in), B (out, R)
 
 
 def joint_strength(count: int, summed: bool) -> float:
-    """The factor that makes `count` experts of rank R act like one LoRA of rank count * R under rsLoRA.
+    """The factor that makes `count` experts of rank R act like one LoRA of rank count * R under
+    rsLoRA.
 
-    Each would have alpha / sqrt(R), the one LoRA alpha / sqrt(count R). Their mean (weights 1 / count) is weaker than
-    it by sqrt(count), for independent updates of equal size, and their sum as much stronger.
+    Each would have alpha / sqrt(R), the one LoRA alpha / sqrt(count R). Their mean (weights 1 /
+    count) is weaker than it by sqrt(count), for independent updates of equal size, and their sum as
+    much stronger.
     """
     return 1 / math.sqrt(count) if summed else math.sqrt(count)
 
 
 def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
-    """One pair whose product is sum_k w_k B_k @ A_k, exactly: A's as rows, w_k B_k as columns. Rank: the sum."""
+    """One pair whose product is sum_k w_k B_k @ A_k, exactly: A's as rows, w_k B_k as columns.
+    Rank: the sum.
+    """
     A_RI = torch.cat([A for A, _ in pairs])
     B_OR = torch.cat([w * B for (_, B), w in zip(pairs, weights, strict=True)], dim=1)
     return A_RI, B_OR
 
 
 def factorize(pair: Pair, rank: int) -> Pair:
-    """The best pair of rank `rank` for B @ A in the Frobenius norm (its SVD cut off), without ever forming B @ A.
+    """The best pair of rank `rank` for B @ A in the Frobenius norm (its SVD cut off), without ever
+    forming B @ A.
 
-    A has orthonormal rows, B carries the singular values. Signs are fixed (largest entry of each row of A positive),
-    so that equal products give equal factors. QR of both factors leaves an SVD of (R, R): O((in + out) R^2).
+    A has orthonormal rows, B carries the singular values. Signs are fixed (largest entry of each
+    row of A positive), so that equal products give equal factors. QR of both factors leaves an SVD
+    of (R, R): O((in + out) R^2).
     """
-    # padded first, so that rows beyond the product's rank are orthonormal too: a zero row beside a zero column of B
-    # would never get a gradient
+    # padded first, so that rows beyond the product's rank are orthonormal too: a zero row beside a
+    # zero column of B would never get a gradient
     A_RI, B_OR = pad(pair, max(rank, len(pair[0])))
     left_OR, r_RR = torch.linalg.qr(B_OR)
     right_IR, s_RR = torch.linalg.qr(A_RI.T)

@@ -1,13 +1,18 @@
-"""The typed address of every trainable tensor. Sharing, saving and merging go by slot, never by parameter name."""
+"""The typed address of every trainable tensor. Sharing, saving and merging go by slot, never by
+parameter name.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["generalist", "specialist", "rest", "router", "attention", "update", "merged"]
-SPELLING = re.compile(r"(0|[1-9][0-9]*)\.(\w+)\.([gs](?:0|[1-9][0-9]*)|rest|router|attention|update|merged)\.([ABW])")
+SPELLING = re.compile(
+    r"(0|[1-9][0-9]*)\.(\w+)\.([gs](?:0|[1-9][0-9]*)|rest|router|attention|update|merged)\.([ABW])"
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -15,13 +20,14 @@ class Slot:
     """Where one trainable tensor sits.
 
     layer: index of the transformer block, from 0.
-    site: the frozen linear it adds to: an MLP linear ("up", "gate", "down"), an attention linear ("q", "c_attn", ...),
-        or "mlp" for the router, which reads the MLP's input.
-    part: "g0", "g1", ... (generalists), "s0", "s1", ... (specialists), "rest" (of the world: the others' generalist,
-        which this client never trains), "router" or "attention". In methods that merge: "update", only in downloads, a
-        factored change of the frozen linear; "merged", the sum of all updates so far.
-    matrix: "A" (rank, in), "B" (out, rank), or "W": (experts, width) of a router, (out, in) of what is merged. "B" of a
-        router, (1,): how far it is open to the rest of the world, from 0 to 1.
+    site: the frozen linear it adds to: an MLP linear ("up", "gate", "down"), an attention linear
+        ("q", "c_attn", ...), or "mlp" for the router, which reads the MLP's input.
+    part: "g0", "g1", ... (generalists), "s0", "s1", ... (specialists), "rest" (of the world: the
+        others' generalist, which this client never trains), "router" or "attention". In methods
+        that merge: "update", only in downloads, a factored change of the frozen linear; "merged",
+        the sum of all updates so far.
+    matrix: "A" (rank, in), "B" (out, rank), or "W": (experts, width) of a router, (out, in) of what
+        is merged. "B" of a router, (1,): how far it is open to the rest of the world, from 0 to 1.
     """
 
     layer: int
@@ -43,7 +49,9 @@ class Slot:
 
     @property
     def is_frozen(self) -> bool:
-        """No method trains it: what is merged, the rest of the world, and how far a router is open to that."""
+        """No method trains it: what is merged, the rest of the world, and how far a router is open
+        to that.
+        """
         return self.role in ("merged", "rest") or self.is_gate
 
     def __str__(self) -> str:
@@ -59,6 +67,15 @@ class Slot:
         return cls(int(layer), site, part, matrix)
 
 
+Shapes = Mapping[Slot, tuple[int, ...]]
+
+
 def expert_parts(generalists: int, specialists: int, rest: bool = False) -> list[str]:
-    """Names of a client's experts in the router's order: generalists, specialists, the rest of the world."""
-    return [f"g{i}" for i in range(generalists)] + [f"s{i}" for i in range(specialists)] + ["rest"] * rest
+    """Names of a client's experts in the router's order: generalists, specialists, the rest of the
+    world.
+    """
+    return (
+        [f"g{i}" for i in range(generalists)]
+        + [f"s{i}" for i in range(specialists)]
+        + ["rest"] * rest
+    )

@@ -27,16 +27,27 @@ def read(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def base_model(tensors: dict[str, Tensor]) -> Any:
-    """Our own `transformers` GPT-2 with the golden base weights: (out, in) there, (in, out) in Conv1D."""
+    """Our own `transformers` GPT-2 with the golden base weights: (out, in) there, (in, out) in
+    Conv1D.
+    """
     model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=256, n_positions=64, n_embd=32, n_layer=2, n_head=2, activation_function="gelu_new")
+        GPT2Config(
+            vocab_size=256,
+            n_positions=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            activation_function="gelu_new",
+        )
     )
     state = {}
     for key, value in tensors.items():
         if not key.startswith("base."):
             continue
         name = re.sub(r"mlp\.experts\.\d+\.", "mlp.", key.removeprefix("base."))
-        is_linear = name.endswith("weight") and any(part in name for part in ("c_attn", "c_proj", "c_fc"))
+        is_linear = name.endswith("weight") and any(
+            part in name for part in ("c_attn", "c_proj", "c_fc")
+        )
         state[name] = value.T.contiguous() if is_linear else value
     state["lm_head.weight"] = state["transformer.wte.weight"]
     model.load_state_dict(state)
@@ -60,8 +71,12 @@ def slots(tensors: dict[str, Tensor], prefix: str = "") -> dict[Slot, Tensor]:
     return found
 
 
-def attached(tensors: dict[str, Tensor], top_k: int, dtype: torch.dtype = torch.float32) -> Attachment:
-    return Attachment(base_model(tensors).to(dtype), ARCHITECTURE, ExpertsSection(top_k=top_k, strength="each"))
+def attached(
+    tensors: dict[str, Tensor], top_k: int, dtype: torch.dtype = torch.float32
+) -> Attachment:
+    return Attachment(
+        base_model(tensors).to(dtype), ARCHITECTURE, ExpertsSection(top_k=top_k, strength="each")
+    )
 
 
 def config_of(metadata: dict[str, str]) -> dict[str, Any]:

@@ -1,1 +1,3 @@
-"""Frozen base models: where their MLPs and attention linears are, and how to load them. Names only, no forward pass."""
+"""Frozen base models: where their MLPs and attention linears are, and how to load them. Names only,
+no forward pass.
+"""

@@ -1,4 +1,6 @@
-"""The Architecture record: where experts go in a family of `transformers` models, and nothing else."""
+"""The Architecture record: where experts go in a family of `transformers` models, and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of parts of a decoder-only model whose MLP is `down(act(up(x)))` or `down(act(gate(x)) * up(x))`.
+    """Names of parts of a decoder-only model whose MLP is `down(act(up(x)))` or `down(act(gate(x))
+    * up(x))`.
 
     model_types: `config.model_type` values this record fits.
     blocks: path from the model to its list of transformer blocks.
@@ -37,7 +40,9 @@ class Architecture:
 
 
 def linear_size(linear: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear: nn.Linear, or transformers' Conv1D, whose weight is stored (in, out)."""
+    """(in, out) of a linear: nn.Linear, or transformers' Conv1D, whose weight is stored (in,
+    out).
+    """
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
     return int(linear.nx), int(linear.nf)  # type: ignore[arg-type]

@@ -47,34 +47,64 @@ def load_base(section: BaseSection) -> Base:
     dtype = _dtype(section.dtype, device)
     model, tokenizer = _named(section.name)
     architecture = architecture_of(model)
-    attention = section.attention if section.attention != "auto" else "eager" if device.type == "cpu" else "sdpa"
+    attention = (
+        section.attention
+        if section.attention != "auto"
+        else "eager"
+        if device.type == "cpu"
+        else "sdpa"
+    )
     model.set_attn_implementation(attention)
-    model.config.pad_token_id = None  # windows have no padding; else transformers warns wherever the id occurs in text
+    model.config.pad_token_id = (
+        None  # windows have no padding; else transformers warns wherever the id occurs in text
+    )
     model.requires_grad_(False).eval().to(device=device, dtype=dtype)
     encoder = TextEncoder(tokenizer)
-    return Base(section.name, model, tokenizer, encoder, architecture, device, dtype, _fingerprint(model, encoder))
+    return Base(
+        section.name,
+        model,
+        tokenizer,
+        encoder,
+        architecture,
+        device,
+        dtype,
+        _fingerprint(model, encoder),
+    )
 
 
 def modules() -> dict[str, ModuleType]:
-    """Every file of bases/ that offers an ARCHITECTURE or a LOADERS table (name -> function), by file name."""
-    found = {i.name: importlib.import_module(f"comigs.bases.{i.name}") for i in pkgutil.iter_modules(bases.__path__)}
-    return {name: m for name, m in found.items() if hasattr(m, "ARCHITECTURE") or hasattr(m, "LOADERS")}
+    """Every file of bases/ that offers an ARCHITECTURE or a LOADERS table (name -> function), by
+    file name.
+    """
+    found = {
+        i.name: importlib.import_module(f"comigs.bases.{i.name}")
+        for i in pkgutil.iter_modules(bases.__path__)
+    }
+    return {
+        name: m for name, m in found.items() if hasattr(m, "ARCHITECTURE") or hasattr(m, "LOADERS")
+    }
 
 
 def loaders() -> dict[str, Callable[[], tuple[Any, Any]]]:
     """The bases that go by a name of ours."""
-    return {name: load for m in modules().values() for name, load in getattr(m, "LOADERS", {}).items()}
+    return {
+        name: load for m in modules().values() for name, load in getattr(m, "LOADERS", {}).items()
+    }
 
 
 def architecture_of(model: Any) -> Architecture:
     """The record that fits a loaded model. Raises UserError naming the families there are."""
-    records: list[Architecture] = [m.ARCHITECTURE for m in modules().values() if hasattr(m, "ARCHITECTURE")]
+    records: list[Architecture] = [
+        m.ARCHITECTURE for m in modules().values() if hasattr(m, "ARCHITECTURE")
+    ]
     model_type = model.config.model_type
     for record in records:
         if model_type in record.model_types:
             return record
     known = ", ".join(sorted(t for r in records for t in r.model_types))
-    raise UserError(f'base: the model family "{model_type}" is not known; known: {known} (CONTRIBUTING.md: add a base)')
+    raise UserError(
+        f'base: the model family "{model_type}" is not known; known: {known} (CONTRIBUTING.md: add a base)'
+    )
 
 
 def _named(name: str) -> tuple[Any, Any]:
@@ -86,9 +116,13 @@ def _named(name: str) -> tuple[Any, Any]:
         raise UserError(f'base.name: unknown base "{name}".{nearest(name, known)} Known: {", ".join(known)}; '
                         "or a local folder, or a hub name like org/model")  # fmt: skip
     try:
-        return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True), AutoTokenizer.from_pretrained(name)
+        return AutoModelForCausalLM.from_pretrained(
+            name, use_safetensors=True
+        ), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f'base.name: "{name}" cannot be loaded: {str(error).splitlines()[0]}') from None
+        raise UserError(
+            f'base.name: "{name}" cannot be loaded: {str(error).splitlines()[0]}'
+        ) from None
 
 
 def is_here(device: torch.device) -> bool:
@@ -102,9 +136,13 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f'base.device: "{name}" is no device; allowed: auto, cpu, cuda, cuda:1, ...') from None
+        raise UserError(
+            f'base.device: "{name}" is no device; allowed: auto, cpu, cuda, cuda:1, ...'
+        ) from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f'base.device: "{name}" is not supported; allowed: auto, cpu, cuda, cuda:1, ...')
+        raise UserError(
+            f'base.device: "{name}" is not supported; allowed: auto, cpu, cuda, cuda:1, ...'
+        )
     if not is_here(device):
         raise UserError(
             f'base.device: "{name}" is not on this machine ({torch.cuda.device_count()} CUDA devices); choose another, '
@@ -116,7 +154,11 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    fast = (
+        torch.cuda.is_bf16_supported()
+        if device.type == "cuda"
+        else torch.cpu._is_avx512_bf16_supported()
+    )
     return torch.bfloat16 if fast else torch.float32
 
 

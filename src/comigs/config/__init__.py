@@ -1,6 +1,7 @@
 """The one configuration tree: frozen, validated, read from TOML and written back into every run.
 
-Each field says its unit and what `None` means; docs/config.md is made from these texts (scripts/config_docs.py).
+Each field says its unit and what `None` means; docs/config.md is made from these texts
+(scripts/config_docs.py).
 """
 
 from comigs.config.sections import (

@@ -23,16 +23,20 @@ class BaseSection(Section):
     """[base]: the frozen language model all clients share."""
 
     name: str = Field(
-        "mini", description="mini, smollm2-135m, tiny-gpt2, tiny-llama, a local folder (models/mine) or hub name"
+        "mini",
+        description="mini, smollm2-135m, tiny-gpt2, tiny-llama, a local folder (models/mine) or hub name",
     )
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = Field(
-        "auto", description="of the frozen weights and of autocast; auto: bfloat16 where the device is fast at it"
+        "auto",
+        description="of the frozen weights and of autocast; auto: bfloat16 where the device is fast at it",
     )
     attention: Literal["auto", "eager", "sdpa"] = Field(
         "auto",
         description="transformers' attention; auto: eager on a CPU, a quarter faster at 128 tokens, sdpa on a GPU",
     )
-    device: str = Field("auto", description='"cpu", "cuda", "cuda:1", ...; auto: cuda where there is one')
+    device: str = Field(
+        "auto", description='"cpu", "cuda", "cuda:1", ...; auto: cuda where there is one'
+    )
     threads: int | None = Field(
         None,
         gt=0,
@@ -45,9 +49,13 @@ class DataSection(Section):
     """[data]: how text becomes windows of tokens."""
 
     root: Path = Field(
-        Path("."), description="folder that relative paths in `text` start from; default: the config file's"
+        Path("."),
+        description="folder that relative paths in `text` start from; default: the config file's",
     )
-    cache: Path = Field(Path(".cache/comigs"), description="folder of the token stores, relative to the working folder")
+    cache: Path = Field(
+        Path(".cache/comigs"),
+        description="folder of the token stores, relative to the working folder",
+    )
     sequence_length: int = Field(128, ge=2, description="tokens per window")
     distribution: Literal["in", "out"] = Field(
         "in",
@@ -60,10 +68,16 @@ class DataSection(Section):
         0.1, gt=0, lt=1, description="share of documents in test where splits are made by hash"
     )
     train_share: float = Field(
-        1.0, gt=0, le=1, description="share of each client's train text that is used, from its start, in bytes"
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each client's train text that is used, from its start, in bytes",
     )
     valid_share: float = Field(
-        1.0, gt=0, le=1, description="share of each client's valid text that is used, from its start, in bytes"
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each client's valid text that is used, from its start, in bytes",
     )
 
 
@@ -80,18 +94,28 @@ class ExpertsSection(Section):
         "comigs has a single one of all ranks, which is averaged, beside the rest of the world",
     )
     rank: int = Field(8, ge=1, description="LoRA rank of every expert")
-    specialist_rank: int | None = Field(None, ge=1, description="LoRA rank of the specialists; None: rank")
-    attention_rank: int | None = Field(None, ge=1, description="LoRA rank on the attention linears; None: rank")
-    share_attention: bool = Field(True, description="false: attention LoRA stays home (the all-specialist setting)")
+    specialist_rank: int | None = Field(
+        None, ge=1, description="LoRA rank of the specialists; None: rank"
+    )
+    attention_rank: int | None = Field(
+        None, ge=1, description="LoRA rank on the attention linears; None: rank"
+    )
+    share_attention: bool = Field(
+        True, description="false: attention LoRA stays home (the all-specialist setting)"
+    )
     alpha: float = Field(16.0, gt=0, description="LoRA alpha")
-    scaling: Literal["rslora", "lora"] = Field("rslora", description="alpha / sqrt(rank) or alpha / rank")
+    scaling: Literal["rslora", "lora"] = Field(
+        "rslora", description="alpha / sqrt(rank) or alpha / rank"
+    )
     strength: Literal["together", "each"] = Field(
         "together",
         description='"each": every expert has that scale, as in the paper; "together": it is corrected so that experts '
         "that share a token's weight act like one LoRA of all their ranks",
     )
     top_k: int = Field(
-        2, ge=1, description="experts used per token; a client with one expert has no router and no choice"
+        2,
+        ge=1,
+        description="experts used per token; a client with one expert has no router and no choice",
     )
     routing: Literal["token", "sequence", "client"] = Field(
         "token",
@@ -99,11 +123,15 @@ class ExpertsSection(Section):
         'or one free weight per expert and block for the whole "client"',
     )
     router_start: float = Field(
-        0.02, ge=0, description="standard deviation of the router's starting weights; 0: uniform mixing exactly"
+        0.02,
+        ge=0,
+        description="standard deviation of the router's starting weights; 0: uniform mixing exactly",
     )
 
     def scale(self, rank: int) -> float:
-        """The factor before B @ A: alpha / sqrt(rank) ("rslora", 2312.03732) or alpha / rank ("lora", 2106.09685)."""
+        """The factor before B @ A: alpha / sqrt(rank) ("rslora", 2312.03732) or alpha / rank
+        ("lora", 2106.09685).
+        """
         return self.alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
 
@@ -112,29 +140,43 @@ class ClientSection(Section):
 
     steps: int = Field(10, ge=1, description="local steps per round")
     batch_size: int = Field(64, ge=1, description="windows per step")
-    micro_batch_size: int | None = Field(None, ge=1, description="windows at once in memory; None: batch_size")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="windows at once in memory; None: batch_size"
+    )
     lr: float | None = Field(
-        None, gt=0, description="experts' peak rate, cosine to lr/10; None: 2e-3 GPT-2, 2e-4 Llama-like"
+        None,
+        gt=0,
+        description="experts' peak rate, cosine to lr/10; None: 2e-3 GPT-2, 2e-4 Llama-like",
     )
     router_lr: float | None = Field(None, gt=0, description="router's constant rate; None: lr")
     weight_decay: float = Field(0.01, ge=0, description="AdamW, on everything trained")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two decay rates")
     router_every: int = Field(
-        30, ge=1, description="a client's local steps between router phases, counted over all its rounds (tau)"
+        30,
+        ge=1,
+        description="a client's local steps between router phases, counted over all its rounds (tau)",
     )
-    router_steps: int = Field(10, ge=0, description="router steps in a phase, each on a batch of router_data")
+    router_steps: int = Field(
+        10, ge=0, description="router steps in a phase, each on a batch of router_data"
+    )
     router_data: Literal["valid", "train", "crossfit"] = Field(
         "valid",
         description='what the router learns from: "valid"; "train"; or "crossfit", a fold of train that the experts '
         "did not see since the last router phase (for clients without validation text)",
     )
-    folds: int = Field(4, ge=2, description="parts of train in crossfit; each phase leaves out the next one")
+    folds: int = Field(
+        4, ge=2, description="parts of train in crossfit; each phase leaves out the next one"
+    )
     balance_coef: float = Field(0.01, ge=0, description="weight of the balance loss")
     generalist_share: float = Field(
-        0.5, ge=0, lt=1, description="load that the balance loss gives the first generalist; 0: equal"
+        0.5,
+        ge=0,
+        lt=1,
+        description="load that the balance loss gives the first generalist; 0: equal",
     )
     leaky_gradients: bool = Field(
-        False, description="reproduce the authors' loop, in which one level's gradients leak into the other's next step"
+        False,
+        description="reproduce the authors' loop, in which one level's gradients leak into the other's next step",
     )
 
     @field_validator("betas")
@@ -146,7 +188,9 @@ class ClientSection(Section):
 
 
 class EvaluationSection(Section):
-    """[evaluation]: what is measured during the run. Test is always measured after the last download."""
+    """[evaluation]: what is measured during the run. Test is always measured after the last
+    download.
+    """
 
     every: int = Field(1, ge=0, description="rounds between evaluations during the run; 0: none")
     splits: tuple[Split, ...] = Field(("valid",), description="splits evaluated during the run")
@@ -154,15 +198,23 @@ class EvaluationSection(Section):
 
 
 class ParticipationSection(Section):
-    """[participation]: who is asked in a round, how long it waits, and what becomes of who does not answer."""
+    """[participation]: who is asked in a round, how long it waits, and what becomes of who does not
+    answer.
+    """
 
     clients_per_round: int | None = Field(
-        None, ge=1, description="clients asked in a round, drawn anew each round by the seed; None: all"
+        None,
+        ge=1,
+        description="clients asked in a round, drawn anew each round by the seed; None: all",
     )
     min_clients: int = Field(
-        1, ge=1, description="usable uploads a round needs; with fewer, those that are missing are asked again"
+        1,
+        ge=1,
+        description="usable uploads a round needs; with fewer, those that are missing are asked again",
     )
-    deadline: float = Field(3600, gt=0, description="seconds a round waits for uploads (engine flower)")
+    deadline: float = Field(
+        3600, gt=0, description="seconds a round waits for uploads (engine flower)"
+    )
     late: Literal["drop", "discount"] = Field(
         "drop",
         description='what becomes of an upload that comes in after its round: "drop"; "discount": its step counts in '
@@ -181,7 +233,8 @@ class UploadSection(Section):
     """[upload]: how uploads travel, which of them count, and how they become one."""
 
     format: Literal["float32", "bfloat16", "int8"] = Field(
-        "float32", description="of the numbers that travel; downloads are bfloat16 where uploads are not float32"
+        "float32",
+        description="of the numbers that travel; downloads are bfloat16 where uploads are not float32",
     )
     merge: Literal["mean", "trimmed", "median"] = Field(
         "mean",
@@ -189,7 +242,10 @@ class UploadSection(Section):
         'the largest and smallest; "median"',
     )
     trim: float = Field(
-        0.25, ge=0, lt=0.5, description="share of uploads cut at either end where merge is trimmed, rounded down"
+        0.25,
+        ge=0,
+        lt=0.5,
+        description="share of uploads cut at either end where merge is trimmed, rounded down",
     )
     max_norm: float | None = Field(
         None,
@@ -216,14 +272,20 @@ class Text(Section):
 class ClientEntry(Section):
     """[[clients]]: one client; what is None is taken from [experts]."""
 
-    name: str = Field(description="letters, digits, '.', '_' and '-'; also the name of its folder in the run")
+    name: str = Field(
+        description="letters, digits, '.', '_' and '-'; also the name of its folder in the run"
+    )
     text: str | Text | None = Field(
         None,
         description='"source:argument" or a path, split by hash; or {train = ..., valid = ..., test = ...}; '
         "None: it is on the client's own device (engine flower)",
     )
-    specialists: int | None = Field(None, ge=0, description="number of specialists; None: experts.specialists")
-    rank: int | None = Field(None, ge=1, description="LoRA rank of this client's experts; None: experts.rank")
+    specialists: int | None = Field(
+        None, ge=0, description="number of specialists; None: experts.specialists"
+    )
+    rank: int | None = Field(
+        None, ge=1, description="LoRA rank of this client's experts; None: experts.rank"
+    )
     specialist_rank: int | None = Field(
         None, ge=1, description="rank of its specialists; None: experts.specialist_rank, else rank"
     )
@@ -238,5 +300,7 @@ class ClientEntry(Section):
     @classmethod
     def _name_is_a_file_name(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
-            raise ValueError("1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit")
+            raise ValueError(
+                "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+            )
         return value

@@ -10,8 +10,8 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
+from comigs.config.errors import one_line
 from comigs.config.tree import SECTIONS, VERSION, Config
-from comigs.config_errors import one_line
 from comigs.errors import UserError, nearest
 from comigs.files import folder_or_name
 
@@ -41,13 +41,17 @@ def read_toml(path: Path, what: str = "config") -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what} file") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}; a {what} is a TOML file") from None
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror or error}; a {what} is a TOML file"
+        ) from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from None
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
-    """Validate a tree of plain values. Raises UserError: the field, what was given, what is allowed."""
+    """Validate a tree of plain values. Raises UserError: the field, what was given, what is
+    allowed.
+    """
     version = tree.get("version", VERSION)
     if isinstance(version, int) and version > VERSION:
         raise UserError(
@@ -65,7 +69,9 @@ def to_toml(config: Config) -> str:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value`; clients are addressed by name or position: `clients.fr.rank=4`."""
+    """Set one `section.key=value`; clients are addressed by name or position:
+    `clients.fr.rank=4`.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {override}: expected KEY=VALUE, for example client.steps=20")
@@ -77,16 +83,26 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     for depth, part in enumerate(parents):
         if isinstance(node, list):
-            found = [n for i, n in enumerate(node) if isinstance(n, dict) and part in (n.get("name"), str(i))]
+            found = [
+                n
+                for i, n in enumerate(node)
+                if isinstance(n, dict) and part in (n.get("name"), str(i))
+            ]
             if not found:
                 names = [str(n.get("name")) for n in node if isinstance(n, dict)]
                 known = ", ".join(names)
-                raise UserError(f'--set {override}: no client "{part}"; there are: {known}.{nearest(part, names)}')
+                raise UserError(
+                    f'--set {override}: no client "{part}"; there are: {known}.{nearest(part, names)}'
+                )
             node = found[0]
         else:
             node = node.setdefault(part, {})
         if not isinstance(node, dict | list):
-            raise UserError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+            raise UserError(
+                f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section"
+            )
     if isinstance(node, list):
-        raise UserError(f"--set {override}: say which field of the client, for example {key}.rank=4")
+        raise UserError(
+            f"--set {override}: say which field of the client, for example {key}.rank=4"
+        )
     node[last] = value

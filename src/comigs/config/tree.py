@@ -19,7 +19,7 @@ from comigs.config.sections import (
     Section,
     Text,
     UploadSection,
-)  # fmt: skip
+)
 from comigs.errors import UserError, nearest
 from comigs.slots import expert_parts
 
@@ -31,23 +31,35 @@ class Config(Section):
 
     version: int = Field(VERSION, ge=1, le=VERSION, description="of this file's format")
     name: str = Field(
-        "run", description="of the run, and of its folder in `runs`; default: the config file's, without .toml"
+        "run",
+        description="of the run, and of its folder in `runs`; default: the config file's, without .toml",
     )
     seed: int = Field(42, ge=0, description="the one seed everything random comes from")
-    method: str = Field("comigs", description="a file of comigs/methods, or package.module of your own")
+    method: str = Field(
+        "comigs", description="a file of comigs/methods, or package.module of your own"
+    )
     rounds: int = Field(20, ge=1, description="exchanges with the server")
     workers: int = Field(
-        1, ge=1, description="processes that clients of a round are spread over, each with its base, CPU threads or GPU"
+        1,
+        ge=1,
+        description="processes that clients of a round are spread over, each with its base, CPU threads or GPU",
     )
-    base: BaseSection = Field(BaseSection(), description="the frozen language model all clients share")
+    base: BaseSection = Field(
+        BaseSection(), description="the frozen language model all clients share"
+    )
     data: DataSection = Field(DataSection(), description="how text becomes windows of tokens")
     experts: ExpertsSection = Field(ExpertsSection(), description="what every client trains")
     client: ClientSection = Field(ClientSection(), description="how every client trains in a round")
-    evaluation: EvaluationSection = Field(EvaluationSection(), description="what is measured during the run")
-    participation: ParticipationSection = Field(
-        ParticipationSection(), description="who is asked in a round, and what becomes of who does not answer"
+    evaluation: EvaluationSection = Field(
+        EvaluationSection(), description="what is measured during the run"
     )
-    upload: UploadSection = Field(UploadSection(), description="how uploads travel, are checked and become one")
+    participation: ParticipationSection = Field(
+        ParticipationSection(),
+        description="who is asked in a round, and what becomes of who does not answer",
+    )
+    upload: UploadSection = Field(
+        UploadSection(), description="how uploads travel, are checked and become one"
+    )
     options: Mapping[str, bool | int | float | str] = Field(
         {}, description="settings of the method's own; `comigs list methods` shows them"
     )
@@ -63,11 +75,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if not self.clients:
-            raise ValueError('clients: none; write at least one [[clients]] with name = "..." and text = "..."')
+            raise ValueError(
+                'clients: none; write at least one [[clients]] with name = "..." and text = "..."'
+            )
         seen: set[str] = set()
         for client in self.clients:
             if client.name.lower() in seen:
-                raise ValueError(f'clients: the name "{client.name}" is given twice; names must differ (case aside)')
+                raise ValueError(
+                    f'clients: the name "{client.name}" is given twice; names must differ (case aside)'
+                )
             seen.add(client.name.lower())
             shape = self.shape_of(client)
             if shape.num_experts == 0:
@@ -76,7 +92,9 @@ class Config(Section):
                 )
         self._check_participation()
         if self.data.valid_fraction + self.data.test_fraction >= 1:
-            raise ValueError("data: valid_fraction + test_fraction must leave documents for train (sum below 1)")
+            raise ValueError(
+                "data: valid_fraction + test_fraction must leave documents for train (sum below 1)"
+            )
         return self
 
     def _check_participation(self) -> None:
@@ -100,10 +118,14 @@ class Config(Section):
 
     @property
     def numbers_experts(self) -> bool:
-        """Whether it says how many experts, or how large specialists, there are; else a method may choose."""
+        """Whether it says how many experts, or how large specialists, there are; else a method may
+        choose.
+        """
         e = self.experts
         of_clients = (n for c in self.clients for n in (c.specialists, c.specialist_rank))
-        return any(n is not None for n in (e.generalists, e.specialists, e.specialist_rank, *of_clients))
+        return any(
+            n is not None for n in (e.generalists, e.specialists, e.specialist_rank, *of_clients)
+        )
 
     def shape_of(self, client: ClientEntry) -> ExpertShape:
         """The experts of one client, its exceptions applied to the defaults."""
@@ -124,13 +146,16 @@ class Config(Section):
             if client.name == name:
                 return client
         names = [c.name for c in self.clients]
-        raise UserError(f'no client "{name}" in this run; there are: {", ".join(names)}.{nearest(name, names)}')
+        raise UserError(
+            f'no client "{name}" in this run; there are: {", ".join(names)}.{nearest(name, names)}'
+        )
 
 
 class ExpertShape(Section):
     """How many experts one client has, and their ranks.
 
-    rest: whether the rest of the world is beside them, of `rank`; the router is wholly "open" to it, or "gated".
+    rest: whether the rest of the world is beside them, of `rank`; the router is wholly "open" to
+    it, or "gated".
     """
 
     generalists: int

@@ -1,1 +1,3 @@
-"""Text to windows of tokens: sources -> documents -> splits of clients -> token stores on disk -> batches."""
+"""Text to windows of tokens: sources -> documents -> splits of clients -> token stores on disk ->
+batches.
+"""

@@ -1,8 +1,10 @@
-"""Token stores: documents as one stream of token ids in a file that is mapped into memory, never read whole.
+"""Token stores: documents as one stream of token ids in a file that is mapped into memory, never
+read whole.
 
-The stream is SEP doc1 SEP doc2 SEP ... docN SEP. Every token but the first is predicted once, and each document is
-predicted from its own separator on. A store is a folder `<cache>/<key>/` with tokens.bin and meta.json; the key is
-a hash of the text and the tokenizer, so a store is never out of date, only unused.
+The stream is SEP doc1 SEP doc2 SEP ... docN SEP. Every token but the first is predicted once, and
+each document is predicted from its own separator on. A store is a folder `<cache>/<key>/` with
+tokens.bin and meta.json; the key is a hash of the text and the tokenizer, so a store is never out
+of date, only unused.
 """
 
 from __future__ import annotations
@@ -77,12 +79,15 @@ class TokenStore:
 
 def store_folder(cache: Path, text_sha256: str, encoder: Encoder) -> Path:
     """Where the store of this text and this tokenizer is, or will be."""
-    key = hashlib.sha256(f"{FORMAT}\n{encoder.id}\n{encoder.separator}\n{text_sha256}".encode()).hexdigest()
+    key = hashlib.sha256(
+        f"{FORMAT}\n{encoder.id}\n{encoder.separator}\n{text_sha256}".encode()
+    ).hexdigest()
     return cache / key[:32]
 
 
 def open_store(folder: Path) -> TokenStore:
-    """Map a store that was built before; checks sizes and both ends of the file, not every byte (see `verify`).
+    """Map a store that was built before; checks sizes and both ends of the file, not every byte
+    (see `verify`).
 
     Raises UserError saying what to delete if it is damaged.
     """

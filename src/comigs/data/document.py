@@ -14,8 +14,9 @@ class Document:
     """One text, the smallest thing that is in train, valid or test.
 
     name: where it comes from, for messages.
-    key: what decides its split where splits are made by hash; None: its text. A source gives a key where documents
-        keep a lasting name (a file's path), or where other sources hold the same document in another language.
+    key: what decides its split where splits are made by hash; None: its text. A source gives a key
+        where documents keep a lasting name (a file's path), or where other sources hold the same
+        document in another language.
     """
 
     text: str
@@ -24,7 +25,8 @@ class Document:
 
 
 def chunks(text: str, size: int = CHUNK) -> Iterator[str]:
-    """The text in pieces of at most `size` characters, cut after a line, else before a space, else anywhere.
+    """The text in pieces of at most `size` characters, cut after a line, else before a space, else
+    anywhere.
 
     Before a space, because most tokenizers glue a space to the word behind it.
     """
@@ -42,7 +44,9 @@ def chunks(text: str, size: int = CHUNK) -> Iterator[str]:
 
 
 def text_digest(text: str) -> bytes:
-    """sha256 (32 bytes) of the exact text in UTF-8. Raises UnicodeEncodeError for half a surrogate pair."""
+    """sha256 (32 bytes) of the exact text in UTF-8. Raises UnicodeEncodeError for half a surrogate
+    pair.
+    """
     digest = hashlib.sha256()
     for piece in chunks(text):
         digest.update(piece.encode())

@@ -14,7 +14,9 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def resolve(argument: str, root: Path) -> Path:
-    """The path an argument names: absolute, from a home folder (`~`), or relative to `root`. Raises UserError."""
+    """The path an argument names: absolute, from a home folder (`~`), or relative to `root`. Raises
+    UserError.
+    """
     try:
         return root / Path(argument).expanduser()
     except RuntimeError:
@@ -33,7 +35,9 @@ def reading(path: Path) -> Iterator[None]:
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise UserError(f"{path}: not a whole gzip file; copy or compress it again") from None
     except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(
+            f"{error.filename or path}: cannot be read: {error.strerror or error}"
+        ) from None
 
 
 def decode(raw: bytes, where: str, offset: int = 0) -> str:

@@ -1,7 +1,7 @@
 """Documents to clients and splits, without leaks: no text is in two splits or at two clients.
 
-One pass over a source keeps about 70 bytes per document and none of its text; tokenising is a second pass, and only
-where the tokens are not there yet.
+One pass over a source keeps about 70 bytes per document and none of its text; tokenising is a
+second pass, and only where the tokens are not there yet.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ REPEATED = len(SPLITS)  # the "split" of a document whose text came before
 class Listing:
     """What one pass over a source found, one entry per document.
 
-    texts: sha256 of the exact text. contents: digest of the text, white space aside. sizes: bytes in UTF-8.
+    texts: sha256 of the exact text. contents: digest of the text, white space aside. sizes: bytes
+    in UTF-8.
     splits: index into SPLITS, or REPEATED.
     """
 
@@ -42,7 +43,9 @@ class Listing:
     splits: NDArray[np.uint8]
 
     def read(self) -> Iterator[tuple[int, Document]]:
-        """The source again, each document with its entry in `splits`; repeated ones are left out."""
+        """The source again, each document with its entry in `splits`; repeated ones are left
+        out.
+        """
         for number, document in enumerate(_documents(self.spec, self.root)):
             # a source that grew since the first pass: the store's check of its text will say so
             split = int(self.splits[number]) if number < len(self.splits) else 0
@@ -88,7 +91,9 @@ class Partition:
         return sum(int((listing.splits == REPEATED).sum()) for listing in self.listings)
 
     def _of(self, split: Split, field: str) -> NDArray[Any]:
-        return np.concatenate([getattr(li, field)[li.splits == SPLITS.index(split)] for li in self.listings])
+        return np.concatenate(
+            [getattr(li, field)[li.splits == SPLITS.index(split)] for li in self.listings]
+        )
 
 
 def partition(entry: ClientEntry, data: DataSection) -> Partition:
@@ -112,14 +117,20 @@ def partition(entry: ClientEntry, data: DataSection) -> Partition:
         return Partition(entry.name, tuple(listings))
 
 
-def split_by_hash(shares: NDArray[np.float64], valid_fraction: float, test_fraction: float) -> NDArray[np.uint8]:
-    """(num_documents,) indices into SPLITS for documents with these shares (numbers in [0, 1) made from their keys).
+def split_by_hash(
+    shares: NDArray[np.float64], valid_fraction: float, test_fraction: float
+) -> NDArray[np.uint8]:
+    """(num_documents,) indices into SPLITS for documents with these shares (numbers in [0, 1) made
+    from their keys).
 
-    Below test_fraction is test, the next valid_fraction is valid, the rest train: a document's split depends on
-    nothing but itself. Only where a split would be left empty does it get the nearest document.
+    Below test_fraction is test, the next valid_fraction is valid, the rest train: a document's
+    split depends on nothing but itself. Only where a split would be left empty does it get the
+    nearest document.
     """
     num_test = int(np.clip((shares < test_fraction).sum(), 1, len(shares) - 2))
-    num_held_out = int(np.clip((shares < test_fraction + valid_fraction).sum(), num_test + 1, len(shares) - 1))
+    num_held_out = int(
+        np.clip((shares < test_fraction + valid_fraction).sum(), num_test + 1, len(shares) - 1)
+    )
     order = np.argsort(shares, kind="stable")
     splits = np.full(len(shares), SPLITS.index("train"), dtype=np.uint8)
     splits[order[:num_held_out]] = SPLITS.index("valid")
@@ -130,7 +141,9 @@ def split_by_hash(shares: NDArray[np.float64], valid_fraction: float, test_fract
 def share(document: Document) -> float:
     """A number in [0, 1) that depends only on the document's key, or its text where it has none."""
     digest = text_digest(document.text if document.key is None else document.key)
-    return float(int.from_bytes(digest[:6]) / 2**48)  # 48 bits: exact in a float, and always below 1
+    return float(
+        int.from_bytes(digest[:6]) / 2**48
+    )  # 48 bits: exact in a float, and always below 1
 
 
 def check_disjoint(partitions: Sequence[Partition]) -> None:
@@ -145,7 +158,9 @@ def check_disjoint(partitions: Sequence[Partition]) -> None:
         pair = order[same[0] : same[0] + 2]
         where = " and ".join(_where(places[owners[i]], bytes(everything[i])) for i in pair)
         more = f" (and {len(same) - 1} more such pairs)" if len(same) > 1 else ""
-        raise UserError(f"the same text is in {where}{more}; a document may be in one split of one client: remove one")
+        raise UserError(
+            f"the same text is in {where}{more}; a document may be in one split of one client: remove one"
+        )
 
 
 @contextmanager
@@ -173,7 +188,9 @@ def _list_by_hash(spec: str, data: DataSection) -> Listing:
 def _scan(
     spec: str, root: Path
 ) -> tuple[NDArray[np.bytes_], NDArray[np.bytes_], NDArray[np.int64], NDArray[np.float64]]:
-    """Digests of the texts, of their contents, their sizes, and the shares, of all documents of a source."""
+    """Digests of the texts, of their contents, their sizes, and the shares, of all documents of a
+    source.
+    """
     texts, contents, sizes, shares = bytearray(), bytearray(), array("q"), array("d")
     for document in _documents(spec, root):
         try:
@@ -183,7 +200,9 @@ def _scan(
             shares.append(share(document))
         except UnicodeEncodeError:
             cure = "write it anew" if _is_unicode(document.name) else "rename it"
-            raise UserError(f"{document.name!a}: not valid Unicode (half a surrogate pair); {cure}") from None
+            raise UserError(
+                f"{document.name!a}: not valid Unicode (half a surrogate pair); {cure}"
+            ) from None
     return (
         np.frombuffer(texts, "S32"), np.frombuffer(contents, "S16"),
         np.frombuffer(sizes, np.int64), np.frombuffer(shares, np.float64),
@@ -196,7 +215,11 @@ def _is_unicode(text: str) -> bool:
 
 def _documents(spec: str, root: Path) -> Iterator[Document]:
     """The documents of a source that have any text."""
-    return (document for document in open_source(spec, root) if document.text and not document.text.isspace())
+    return (
+        document
+        for document in open_source(spec, root)
+        if document.text and not document.text.isspace()
+    )
 
 
 def _first_of_each(contents: NDArray[np.bytes_]) -> NDArray[np.bool_]:
@@ -211,5 +234,7 @@ def _where(place: tuple[Partition, Split], digest: bytes) -> str:
     digest: as numpy hands it out, without zero bytes at its end.
     """
     part, split = place
-    names = (d.name for _, d in part.read([split]) if content_digest(d.text).rstrip(b"\0") == digest)
+    names = (
+        d.name for _, d in part.read([split]) if content_digest(d.text).rstrip(b"\0") == digest
+    )
     return f'client "{part.client}" {split} ("{next(names, "?")}")'

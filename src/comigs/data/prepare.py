@@ -21,7 +21,9 @@ OFTEN = 100  # clients between two lines of progress
 
 @dataclass(frozen=True)
 class ClientData:
-    """The stores of one client's splits: one each in-distribution, all clients' valid and test out-of-distribution."""
+    """The stores of one client's splits: one each in-distribution, all clients' valid and test
+    out-of-distribution.
+    """
 
     train: tuple[TokenStore, ...]
     valid: tuple[TokenStore, ...]
@@ -47,10 +49,11 @@ class Outline:
 
 
 class Texts(Mapping[str, ClientData]):
-    """Data of all clients by name, in the config's order. A client's text is tokenised when it is first looked at.
+    """Data of all clients by name, in the config's order. A client's text is tokenised when it is
+    first looked at.
 
-    In between only hashes of the documents are held: no text, no tokens, no open file. A look raises UserError for
-    text that is too short, or was changed since.
+    In between only hashes of the documents are held: no text, no tokens, no open file. A look
+    raises UserError for text that is too short, or was changed since.
     """
 
     def __init__(self, own: dict[str, _Own], distribution: str) -> None:
@@ -70,8 +73,13 @@ class Texts(Mapping[str, ClientData]):
 
     def outlines(self) -> dict[str, Outline]:
         """What each client's data is made of; tokenises nothing."""
-        mixed = {s: tuple(own.texts[s] for own in self._own.values()) for s in SPLITS[1:] if self._mixed}
-        return {n: Outline(*(mixed.get(s, (own.texts[s],)) for s in SPLITS)) for n, own in self._own.items()}
+        mixed = {
+            s: tuple(own.texts[s] for own in self._own.values()) for s in SPLITS[1:] if self._mixed
+        }
+        return {
+            n: Outline(*(mixed.get(s, (own.texts[s],)) for s in SPLITS))
+            for n, own in self._own.items()
+        }
 
     @cached_property
     def _everybodys(self) -> tuple[tuple[TokenStore, ...], tuple[TokenStore, ...]]:
@@ -80,9 +88,11 @@ class Texts(Mapping[str, ClientData]):
 
 
 def prepare(config: Config, encoder: Encoder, progress: Progress | None = None) -> Texts:
-    """Read all text once and look for leaks. Nothing is tokenised before it is looked at, or is in the cache already.
+    """Read all text once and look for leaks. Nothing is tokenised before it is looked at, or is in
+    the cache already.
 
-    progress: called with lines to show, then and later. Raises UserError for unusable text and for text in two places.
+    progress: called with lines to show, then and later. Raises UserError for unusable text and for
+    text in two places.
     """
     require_text(config)
     partitions = []
@@ -95,11 +105,13 @@ def prepare(config: Config, encoder: Encoder, progress: Progress | None = None) 
     return Texts(own, config.data.distribution)
 
 
-def prepare_client(config: Config, name: str, encoder: Encoder, progress: Progress | None = None) -> ClientData:
+def prepare_client(
+    config: Config, name: str, encoder: Encoder, progress: Progress | None = None
+) -> ClientData:
     """Data of one client, for a device that has no other client's text.
 
-    Checks for leaks between the client's own splits only. Raises UserError as `prepare` does, and for
-    data.distribution = "out", which needs everybody's text.
+    Checks for leaks between the client's own splits only. Raises UserError as `prepare` does, and
+    for data.distribution = "out", which needs everybody's text.
     """
     entry = config.client_named(name)
     require_own_text_only(config)
@@ -129,30 +141,49 @@ def require_text(config: Config) -> None:
 class _Own:
     """One client's own text, and the way to its stores."""
 
-    def __init__(self, part: Partition, data: DataSection, encoder: Encoder, progress: Progress | None) -> None:
+    def __init__(
+        self, part: Partition, data: DataSection, encoder: Encoder, progress: Progress | None
+    ) -> None:
         self.part, self.data, self.encoder, self.progress = part, data, encoder, progress
 
     @cached_property
     def limits(self) -> dict[Split, int]:
         """Bytes of the splits of which only the first part is used; a last document is cut."""
-        shares: dict[Split, float] = {"train": self.data.train_share, "valid": self.data.valid_share}
-        return {split: round(share * self.part.num_bytes(split)) for split, share in shares.items() if share < 1}
+        shares: dict[Split, float] = {
+            "train": self.data.train_share,
+            "valid": self.data.valid_share,
+        }
+        return {
+            split: round(share * self.part.num_bytes(split))
+            for split, share in shares.items()
+            if share < 1
+        }
 
     @cached_property
     def texts(self) -> dict[Split, SplitText]:
         """What each split holds; read again only where a part of it is used."""
         of, limits = self.part, self.limits
-        whole = {s: SplitText(of.text_sha256(s), of.num_bytes(s), of.num_documents(s)) for s in SPLITS}
-        return whole | {split: _measured(text for _, text in self._read([split])) for split in limits}
+        whole = {
+            s: SplitText(of.text_sha256(s), of.num_bytes(s), of.num_documents(s)) for s in SPLITS
+        }
+        return whole | {
+            split: _measured(text for _, text in self._read([split])) for split in limits
+        }
 
     def stores(self) -> dict[Split, TokenStore]:
         """The stores; missing ones are built together, in one pass over the text."""
         cache, name = self.data.cache, self.part.client
-        folders = {split: store_folder(cache, text.text_sha256, self.encoder) for split, text in self.texts.items()}
+        folders = {
+            split: store_folder(cache, text.text_sha256, self.encoder)
+            for split, text in self.texts.items()
+        }
         missing = [split for split in SPLITS if not folders[split].exists()]
         stores = {split: open_store(folders[split]) for split in SPLITS if split not in missing}
         with ExitStack() as stack, named(name):
-            writers = {split: stack.enter_context(StoreWriter(folders[split], self.encoder)) for split in missing}
+            writers = {
+                split: stack.enter_context(StoreWriter(folders[split], self.encoder))
+                for split in missing
+            }
             for split, text in self._read(missing):
                 writers[split].add(text)
             for split, writer in writers.items():
@@ -186,7 +217,9 @@ class _Own:
                 f"{store.num_tokens:,} tokens ({how})"
             )
         if self.part.num_repeated:
-            self.progress(f"{name}: left out {self.part.num_repeated:,} documents that repeat an earlier one")
+            self.progress(
+                f"{name}: left out {self.part.num_repeated:,} documents that repeat an earlier one"
+            )
         self.progress = None
 
 

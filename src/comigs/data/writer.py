@@ -24,20 +24,24 @@ from comigs.files import writing
 BATCH = 1 << 19  # characters handed to the tokenizer at once
 ADVICE = "free or allow it, or choose another folder with data.cache"
 UNFINISHED = ".building-"
-ABANDONED_AFTER = 24 * 3600  # seconds without a write after which another build removes an unfinished store
+ABANDONED_AFTER = (
+    24 * 3600
+)  # seconds without a write after which another build removes an unfinished store
 
 
 class StoreWriter:
     """Writes a store in a folder of its own and moves it into place when it is whole.
 
-    The move is one rename: a kill at any moment leaves either the whole store or an unfinished folder that nobody
-    opens, and of two processes building the same store one wins and both use it.
+    The move is one rename: a kill at any moment leaves either the whole store or an unfinished
+    folder that nobody opens, and of two processes building the same store one wins and both use it.
     """
 
     def __init__(self, folder: Path, encoder: Encoder) -> None:
         self._folder, self._encoder = folder, encoder
         self._dtype = np.dtype("<u2" if encoder.vocabulary_size <= 1 << 16 else "<u4")
-        self._pending: list[tuple[str, bool]] = []  # pieces of text, and whether each starts a document
+        self._pending: list[
+            tuple[str, bool]
+        ] = []  # pieces of text, and whether each starts a document
         self._pending_characters = 0
         self._num_tokens = self._num_bytes = self._num_documents = 0
         self._text, self._tokens = hashlib.sha256(), hashlib.sha256()
@@ -52,7 +56,10 @@ class StoreWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Remove what is unfinished."""
         with suppress(OSError):  # closing writes what is buffered, which fails on a full disk
@@ -75,7 +82,8 @@ class StoreWriter:
     def commit(self, text_sha256: str) -> TokenStore:
         """Finish the file, move the store into place and open it.
 
-        text_sha256: of the text this store was to hold. Raises UserError where the text added differs from it.
+        text_sha256: of the text this store was to hold. Raises UserError where the text added
+        differs from it.
         """
         if self._text.hexdigest() != text_sha256:
             raise UserError("the text changed while it was being read; run again")
@@ -89,7 +97,10 @@ class StoreWriter:
             try:
                 os.replace(self._unfinished, self._folder)
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process was first
+                if error.errno not in (
+                    errno.ENOTEMPTY,
+                    errno.EEXIST,
+                ):  # else another process was first
                     raise
         return open_store(self._folder)
 

@@ -1,1 +1,3 @@
-"""Engines carry downloads to clients and uploads back; the round loop is one and the same over all of them."""
+"""Engines carry downloads to clients and uploads back; the round loop is one and the same over all
+of them.
+"""

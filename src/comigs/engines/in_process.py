@@ -1,7 +1,8 @@
-"""All clients on this machine: one after the other on one base, or spread over `workers` processes of a base each.
+"""All clients on this machine: one after the other on one base, or spread over `workers` processes
+of a base each.
 
-For research, tests and the demo. Whichever process has a client at work, it takes it from the run folder and puts it
-back there, so who does what makes no difference to the result.
+For research, tests and the demo. Whichever process has a client at work, it takes it from the run
+folder and puts it back there, so who does what makes no difference to the result.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ from collections.abc import Mapping
 
 from comigs.bases.load import Base
 from comigs.client.client import settings_of
-from comigs.client.draw import check_text
 from comigs.config import Config
 from comigs.data.prepare import ClientData
-from comigs.engines.bench import Bench
-from comigs.engines.check import shapes_of_clients
-from comigs.engines.exchange import Answers, Report, Task
-from comigs.engines.spool import Spool
+from comigs.data.sampling import check_text
+from comigs.engines.host import Bench
+from comigs.engines.upload_store import Spool
 from comigs.engines.workers import Workers
 from comigs.methods.method import Download, Method, Upload
-from comigs.record import RunFolder
+from comigs.runs.folder import RunFolder
+from comigs.server.protocol import Answers, Report, Task
+from comigs.server.validation import shapes_of_clients
 
 
 class InProcess:
-    """An engine whose messages are function calls, here or in a process beside this one. `close` it at the end."""
+    """An engine whose messages are function calls, here or in a process beside this one. `close` it
+    at the end.
+    """
 
     def __init__(
         self, config: Config, method: Method, base: Base, data: Mapping[str, ClientData], folder: RunFolder,
@@ -33,9 +36,16 @@ class InProcess:
         self.workers = Workers(config, base.device, folder, spool, report)
         self.bench = Bench(config, method, base, data, folder, spool, self.workers.report)
         self.shapes = shapes_of_clients(config, method, self.bench.attachment)
-        if config.participation.clients_per_round is None:  # else it is found when a client is asked
+        if (
+            config.participation.clients_per_round is None
+        ):  # else it is found when a client is asked
             for name, shapes in self.shapes.items():
-                check_text(name, data[name], settings_of(config, method, shapes), config.data.sequence_length)
+                check_text(
+                    name,
+                    data[name],
+                    settings_of(config, method, shapes),
+                    config.data.sequence_length,
+                )
 
     def close(self) -> None:
         """End the other processes and leave the base as it was."""
@@ -54,7 +64,9 @@ class InProcess:
         )
 
     def probe(self, uploads: Mapping[str, Upload], round: int) -> dict[str, dict[str, float]]:
-        """reader -> author -> nats per token of the author's upload on a sample of the reader's valid."""
+        """reader -> author -> nats per token of the author's upload on a sample of the reader's
+        valid.
+        """
         parcels = self.workers.parcels(uploads)
         return self.workers.spread(
             uploads,

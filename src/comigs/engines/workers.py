@@ -1,7 +1,8 @@
-"""Processes beside the main one, each with a base of its own, on a GPU of its own where there are several.
+"""Processes beside the main one, each with a base of its own, on a GPU of its own where there are
+several.
 
-Main and worker talk in lines of JSON over a socket that nobody else has; tensors go by files of the run folder. A
-worker ends with the main process, however that ends. No pickle.
+Main and worker talk in lines of JSON over a socket that nobody else has; tensors go by files of the
+run folder. A worker ends with the main process, however that ends. No pickle.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ import torch
 from comigs.bases.load import load_base
 from comigs.config import Config
 from comigs.data.prepare import prepare
-from comigs.engines.bench import Bench
-from comigs.engines.exchange import Event, Reply, Report, Task
-from comigs.engines.spool import Spool, Spooled
+from comigs.engines.host import Bench
+from comigs.engines.upload_store import Spool, Spooled
 from comigs.errors import UserError
 from comigs.files import command
 from comigs.methods.method import Upload, load_method
-from comigs.process import cpus
-from comigs.record import RunFolder
+from comigs.processes import cpus
+from comigs.runs.folder import RunFolder
+from comigs.server.protocol import Event, Reply, Report, Task
 
 Result = TypeVar("Result")
 Line = dict[str, Any]
@@ -39,7 +40,9 @@ KILLED = -9  # how a process ends when the system is short of memory
 
 
 def devices(workers: int, device: torch.device) -> list[str]:
-    """The device of each worker. Raises UserError where this machine has fewer than there are workers."""
+    """The device of each worker. Raises UserError where this machine has fewer than there are
+    workers.
+    """
     if workers == 1:
         return [str(device)]
     gpus = device.type == "cuda"
@@ -55,8 +58,12 @@ def devices(workers: int, device: torch.device) -> list[str]:
 class Workers:
     """The processes beside this one. They start when there is something to do for them."""
 
-    def __init__(self, config: Config, device: torch.device, folder: RunFolder, spool: Spool, report: Report) -> None:
-        """device: this process's own. Raises UserError where there are fewer devices than workers."""
+    def __init__(
+        self, config: Config, device: torch.device, folder: RunFolder, spool: Spool, report: Report
+    ) -> None:
+        """device: this process's own. Raises UserError where there are fewer devices than
+        workers.
+        """
         self._devices = devices(config.workers, device)
         self._folder, self._spool, self._report = folder, spool, report
         self._one_at_a_time = threading.Lock()
@@ -68,7 +75,9 @@ class Workers:
             self._report(event)
 
     def parcels(self, tensors: Mapping[str, Upload]) -> dict[str, str]:
-        """Files with these tensors, for workers to read, by client; what several get is one file."""
+        """Files with these tensors, for workers to read, by client; what several get is one
+        file.
+        """
         if len(self._devices) == 1:
             return {}
         files: dict[int, str] = {}
@@ -79,9 +88,14 @@ class Workers:
         return {name: files[id(each)] for name, each in tensors.items()}
 
     def spread(
-        self, names: Iterable[str], here: Callable[[str], Result], there: Callable[[Worker, str], Result]
+        self,
+        names: Iterable[str],
+        here: Callable[[str], Result],
+        there: Callable[[Worker, str], Result],
     ) -> dict[str, Result]:
-        """Do something for each client, as processes get free. Raises what the first one to fail raised."""
+        """Do something for each client, as processes get free. Raises what the first one to fail
+        raised.
+        """
         order, waiting = list(names), queue.SimpleQueue[str]()
         for name in order:
             waiting.put(name)
@@ -102,7 +116,10 @@ class Workers:
             work(lambda name: there(worker, name))
 
         try:
-            threads = [threading.Thread(target=work_beside, args=(w,), daemon=True) for w in self._ready(len(order))]
+            threads = [
+                threading.Thread(target=work_beside, args=(w,), daemon=True)
+                for w in self._ready(len(order))
+            ]
             for thread in threads:
                 thread.start()
             work(here)
@@ -125,14 +142,18 @@ class Workers:
         """As many processes as there is work for beside this one."""
         wanted = min(len(self._devices), tasks)
         for number in range(len(self._beside) + 1, wanted):
-            self._beside.append(Worker(number, self._devices[number], self._folder, self._spool, self.report))
+            self._beside.append(
+                Worker(number, self._devices[number], self._folder, self._spool, self.report)
+            )
         return self._beside[: max(0, wanted - 1)]
 
 
 class Worker:
     """One process, as the main one sees it. number: from 1; the main process is 0."""
 
-    def __init__(self, number: int, device: str, folder: RunFolder, spool: Spool, report: Report) -> None:
+    def __init__(
+        self, number: int, device: str, folder: RunFolder, spool: Spool, report: Report
+    ) -> None:
         self._number, self._folder, self._spool, self._report = number, folder, spool, report
         self._socket, theirs = socket.socketpair()
         with theirs:
@@ -146,7 +167,9 @@ class Worker:
 
     def exchange(self, name: str, task: Task, download: str | None) -> Reply:
         """`Bench.exchange` there; download: a parcel. Raises what was raised there."""
-        said = self._ask({"do": "exchange", "name": name, "task": asdict(task), "download": download})
+        said = self._ask(
+            {"do": "exchange", "name": name, "task": asdict(task), "download": download}
+        )
         self._folder.take(said["staged"])
         upload = None if said["upload"] is None else self._spool.read(Path(said["upload"]))
         return Reply(upload, said["metrics"], said["timing"], said["train_tokens"], said["round"])
@@ -154,7 +177,13 @@ class Worker:
     def probe(self, name: str, uploads: Mapping[str, str], round: int) -> dict[str, float]:
         """`Bench.probe` there; uploads: parcels. Raises what was raised there."""
         staged = self._folder.staged(f"clients/{name}/")
-        asked = {"do": "probe", "name": name, "uploads": dict(uploads), "round": round, "staged": staged}
+        asked = {
+            "do": "probe",
+            "name": name,
+            "uploads": dict(uploads),
+            "round": round,
+            "staged": staged,
+        }
         nats: dict[str, float] = self._ask(asked)["nats"]
         return nats
 
@@ -184,7 +213,10 @@ class Worker:
 
 
 def _problem(said: Line) -> Exception:
-    kinds: dict[str, type[Exception]] = {"UserError": UserError, "OutOfMemoryError": torch.OutOfMemoryError}
+    kinds: dict[str, type[Exception]] = {
+        "UserError": UserError,
+        "OutOfMemoryError": torch.OutOfMemoryError,
+    }
     return kinds.get(said["type"], RuntimeError)(said["text"])
 
 
@@ -219,7 +251,13 @@ class _Desk:
         upload = str(reply.upload.path) if isinstance(reply.upload, Spooled) else None
         return {**vars(reply), "upload": upload, "staged": self._folder.staged(f"clients/{name}/")}
 
-    def _probe(self, name: str, uploads: Mapping[str, str], round: int, staged: Mapping[str, tuple[str, str]]) -> Line:
+    def _probe(
+        self,
+        name: str,
+        uploads: Mapping[str, str],
+        round: int,
+        staged: Mapping[str, tuple[str, str]],
+    ) -> Line:
         self._folder.take(staged)
         read = {author: self._spool.read(Path(path)) for author, path in uploads.items()}
         return {"nats": self._bench.probe(name, read, round)}

@@ -1,1 +1,3 @@
-"""LoRA experts, router and mixture, put on a frozen base from outside and taken off without a trace."""
+"""LoRA experts, router and mixture, put on a frozen base from outside and taken off without a
+trace.
+"""

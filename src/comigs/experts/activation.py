@@ -1,8 +1,11 @@
-"""Activations as the mixture needs them: in place, and in the backward pass value and slope together.
+"""Activations as the mixture needs them: in place, and in the backward pass value and slope
+together.
 
-SiLU and GELU's tanh form are both x * s with s = sigmoid(q(x)), where q = x and q = sqrt(8 / pi) (x + 0.044715 x^3), so
-their slope is s + x s (1 - s) q'(x). Spelled out for CPUs, where PyTorch computes the tanh of a GELU one number at a
-time: this takes a third of that. On other devices, and for other activations, what is there is used.
+SiLU and GELU's tanh form are both x * s with s = sigmoid(q(x)), where q = x and q = sqrt(8 / pi) (x
++ 0.044715 x^3), so their slope is s + x s (1 - s) q'(x). Spelled out for CPUs, where PyTorch
+computes the tanh of a GELU one number at a
+time: this takes a third of that. On other devices, and for other activations, what is there is
+used.
 """
 
 from __future__ import annotations
@@ -23,9 +26,11 @@ CUBE = 0.044715
 
 @dataclass(frozen=True)
 class Activation:
-    """An element-wise f. value(x, spare): x becomes f(x). value_and_slope(x, slope, spare): and slope f'(x).
+    """An element-wise f. value(x, spare): x becomes f(x). value_and_slope(x, slope, spare): and
+    slope f'(x).
 
-    All are of one shape; what `slope` and `spare` held is lost. in_c: its number in hidden.c, where it is there.
+    All are of one shape; what `slope` and `spare` held is lost. in_c: its number in hidden.c, where
+    it is there.
     """
 
     value: Callable[[Tensor, Tensor], object]
@@ -85,4 +90,7 @@ def _silu_and_slope(x: Tensor, slope: Tensor, spare: Tensor) -> None:
 SILU, GELU = Activation(_silu, _silu_and_slope, in_c=0), Activation(_gelu, _gelu_and_slope, in_c=1)
 SPELLED_OUT = {"NewGELUActivation": GELU, "GELUTanh": GELU, "SiLUActivation": SILU}
 _TANH_GELU = partial(F.gelu, approximate="tanh")
-FUSED = {"NewGELUActivation": _TANH_GELU, "GELUTanh": _TANH_GELU}  # the first is spelled out in six kernels otherwise
+FUSED = {
+    "NewGELUActivation": _TANH_GELU,
+    "GELUTanh": _TANH_GELU,
+}  # the first is spelled out in six kernels otherwise

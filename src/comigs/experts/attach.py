@@ -1,7 +1,9 @@
-"""Experts put on a frozen base from outside, pointed at any client's tensors, and taken off leaving it identical.
+"""Experts put on a frozen base from outside, pointed at any client's tensors, and taken off leaving
+it identical.
 
-The base stays an untouched `transformers` model: its own forward pass and `generate()` with KV cache run through the
-mixtures. One attachment serves all clients of a process: `bind` moves references, it copies nothing.
+The base stays an untouched `transformers` model: its own forward pass and `generate()` with KV
+cache run through the mixtures. One attachment serves all clients of a process: `bind` moves
+references, it copies nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +23,13 @@ from comigs.slots import Slot, expert_parts
 
 
 class Attachment:
-    """Mixtures in place of every MLP and LoRA on every attention linear of `model`. Use as a context, or `detach()`."""
+    """Mixtures in place of every MLP and LoRA on every attention linear of `model`. Use as a
+    context, or `detach()`.
+    """
 
-    def __init__(self, model: Any, architecture: Architecture, settings: ExpertsSection, summed: bool = False) -> None:
+    def __init__(
+        self, model: Any, architecture: Architecture, settings: ExpertsSection, summed: bool = False
+    ) -> None:
         """summed: a client's experts are one expert, whose LoRA is the sum of theirs."""
         self.model = model
         self.summed = summed
@@ -48,10 +54,13 @@ class Attachment:
         self._undo.append((owner, name, getattr(owner, name)))
         setattr(owner, name, new)
 
-    def slot_shapes(self, shape: ExpertShape, routed: bool, merges: bool = False) -> dict[Slot, tuple[int, ...]]:
+    def slot_shapes(
+        self, shape: ExpertShape, routed: bool, merges: bool = False
+    ) -> dict[Slot, tuple[int, ...]]:
         """Every tensor of a client with these experts.
 
-        routed: with a router, where it has a choice. merges: with a frozen change of every adapted linear.
+        routed: with a router, where it has a choice. merges: with a frozen change of every adapted
+        linear.
         """
         shapes: dict[Slot, tuple[int, ...]] = {}
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
@@ -59,10 +68,16 @@ class Attachment:
                 for site, name in self.architecture.mlp_linears().items():
                     size = linear_size(getattr(mixture.mlp, name))
                     shapes |= _pair(
-                        layer, site, part, shape.specialist_rank if part.startswith("s") else shape.rank, size
+                        layer,
+                        site,
+                        part,
+                        shape.specialist_rank if part.startswith("s") else shape.rank,
+                        size,
                     )
             for site, lora in adapted.items():
-                shapes |= _pair(layer, site, "attention", shape.attention_rank, linear_size(lora.linear))
+                shapes |= _pair(
+                    layer, site, "attention", shape.attention_rank, linear_size(lora.linear)
+                )
             if routed and shape.num_experts > 1:
                 width = linear_size(getattr(mixture.mlp, self.architecture.up))[0]
                 width = 1 if self.settings.routing == "client" else width
@@ -76,8 +91,13 @@ class Attachment:
         return shapes
 
     def bind(self, tensors: Mapping[Slot, Tensor]) -> None:
-        """Point the mixtures at a client's tensors; what they hold decides experts, ranks and routing."""
-        has = {role: {s.part for s in tensors if s.role == role} for role in ("generalist", "specialist", "rest")}
+        """Point the mixtures at a client's tensors; what they hold decides experts, ranks and
+        routing.
+        """
+        has = {
+            role: {s.part for s in tensors if s.role == role}
+            for role in ("generalist", "specialist", "rest")
+        }
         parts = expert_parts(len(has["generalist"]), len(has["specialist"]), bool(has["rest"]))
         sites = list(self.architecture.mlp_linears())
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
@@ -93,7 +113,9 @@ class Attachment:
                 for part in parts
             ]
             mixture.merged = {
-                site: tensors[slot] for site in sites if (slot := Slot(layer, site, "merged", "W")) in tensors
+                site: tensors[slot]
+                for site in sites
+                if (slot := Slot(layer, site, "merged", "W")) in tensors
             }
             mixture.routed_by = self.settings.routing
             mixture.W_ED = router
@@ -110,7 +132,9 @@ class Attachment:
                     lora.scale = self.settings.scale(len(lora.A))
 
     def _strength(self, num_experts: int, routed: bool) -> float:
-        """Of each of a client's own experts. The rest of the world is no part of its budget, and not always asked."""
+        """Of each of a client's own experts. The rest of the world is no part of its budget, and
+        not always asked.
+        """
         sharing = min(self.settings.top_k, num_experts) if routed else num_experts
         together = self.settings.strength == "together" and sharing > 1
         return lowrank.joint_strength(sharing, self.summed) if together else 1.0
@@ -136,5 +160,10 @@ class Attachment:
         self.detach()
 
 
-def _pair(layer: int, site: str, part: str, rank: int, size: tuple[int, int]) -> dict[Slot, tuple[int, ...]]:
-    return {Slot(layer, site, part, "A"): (rank, size[0]), Slot(layer, site, part, "B"): (size[1], rank)}
+def _pair(
+    layer: int, site: str, part: str, rank: int, size: tuple[int, int]
+) -> dict[Slot, tuple[int, ...]]:
+    return {
+        Slot(layer, site, part, "A"): (rank, size[0]),
+        Slot(layer, site, part, "B"): (size[1], rank),
+    }

@@ -1,6 +1,8 @@
-"""What the two ways through the hidden layer of all experts work on: `chunks` in PyTorch, `in_c` in C.
+"""What the two ways through the hidden layer of all experts work on: `chunks` in PyTorch, `in_c` in
+C.
 
-T tokens, I MLP width, E experts, S frozen products: up's, or gate's and up's. R the LoRA ranks of all experts together:
+T tokens, I MLP width, E experts, S frozen products: up's, or gate's and up's. R the LoRA ranks of
+all experts together:
 an expert's are next to each other, experts follow each other. With its part of each,
 z_s = frozen_s + low_s @ B_s: h = act(z) of the only product, or act(gate's z) * (up's z) of two.
 """
@@ -19,8 +21,9 @@ from comigs.experts.activation import Activation
 class Layer(NamedTuple):
     """All but `frozen`, S of (T, I), is of one dtype, in which the work is done.
 
-    ranks: of each expert. learns: whether it has tensors that want a gradient. used: the part of the experts that a
-    token uses; below 1, an expert works on the tokens that weigh it above 0 only. A_RI: of `down`.
+    ranks: of each expert. learns: whether it has tensors that want a gradient. used: the part of
+    the experts that a token uses; below 1, an expert works on the tokens that weigh it above 0
+    only. A_RI: of `down`.
     """
 
     act: Activation

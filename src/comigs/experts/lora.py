@@ -8,9 +8,11 @@ from torch.nn import functional as F
 
 
 class LoraLinear(nn.Module):
-    """`y = linear(x) + scale * x @ A^T @ B^T`; holds no tensor of its own, `A` and `B` are pointed at a client's.
+    """`y = linear(x) + scale * x @ A^T @ B^T`; holds no tensor of its own, `A` and `B` are pointed
+    at a client's.
 
-    x (..., in), A (R, in), B (out, R), y (..., out). merged: a frozen change (out, in) of the linear, or None.
+    x (..., in), A (R, in), B (out, R), y (..., out). merged: a frozen change (out, in) of the
+    linear, or None.
     """
 
     def __init__(self, linear: nn.Module) -> None:

@@ -1,13 +1,15 @@
-"""The mixture: one frozen MLP, several LoRA experts, one router. The heart of the method and of its speed.
+"""The mixture: one frozen MLP, several LoRA experts, one router. The heart of the method and of its
+speed.
 
-T tokens, D model width, I MLP width, E experts, R LoRA rank. Expert e is the frozen MLP with its own LoRA on each of
-the MLP's linears, and y_T = sum_e w_TE[e] * MLP_e(x_T). All experts share the frozen weights, so each frozen matrix
-product is done once, however many experts there are:
+T tokens, D model width, I MLP width, E experts, R LoRA rank. Expert e is the frozen MLP with its
+own LoRA on each of the MLP's linears, and y_T = sum_e w_TE[e] * MLP_e(x_T). All experts share the
+frozen weights, so each frozen matrix product is done once, however many experts there are:
 
     u_e = up(x) + dup_e(x),  h_e = act(u_e)  or  act(gate(x) + dgate_e(x)) * u_e,
     y   = down(sum_e w_e h_e) + sum_e w_e ddown_e(h_e).
 
-The same function as the naive sum, exactly (checked against the authors' module and a naive implementation).
+The same function as the naive sum, exactly (checked against the authors' module and a naive
+implementation).
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ class Expert(NamedTuple):
 
 
 class Mixture(nn.Module):
-    """Takes the place of a block's MLP. Holds no tensor of its own: `experts` and `W_ED` are pointed at a client's.
+    """Takes the place of a block's MLP. Holds no tensor of its own: `experts` and `W_ED` are
+    pointed at a client's.
 
-    experts empty: the frozen MLP alone. W_ED None: every expert weighs 1/E (uniform mixing; E = 1: weight 1).
+    experts empty: the frozen MLP alone. W_ED None: every expert weighs 1/E (uniform mixing; E = 1:
+    weight 1).
     summed: the experts are a single one, whose LoRA is the sum of theirs.
     open: (1,), how far the router is open to the last expert; None: it is to all.
     merged: site -> a frozen change (out, in) of that linear. routed_by: ExpertsSection.routing.
@@ -47,7 +51,9 @@ class Mixture(nn.Module):
         super().__init__()
         self.mlp = mlp
         self.architecture = architecture
-        self.act = activation_of(getattr(mlp, architecture.activation), next(mlp.parameters()).device)
+        self.act = activation_of(
+            getattr(mlp, architecture.activation), next(mlp.parameters()).device
+        )
         self.inputs = [site for site in architecture.mlp_linears() if site != "down"]
         self.experts: Sequence[Expert] = ()
         self.summed = False
@@ -63,10 +69,14 @@ class Mixture(nn.Module):
             return self.mlp(x)  # type: ignore[no-any-return]
         x_TD = x.reshape(-1, x.shape[-1])
         frozen = [self._frozen(site, x_TD) for site in self.inputs]
-        dtype = torch.promote_types(frozen[0].dtype, torch.float32)  # of all that is trained and element-wise
+        dtype = torch.promote_types(
+            frozen[0].dtype, torch.float32
+        )  # of all that is trained and element-wise
         weights_TE = self._routing_weights(x).to(dtype).expand(len(x_TD), -1)
 
-        scales_R = torch.cat([x_TD.new_full(e.A["down"].shape[:1], e.scale, dtype=dtype) for e in self.experts])
+        scales_R = torch.cat(
+            [x_TD.new_full(e.A["down"].shape[:1], e.scale, dtype=dtype) for e in self.experts]
+        )
         low = F.linear(x_TD, self._stacked_a(self.inputs).to(x.dtype)).to(dtype)
         low_TSR = low.unflatten(1, (len(frozen), -1)) * scales_R
         B_SRI = torch.cat([e.B[site].T for site in self.inputs for e in self.experts]).to(dtype)
@@ -75,10 +85,14 @@ class Mixture(nn.Module):
             low_TSR, B_SRI.unflatten(0, (len(frozen), -1)), self._stacked_a(["down"]).to(dtype), frozen,
         )  # fmt: skip
         y_TD = self._frozen("down", mixed_TI)
-        if self.W_ED is not None and self.top_k == 1:  # weights sum to less than 1, and so does the bias
+        if (
+            self.W_ED is not None and self.top_k == 1
+        ):  # weights sum to less than 1, and so does the bias
             y_TD = self._rescale_bias(y_TD, weights_TE).to(y_TD.dtype)
         B_DR = torch.cat([e.B["down"] for e in self.experts], dim=1)
-        return torch.addmm(y_TD, (low_TR * scales_R).to(y_TD.dtype), B_DR.T.to(y_TD.dtype)).view(x.shape)
+        return torch.addmm(y_TD, (low_TR * scales_R).to(y_TD.dtype), B_DR.T.to(y_TD.dtype)).view(
+            x.shape
+        )
 
     def _stacked_a(self, sites: Sequence[str]) -> Tensor:
         """A's of all experts below each other, one site's after another's."""
@@ -87,16 +101,22 @@ class Mixture(nn.Module):
     def _ranks(self) -> tuple[list[int], list[bool]]:
         """Of each that a token may choose; and whether it learns."""
         ranks = [len(e.A["down"]) for e in self.experts]
-        learns = [any(t.requires_grad for t in (*e.A.values(), *e.B.values())) for e in self.experts]
+        learns = [
+            any(t.requires_grad for t in (*e.A.values(), *e.B.values())) for e in self.experts
+        ]
         return ([sum(ranks)], [any(learns)]) if self.summed else (ranks, learns)
 
     def _routing_weights(self, x: Tensor) -> Tensor:
-        """x (..., L, D) -> (T, E), or (1, E) without a router; keeps the decision in `routing`, for loss and record."""
+        """x (..., L, D) -> (T, E), or (1, E) without a router; keeps the decision in `routing`, for
+        loss and record.
+        """
         if self.W_ED is None:
             self.routing = None
             E = 1 if self.summed else len(self.experts)
             return torch.full((1, E), 1 / E, device=x.device)
-        with torch.autocast(x.device.type, enabled=False):  # a choice between experts deserves full precision
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # a choice between experts deserves full precision
             logits_TE = F.linear(routing_inputs(x.to(self.W_ED.dtype), self.routed_by), self.W_ED)
             if self.open is None:
                 self.routing = route(logits_TE, self.top_k)

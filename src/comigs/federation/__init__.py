@@ -1,4 +1,5 @@
-"""A federation over a real network: its folder and keys, the server's and a device's processes, and its runs.
+"""A federation over a real network: its folder and keys, the server's and a device's processes, and
+its runs.
 
 Flower's programs run as processes of their own; nothing here imports flwr.
 """

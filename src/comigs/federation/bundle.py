@@ -1,4 +1,6 @@
-"""A bundle: the one file that an operator gives to a device's owner, with all that the device needs to join."""
+"""A bundle: the one file that an operator gives to a device's owner, with all that the device needs
+to join.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from pydantic import Field, ValidationError
 
 from comigs.config import Section, read_toml
 from comigs.errors import UserError
-from comigs.federation import pki
-from comigs.federation.folder import Settings
-from comigs.federation.private import write_private
+from comigs.federation.operator.folder import Settings
+from comigs.federation.security import pki
+from comigs.federation.security.private_files import write_private
 from comigs.files import writing
 
 ABOUT = """
@@ -37,8 +39,8 @@ The device runs only the comigs that is installed on it. Leave by stopping the c
 class Bundle(Section):
     """What the file says.
 
-    authority: certificate of the federation's own authority. key: the device's private key. app: sha256 of the only
-    Flower app it will run. check: sha256 of all the rest.
+    authority: certificate of the federation's own authority. key: the device's private key. app:
+    sha256 of the only Flower app it will run. check: sha256 of all the rest.
     """
 
     about: str = Field("", description="for people")
@@ -70,16 +72,22 @@ def new_bundle(settings: Settings, authority: str, client: str, key: str) -> Bun
 
 
 def write_bundle(path: Path, bundle: Bundle) -> None:
-    """Write a bundle that only its owner can read. Raises UserError where there is something already."""
+    """Write a bundle that only its owner can read. Raises UserError where there is something
+    already.
+    """
     whole = bundle.model_copy(update={"check": bundle.digest()})
     with writing(path.parent, "choose another file with --out"):
         if path.exists():
-            raise UserError(f"{path}: exists already; nothing was changed. Choose another file with --out")
+            raise UserError(
+                f"{path}: exists already; nothing was changed. Choose another file with --out"
+            )
         write_private(path, tomli_w.dumps(whole.model_dump(), multiline_strings=True))
 
 
 def read_bundle(path: Path) -> Bundle:
-    """Read a bundle. Raises UserError where it is none or not, character for character, what was written."""
+    """Read a bundle. Raises UserError where it is none or not, character for character, what was
+    written.
+    """
     tree = read_toml(path, "bundle")
     try:
         bundle = Bundle.model_validate(tree)
@@ -88,5 +96,7 @@ def read_bundle(path: Path) -> Bundle:
         pki.valid_until(bundle.authority)
         pki.check_device_key(bundle.key)
     except (ValidationError, ValueError):
-        raise UserError(f"{path}: a damaged bundle, or none; ask the federation's operator for a new one") from None
+        raise UserError(
+            f"{path}: a damaged bundle, or none; ask the federation's operator for a new one"
+        ) from None
     return bundle

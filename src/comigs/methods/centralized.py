@@ -1,6 +1,8 @@
-"""All text in one place: one model, trained on everybody's text with as many times the batch. What sharing text buys.
+"""All text in one place: one model, trained on everybody's text with as many times the batch. What
+sharing text buys.
 
-Nothing stays on a device here. It is the yardstick of a comparison, not a way to treat private text.
+Nothing stays on a device here. It is the yardstick of a comparison, not a way to treat private
+text.
 """
 
 from dataclasses import replace

@@ -1,11 +1,15 @@
-"""CoMiGS: generalists averaged over all clients, specialists and router at home, the router taught by valid (bi-level).
+"""CoMiGS: generalists averaged over all clients, specialists and router at home, the router taught
+by valid (bi-level).
 
-2409.13931. Its variants are numbers: 1g1s, 2g (`generalists = 2, specialists = 0`), 2s (`generalists = 0,
-specialists = 2, share_attention = false`), 1gXs (`specialists` differs between clients).
+2409.13931. Its variants are numbers: 1g1s, 2g (`generalists = 2, specialists = 0`), 2s
+(`generalists = 0, specialists = 2, share_attention = false`), 1gXs (`specialists` differs between
+clients).
 
-Two things are ours. A client's generalists go only as far towards a download as its valid asks (docs/decisions/0007).
-And where the config does not say how many experts there are, a client has a single one of all their ranks, which is
-averaged, and beside it what it did not adopt: the rest of the world, frozen (0013). `configs/paper.toml` has neither.
+Two things are ours. A client's generalists go only as far towards a download as its valid asks
+(docs/decisions/0007).
+And where the config does not say how many experts there are, a client has a single one of all their
+ranks, which is averaged, and beside it what it did not adopt: the rest of the world, frozen (0013).
+`configs/paper.toml` has neither.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from comigs.methods.method import (
     options,
     require_equal,
     rest_of,
-)  # fmt: skip
+)
 from comigs.slots import Slot
 
 
@@ -39,11 +43,15 @@ class Options(Section):
     adopt: Literal["all", "valid"] = Field(
         "valid", description='"all" of a download, or its generalists only as far as "valid" asks'
     )
-    probe_windows: int = Field(16, ge=1, description="windows of valid on which adopt decides, drawn anew each round")
+    probe_windows: int = Field(
+        16, ge=1, description="windows of valid on which adopt decides, drawn anew each round"
+    )
 
 
 def method(config: Config) -> Method:
-    """The paper's method with adoption, and with the rest of the world unless the config says how many experts."""
+    """The paper's method with adoption, and with the rest of the world unless the config says how
+    many experts.
+    """
     settings = options(config, Options)
     if not config.numbers_experts:
         if settings.adopt != "valid":
@@ -62,8 +70,12 @@ def as_published(
     shape: Callable[[ExpertShape], ExpertShape] = lambda shape: shape,
     advice: str = "Set specialist_rank, which may differ",
 ) -> Method:
-    """The server's mean over generalists and, unless `experts.share_attention` is false, attention LoRA."""
-    require_equal(config, "rank", f"{config.method} averages generalists entry by entry. {advice}", shape)
+    """The server's mean over generalists and, unless `experts.share_attention` is false, attention
+    LoRA.
+    """
+    require_equal(
+        config, "rank", f"{config.method} averages generalists entry by entry. {advice}", shape
+    )
     shared = {"generalist", "attention"} if config.experts.share_attention else {"generalist"}
 
     def shares(slot: Slot) -> bool:
@@ -81,17 +93,20 @@ def as_published(
 
 
 def with_the_rest(config: Config) -> Method:
-    """One own expert of all ranks, and beside it the last download's, frozen, as in FedALT (2503.11880).
+    """One own expert of all ranks, and beside it the last download's, frozen, as in FedALT
+    (2503.11880).
 
-    Where valid asks for all of a download, nothing of it is left to put beside the client's own; where valid asks for
-    none, the router chooses between both. In between, the weights are: the router is as far open to the rest as the
-    download was not adopted. Until the first download it is closed. It learns with the experts from train, and by
-    itself from valid.
+    Where valid asks for all of a download, nothing of it is left to put beside the client's own;
+    where valid asks for none, the router chooses between both. In between, the weights are: the
+    router is as far open to the rest as the download was not adopted. Until the first download it
+    is closed. It learns with the experts from train, and by itself from valid.
     """
 
     def adopt(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Adopted:
         share = share_that_valid_asks(own, download, nats)
-        gates = {slot: torch.full_like(tensor, 1 - share) for slot, tensor in own.items() if slot.is_gate}
+        gates = {
+            slot: torch.full_like(tensor, 1 - share) for slot, tensor in own.items() if slot.is_gate
+        }
         return {**towards(own, download, share), **rest_of(download), **gates}, share
 
     shape = beside_the_rest("gated")
@@ -104,19 +119,30 @@ def with_the_rest(config: Config) -> Method:
     )
 
 
-def adopt_as_valid_asks(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Adopted:
-    """A download as far as it helps: a client whose text has little in common with the others' keeps what it learnt."""
+def adopt_as_valid_asks(
+    own: Tensors, download: Download, nats: Callable[[Tensors], float]
+) -> Adopted:
+    """A download as far as it helps: a client whose text has little in common with the others'
+    keeps what it learnt.
+    """
     share = share_that_valid_asks(own, download, nats)
     return towards(own, download, share), share
 
 
 def towards(own: Tensors, download: Download, share: float) -> Tensors:
-    """own + share * (download - own) of the generalists; attention LoRA is one for all, taken whole (0007)."""
-    return {s: t if s.role == "attention" else torch.lerp(own[s], t, share) for s, t in download.items()}
+    """own + share * (download - own) of the generalists; attention LoRA is one for all, taken whole
+    (0007).
+    """
+    return {
+        s: t if s.role == "attention" else torch.lerp(own[s], t, share) for s, t in download.items()
+    }
 
 
-def share_that_valid_asks(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> float:
-    """The best share of 1, 1/2, 0 and the lowest point of a parabola through them; of equally good ones the first.
+def share_that_valid_asks(
+    own: Tensors, download: Download, nats: Callable[[Tensors], float]
+) -> float:
+    """The best share of 1, 1/2, 0 and the lowest point of a parabola through them; of equally good
+    ones the first.
 
     The mixing of 2003.13461 (APFL), chosen anew each round, on valid.
     """

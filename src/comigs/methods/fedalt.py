@@ -1,8 +1,10 @@
-"""FedALT: each client trains its own LoRA beside a frozen one, the mean of all others', mixed by a router. 2503.11880.
+"""FedALT: each client trains its own LoRA beside a frozen one, the mean of all others', mixed by a
+router. 2503.11880.
 
-g0 is a client's own LoRA: trained, sent, never overwritten. The rest of the world is received, never trained. The
-router learns with g0 from train. Both have the rank of all configured experts together, so that as much is trained as
-elsewhere. Attention LoRA is one for all, as in every method here.
+g0 is a client's own LoRA: trained, sent, never overwritten. The rest of the world is received,
+never trained. The router learns with g0 from train. Both have the rank of all configured experts
+together, so that as much is trained as elsewhere. Attention LoRA is one for all, as in every method
+here.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from comigs.methods.method import (
     require_equal,
     rest_of,
     shares_all,
-)  # fmt: skip
+)
 
 
 def method(config: Config) -> Method:
     """Own LoRA and rest of the world."""
-    require_equal(config, "rank", "fedalt averages the others' LoRA entry by entry", one_expert("generalist"))
+    require_equal(
+        config, "rank", "fedalt averages the others' LoRA entry by entry", one_expert("generalist")
+    )
 
     return Method(
         name="fedalt",
@@ -42,15 +46,21 @@ def method(config: Config) -> Method:
     )
 
 
-def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
+def aggregate(
+    uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+) -> tuple[dict[str, Download], Memory]:
     """The rest of client i is the mean of the others' g0; attention LoRA the mean of all."""
     attention = facts.mean({s: u[s] for s in u if s.role == "attention"} for u in uploads.values())
 
     def download(client: str | None) -> Download:
         others = facts.mean(
-            {s: u[s] for s in u if s.role == "generalist"} for name, u in uploads.items() if name != client
+            {s: u[s] for s in u if s.role == "generalist"}
+            for name, u in uploads.items()
+            if name != client
         )
         return {**attention, **rest_of(others)}
 
-    downloads = dict.fromkeys(facts.clients, download(None))  # of those who sent nothing, everybody is another
+    downloads = dict.fromkeys(
+        facts.clients, download(None)
+    )  # of those who sent nothing, everybody is another
     return downloads | {name: download(name) for name in facts.clients if name in uploads}, memory

@@ -1,6 +1,8 @@
-"""FedEx-LoRA: factors averaged, and what that misses of the mean update added to the frozen weights. 2410.09432.
+"""FedEx-LoRA: factors averaged, and what that misses of the mean update added to the frozen
+weights. 2410.09432.
 
-The residual, mean(B A) - mean(B) mean(A), is sent as factors: B_1..B_n and mean(B) side by side, of rank (n + 1) R.
+The residual, mean(B A) - mean(B) mean(A), is sent as factors: B_1..B_n and mean(B) side by side, of
+rank (n + 1) R.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from comigs.methods.method import (
     require_equal,
     shares_all,
     slots,
-)  # fmt: skip
+)
 from comigs.slots import Slot
 
 
@@ -30,7 +32,9 @@ def method(config: Config) -> Method:
     shape = one_expert("generalist")
     require_equal(config, "rank", "fedex-lora averages A and B entry by entry", shape)
 
-    def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
+    def aggregate(
+        uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+    ) -> tuple[dict[str, Download], Memory]:
         average, factors = mean(uploads.values()), [pairs(upload) for upload in uploads.values()]
         download = dict(average)
         for at, of_means in pairs(average).items():

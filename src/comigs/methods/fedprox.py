@@ -1,4 +1,6 @@
-"""FedProx: fedavg, and the local loss pulls what is shared back to the download. 1812.06127, equation 2."""
+"""FedProx: fedavg, and the local loss pulls what is shared back to the download. 1812.06127,
+equation 2.
+"""
 
 from dataclasses import replace
 
@@ -14,7 +16,9 @@ from comigs.methods.method import Method, Tensors, options
 class Options(Section):
     """[options] of fedprox."""
 
-    mu: float = Field(0.01, ge=0, description="weight of mu/2 * |theta - download|^2 in the local loss")
+    mu: float = Field(
+        0.01, ge=0, description="weight of mu/2 * |theta - download|^2 in the local loss"
+    )
 
 
 def method(config: Config) -> Method:

@@ -1,6 +1,8 @@
-"""FFA-LoRA: A stays as it was drawn, the same on all clients; only B is trained and averaged. 2403.12313.
+"""FFA-LoRA: A stays as it was drawn, the same on all clients; only B is trained and averaged.
+2403.12313.
 
-The mean of B is then exactly the mean of the updates. Half as many scalars are trained as elsewhere.
+The mean of B is then exactly the mean of the updates. Half as many scalars are trained as
+elsewhere.
 """
 
 from comigs.config import Config

@@ -1,6 +1,8 @@
-"""FlexLoRA: ranks differ; the server averages the products and gives each client their best factors of its rank.
+"""FlexLoRA: ranks differ; the server averages the products and gives each client their best factors
+of its rank.
 
-2402.11505, equations 3-5. The (out, in) product is never formed: the QR of the stacked factors leaves a small SVD.
+2402.11505, equations 3-5. The (out, in) product is never formed: the QR of the stacked factors
+leaves a small SVD.
 """
 
 from __future__ import annotations
@@ -11,7 +13,17 @@ from torch import Tensor
 
 from comigs import lowrank
 from comigs.config import Config
-from comigs.methods.method import Download, Facts, Memory, Method, Upload, one_expert, pairs, shares_all, slots
+from comigs.methods.method import (
+    Download,
+    Facts,
+    Memory,
+    Method,
+    Upload,
+    one_expert,
+    pairs,
+    shares_all,
+    slots,
+)
 from comigs.slots import Slot
 
 
@@ -20,7 +32,9 @@ def method(config: Config) -> Method:
     shape, scale = one_expert("generalist"), config.experts.scale
     shapes = {client.name: shape(config.shape_of(client)) for client in config.clients}
 
-    def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
+    def aggregate(
+        uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+    ) -> tuple[dict[str, Download], Memory]:
         factors = {name: pairs(upload) for name, upload in uploads.items()}
         total = sum(facts.weights[name] for name in uploads)
         downloads: dict[str, Download] = {}
@@ -32,10 +46,15 @@ def method(config: Config) -> Method:
                 for at, (A, _) in next(iter(factors.values()), {}).items():
                     wanted = rank if at[2] != "attention" else A.shape[0]
                     weights = [
-                        facts.weights[n] / total * scale(f[at][0].shape[0]) / scale(wanted) for n, f in factors.items()
+                        facts.weights[n] / total * scale(f[at][0].shape[0]) / scale(wanted)
+                        for n, f in factors.items()
                     ]
-                    pair = lowrank.factorize(lowrank.stack([f[at] for f in factors.values()], weights), wanted)
-                    merged[rank] |= slots(at, pair, next(iter(next(iter(uploads.values())).values())))
+                    pair = lowrank.factorize(
+                        lowrank.stack([f[at] for f in factors.values()], weights), wanted
+                    )
+                    merged[rank] |= slots(
+                        at, pair, next(iter(next(iter(uploads.values())).values()))
+                    )
             downloads[client] = merged[rank]
         return downloads, memory
 

@@ -1,7 +1,8 @@
-"""FLoRA: ranks may differ; the server stacks the factors, which is the exact mean of the updates. 2409.05976.
+"""FLoRA: ranks may differ; the server stacks the factors, which is the exact mean of the updates.
+2409.05976.
 
-Each client adds the stacked update to a frozen change of its base's linears and starts its LoRA anew (A as drawn at
-the start, B zero). AdamW's moments are kept, as everywhere here.
+Each client adds the stacked update to a frozen change of its base's linears and starts its LoRA
+anew (A as drawn at the start, B zero). AdamW's moments are kept, as everywhere here.
 """
 
 from __future__ import annotations
@@ -12,20 +13,34 @@ from torch import Tensor
 
 from comigs import lowrank
 from comigs.config import Config
-from comigs.methods.method import Download, Facts, Memory, Method, Upload, one_expert, pairs, shares_all, slots
+from comigs.methods.method import (
+    Download,
+    Facts,
+    Memory,
+    Method,
+    Upload,
+    one_expert,
+    pairs,
+    shares_all,
+    slots,
+)
 from comigs.slots import Slot
 
 
 def method(config: Config) -> Method:
     """One expert per client, of the client's own rank."""
 
-    def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
+    def aggregate(
+        uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+    ) -> tuple[dict[str, Download], Memory]:
         factors = [pairs(upload) for upload in uploads.values()]
         update: dict[Slot, Tensor] = {}
         for at in factors[0] if factors else ():
             weights = [config.experts.scale(len(f[at][0])) / len(factors) for f in factors]
             like = next(iter(uploads.values()))[Slot(*at, "A")]
-            update |= slots((*at[:2], "update"), lowrank.stack([f[at] for f in factors], weights), like)
+            update |= slots(
+                (*at[:2], "update"), lowrank.stack([f[at] for f in factors], weights), like
+            )
         return dict.fromkeys(facts.clients, update), memory
 
     return Method(

@@ -1,8 +1,10 @@
-"""HetLoRA: ranks differ; smaller ones are padded with zeros, and clients prune ranks they do not use. 2401.06432.
+"""HetLoRA: ranks differ; smaller ones are padded with zeros, and clients prune ranks they do not
+use. 2401.06432.
 
-A client takes the first r_k rows of what the server has (the largest rank), and counts in the mean by the norm of its
-update, ||B_k A_k||_F. Its loss carries lambda ||A[t:]|| ||B[:, t:]||, t = floor(gamma r_k), the tail of its ranks;
-where training made that tail smaller than it was in the download, the tail is pruned: zero from then on.
+A client takes the first r_k rows of what the server has (the largest rank), and counts in the mean
+by the norm of its update, ||B_k A_k||_F. Its loss carries lambda ||A[t:]|| ||B[:, t:]||, t =
+floor(gamma r_k), the tail of its ranks; where training made that tail smaller than it was in the
+download, the tail is pruned: zero from then on.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from comigs.methods.method import (
     pairs,
     shares_all,
     slots,
-)  # fmt: skip
+)
 from comigs.slots import Slot
 
 At = tuple[int, str, str]  # layer, site, part
@@ -36,8 +38,12 @@ At = tuple[int, str, str]  # layer, site, part
 class Options(Section):
     """[options] of hetlora."""
 
-    penalty: float = Field(0.01, ge=0, description="lambda: weight of the tail's norms in the local loss")
-    gamma: float = Field(0.99, gt=0, le=1, description="share of a rank that is not its tail; 1: no pruning")
+    penalty: float = Field(
+        0.01, ge=0, description="lambda: weight of the tail's norms in the local loss"
+    )
+    gamma: float = Field(
+        0.99, gt=0, le=1, description="share of a rank that is not its tail; 1: no pruning"
+    )
 
 
 def method(config: Config) -> Method:
@@ -45,31 +51,55 @@ def method(config: Config) -> Method:
     settings, shape = options(config, Options), one_expert("generalist")
     ranks = {client.name: shape(config.shape_of(client)).rank for client in config.clients}
 
-    def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
-        """memory: "CLIENT/LAYER.SITE.PART" -> the ranks that the client had not pruned when it last sent something."""
+    def aggregate(
+        uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+    ) -> tuple[dict[str, Download], Memory]:
+        """memory: "CLIENT/LAYER.SITE.PART" -> the ranks that the client had not pruned when it last
+        sent something.
+        """
         factors = {name: rescaled(pairs(upload), up=True) for name, upload in uploads.items()}
-        sent = {f"{c}/{at[0]}.{at[1]}.{at[2]}": torch.tensor(used_rank(f[at])) for c, f in factors.items() for at in f}
+        sent = {
+            f"{c}/{at[0]}.{at[1]}.{at[2]}": torch.tensor(used_rank(f[at]))
+            for c, f in factors.items()
+            for at in f
+        }
         memory = {**memory, **sent}
-        averages = {at: weighted_mean([f[at] for f in factors.values()]) for at in next(iter(factors.values()), {})}
+        averages = {
+            at: weighted_mean([f[at] for f in factors.values()])
+            for at in next(iter(factors.values()), {})
+        }
         likes = {at: next(iter(uploads.values()))[Slot(*at, "A")] for at in averages}
         used = {at: used_rank(average) for at, average in averages.items()}
         downloads: dict[str, Download] = {}
-        made: dict[tuple[tuple[int, int], ...], Download] = {}  # by ranks, and those of them that are kept
+        made: dict[
+            tuple[tuple[int, int], ...], Download
+        ] = {}  # by ranks, and those of them that are kept
         for client in facts.clients:
-            rank = {at: ranks[client] if at[2] != "attention" else len(A) for at, (A, _) in averages.items()}
-            kept = {at: int(memory.get(f"{client}/{at[0]}.{at[1]}.{at[2]}", rank[at])) for at in averages}
+            rank = {
+                at: ranks[client] if at[2] != "attention" else len(A)
+                for at, (A, _) in averages.items()
+            }
+            kept = {
+                at: int(memory.get(f"{client}/{at[0]}.{at[1]}.{at[2]}", rank[at]))
+                for at in averages
+            }
             if client not in factors and any(kept[at] > used[at] for at in averages):
                 continue  # it uses ranks that nobody sent: zeros there would never learn again
             kind = tuple((rank[at], kept[at]) for at in averages)
             if kind not in made:
-                cut = {at: lowrank.pad(lowrank.first_rows(averages[at], kept[at]), rank[at]) for at in averages}
+                cut = {
+                    at: lowrank.pad(lowrank.first_rows(averages[at], kept[at]), rank[at])
+                    for at in averages
+                }
                 parts = (slots(at, pair, likes[at]) for at, pair in rescaled(cut, up=False).items())
                 made[kind] = {slot: tensor for part in parts for slot, tensor in part.items()}
             downloads[client] = made[kind]
         return downloads, memory
 
     def rescaled(factors: Mapping[At, lowrank.Pair], up: bool) -> dict[At, lowrank.Pair]:
-        """LoRA's scale, which differs between ranks, put into B on the way up and taken out again on the way down."""
+        """LoRA's scale, which differs between ranks, put into B on the way up and taken out again
+        on the way down.
+        """
         result = {}
         for at, (A, B) in factors.items():
             scale = config.experts.scale(len(A))
@@ -77,7 +107,10 @@ def method(config: Config) -> Method:
         return result
 
     def penalty(tensors: Tensors, anchor: Tensors) -> Tensor:
-        return settings.penalty * torch.stack([tail_norm(pair, settings.gamma) for pair in both(tensors)]).sum()
+        return (
+            settings.penalty
+            * torch.stack([tail_norm(pair, settings.gamma) for pair in both(tensors)]).sum()
+        )
 
     def settle(tensors: Tensors, anchor: Tensors) -> Tensors:
         settled = dict(tensors)
@@ -86,7 +119,9 @@ def method(config: Config) -> Method:
             now, then = (tensors[slot], tensors[partner]), (anchor[slot], anchor[partner])
             if tail_norm(now, settings.gamma) < tail_norm(then, settings.gamma):
                 t = tail_start(now, settings.gamma)
-                settled[slot], settled[partner] = lowrank.pad(lowrank.first_rows(now, t), len(now[0]))
+                settled[slot], settled[partner] = lowrank.pad(
+                    lowrank.first_rows(now, t), len(now[0])
+                )
         return settled
 
     prunes = settings.gamma < 1
@@ -107,11 +142,17 @@ def method(config: Config) -> Method:
 
 def both(tensors: Tensors) -> list[lowrank.Pair]:
     """(A, B) of every LoRA."""
-    return [(t, tensors[Slot(s.layer, s.site, s.part, "B")]) for s, t in tensors.items() if s.matrix == "A"]
+    return [
+        (t, tensors[Slot(s.layer, s.site, s.part, "B")])
+        for s, t in tensors.items()
+        if s.matrix == "A"
+    ]
 
 
 def weighted_mean(factors: list[lowrank.Pair]) -> lowrank.Pair:
-    """Mean of pairs padded to the largest rank, weighted by their products' norms (equally where all are zero)."""
+    """Mean of pairs padded to the largest rank, weighted by their products' norms (equally where
+    all are zero).
+    """
     largest = max(len(A) for A, _ in factors)
     norms = [lowrank.product_norm(pair) for pair in factors]
     total = sum(norms)
@@ -123,7 +164,9 @@ def weighted_mean(factors: list[lowrank.Pair]) -> lowrank.Pair:
 
 
 def used_rank(pair: lowrank.Pair) -> int:
-    """Ranks before those that are pruned: the last row of A or column of B that is not all zero, and those before."""
+    """Ranks before those that are pruned: the last row of A or column of B that is not all zero,
+    and those before.
+    """
     used = pair[0].any(dim=1) | pair[1].any(dim=0)
     return int(used.nonzero().max()) + 1 if bool(used.any()) else 0
 

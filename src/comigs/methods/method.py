@@ -1,21 +1,27 @@
 """The Method record, and how a method is found.
 
-A method is a record of functions over slots and tensors; it never sees a client, a model or data. Its contract, which
-`tests/test_method_contract.py` holds every file of this folder to:
+A method is a record of functions over slots and tensors; it never sees a client, a model or data.
+Its contract, which `tests/test_method_contract.py` holds every file of this folder to:
 
-- an upload holds the slots that it `shares` and trained this round, a download touches the slots it `receives`,
-  nothing else. No method can share a specialist or a router: a client refuses to send them, whatever the method says;
-- `aggregate` is pure and gives one download to every client it can; a client it leaves out gets what it was last
-  given; identical uploads come back unchanged; permuting clients permutes downloads; every client's upload counts; one
-  client alone trains as if there were no server;
+- an upload holds the slots that it `shares` and trained this round, a download touches the slots it
+  `receives`,
+  nothing else. No method can share a specialist or a router: a client refuses to send them,
+  whatever the method says;
+- `aggregate` is pure and gives one download to every client it can; a client it leaves out gets
+  what it was last
+  given; identical uploads come back unchanged; permuting clients permutes downloads; every client's
+  upload counts; one client alone trains as if there were no server;
 - any of the clients may be missing from a round's uploads;
-- clients that get the same get one object, so that an idle client costs the server a number; uploads may be read from
-  the disk at each look, so `aggregate` looks at one after the other where it can (`Facts.mean` does);
+- clients that get the same get one object, so that an idle client costs the server a number;
+  uploads may be read from
+  the disk at each look, so `aggregate` looks at one after the other where it can (`Facts.mean`
+  does);
 - tensors keep dtype and device; `memory` (the server's carry-over) survives being saved and loaded;
 - unequal ranks work, or `method(config)` refuses them before anything runs.
 
-A new method is a new file here with `def method(config: Config) -> Method`, and, where it has settings of its own,
-`class Options(Section)`, read from the config's [options]; `methods/ffa_lora.py` is `ffa-lora`.
+A new method is a new file here with `def method(config: Config) -> Method`, and, where it has
+settings of its own, `class Options(Section)`, read from the config's [options];
+`methods/ffa_lora.py` is `ffa-lora`.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ from torch import Tensor
 
 from comigs import lowrank, methods
 from comigs.config import Config, ExpertShape, Section, UploadSection
-from comigs.config_errors import one_line
+from comigs.config.errors import one_line
 from comigs.errors import UserError, nearest
 from comigs.slots import Slot
 
@@ -42,7 +48,9 @@ Tensors = Mapping[Slot, Tensor]
 Upload = Tensors
 Download = Tensors
 Memory = Mapping[str, Tensor]
-Adopted = tuple[Tensors, float]  # what is written of a download, and how far towards it that is: from 0 to 1
+Adopted = tuple[
+    Tensors, float
+]  # what is written of a download, and how far towards it that is: from 0 to 1
 Settings = TypeVar("Settings", bound=Section)
 Key = TypeVar("Key")
 
@@ -52,10 +60,10 @@ class Facts:
     """What the server knows of a round beside the uploads.
 
     clients: all clients of the run, in the config's order, whether they sent something or not.
-    weights: of those that sent something, where a method weighs them by their text: tokens in train, or as the config
-        says.
-    peer_nats: reader -> author -> nats per token of the author's model on the reader's valid; empty without
-        `reads_peers`.
+    weights: of those that sent something, where a method weighs them by their text: tokens in
+        train, or as the config says.
+    peer_nats: reader -> author -> nats per token of the author's model on the reader's valid; empty
+        without `reads_peers`.
     upload: how uploads become one.
     """
 
@@ -79,26 +87,37 @@ class Method:
 
     name, summary, paper: for people; summary is one line, paper an arXiv number.
     weights: how much each client counts in the server's merge, in a few words for people.
-    shares(slot): the slot is in a client's upload in rounds that train it. receives(slot): it is in a download.
-    shape(shape): which of a client's experts are generalists and which specialists, the budget kept as configured;
-        and whether the rest of the world is beside them, which a method receives as that, and never trains.
+    shares(slot): the slot is in a client's upload in rounds that train it. receives(slot): it is in
+    a download.
+    shape(shape): which of a client's experts are generalists and which specialists, the budget kept
+    as configured;
+        and whether the rest of the world is beside them, which a method receives as that, and never
+        trains.
     trains(slot, round): the slot, unless it is frozen, is trained in that round (from 1).
     aggregate(uploads by client, memory, facts) -> (downloads by client, memory).
-    mixing: "routed" by the router; "uniform": the mean of all experts; "sum": one expert, whose LoRA is their sum.
-    schedule: "alternating" trains the router by itself, every `router_every` local steps (bi-level); "joint" trains
-        it with the experts on train; "both" does both.
-    penalty(tensors, anchor): added to the loss of local steps; anchor: the tensors as the round began.
-    settle(tensors, anchor): what a client's tensors become between its training and its upload; entries that it sets
+    mixing: "routed" by the router; "uniform": the mean of all experts; "sum": one expert, whose
+    LoRA is their sum.
+    schedule: "alternating" trains the router by itself, every `router_every` local steps
+        (bi-level); "joint" trains it with the experts on train; "both" does both.
+    penalty(tensors, anchor): added to the loss of local steps; anchor: the tensors as the round
+    began.
+    settle(tensors, anchor): what a client's tensors become between its training and its upload;
+    entries that it sets
         to zero stay zero until a download writes them, for their optimiser moments are cleared.
-    merges: a client adds every "update" it receives to a frozen (out, in) change of that linear ("merged").
+    merges: a client adds every "update" it receives to a frozen (out, in) change of that linear
+    ("merged").
     restarts: whoever merged an update draws its shared A anew as at the start and sets B to zero.
     probe: windows of its valid, drawn anew each round, on which a client compares models.
     reads_peers: each client measures every other client's upload (Facts.peer_nats).
-    adopt(own, download, nats): what a client writes of a download that it may weigh against its own tensors first, and
+    adopt(own, download, nats): what a client writes of a download that it may weigh against its own
+    tensors first, and
         how far towards it that is; nats(tensors): per token, on `probe` windows of its valid.
-    finish(tensors, nats): what a client's tensors become at the very end; nats(tensors): per token, on its valid.
-    pooled: one model is trained on the text of all clients with as many times the batch, and everybody gets it.
-    averages: whatever `aggregate` makes of uploads goes through Facts.mean, which `upload.merge` can replace.
+    finish(tensors, nats): what a client's tensors become at the very end; nats(tensors): per token,
+    on its valid.
+    pooled: one model is trained on the text of all clients with as many times the batch, and
+    everybody gets it.
+    averages: whatever `aggregate` makes of uploads goes through Facts.mean, which `upload.merge`
+    can replace.
     """
 
     name: str
@@ -124,12 +143,16 @@ class Method:
     averages: bool = False
 
     def sends(self, slot: Slot, round: int) -> bool:
-        """The slot is in a client's upload in that round: it is shared, and was trained. What is merged is neither."""
+        """The slot is in a client's upload in that round: it is shared, and was trained. What is
+        merged is neither.
+        """
         return self.shares(slot) and not slot.is_frozen and self.trains(slot, round)
 
 
 def load_method(config: Config) -> Method:
-    """The method that the config names: a file of this folder or `package.module`. Raises UserError."""
+    """The method that the config names: a file of this folder or `package.module`. Raises
+    UserError.
+    """
     name = config.method
     module = method_module(name)
     build: Callable[[Config], Method] | None = getattr(module, "method", None)
@@ -139,7 +162,9 @@ def load_method(config: Config) -> Method:
     if unknown := [key for key in given if key not in known.model_fields]:
         takes = ", ".join(known.model_fields) or "none"
         near = nearest(unknown[0], list(known.model_fields))
-        raise UserError(f'options.{unknown[0]}: "{name}" has no such option.{near} Its options: {takes}')
+        raise UserError(
+            f'options.{unknown[0]}: "{name}" has no such option.{near} Its options: {takes}'
+        )
     options(config, known)
     built = build(config)
     _require_possible(config, built)
@@ -147,7 +172,9 @@ def load_method(config: Config) -> Method:
 
 
 def _require_possible(config: Config, method: Method) -> None:
-    """Refuse settings of other sections that this method cannot follow. Raises UserError naming the field."""
+    """Refuse settings of other sections that this method cannot follow. Raises UserError naming the
+    field.
+    """
     merge, p = config.upload.merge, config.participation
     if merge != "mean" and not method.averages:
         raise UserError(
@@ -161,7 +188,10 @@ def _require_possible(config: Config, method: Method) -> None:
                 f'experts.top_k: {top_k} experts per token, but client "{client.name}" has {experts} with '
                 f"{config.method}; allowed: 1 to {experts}"
             )
-    everybody = {"clients_per_round": (p.clients_per_round, len(config.clients)), "min_clients": (p.min_clients, 1)}
+    everybody = {
+        "clients_per_round": (p.clients_per_round, len(config.clients)),
+        "min_clients": (p.min_clients, 1),
+    }
     for field_, (given, allowed) in everybody.items():
         if method.pooled and given not in (None, allowed):
             raise UserError(
@@ -180,7 +210,9 @@ def method_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(path)
     except ImportError as error:
-        raise UserError(f'method: "{name}" cannot be used: {error}; expected a module with method(config)') from None
+        raise UserError(
+            f'method: "{name}" cannot be used: {error}; expected a module with method(config)'
+        ) from None
 
 
 def options(config: Config, kind: type[Settings]) -> Settings:
@@ -189,36 +221,51 @@ def options(config: Config, kind: type[Settings]) -> Settings:
     Raises UserError naming the field.
     """
     try:
-        return kind.model_validate({key: value for key, value in config.options.items() if key in kind.model_fields})
+        return kind.model_validate(
+            {key: value for key, value in config.options.items() if key in kind.model_fields}
+        )
     except ValidationError as error:
         raise UserError(f"options.{one_line(error, dict(config.options), {'': kind})}") from None
 
 
 def list_methods() -> list[str]:
     """Names of the methods in this folder, as users type them."""
-    return [i.name.replace("_", "-") for i in pkgutil.iter_modules(methods.__path__) if i.name != "method"]
+    return [
+        i.name.replace("_", "-")
+        for i in pkgutil.iter_modules(methods.__path__)
+        if i.name != "method"
+    ]
 
 
-def mean_of_uploads(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
-    """Unweighted mean over clients, slot by slot (1602.05629 with equal weights); the same download for all."""
+def mean_of_uploads(
+    uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+) -> tuple[dict[str, Download], Memory]:
+    """Unweighted mean over clients, slot by slot (1602.05629 with equal weights); the same download
+    for all.
+    """
     return dict.fromkeys(facts.clients, facts.mean(uploads.values())), memory
 
 
 def mean(
-    uploads: Iterable[Mapping[Key, Tensor]], how: Literal["mean", "trimmed", "median"] = "mean", trim: float = 0.25
+    uploads: Iterable[Mapping[Key, Tensor]],
+    how: Literal["mean", "trimmed", "median"] = "mean",
+    trim: float = 0.25,
 ) -> dict[Key, Tensor]:
     """Mean of uploads slot by slot, or what stands for it. Empty without uploads.
 
-    how: "trimmed" leaves out the `trim` largest and smallest of n values of each number (floor(trim * n) at either
-    end); "median" all but the middle one, or two. Summed in float64, one upload in memory at a time, so that the mean
-    is independent of the clients' order and exact for equal uploads.
+    how: "trimmed" leaves out the `trim` largest and smallest of n values of each number (floor(trim
+    * n) at either end); "median" all but the middle one, or two. Summed in float64, one upload in
+    memory at a time, so that the mean is independent of the clients' order and exact for equal
+    uploads.
     """
     if how == "mean":
         return _running_mean(uploads)
     given = list(uploads)
     cut = (len(given) - 1) // 2 if how == "median" else int(trim * len(given))
     return {
-        slot: _middle(torch.stack([upload[slot].to(torch.float64) for upload in given]), cut).to(tensor.dtype)
+        slot: _middle(torch.stack([upload[slot].to(torch.float64) for upload in given]), cut).to(
+            tensor.dtype
+        )
         for slot, tensor in (given[0] if given else {}).items()
     }
 
@@ -261,11 +308,16 @@ def slots(at: tuple[int, str, str], pair: lowrank.Pair, like: Tensor) -> dict[Sl
 
 
 def one_expert(role: Literal["generalist", "specialist"]) -> Callable[[ExpertShape], ExpertShape]:
-    """A `Method.shape`: a single expert of the ranks of all experts together (two of rank 8: one of rank 16)."""
+    """A `Method.shape`: a single expert of the ranks of all experts together (two of rank 8: one of
+    rank 16).
+    """
 
     def shape(shape: ExpertShape) -> ExpertShape:
         total = shape.generalists * shape.rank + shape.specialists * shape.specialist_rank
-        counts = {"generalists": int(role == "generalist"), "specialists": int(role == "specialist")}
+        counts = {
+            "generalists": int(role == "generalist"),
+            "specialists": int(role == "specialist"),
+        }
         return shape.model_copy(update={**counts, "rank": total, "specialist_rank": total})
 
     return shape
@@ -278,11 +330,17 @@ def beside_the_rest(router: Literal["open", "gated"]) -> Callable[[ExpertShape],
 
 def rest_of(tensors: Tensors) -> dict[Slot, Tensor]:
     """The only generalist as the rest of the world."""
-    return {replace(slot, part="rest"): tensor for slot, tensor in tensors.items() if slot.role == "generalist"}
+    return {
+        replace(slot, part="rest"): tensor
+        for slot, tensor in tensors.items()
+        if slot.role == "generalist"
+    }
 
 
 def shares_all(slot: Slot) -> bool:
-    """A `Method.shares` and `receives`: every expert and the attention LoRA (no router, no specialist)."""
+    """A `Method.shares` and `receives`: every expert and the attention LoRA (no router, no
+    specialist).
+    """
     return slot.role in ("generalist", "attention")
 
 
@@ -290,9 +348,13 @@ def require_equal(
     config: Config, field: Literal["rank", "num_experts"], why: str,
     shape: Callable[[ExpertShape], ExpertShape] = lambda shape: shape,
 ) -> None:  # fmt: skip
-    """Refuse clients whose experts differ in `field` after `shape`. Raises UserError naming two of them."""
+    """Refuse clients whose experts differ in `field` after `shape`. Raises UserError naming two of
+    them.
+    """
     values = {c.name: getattr(shape(config.shape_of(c)), field) for c in config.clients}
     first = next(iter(values))
     for name, value in values.items():
         if value != values[first]:
-            raise UserError(f"clients.{name}: {field} {value}, but {first} has {values[first]}; {why}")
+            raise UserError(
+                f"clients.{name}: {field} {value}, but {first} has {values[first]}; {why}"
+            )

@@ -1,4 +1,6 @@
-"""PCL: each client gets a mean of all models weighted by how well they do on its own valid. 2404.09753, strategy 2."""
+"""PCL: each client gets a mean of all models weighted by how well they do on its own valid.
+2404.09753, strategy 2.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from comigs.slots import Slot
 class Options(Section):
     """[options] of pcl."""
 
-    probe_windows: int = Field(16, ge=1, description="windows of valid on which a client measures every model, a round")
+    probe_windows: int = Field(
+        16, ge=1, description="windows of valid on which a client measures every model, a round"
+    )
 
 
 def method(config: Config) -> Method:
@@ -37,14 +41,23 @@ def method(config: Config) -> Method:
     )
 
 
-def aggregate(uploads: Mapping[str, Upload], memory: Memory, facts: Facts) -> tuple[dict[str, Download], Memory]:
+def aggregate(
+    uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+) -> tuple[dict[str, Download], Memory]:
     """Client i gets sum_j softmax_j(-perplexity of model j on valid_i) theta_j."""
     downloads: dict[str, Download] = {}
     for reader, nats in facts.peer_nats.items() if uploads else ():
-        perplexity = {a: math.exp(nats[a] if nats[a] < 700 else 700) for a in uploads}  # of what a float holds
+        perplexity = {
+            a: math.exp(nats[a] if nats[a] < 700 else 700) for a in uploads
+        }  # of what a float holds
         authors = sorted(uploads, key=lambda name: (perplexity[name], _fingerprint(uploads[name])))
-        weights = torch.softmax(torch.tensor([-perplexity[a] for a in authors], dtype=torch.float64), 0)
-        downloads[reader] = {slot: _mean(slot, [uploads[a] for a in authors], weights) for slot in uploads[authors[0]]}
+        weights = torch.softmax(
+            torch.tensor([-perplexity[a] for a in authors], dtype=torch.float64), 0
+        )
+        downloads[reader] = {
+            slot: _mean(slot, [uploads[a] for a in authors], weights)
+            for slot in uploads[authors[0]]
+        }
     return downloads, memory
 
 
@@ -54,5 +67,7 @@ def _mean(slot: Slot, uploads: list[Upload], weights: Tensor) -> Tensor:
 
 
 def _fingerprint(upload: Upload) -> float:
-    """Orders models that are equally good, so that the sum does not depend on the order of clients."""
+    """Orders models that are equally good, so that the sum does not depend on the order of
+    clients.
+    """
     return sum(float(tensor.to(torch.float64).sum()) for tensor in upload.values())

@@ -1,6 +1,8 @@
-"""pFedMoE: a shared expert, a private one and a private router, all trained together on train. 2402.01350, adapted.
+"""pFedMoE: a shared expert, a private one and a private router, all trained together on train.
+2402.01350, adapted.
 
-Their shared part is a small model beside a big private one; here both are LoRA experts of one size, as for comigs.
+Their shared part is a small model beside a big private one; here both are LoRA experts of one size,
+as for comigs.
 """
 
 from dataclasses import replace

@@ -9,7 +9,9 @@ from comigs.slots import Slot
 
 
 def method(config: Config) -> Method:
-    """One expert; B in odd rounds (B starts at zero, so A alone would learn nothing), A in even ones."""
+    """One expert; B in odd rounds (B starts at zero, so A alone would learn nothing), A in even
+    ones.
+    """
     shape = one_expert("generalist")
     require_equal(config, "rank", "rolora averages A and B entry by entry", shape)
 

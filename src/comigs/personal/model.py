@@ -1,4 +1,6 @@
-"""A client's own model: the base with the client's experts on it, as an ordinary `transformers` model."""
+"""A client's own model: the base with the client's experts on it, as an ordinary `transformers`
+model.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,13 @@ from comigs.data.corpus import TokenStore
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.methods.method import load_method
-from comigs.record import RunFolder
+from comigs.runs.folder import RunFolder
 
 
 class PersonalModel:
-    """model: the base with the client's experts attached, usable as any `transformers` model; tokenizer: its own."""
+    """model: the base with the client's experts attached, usable as any `transformers` model;
+    tokenizer: its own.
+    """
 
     def __init__(self, folder: RunFolder, client: str, base: Base) -> None:
         folder.require_a_round()
@@ -35,8 +39,12 @@ class PersonalModel:
             )
         recorded = folder.environment()["base_fingerprint"]
         if recorded != base.fingerprint:
-            raise UserError(f'{folder.path}: base "{base.name}" is not the one these experts were trained on')
-        self.attachment = Attachment(base.model, base.architecture, config.experts, summed=method.mixing == "sum")
+            raise UserError(
+                f'{folder.path}: base "{base.name}" is not the one these experts were trained on'
+            )
+        self.attachment = Attachment(
+            base.model, base.architecture, config.experts, summed=method.mixing == "sum"
+        )
         self.model, self.tokenizer = base.model, base.tokenizer
         shapes = self.attachment.slot_shapes(shape, method.mixing == "routed", method.merges)
         tensors = {slot: torch.empty(size, device=base.device) for slot, size in shapes.items()}
@@ -48,24 +56,39 @@ class PersonalModel:
         """Every token once, as in the run; with the base alone where asked."""
         self.attachment.bind({} if untouched_base else self.tensors)
         result = evaluate(
-            self.attachment, stores, self.config.data.sequence_length, self.config.evaluation.batch_size, self.dtype
+            self.attachment,
+            stores,
+            self.config.data.sequence_length,
+            self.config.evaluation.batch_size,
+            self.dtype,
         )
         self.attachment.bind(self.tensors)
         return result
 
     def generate(self, prompt: str, **settings: Any) -> str:
-        """The prompt and what the model writes after it; `settings` go to `transformers`' generate."""
+        """The prompt and what the model writes after it; `settings` go to `transformers`'
+        generate.
+        """
         return prompt + "".join(self.stream(prompt, **settings))
 
-    def stream(self, prompt: str, max_new_tokens: int = 60, seed: int | None = None, **settings: Any) -> Iterator[str]:
-        """The continuation, piece by piece as it is written. seed: makes sampling repeatable. Raises UserError."""
-        encoded = self.tokenizer(prompt or self.tokenizer.eos_token, return_tensors="pt", add_special_tokens=False)
+    def stream(
+        self, prompt: str, max_new_tokens: int = 60, seed: int | None = None, **settings: Any
+    ) -> Iterator[str]:
+        """The continuation, piece by piece as it is written. seed: makes sampling repeatable.
+        Raises UserError.
+        """
+        encoded = self.tokenizer(
+            prompt or self.tokenizer.eos_token, return_tensors="pt", add_special_tokens=False
+        )
         room = self.model.config.max_position_embeddings - encoded["input_ids"].shape[1]
         if room < 1:
             raise UserError(
                 f"--prompt: longer than the {self.model.config.max_position_embeddings} tokens this base reads"
             )
-        streamer, unwanted = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), Event()
+        streamer, unwanted = (
+            TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            Event(),
+        )
         arguments = {
             **encoded.to(self.model.device), "streamer": streamer, "max_new_tokens": min(max_new_tokens, room),
             "pad_token_id": self.tokenizer.eos_token_id, "do_sample": False,

@@ -1,7 +1,7 @@
 """Where text comes from: each file here is one source, found by its name.
 
-A source has `load(argument, root) -> Iterator[Document]`, which never holds the whole text and yields the same
-documents in the same order each time, and says SUMMARY, VERSION and LICENSE.
+A source has `load(argument, root) -> Iterator[Document]`, which never holds the whole text and
+yields the same documents in the same order each time, and says SUMMARY, VERSION and LICENSE.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def source_names() -> list[str]:
 
 def list_sources() -> list[SourceInfo]:
     """All sources with what they say about themselves."""
-    modules = {name: import_module(f"{__name__}.{name.replace('-', '_')}") for name in source_names()}
+    modules = {
+        name: import_module(f"{__name__}.{name.replace('-', '_')}") for name in source_names()
+    }
     return [SourceInfo(name, m.SUMMARY, m.VERSION, m.LICENSE) for name, m in modules.items()]
 
 
@@ -41,7 +43,8 @@ def open_source(spec: str, root: Path) -> Iterator[Document]:
     """The documents of "source:argument" or of a path, relative to `root`.
 
     A path may be a folder, a .txt or .md file, or a .jsonl or .jsonl.gz file.
-    Raises UserError at once for an unknown source or path, and while iterating for what is wrong inside.
+    Raises UserError at once for an unknown source or path, and while iterating for what is wrong
+    inside.
     """
     name, argument = _parse(spec, root)
     module = import_module(f"{__name__}.{name.replace('-', '_')}")
@@ -59,9 +62,13 @@ def _parse(spec: str, root: Path) -> tuple[str, str]:
     with reading(path):
         exists = path.exists()
     if (name in names and not exists) or not spec:
-        raise UserError(f'text "{spec}": give a path or SOURCE:ARGUMENT; `comigs list` shows the sources')
+        raise UserError(
+            f'text "{spec}": give a path or SOURCE:ARGUMENT; `comigs list` shows the sources'
+        )
     if colon and not exists:
-        raise UserError(f'text "{spec}": no source "{name}"; there are: {", ".join(names)}.{nearest(name, names)}')
+        raise UserError(
+            f'text "{spec}": no source "{name}"; there are: {", ".join(names)}.{nearest(name, names)}'
+        )
     if not exists:
         raise UserError(f"{path}: no such file or folder")
     return ("jsonl" if path.name.lower().endswith((".jsonl", ".jsonl.gz")) else "folder"), spec

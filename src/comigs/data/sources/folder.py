@@ -19,7 +19,9 @@ SUFFIXES = (".txt", ".md")
 
 
 def load(argument: str, root: Path) -> Iterator[Document]:
-    """The files in the order of their paths; hidden files and folders are left out, links to folders not followed."""
+    """The files in the order of their paths; hidden files and folders are left out, links to
+    folders not followed.
+    """
     path = resolve(argument, root)
     found = False
     for file, name in _files(path):

@@ -1,4 +1,6 @@
-"""A dataset of the `datasets` library: from its hub, or from a folder on this machine. Each row is a document."""
+"""A dataset of the `datasets` library: from its hub, or from a folder on this machine. Each row is
+a document.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def load(argument: str, root: Path) -> Iterator[Document]:
     rows = _open(argument, root)
     for number, row in enumerate(_guarded(rows, argument)):
         if not isinstance(row.get("text"), str):
-            raise UserError(f"hub:{argument}: row {number} has no field `text`; fields there are: {', '.join(row)}")
+            raise UserError(
+                f"hub:{argument}: row {number} has no field `text`; fields there are: {', '.join(row)}"
+            )
         yield Document(row["text"], f"{argument}:{number}")
 
 
@@ -36,7 +40,9 @@ def _open(argument: str, root: Path) -> Iterable[dict[str, Any]]:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"hub:{argument}: needs the `datasets` library; pip install 'comigs[hub]'") from None
+        raise UserError(
+            f"hub:{argument}: needs the `datasets` library; pip install 'comigs[hub]'"
+        ) from None
     folder = resolve(name, root)
     rows: Iterable[dict[str, Any]]
     try:
@@ -47,7 +53,9 @@ def _open(argument: str, root: Path) -> Iterable[dict[str, Any]]:
         if (folder / "dataset_dict.json").exists():
             saved = datasets.load_from_disk(str(folder))
             if split not in saved:
-                raise UserError(f'hub:{argument}: no split "{split}"; there are: {", ".join(saved)}')
+                raise UserError(
+                    f'hub:{argument}: no split "{split}"; there are: {", ".join(saved)}'
+                )
             rows = saved[split]
         else:
             path = str(folder) if folder.is_dir() else name

@@ -44,12 +44,16 @@ def _text(line: str, where: str) -> str:
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError):
-        raise UserError(f"{where}: a number too long or lists too deep to be read; only `text` is used") from None
+        raise UserError(
+            f"{where}: a number too long or lists too deep to be read; only `text` is used"
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: not an object with a field `text`")
     text = value.get("text")
     if not isinstance(text, str):
         fields = ", ".join(value) or "none"
-        problem = "is not a string" if "text" in value else f"is missing; fields there are: {fields}"
+        problem = (
+            "is not a string" if "text" in value else f"is missing; fields there are: {fields}"
+        )
         raise UserError(f"{where}: the field `text` {problem}")
     return text

@@ -23,9 +23,11 @@ VERSION = "as installed"
 LICENSE = "each page's own free licence"
 
 MAN_ROOT = Path("/usr/share/man")
-# One line per paragraph, so nothing is hyphenated or stretched; grotty without overstrikes, colours or underlines.
+# One line per paragraph, so nothing is hyphenated or stretched; grotty without overstrikes, colours
+# or underlines.
 GROFF = ("groff", "-Tutf8", "-mandoc", "-t", "-Kutf8", "-P-cbou", "-rLL=30000n", "-rHY=0")
-# Sections about people and licences, by how their titles start in the languages Debian translates to.
+# Sections about people and licences, by how their titles start in the languages Debian translates
+# to.
 DROPPED = re.compile(
     r"(AUTHOR|AUTEUR|AUTOR|COPY|COPI|KOPI|LICEN|LIZENZ|COLOPHON|KOLOPHON|REPORTING BUGS"
     r"|TRADU|TRANSLAT|ÜBERSETZ|VERTAL|DROITS|DIRITTI|DERECHOS)",
@@ -35,15 +37,25 @@ PAGES_AT_ONCE = 64  # rendered ahead of the reader
 
 
 def load(argument: str, root: Path) -> Iterator[Document]:
-    """The pages of one language in the order of their paths; links and `.so` pages, which only repeat, are left out."""
+    """The pages of one language in the order of their paths; links and `.so` pages, which only
+    repeat, are left out.
+    """
     folder = MAN_ROOT if argument == "en" else MAN_ROOT / argument
     package = "manpages" if argument == "en" else f"manpages-{argument.lower().replace('_', '-')}"
     valid_name = re.fullmatch(r"[A-Za-z][A-Za-z_@.]*", argument) is not None
-    pages = [p for p in sorted(folder.glob("man*/*")) if p.is_file() and not p.is_symlink()] if valid_name else []
+    pages = (
+        [p for p in sorted(folder.glob("man*/*")) if p.is_file() and not p.is_symlink()]
+        if valid_name
+        else []
+    )
     if not pages:
-        raise UserError(f"manpages:{argument}: no manual pages in {folder}; try `apt-get install {package}`")
+        raise UserError(
+            f"manpages:{argument}: no manual pages in {folder}; try `apt-get install {package}`"
+        )
     if shutil.which("groff") is None:
-        raise UserError(f"manpages:{argument}: groff, which renders them, is missing; `apt-get install groff-base`")
+        raise UserError(
+            f"manpages:{argument}: groff, which renders them, is missing; `apt-get install groff-base`"
+        )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(pages), PAGES_AT_ONCE):
             some = pages[start : start + PAGES_AT_ONCE]
@@ -61,7 +73,9 @@ def _render(page: Path) -> str:
     if source.lstrip().startswith(b".so "):
         return ""
     # groff's safe mode (its default) keeps a page from running commands or writing files
-    done = subprocess.run(GROFF, input=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        GROFF, input=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+    )
     return _clean(done.stdout.decode(errors="replace"))
 
 

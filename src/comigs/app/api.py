@@ -1,0 +1,325 @@
+"""What a person does with CoMiGS, as functions: run, resume, prepare, open a personal model. The
+CLI only prints.
+
+import comigs
+
+config = comigs.load_config("configs/quickstart.toml", ["rounds=5"])
+folder = comigs.run(config)
+print(folder.summary()["mean"]["test"])
+model = comigs.open_personal_model(folder.path, "fr")
+print(model.generate("Le système"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comigs.app.budget import budgets
+from comigs.app.estimate import memory_needed, require_memory
+from comigs.app.setup import Say, attached, everybody_trains, ignore, load, read_texts
+from comigs.bases.load import Base, is_here, load_base, loaders, modules
+from comigs.config import SPLITS, Config, Split, parse_config
+from comigs.data.prepare import Texts, require_text
+from comigs.data.prepare import prepare as prepare_data
+from comigs.data.sources import list_sources
+from comigs.engines.in_process import InProcess
+from comigs.errors import Stopped, UserError, nearest
+from comigs.files import command, require_free
+from comigs.methods.method import Method, list_methods, load_method, method_module
+from comigs.personal.model import PersonalModel
+from comigs.processes import interrupts
+from comigs.runs.environment import describe, environment
+from comigs.runs.folder import RunFolder
+from comigs.runs.summary import summarize
+from comigs.server.rounds import Report, run_rounds
+from comigs.text import Table, plural, size
+
+
+def run(
+    config: Config, out: Path | str | None = None, report: Report = ignore, say: Say = ignore
+) -> RunFolder:
+    """A whole run: prepare the text, train all clients, evaluate each one's own model.
+
+    out: the new run folder; None: the next free `runs/NAME`. report: gets each line of metrics as
+    it comes, and steps and notes in between. say: gets lines of progress before the first round.
+    Raises UserError for bad input.
+    """
+    path = Path(out) if out is not None else free_folder(Path("runs") / config.name)
+    require_free(path)
+    load_method(config)  # refuses what it cannot do before anything is loaded
+    require_text(config)
+    base, config = load(config, say)
+    data = read_texts(config, base, report, say)
+    known = data if everybody_trains(config) else data.outlines()
+    with attached(config, base) as (attachment, shapes):
+        require_memory(memory_needed(config, base, shapes, attachment), base.device)
+    with RunFolder.create(path, config, environment(base, known)) as folder, _going_on(folder):
+        say(f"run folder {path}")
+        report({"kind": "note", "message": "measuring the base"})
+        _go_on(folder, config, base, data, report)
+    return folder
+
+
+def resume(
+    path: Path | str, report: Report = ignore, say: Say = ignore, workers: int | None = None
+) -> RunFolder:
+    """Go on with a run that was stopped, from its last whole round; nothing but the result where it
+    is finished.
+
+    workers: in place of the config's, for another machine. Raises UserError.
+    """
+    with RunFolder.open(Path(path)) as folder, _going_on(folder):
+        config, last = folder.config(), folder.rewind()
+        if workers is not None:
+            config = config.model_copy(update={"workers": workers})
+        if last.finished:
+            say(
+                f"{path}: finished already, after {plural(last.round, 'round')}; nothing to go on with"
+            )
+            _summarize(folder, config, load_method(config))
+            return folder
+        base, _ = load(config, say)
+        recorded = folder.environment()
+        if recorded["base_fingerprint"] != base.fingerprint:
+            raise UserError(
+                f'{path}: base "{config.base.name}" is not the one this run began with (its weights differ)'
+            )
+        data = read_texts(config, base, report, say)
+        _require_same_text(folder, data)
+        if everybody_trains(config):  # else what a client goes on from is checked when it is asked
+            for part in last.newest:
+                folder.load(part)
+        say(f"going on after round {last.round} of {config.rounds}")
+        report({"kind": "note", "message": "measuring" if last.round else "measuring the base"})
+        _go_on(folder, config, base, data, report)
+    return folder
+
+
+def prepare(config: Config, say: Say = ignore) -> Texts:
+    """Read, split, check and tokenise the clients' text; what was tokenised before is compared with
+    its sha256.
+
+    Raises UserError.
+    """
+    load_method(config)
+    base, config = load(config)
+    data = prepare_data(config, base.encoder, say)
+    for client in data.values():  # a look at a client's text tokenises it
+        for split in SPLITS:
+            for store in getattr(client, split):
+                store.verify()
+    return data
+
+
+def open_run(path: Path | str) -> RunFolder:
+    """A run on disk. Raises UserError where it is none."""
+    return RunFolder.open(Path(path))
+
+
+def open_personal_model(path: Path | str, client: str) -> PersonalModel:
+    """A client's own model from a run, finished or not. Raises UserError."""
+    folder = open_run(path)
+    folder.config().client_named(client)
+    folder.require_a_round()
+    base, _ = load(_with_a_device(folder.config()))
+    return PersonalModel(folder, client, base)
+
+
+def _with_a_device(config: Config) -> Config:
+    """For reading models where they were not made: where the run's GPU is not, whatever there
+    is.
+    """
+    name = config.base.device
+    if name == "auto" or is_here(torch.device(name)):
+        return config
+    return config.model_copy(update={"base": config.base.model_copy(update={"device": "auto"})})
+
+
+def evaluate(
+    path: Path | str, split: Split = "test", client: str | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Measure clients' own models and the base again: client -> "base" and "personal" -> figures.
+    Raises UserError.
+    """
+    split_named(split)
+    folder = open_run(path)
+    if "federation" in folder.environment():
+        raise UserError(
+            f"{folder.path}: of a federation, whose text and models are on its devices; what they measured: "
+            f"{command('report', folder.path)}"
+        )
+    config = _with_a_device(folder.config())
+    names = (
+        [config.client_named(client).name]
+        if client is not None
+        else [c.name for c in config.clients]
+    )
+    folder.require_a_round()
+    base, _ = load(config)
+    data = prepare_data(config, base.encoder)
+    _require_same_text(folder, data)
+    results = {}
+    for name in names:
+        with closing(PersonalModel(folder, name, base)) as model:
+            stores = getattr(data[name], split)
+            results[name] = {
+                "base": model.evaluate(stores, untouched_base=True).figures(),
+                "personal": model.evaluate(stores).figures(),
+            }
+    return results
+
+
+def split_named(name: str) -> Split:
+    """Raises UserError where there is no such split."""
+    for split in SPLITS:
+        if split == name:
+            return split
+    raise UserError(
+        f'split: given "{name}"; must be train, valid or test.{nearest(name, list(SPLITS))}'
+    )
+
+
+def evaluation_table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], split: Split) -> Table:
+    """What `evaluate` returns, for people."""
+    rows = [
+        (name, f"{r['base']['perplexity']:.2f}", f"{r['personal']['perplexity']:.2f}",
+         f"{r['personal']['bits_per_byte']:.4f}", f"{r['personal']['tokens']:,}")
+        for name, r in results.items()
+    ]  # fmt: skip
+    headers = (
+        "client",
+        f"base {split} perplexity",
+        f"personal {split} perplexity",
+        "bits per byte",
+        "tokens",
+    )
+    return Table(headers, tuple(rows))
+
+
+def inventory() -> dict[str, Table]:
+    """The methods, bases and datasets there are, for people."""
+    families = [
+        t
+        for m in modules().values()
+        if hasattr(m, "ARCHITECTURE")
+        for t in m.ARCHITECTURE.model_types
+    ]
+    named = [(name, first_line(load)) for name, load in loaders().items()]
+    return {
+        "methods": _methods(),
+        "bases": Table(
+            ("base.name", "what it is"),
+            (
+                *named,
+                ("FOLDER or ORG/MODEL", "a local folder or hub name of: " + ", ".join(families)),
+            ),
+            names=2,
+        ),
+        "datasets": Table(
+            ("text", "what it reads", "licence"),
+            tuple((*s.summary.split(": ", 1), s.license) for s in list_sources()),
+            names=3,
+        ),
+    }
+
+
+def _methods() -> Table:
+    """Every method and its budget with the default experts on the bundled base, four clients."""
+    entries = [{"name": name, "text": name} for name in ("a", "b", "c", "d")]
+    config = parse_config(
+        {"base": {"name": "mini", "dtype": "float32", "device": "cpu"}, "clients": entries}
+    )
+    base, rows = load_base(config.base), []
+    for name in list_methods():
+        settings = config.model_copy(update={"method": name})
+        method, budget = load_method(settings), next(iter(budgets(settings, base).values()))
+        own = getattr(method_module(name), "Options", None)
+        options = (
+            ", ".join(f"{key} = {field.default}" for key, field in own.model_fields.items())
+            if own
+            else ""
+        )
+        rows.append(
+            (name, method.summary, method.weights, options, method.paper, f"{budget.trained_parameters:,}",
+             size(budget.uploaded_bytes), size(budget.downloaded_bytes))
+        )  # fmt: skip
+    headers = (
+        "method",
+        "what it does",
+        "weight of a client",
+        "[options]",
+        "paper",
+        "trained",
+        "up",
+        "down",
+    )
+    return Table(headers, tuple(rows), names=5)
+
+
+def first_line(function: Callable[..., Any]) -> str:
+    """The first line of a docstring."""
+    return (function.__doc__ or "").strip().partition("\n")[0]
+
+
+def _go_on(folder: RunFolder, config: Config, base: Base, data: Texts, report: Report) -> None:
+    method = load_method(config)
+    engine = InProcess(config, method, base, data, folder, report)
+    try:
+        run_rounds(config, method, engine, folder, report)
+    finally:
+        engine.close()
+    _summarize(folder, config, method)
+
+
+def _summarize(folder: RunFolder, config: Config, method: Method) -> None:
+    folder.write_json("summary.json", summarize(config, method, folder.metrics()))
+
+
+@contextmanager
+def _going_on(folder: RunFolder) -> Iterator[None]:
+    """Say how to go on with a run that is stopped by hand or for want of memory."""
+    try:
+        with interrupts():
+            yield
+    except KeyboardInterrupt:
+        again = command("resume", folder.path)
+        raise Stopped(f"every whole round is kept; go on with: {again}") from None
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{folder.path}: the memory of the device is full; every whole round is kept. Free some and resume, "
+            "or start a new run with a lower client.micro_batch_size and evaluation.batch_size"
+        ) from None
+
+
+def _require_same_text(folder: RunFolder, data: Texts) -> None:
+    then, now = (
+        _hashes(described)
+        for described in (folder.environment()["data"], describe(data.outlines()))
+    )
+    changed = [name for name in now if now[name] != then.get(name)]
+    if changed:
+        raise UserError(
+            f"{folder.path}: the text of {', '.join(changed)} has changed since this run began; "
+            "put it back or start a new run"
+        )
+
+
+def _hashes(described: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: {split: facts["sha256"] for split, facts in own.items()}
+        for name, own in described.items()
+    }
+
+
+def free_folder(path: Path) -> Path:
+    """`path`, or the first of `path-2`, `path-3`, ... that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate

@@ -1,0 +1,178 @@
+"""`comigs federation ...`: what an operator and a device's owner do. cli.py mounts it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from comigs.errors import UserError
+from comigs.federation import require_flower
+from comigs.files import command
+
+if TYPE_CHECKING:
+    from comigs.app.console import Console
+    from comigs.config import Config
+    from comigs.runs.folder import RunFolder
+
+app = typer.Typer(
+    name="federation", no_args_is_help=True,
+    help="Train together over a network: one operator with a server, and owners of devices. See docs/deploy.md.",
+)  # fmt: skip
+
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The federation's folder on the server.")
+]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The client's name, as configs have it.")]
+
+
+@app.callback()
+def _needs_flower() -> None:
+    require_flower()
+
+
+@app.command(name="init")
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name or address of this server. Repeatable. Default: this machine alone.",
+        ),
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="The one port that devices must reach.")
+    ] = 8443,
+) -> None:
+    """Found a federation: its own certificate authority, a server certificate, settings."""
+    from comigs.federation.operator.admin import found
+    from comigs.federation.security import pki
+
+    federation = found(folder, tuple(host or ()), port)
+    typer.echo(
+        f"federation {federation.settings.id} in {folder}, to be reached at {federation.settings.address}"
+    )
+    typer.echo(
+        f"certificates: authority {pki.AUTHORITY_DAYS} days; server {pki.SERVER_DAYS} days, renewed by a start of the "
+        f"server in the last {pki.RENEW_DAYS}"
+    )
+    typer.echo(
+        f"next: {command('federation invite', folder)} NAME, then {command('federation server', folder)}"
+    )
+
+
+@app.command()
+def invite(
+    folder: Folder,
+    name: Name,
+    out: Annotated[Path | None, typer.Option(help="The bundle. Default: NAME.bundle.toml.")] = None,
+) -> None:
+    """Make the bundle that lets one device take part as NAME. It holds a private key, of which no
+    copy is kept.
+    """
+    from comigs.federation.operator.admin import invite as make
+
+    file = make(folder, name, out)
+    typer.echo(f'{file}: give it to the owner of "{name}", by a way that others cannot read')
+    typer.echo(f"next, on the device: {command('federation client', file)} --text PATH")
+
+
+@app.command()
+def revoke(folder: Folder, name: Name) -> None:
+    """Refuse a client from now on. Its bundle is worth nothing then; its name is free."""
+    from comigs.federation.operator.admin import revoke as refuse
+
+    refuse(folder, name)
+    typer.echo(f'"{name}" is revoked')
+
+
+@app.command()
+def status(folder: Folder) -> None:
+    """Show who is invited, registered, online, last seen, and in how many runs."""
+    from comigs.app.console import Console
+    from comigs.federation.operator.admin import status as look
+    from comigs.federation.operator.folder import Federation
+
+    table, federation = look(folder), Federation.open(folder)
+    state = (
+        "running"
+        if federation.running
+        else f"not running; start it with: {command('federation server', folder)}"
+    )
+    typer.echo(
+        f"federation {federation.settings.id} at {federation.settings.address}, server {state}"
+    )
+    Console().table(table)
+
+
+@app.command()
+def server(folder: Folder) -> None:
+    """Run the federation's server until Ctrl-C."""
+    from comigs.federation.operator.server import serve
+
+    serve(folder, typer.echo)
+
+
+@app.command()
+def client(
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="The file that the operator gave you.")
+    ],
+    text: Annotated[
+        list[str],
+        typer.Option(
+            metavar="PATH",
+            help="Your text, to be split; or three: train=PATH, valid=PATH, test=PATH.",
+        ),
+    ],
+    home: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Your own part stays here. Default: in ~/.comigs."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Your copy of the base. Default: fetched by its name."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: cuda where there is one.")
+    ] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads. Default: as torch finds them.")
+    ] = None,
+) -> None:
+    """Take part with this device until Ctrl-C."""
+    from comigs.federation.device.join import Owner, join
+
+    join(bundle, Owner(tuple(text), home, base, device, threads), typer.echo)
+
+
+def require_engine(engine: str, federation: Path | None) -> None:
+    """Raises UserError where the options of `comigs run` do not go together."""
+    if engine not in ("in-process", "flower"):
+        raise UserError(f'--engine: given "{engine}"; must be in-process or flower')
+    if engine == "flower" and federation is None:
+        raise UserError("--engine flower: say in which federation, with --federation DIR")
+    if engine != "flower" and federation is not None:
+        raise UserError("--federation: goes with --engine flower")
+
+
+def run_in(federation: Path, settings: Config, out: Path | None, console: Console) -> Path:
+    """`comigs run --engine flower`; returns the run folder."""
+    require_flower()
+    from comigs.app import api
+    from comigs.app.setup import load
+    from comigs.federation.operator import run
+
+    checked = run.check(settings, federation)
+    base, resolved = load(settings, console.say)
+    path = out if out is not None else api.free_folder(Path("runs") / settings.name)
+    return run.run(resolved, base, path, checked, console.report, console.say).path
+
+
+def resume_in(folder: RunFolder, console: Console) -> None:
+    """`comigs resume` of such a run."""
+    from comigs.federation.operator import run
+
+    run.resume(folder, console.report, console.say)

@@ -1,0 +1,75 @@
+"""How a command ends: a run with its result and a page; what a user did wrong with one line and
+exit code 2.
+
+Ctrl-C is exit code 130, a bug of ours a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from comigs.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from comigs.app.console import Console
+
+
+def finish(path: Path, console: Console, federated: bool) -> None:
+    """The table of clients, the page, and what to do next. federated: clients' own models are on
+    their devices.
+    """
+    from comigs.files import command
+    from comigs.runs.report.page import write_report
+    from comigs.runs.report.read import read_run
+    from comigs.runs.report.tables import client_table
+
+    page = write_report(path)
+    run = read_run(path)
+    console.table(client_table(run, brief=True))
+    console.result(f"report: {page}")
+    if federated:
+        from comigs.federation.messages import RUN_ID
+
+        there = (path / RUN_ID).read_text(encoding="utf-8")
+        console.say(f"next:   each client's own model is on its device, in runs/{there}")
+    else:
+        console.say(f'next:   {command("generate", path)} --client {run.clients[0]} --prompt "..."')
+
+
+def exit_code(command: Callable[[], object]) -> int:
+    """Run a command of click's; say what is to be said about its end."""
+    try:
+        code = command()
+    except Stopped as stop:
+        return _say(f"stopped: {stop}", stop.exit_code)
+    except UserError as error:
+        return _say(f"error: {error}", error.exit_code)
+    except click.exceptions.NoArgsIsHelpError:  # `comigs` alone: it has shown the help
+        return 2
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        known = context.command_path if context else "comigs"
+        return _say(f"error: {error.format_message()} (try: {known} --help)", 2)
+    except (KeyboardInterrupt, click.Abort):
+        code = Stopped.exit_code
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _say(f"error: {error.filename}: {error.strerror}", 2)
+    if code == Stopped.exit_code:  # also what typer makes of a Ctrl-C
+        return _say("stopped", Stopped.exit_code)
+    return code if isinstance(code, int) else 0
+
+
+def _say(message: str, code: int) -> int:
+    print(" ".join(message.splitlines()), file=sys.stderr)
+    return code

@@ -1,0 +1,126 @@
+"""What a client does when it is asked, on whichever machine it is: receive, evaluate, train,
+send.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from comigs.client.client import Client
+from comigs.client.evaluate import Evaluation
+from comigs.client.steps import RoundLog
+from comigs.config import Split
+from comigs.data.sampling import Group
+from comigs.methods.method import Download, Upload
+from comigs.processes import peak_memory
+from comigs.server.protocol import Reply, Report, Task
+
+
+def of_the_base(client: Client, split: Split) -> Evaluation:
+    """The base alone on a client's text."""
+    return client.evaluate(split, untouched_base=True)
+
+
+def answer(
+    client: Client, task: Task, download: Download, report: Report,
+    base_evaluation: Callable[[Client, Split], Evaluation] = of_the_base,
+) -> Reply:  # fmt: skip
+    """One exchange at the client's end. report: gets each step as it is done."""
+    start = time.perf_counter()
+    metrics = []
+    for split in task.evaluate_base:
+        metrics.append(evaluated(client, split, 0, base_evaluation(client, split), "base"))
+    client.receive(download, task.round)
+    if not task.train:
+        client.finish()
+    for split in task.evaluate:
+        metrics.append(evaluated(client, split, task.round - 1, client.evaluate(split), "personal"))
+    timing: dict[str, Any] = {"round": task.round, "client": client.name, "tokens_per_second": None}
+    upload: Upload | None = None
+    if task.train and client.is_trainer:
+        began, step = time.perf_counter(), 0
+
+        def on_step(group: Group, nats: float) -> None:
+            nonlocal step
+            step += group == "experts"
+            report({"kind": "step", "round": task.round, "client": client.name, "step": step,
+                    "level": group, "nats_per_token": nats})  # fmt: skip
+
+        log = client.train(task.round, on_step)
+        upload = client.send(task.round)
+        metrics.append(trained(client, task.round, log))
+        timing["tokens_per_second"] = log.trained_tokens / (time.perf_counter() - began)
+    timing |= {"seconds": time.perf_counter() - start, "peak_memory_bytes": _peak_memory()}
+    return Reply(
+        upload, metrics, timing, sum(store.num_tokens for store in client.data.train), task.round
+    )
+
+
+def trained(client: Client, round: int, log: RoundLog) -> dict[str, Any]:
+    """The "train" line of metrics.jsonl."""
+    shares = (
+        None
+        if log.share_sum_LE is None
+        else (log.share_sum_LE.double() / log.trained_tokens).tolist()
+    )
+    return {
+        "kind": "train",
+        "round": round,
+        "client": client.name,
+        "local_steps": len(log.train_losses),
+        "router_steps": len(log.router_losses),
+        "learning_rate": log.learning_rate,
+        "train_nats_per_token": _mean(log.train_losses),
+        "train_nats_per_token_by_step": log.train_losses,
+        "router_nats_per_token": _mean(log.router_losses),
+        "balance_loss": _mean(log.balance_losses),
+        "trained_tokens": log.trained_tokens,
+        "trained_parameters": client.trained_parameters([round]),
+        **_shares(client, shares, client.adopted_share),
+    }
+
+
+def evaluated(
+    client: Client, split: Split, round: int, result: Evaluation, model: str
+) -> dict[str, Any]:
+    """The "evaluation" line of metrics.jsonl."""
+    return {
+        "kind": "evaluation",
+        "round": round,
+        "client": client.name,
+        "split": split,
+        "model": model,
+        **result.figures(),
+        **_shares(
+            client, result.expert_share_LE, client.adopted_share if model == "personal" else None
+        ),
+    }
+
+
+def _shares(
+    client: Client, shares_LE: list[list[float]] | None, adopted: float | None
+) -> dict[str, Any]:
+    rest, generalists = client.shape.rest != "none", client.shape.generalists
+    shared = (
+        None if shares_LE is None else [e[-1] if rest else sum(e[:generalists]) for e in shares_LE]
+    )
+    return {
+        "generalist_share_by_layer": shared,
+        "expert_share_by_layer": shares_LE,
+        "adopted_share": adopted,
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _peak_memory() -> int:
+    """Largest memory so far in bytes: of the GPU where one is used, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return peak_memory()

@@ -1,0 +1,88 @@
+"""The uploads of a round wait on the disk, so that memory holds what the server makes of them and
+not all of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from comigs.files import writing
+from comigs.methods.method import Upload
+from comigs.runs.folder import write_tensors
+from comigs.slots import Slot
+
+MAX_OPEN = 128  # files at once, well below what a process may have
+
+
+class Spool:
+    """A folder of uploads, one safetensors file each. Made when it is needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.open = lru_cache(MAX_OPEN)(_open)
+        self._added = 0
+
+    def add(self, client: str, tensors: Upload) -> Spooled:
+        """Put an upload on the disk: the same slots and values, read where they are looked at.
+
+        Usable until the folder is cleared. Raises UserError where the disk refuses.
+        """
+        self._added += 1
+        path = self.folder / f"{client}.{self._added}.safetensors"
+        with writing(self.folder, "make room or allow writing, then go on with: comigs resume"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(
+                path,
+                {
+                    f"{number}/{slot}": tensor
+                    for number, (slot, tensor) in enumerate(tensors.items())
+                },
+            )
+        return self.read(path)
+
+    def read(self, path: Path) -> Spooled:
+        """What a spool has written to that file, slots in the same order."""
+        keys = [key.partition("/") for key in self.open(path).keys()]  # noqa: SIM118 a file is no mapping
+        ordered = sorted((int(number), name) for number, _, name in keys)
+        return Spooled(
+            self, path, {Slot.parse(name): f"{number}/{name}" for number, name in ordered}
+        )
+
+    def clear(self) -> None:
+        """Remove all uploads."""
+        self.open.cache_clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Spooled(Mapping[Slot, Tensor]):
+    """An upload in a file. Each look gives a tensor of its own, and leaves nothing in memory once
+    that is gone.
+    """
+
+    def __init__(self, spool: Spool, path: Path, names: dict[Slot, str]) -> None:
+        self.path = path
+        self._spool, self._names = spool, names
+
+    def __getitem__(self, slot: Slot) -> Tensor:
+        # cloned: a product of what is not aligned as torch aligns it may differ in the last bit
+        tensor: Tensor = self._spool.open(self.path).get_tensor(self._names[slot]).clone()
+        return tensor
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _open(path: Path) -> Any:
+    return safe_open(
+        path, framework="pt", backend="pread"
+    )  # mapped pages would count as memory while it is open

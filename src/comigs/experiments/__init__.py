@@ -1,0 +1,1 @@
+"""Many runs: sweeps that make them, and comparisons that read them."""

@@ -1,0 +1,94 @@
+"""Many run folders in, one comparison out: what is compared with what, and what has to be said
+about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from comigs import text as f
+from comigs.errors import UserError
+from comigs.experiments.compare import tables
+from comigs.experiments.compare.baseline import Baseline, baseline_named
+from comigs.experiments.compare.caveats import notes, remarks
+from comigs.experiments.compare.discover import Found, Sweep, find_runs
+from comigs.experiments.compare.settings import Dataset, group
+from comigs.experiments.compare.statistics import Comparison, compare, metric_named
+from comigs.files import command
+from comigs.text import Table
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison, ready to be shown or written. paths: as they were given.
+
+    notes: what to know before its figures are believed. remarks: how runs differ in what should not
+    matter.
+    """
+
+    title: str
+    comparison: Comparison
+    notes: tuple[str, ...]
+    remarks: tuple[str, ...]
+    paths: tuple[Path, ...]
+
+    def tables(self, brief: bool = False) -> list[tuple[str, Table]]:
+        """Every table under its name. brief: those for a terminal."""
+        c = self.comparison
+        shown = [("All datasets", tables.combined_table(c))] if len(c.datasets) > 1 else []
+        for results in c.datasets:
+            name = results.name
+            shown.append((name, tables.main_table(c, results, brief)))
+            if not brief:
+                metric = tables.WORDS[c.metric]
+                shown.append((f"{name}: other measures", tables.score_table(c, results)))
+                shown.append(
+                    (f"{name}: test {metric} of each client", tables.client_scores(c, results))
+                )
+                shown.append((f"{name}: costs per client", tables.cost_table(results)))
+        return shown if brief else [*shown, ("Settings", tables.settings_table(c))]
+
+
+def compare_runs(
+    paths: Sequence[Path], metric: str = "perplexity", baseline: str | None = None
+) -> Compared:
+    """Read every run in or below `paths` and compare the finished ones.
+
+    baseline: the name of a setting, or the method of only one; None: the sweep's own, else "local"
+    where there is one.
+    Raises UserError.
+    """
+    chosen = metric_named(metric)
+    found = find_runs(paths)
+    finished = [one for one in found if one.run.summary is not None]
+    unfinished = [one.run for one in found if one.run.summary is None]
+    if not finished:
+        raise UserError(
+            f"{unfinished[0].folder}: no run here is finished; go on with: {command('resume', unfinished[0].folder)}"
+        )
+    datasets = group(finished)
+    sweep = _only_sweep(found)
+    comparison = compare(datasets, chosen, _baseline(baseline, sweep, datasets))
+    title = sweep.name if sweep else f.plural(len(comparison.settings), "setting") + " compared"
+    said = notes(comparison, datasets, unfinished)
+    if baseline is None and sweep and sweep.baseline and comparison.baseline is None:
+        said.insert(0, f'the sweep\'s baseline "{sweep.baseline}" has no finished run here yet')
+    return Compared(title, comparison, tuple(said), tuple(remarks(datasets)), tuple(paths))
+
+
+def _baseline(
+    given: str | None, sweep: Sweep | None, datasets: Sequence[Dataset]
+) -> Baseline | None:
+    if given is not None:
+        return baseline_named(given, datasets)
+    try:
+        return baseline_named(sweep.baseline if sweep and sweep.baseline else "local", datasets)
+    except UserError:  # nobody asked for it here
+        return None
+
+
+def _only_sweep(found: Sequence[Found]) -> Sweep | None:
+    sweeps = [one.sweep for one in found]
+    return sweeps[0] if all(sweep is sweeps[0] for sweep in sweeps) else None

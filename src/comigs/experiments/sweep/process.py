@@ -1,0 +1,94 @@
+"""A `comigs` command as a process of its own: one run cannot harm another, and all cores are
+used.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import IO
+
+# -P: the working folder is not searched for modules, as for the `comigs` script itself
+PYTHON = [
+    sys.executable,
+    "-P",
+    "-c",
+    "import sys; sys.argv[0] = 'comigs'; from comigs.app.cli import main; main()",
+]
+
+
+def start(
+    words: list[str], environment: dict[str, str], errors: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Begin `comigs WORDS`, away from the terminal: a Ctrl-C reaches it through us only, and
+    once.
+    """
+    return subprocess.Popen(
+        [*PYTHON, *words], env=environment, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+    )  # fmt: skip
+
+
+class Child:
+    """One command that runs. threads: CPU threads it may use; None: as torch finds them.
+
+    errors: all that it wrote to stderr, once it has ended.
+    """
+
+    def __init__(self, words: list[str], threads: int | None = None) -> None:
+        self.words = words
+        self.errors = ""
+        self.began = time.monotonic()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  a pipe would fill up, and the child wait
+        environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        self._process = start(words, environment, self._errors)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self.began
+
+    def ended(self) -> bool:
+        """It runs no more."""
+        if self._process.poll() is None:
+            return False
+        self._collect()
+        return True
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        self._process.wait()
+        self._collect()
+
+    def stop(self) -> None:
+        """As Ctrl-C would: a run keeps its whole rounds. Not SIGINT, which shells make background
+        jobs ignore.
+        """
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """At once; a run folder bears it."""
+        self._process.kill()
+
+    def _collect(self) -> None:
+        if not self._errors.closed:
+            self._errors.seek(0)
+            self.errors = self._errors.read().decode("utf-8", "replace").strip()
+            self._errors.close()
+
+    def problem(self) -> str:
+        """Why it failed, in one line, once it has ended; "" where it did not."""
+        code = self._process.returncode
+        if code == 0:
+            return ""
+        if code is not None and code < 0:
+            hint = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
+            return f"killed by {signal.Signals(-code).name}{hint}"
+        line = self.errors.rpartition("\n")[2]
+        return (
+            line.removeprefix("error: ").removeprefix("stopped: ") or f"ended with exit code {code}"
+        )

@@ -1,0 +1,164 @@
+"""What is in a run's folder already: nothing, this run up to some round, or something that must not
+be touched.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comigs.config import Config, dotted
+from comigs.data.files import resolve
+from comigs.data.sources import source_names
+from comigs.errors import UserError
+from comigs.files import require_free
+from comigs.runs.folder import TIMINGS, RunFolder
+from comigs.text import plural
+
+ELSEWHERE = "choose another folder with --out"
+PLACES = (
+    "version",
+    "name",
+    "base.threads",
+    "workers",
+    "data.root",
+    "data.cache",
+)  # where and how fast, not what
+LEFT_TO_US = {
+    "base.dtype": "auto",
+    "base.device": "auto",
+}  # field -> what says so; a run has what was found
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run is. round: the last whole one. seconds: of training and measuring, up to
+    there.
+    """
+
+    round: int = 0
+    begun: bool = False
+    finished: bool = False
+    seconds: float = 0.0
+
+    @property
+    def word(self) -> str:
+        """As `comigs sweep` calls it."""
+        return "done" if self.finished else "to resume" if self.begun else "new"
+
+
+def look(path: Path, config: Config) -> State:
+    """How far the run of `config` at `path` is. Raises UserError where something else is there."""
+    if not os.path.lexists(path):
+        require_free(path)
+        return State()
+    if not (path / "checkpoint.json").is_file() or not (path / "config.toml").is_file():
+        raise UserError(
+            f"{path}: exists and is no run folder; nothing was changed. Move it away, or {ELSEWHERE}"
+        )
+    try:
+        there = RunFolder.open(path).config()
+    except UserError as error:  # damaged, or of a version with other fields
+        raise UserError(f"{error}; nothing was changed. Move {path} away, or {ELSEWHERE}") from None
+    different = list(differences(config, there))
+    if different:
+        field, wanted, there = different[0]
+        more = f" (and {plural(len(different) - 1, 'other field')})" if len(different) > 1 else ""
+        raise UserError(
+            f"{path}: a run with another config is there: {field} is {there} in it and {wanted} in this sweep{more}; "
+            f"nothing was changed. Move it away, or {ELSEWHERE}"
+        )
+    return progress(path)
+
+
+def progress(path: Path) -> State:
+    """How far a run is that is known to be the right one. Raises UserError where it is damaged or
+    none.
+    """
+    last = RunFolder.open(path).checkpoint()
+    finished = last.finished and (path / "summary.json").is_file()
+    return State(last.round, True, finished, _seconds(path / TIMINGS, last.timings_bytes))
+
+
+def busy(path: Path) -> bool:
+    """Another process works on this run."""
+    try:
+        with (path / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def differences(wanted: Config, there: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Each field that would make it another run: its name, as wanted, as there.
+
+    What a config leaves to us is filled in in a run, and is no difference; nor are paths that mean
+    the same.
+    """
+    one, other = _fields(wanted), _fields(there)
+    for field in dict.fromkeys((*one, *other)):
+        a, b = one.get(field), other.get(field)
+        if field in PLACES or (a == LEFT_TO_US.get(field, ...)) or a == b:
+            continue
+        if field == "client.lr" and a is None and b in _default_rates():
+            continue
+        if field == "client.router_lr" and a is None and b == there.client.lr:
+            continue
+        yield field, _shown(a), _shown(b)
+
+
+def _shown(value: Any) -> str:
+    return "left out" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _default_rates() -> set[float]:
+    """Learning rates that a run gets where its config gives none; which one depends on the base's
+    family.
+    """
+    from comigs.bases.load import (
+        modules,  # imports transformers, and is needed only where a run is there already
+    )
+
+    return {
+        module.ARCHITECTURE.lr for module in modules().values() if hasattr(module, "ARCHITECTURE")
+    }
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    """Every field by its path, clients by their names, text by the files it means."""
+    tree = config.model_dump(mode="json")
+    tree["clients"] = {client["name"]: client for client in tree["clients"]}
+    fields = dict(dotted(tree))
+    for field, value in fields.items():
+        if field.startswith("clients.") and ".text" in field and isinstance(value, str):
+            fields[field] = _meant(value, config.data.root)
+    return fields | {"clients": list(tree["clients"])}
+
+
+def _meant(text: str, root: Path) -> str:
+    """`text` with its path, where it has one, whole: the same files from whatever root."""
+    name, _, argument = text.partition(":")
+    if name not in source_names() or not argument:
+        return str(resolve(text, root).resolve())
+    path = resolve(argument, root)
+    return f"{name}:{path.resolve() if path.exists() else argument}"
+
+
+def _seconds(file: Path, length: int) -> float:
+    """Of all clients in all committed rounds; 0 where it cannot be read, as it is for estimates
+    only.
+    """
+    try:
+        return sum(
+            float(json.loads(line)["seconds"]) for line in file.read_bytes()[:length].splitlines()
+        )
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0.0

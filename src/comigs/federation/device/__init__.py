@@ -1,0 +1,1 @@
+"""A device's side of a federation: it joins, holds the base and its own model, and answers."""

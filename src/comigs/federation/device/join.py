@@ -1,0 +1,150 @@
+"""A device's processes: the resident trainer, a SuperNode that runs our app only, and its
+executor.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import NoReturn
+
+from comigs.config import Text
+from comigs.data.sources import open_source
+from comigs.errors import UserError
+from comigs.federation.bundle import Bundle, read_bundle, write_bundle
+from comigs.federation.device.connectivity import check_server
+from comigs.federation.operator import flwr_cli
+from comigs.federation.operator.server import free_port
+from comigs.federation.security.private_files import make_private, sole, write_private
+from comigs.federation.supervisor import Children, keep, wait_until
+from comigs.files import command, folder_or_name, writing
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What a device's owner decides.
+
+    text: see `text_of`. home: the device's own folder; None: in ~/.comigs. base, accelerator,
+    threads: as in Device (engines/flower/trainer.py).
+    """
+
+    text: tuple[str, ...]
+    home: Path | None = None
+    base: str | None = None
+    accelerator: str = "auto"
+    threads: int | None = None
+
+
+def join(file: Path, owner: Owner, say: Say) -> None:
+    """Take part in a federation until stopped. Raises UserError where that cannot be (any more)."""
+    bundle, text = read_bundle(file), text_of(owner.text)
+    home = (owner.home or Path.home() / ".comigs" / bundle.federation / bundle.client).absolute()
+    make_private(home)
+    with sole(home / ".lock", f"{home}: in use: this client runs already"):
+        _unpack(bundle, home)
+        check_server(bundle)
+        device = {
+            "name": bundle.client, "home": str(home), "root": str(Path.cwd()),
+            "text": text if isinstance(text, str) else text.model_dump(),
+            "base": owner.base and folder_or_name(owner.base, Path()),
+            "accelerator": owner.accelerator, "threads": owner.threads,
+        }  # fmt: skip
+        write_private(
+            home / "device.json", json.dumps(device)
+        )  # not an argument, which others could read
+        with tempfile.TemporaryDirectory(
+            prefix="comigs-"
+        ) as short:  # a socket's path may have 107 bytes only
+            _run(bundle, home, Path(short) / "trainer", say)
+
+
+def _run(bundle: Bundle, home: Path, socket: Path, say: Say) -> NoReturn:
+    with Children(home / "log", flwr_cli.environment(home / "flwr"), home) as children:
+        children.start(
+            "trainer",
+            ["comigs.federation.device.trainer_main:main", str(socket), "device.json"],
+            say,
+        )
+        wait_until(socket.exists, "trainer", children)
+        port, online = free_port(), Event()
+        children.start(
+            "supernode", _supernode(bundle, socket, port), lambda line: _set_by(line, online)
+        )
+        children.start("superexec", _superexec(port))
+        wait_until(online.is_set, "supernode", children)
+        say(f'"{bundle.client}" is online in federation {bundle.federation} at {bundle.address}')
+        say(f"its own part stays in {home}; logs in {home / 'log'}; stop with Ctrl-C")
+        say(
+            f"its own model, after a run: {command('generate', home / 'runs' / 'RUN')} --client {bundle.client}"
+        )
+        keep(children)
+
+
+def _set_by(line: str, online: Event) -> None:
+    if "SuperNode ID: " in line:  # what it logs when the server has let it in
+        online.set()
+
+
+def text_of(given: Sequence[str]) -> str | Text:
+    """A client's text as its owner gave it: one path or source, or train=..., valid=... and
+    test=...
+
+    Raises UserError where it is neither, or not there.
+    """
+    splits = dict(
+        one.split("=", 1)
+        for one in given
+        if one.split("=", 1)[0] in Text.model_fields and "=" in one
+    )
+    whole = len(given) == 1 and not splits
+    if not whole and (len(splits) != len(given) or splits.keys() != Text.model_fields.keys()):
+        raise UserError(
+            f"--text: given {', '.join(given) or 'nothing'}; give one path or source, to be split, or all of "
+            "--text train=PATH --text valid=PATH --text test=PATH"
+        )
+    for spec in [given[0]] if whole else splits.values():
+        if next(open_source(spec, Path.cwd()), None) is None:
+            raise UserError(f"--text: {spec} has no documents")
+    return given[0] if whole else Text(**splits)
+
+
+def _unpack(bundle: Bundle, home: Path) -> None:
+    """Put the bundle's parts where Flower reads them. Raises UserError where the folder is somebody
+    else's.
+    """
+    kept = home / "bundle.toml"
+    if kept.exists() and (owner := read_bundle(kept)) != bundle:
+        if (owner.federation, owner.client) != (bundle.federation, bundle.client):
+            raise UserError(
+                f'{home}: belongs to "{owner.client}" of federation {owner.federation}; choose another with --home'
+            )
+        kept.unlink()
+    with writing(home, "choose another folder with --home"):
+        if not kept.exists():
+            write_bundle(kept, bundle)
+        write_private(home / "ca.pem", bundle.authority)
+        write_private(home / "key", bundle.key)
+        write_private(home / "superexec.secret", secrets.token_hex(24))
+
+
+def _supernode(bundle: Bundle, trainer: Path, port: int) -> list[str]:
+    return [
+        "comigs.federation.flower.supernode:main", bundle.app, "online",
+        "--root-certificates", "ca.pem", "--auth-supernode-private-key", "key", "--superlink", bundle.address,
+        "--host", "127.0.0.1", "--port", str(port), "--node-config", f'trainer="{trainer}"',
+        "--isolation", "process", "--superexec-auth-secret-file", "superexec.secret",
+    ]  # fmt: skip
+
+
+def _superexec(port: int) -> list[str]:
+    return [
+        "flower-superexec", "--insecure",  # on the loopback
+        "--runtime-api-address", f"127.0.0.1:{port}", "--superexec-auth-secret-file", "superexec.secret",
+    ]  # fmt: skip

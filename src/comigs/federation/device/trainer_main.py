@@ -1,0 +1,51 @@
+"""The resident trainer as a program: prints what its owner should know, and answers until it is
+stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from comigs.errors import UserError
+from comigs.federation.device.device_service import Device, Trainer
+from comigs.federation.device.trainer_socket import key_beside, serve
+
+EVERY = 10.0  # seconds between lines about steps
+DEVICES: TypeAdapter[Device] = TypeAdapter(Device)
+
+
+def main() -> None:
+    """`training SOCKET FILE`: a Trainer at this socket, of the device that the file describes (as
+    JSON).
+    """
+    socket, device = Path(sys.argv[1]), DEVICES.validate_json(Path(sys.argv[2]).read_bytes())
+    steps = Steps()
+    try:
+        serve(socket, key_beside(socket), Trainer(device, say=print, report=steps.show).answer)
+    except UserError as error:
+        print(error, flush=True)
+        sys.exit(os.EX_NOPERM)  # our last line is for people
+
+
+@dataclass
+class Steps:
+    """Prints a step now and then."""
+
+    shown: float = field(default=0.0)
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Gets every event of the trainer."""
+        if event["kind"] == "step" and time.monotonic() > self.shown + EVERY:
+            self.shown = time.monotonic()
+            nats = f"{event['nats_per_token']:.3f} nats/token"
+            print(
+                f"round {event['round']}, step {event['step']}: {event['level']} {nats}", flush=True
+            )

@@ -1,0 +1,77 @@
+"""The local socket between a device's short-lived ClientApp and its resident trainer. Bytes only,
+no pickle, no torch.
+
+Both know a key, which the trainer draws anew whenever it starts and leaves in a file beside the
+socket.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+
+from comigs.errors import UserError
+from comigs.files import write_whole, writing
+
+LONGEST = 100  # bytes in a socket's path; the system's limit is 104 or 108
+MOST = (
+    1 << 33
+)  # bytes of a message; the size that each message may have is checked where it is read
+LOST = (OSError, EOFError)  # the other end is gone
+
+
+def key_beside(socket: Path) -> Path:
+    """Where the key is."""
+    return socket.with_suffix(".key")
+
+
+def ask(socket: Path, request: bytes) -> bytes:
+    """The trainer's answer to a request, however long that takes. Raises OSError or EOFError where
+    there is none.
+    """
+    key = key_beside(socket).read_bytes()
+    with Client(str(socket), family="AF_UNIX", authkey=key) as connection:
+        connection.send_bytes(request)
+        return connection.recv_bytes(MOST)
+
+
+def serve(socket: Path, key_path: Path, answer: Callable[[bytes], bytes]) -> None:
+    """Answer one request after the other, for ever. Raises UserError where there can be no socket.
+
+    This process is a device's from now on: whatever file it makes is for its owner only.
+    """
+    os.umask(0o077)
+    if len(str(socket).encode()) > LONGEST:
+        raise UserError(
+            f"{socket}: too long for a socket's path (at most {LONGEST} bytes); choose a shorter folder"
+        )
+    key = secrets.token_bytes(32)
+    with writing(socket.parent, "choose another folder"):
+        socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        socket.unlink(missing_ok=True)
+        write_whole(key_path, lambda path: path.write_bytes(key))
+        listener = Listener(str(socket), family="AF_UNIX", authkey=key)
+    with listener:
+        while True:
+            try:
+                connection = listener.accept()
+            except (*LOST, AuthenticationError):
+                continue  # it left, or has no key
+            with connection:
+                _answer_one(connection, answer)
+
+
+def _answer_one(connection: Connection[bytes, bytes], answer: Callable[[bytes], bytes]) -> None:
+    try:
+        request = connection.recv_bytes(MOST)
+    except LOST:
+        return
+    reply = answer(request)
+    try:
+        connection.send_bytes(reply)
+    except LOST:
+        return  # it was ended while we worked: what was done is kept, and said again when asked again

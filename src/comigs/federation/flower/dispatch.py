@@ -1,0 +1,241 @@
+"""Who is asked, who is waited for and for how long: one exchange over a network on which devices
+come and go.
+
+A client has answered (or failed), or its message is out, or it is busy with one of an earlier
+exchange, or it is away.
+An exchange ends when nothing is out any more, at the latest at its deadline, which counts from the
+first message. Who is away gets a while to come back. An exchange never begins with nobody: until
+one client can be asked, it waits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from comigs.federation.flower.grid import GONE, Failure, Post
+from comigs.server.protocol import Report
+from comigs.server.wire import WireError
+
+LIVES = 2  # deadlines that a message lives for; what is answered still later is answered again when asked again
+SHOWN = 5  # names in a note
+EVERY = 10.0  # seconds between notes that say nothing new
+
+
+class OfRound(Protocol):
+    """Whatever answers a question says which round it is of."""
+
+    @property
+    def round(self) -> int:
+        """From 1."""
+
+
+Answer = TypeVar("Answer", bound=OfRound)
+
+
+@dataclass(frozen=True)
+class Question(Generic[Answer]):
+    """What one client is asked. write: the message. accept(raw, size of the message): the answer;
+    raises WireError.
+    """
+
+    client: str
+    round: int
+    write: Callable[[], bytes]
+    accept: Callable[[bytes, int], Answer]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds. deadline: of an exchange, from its first message. patience: for clients that are
+    away to come back.
+
+    look, seldom: between looks for answers, at first and after a while.
+    """
+
+    deadline: float
+    patience: float = 30.0
+    look: float = 0.2
+    seldom: float = 1.0
+
+
+@dataclass
+class Gathered(Generic[Answer]):
+    """What came. answers: to what was asked now. late: to what was asked before. absent: client ->
+    why nothing came.
+    """
+
+    answers: dict[str, Answer] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    late: dict[str, Answer] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Out(Generic[Answer]):
+    """A message that is out. started: when its node did, to notice a restart. ends: when it is
+    given up.
+    """
+
+    question: Question[Answer]
+    size: int
+    started: str
+    ends: float
+
+
+class Courier(Generic[Answer]):
+    """Carries questions to clients. A message may stay out from one exchange to the next, one for
+    each client.
+    """
+
+    def __init__(self, post: Post, nodes: Mapping[str, int], pace: Pace, report: Report) -> None:
+        """nodes: client -> Flower's node id. Who has none is never there."""
+        self._post, self._nodes, self._pace, self._report = post, nodes, pace, report
+        self._out: dict[str, _Out[Answer]] = {}  # by message
+
+    def gather(
+        self, questions: Mapping[str, Question[Answer]], others: bool = True
+    ) -> Gathered[Answer]:
+        """Ask, and wait for answers. Every client of `questions` is in the answers or in absent.
+
+        others: also take in what clients that are not asked now answer to something earlier.
+        """
+        exchange = _Exchange(questions, self._pace, self._report)
+        while True:
+            self._collect(
+                exchange,
+                [m for m, o in self._out.items() if others or o.question.client in questions],
+            )
+            online = self._post.online()
+            self._forget(online)
+            self._push(exchange, online)
+            out = {o.question.client: o.question.round for o in self._out.values()}
+            if exchange.is_over(out):
+                return exchange.result(out)
+            exchange.tell(out)
+            time.sleep(min(self._pace.seldom, max(self._pace.look, exchange.age() / 20)))
+
+    def _collect(self, exchange: _Exchange[Answer], messages: Sequence[str]) -> None:
+        for message, content in self._post.pull(messages).items():
+            out = self._out.pop(message)
+            if isinstance(content, Failure):
+                exchange.failed(out.question, content.reason)
+                continue
+            try:
+                exchange.answered(out.question, out.question.accept(content, out.size))
+            except WireError as error:
+                exchange.failed(out.question, str(error))
+
+    def _forget(self, online: Mapping[int, str]) -> None:
+        """Messages that nobody will answer: too old, or taken by a node that has restarted
+        since.
+        """
+        now = time.monotonic()
+        for message, out in list(self._out.items()):
+            node = self._nodes[out.question.client]
+            if now > out.ends or (node in online and online[node] != out.started):
+                del self._out[message]
+
+    def _push(self, exchange: _Exchange[Answer], online: Mapping[int, str]) -> None:
+        busy = {out.question.client for out in self._out.values()}
+        life = LIVES * self._pace.deadline
+        for client, question in exchange.open().items():
+            node = self._nodes.get(client)
+            if client not in busy and node is not None and node in online:
+                raw = question.write()
+                if (message := self._post.push(node, raw, life)) is not None:
+                    self._out[message] = _Out(
+                        question, len(raw), online[node], time.monotonic() + life
+                    )
+
+
+class _Exchange(Generic[Answer]):
+    """One exchange as far as it has come."""
+
+    def __init__(
+        self, questions: Mapping[str, Question[Answer]], pace: Pace, report: Report
+    ) -> None:
+        self._questions, self._pace, self._report = questions, pace, report
+        self._came = Gathered[Answer]()
+        self._began = time.monotonic()
+        self._deadline: float | None = None
+        self._back_by = dict.fromkeys(questions, self._began + pace.patience)
+        self._told: tuple[object, ...] = ()
+        self._told_at = 0.0
+
+    def age(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self._began
+
+    def open(self) -> dict[str, Question[Answer]]:
+        """What is not answered yet."""
+        done = self._came.answers.keys() | self._came.absent.keys()
+        return {name: question for name, question in self._questions.items() if name not in done}
+
+    def _asks(self, question: Question[Answer]) -> bool:
+        now = self._questions.get(question.client)
+        return now is not None and now.round == question.round
+
+    def answered(self, question: Question[Answer], answer: Answer) -> None:
+        """Something came: what was asked now, or what was asked before, after which it can be asked
+        again.
+        """
+        if self._asks(question) and answer.round == question.round:
+            self._came.answers[question.client] = answer
+        else:
+            self._came.late[question.client] = answer
+
+    def failed(self, question: Question[Answer], reason: str) -> None:
+        """No answer will come; from who is gone, perhaps later."""
+        if self._asks(question):
+            if reason == GONE:
+                self._back_by[question.client] = time.monotonic() + self._pace.patience
+            else:
+                self._came.absent[question.client] = reason
+
+    def is_over(self, out: Mapping[str, int]) -> bool:
+        """out: client -> round of the message that it has."""
+        now, open = time.monotonic(), self.open()
+        waiting = [name for name, question in open.items() if out.get(name) == question.round]
+        if waiting and self._deadline is None:
+            self._deadline = now + self._pace.deadline
+        if not open or (self._deadline is not None and now >= self._deadline):
+            return True
+        return self._deadline is not None and not waiting and not any(
+            now < self._back_by[name] for name in open if name not in out
+        )  # fmt: skip
+
+    def result(self, out: Mapping[str, int]) -> Gathered[Answer]:
+        """At its end."""
+        for name, question in self.open().items():
+            busy = name in out and out[name] != question.round
+            reason = (
+                f"busy with round {out[name]}"
+                if busy
+                else "no answer by the deadline"
+                if name in out
+                else GONE
+            )
+            self._came.absent[name] = reason
+        return self._came
+
+    def tell(self, out: Mapping[str, int]) -> None:
+        """Say how it stands, when that has changed or after a while."""
+        missing, count = list(self.open()), len(self._questions)
+        stuck = self._deadline is None
+        state = (len(missing), stuck, *missing)
+        if state == self._told and time.monotonic() - self._told_at < EVERY:
+            return
+        first = next(iter(self._questions.values()))
+        names = ", ".join(missing[:SHOWN]) + (
+            f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        )
+        how = (
+            f"nobody can be asked yet, waiting for {names}"
+            if stuck
+            else f"{count - len(missing)} of {count} in, waiting for {names}"
+        )
+        note = {"kind": "note", "message": f"round {first.round}: {how} ({self.age():.0f} s)"}
+        self._report(note | {"say": True} if stuck and state != self._told else note)
+        self._told, self._told_at = state, time.monotonic()

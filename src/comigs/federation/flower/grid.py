@@ -1,0 +1,97 @@
+"""Bytes as Flower's messages: one record with one array each way, whatever is in it (many arrays
+cost a minute).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+
+GONE = "gone"
+REASONS = {
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "failed",
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "failed: its comigs cannot be loaded",
+    ErrorCode.MESSAGE_UNAVAILABLE: "no answer in time",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "no answer in time",
+    ErrorCode.NODE_UNAVAILABLE: GONE,
+    ErrorCode.INVALID_FAB: "does not run this app",
+    ErrorCode.CLIENT_APP_CRASHED: "its app stopped",
+}
+NO_TRAINER = ("FileNotFoundError", "ConnectionRefusedError")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """No answer will come to a message. reason: why, in a few words that are ours."""
+
+    reason: str
+
+
+def envelope(raw: bytes) -> RecordDict:
+    """Bytes as Flower carries them. The array is never made a numpy one: its data are the bytes."""
+    return RecordDict(
+        {"comigs": ArrayRecord({"bytes": Array("uint8", (len(raw),), "comigs", raw)})}
+    )
+
+
+def failure(kind: str) -> RecordDict:
+    """In place of an answer: the type of an error, and nothing else of it."""
+    return RecordDict({"failed": ConfigRecord({"type": kind})})
+
+
+def opened(content: RecordDict) -> bytes:
+    """The inverse of `envelope`. Raises ValueError for anything else."""
+    records = content.array_records
+    if (
+        content.keys() != {"comigs"}
+        or records.keys() != {"comigs"}
+        or records["comigs"].keys() != {"bytes"}
+    ):
+        raise ValueError("another kind of message")
+    return records["comigs"]["bytes"].data
+
+
+class Post:
+    """Flower's grid, as far as it is needed."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def online(self) -> dict[int, str]:
+        """Nodes that are connected -> when each (re)started, in Flower's words."""
+        return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
+
+    def push(self, node: int, raw: bytes, life: float) -> str | None:
+        """The message's id; None where it could not be sent. life: seconds after which nobody waits
+        for its answer.
+        """
+        message = Message(envelope(raw), node, "train", ttl=life)
+        return next(iter(self._grid.push_messages([message])), None) or None
+
+    def pull(self, ids: Iterable[str]) -> Mapping[str, bytes | Failure]:
+        """What has come in for these messages, by message."""
+        wanted = list(ids)
+        came = self._grid.pull_messages(wanted) if wanted else ()
+        return {of: _content(m) for m in came if (of := m.metadata.reply_to_message_id) in wanted}
+
+
+def _content(message: Message) -> bytes | Failure:
+    if message.has_error():  # its text is the client's, or Flower's: it goes nowhere
+        return Failure(REASONS.get(message.error.code, f"Flower's error {message.error.code:d}"))
+    if "failed" in message.content.config_records:
+        kind = str(message.content.config_records["failed"].get("type", ""))
+        return Failure("no trainer there" if kind in NO_TRAINER else f"failed: {plain_word(kind)}")
+    try:
+        return opened(message.content)
+    except ValueError:
+        return Failure("another kind of message")
+
+
+def plain_word(text: str) -> str:
+    """A type's name that a client sent, as far as it looks like one."""
+    return text if re.fullmatch(r"[A-Za-z_]\w{0,63}", text, re.ASCII) else "error"

@@ -1,0 +1,164 @@
+"""What server and device say to each other: the heads of their messages. No flwr."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
+
+from comigs.config import Config, DataSection, ParticipationSection, Split
+from comigs.data.prepare import require_own_text_only
+from comigs.errors import UserError
+from comigs.methods.method import Method, list_methods, load_method
+from comigs.server.protocol import Task
+from comigs.server.wire import Head
+
+RUN_ID = ".run-id"  # a file in the server's run folder: what devices call the run
+PROGRESS = ".progress.jsonl"  # likewise: a line for each event, for whoever watches
+RunId = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{7,63}$")
+]  # also a folder's name on the device
+Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,32}$")]
+Splits = Annotated[tuple[Split, ...], Field(max_length=3)]
+Code = Literal[
+    "unreadable", "version", "refused", "not-ready", "base", "disk", "loss", "over", "ahead", "lost", "failed"
+]  # fmt: skip
+SAID: dict[Code, str] = {  # what the server makes of a code; the device says the rest to its owner
+    "unreadable": "could not read the request",
+    "version": "has another comigs",
+    "refused": "does not do what this config asks for",
+    "not-ready": "not ready",
+    "base": "has another base (its weights differ)",
+    "disk": "cannot write to its disk",
+    "loss": "its loss is not finite",
+    "over": "asked for a round that it has left behind",
+    "ahead": "asked for something of a round that it has not done",
+    "lost": "has lost its state of this run",
+    "failed": "failed",
+}
+
+
+class Request(Head):
+    """To a device. exchange: the tensors are its download; probe: uploads to measure, as
+    NUMBER/SLOT.
+
+    run: the run's id. after: the last round whose answer the server has from this client, 0: none.
+    since: the last round that it answered in time; the download holds whatever was merged from then
+    on. config: without anybody's text or paths, and with one client. comigs: the server's version.
+    base: fingerprint. probed: number of uploads.
+    """
+
+    kind: Literal["exchange", "probe"]
+    run: RunId
+    round: PositiveInt
+    after: NonNegativeInt
+    since: NonNegativeInt
+    train: bool = False
+    evaluate: Splits = ()
+    evaluate_base: Splits = ()
+    config: dict[str, Any]
+    comigs: str = Field(max_length=64)
+    base: str = Field(max_length=64)
+    probed: NonNegativeInt = 0
+
+    @property
+    def task(self) -> Task:
+        """As rounds know it."""
+        return Task(self.round, self.train, self.evaluate, self.evaluate_base)
+
+
+class Answered(Head):
+    """A device's answer to an exchange. trained: the tensors are its upload. metrics, timing: as in
+    a Reply.
+    """
+
+    kind: Literal["answered"] = "answered"
+    run: RunId
+    round: PositiveInt
+    trained: bool
+    metrics: list[dict[str, Any]] = Field(max_length=16)
+    timing: dict[str, Any] = Field(max_length=16)
+
+
+class Probed(Head):
+    """nats: per token of each upload of the request, in its order, on a sample of the reader's
+    valid.
+    """
+
+    kind: Literal["probed"] = "probed"
+    run: RunId
+    round: PositiveInt
+    nats: list[FiniteFloat] = Field(max_length=4096)
+
+
+class Refusal(Head):
+    """A device cannot answer. Nothing but a code, its version and the type of an error leaves
+    it.
+    """
+
+    kind: Literal["refusal"] = "refusal"
+    code: Code
+    comigs: Version
+    error: str = Field("", pattern=r"^[A-Za-z0-9_]{0,64}$")
+
+    def reason(self) -> str:
+        """In a few words, for the server's records."""
+        if self.code == "version" or (self.code == "unreadable" and self.comigs != our_version()):
+            return f"comigs {our_version()} here, {self.comigs} there"
+        return f"{SAID[self.code]}: {self.error}" if self.error else SAID[self.code]
+
+
+REQUESTS: TypeAdapter[Request] = TypeAdapter(Request)
+ANSWERS: TypeAdapter[Answered | Probed | Refusal] = TypeAdapter(
+    Annotated[Answered | Probed | Refusal, Field(discriminator="kind")]
+)
+
+
+def our_version() -> str:
+    """Of this package; both ends must have the same."""
+    return version("comigs")
+
+
+def config_for(config: Config, client: str) -> dict[str, Any]:
+    """What a device is told of the config: no text, no path of the server, nothing of other
+    clients.
+    """
+    entry = config.client_named(client).model_copy(update={"text": None})
+    name = config.base.name
+    base = {
+        "device": "auto",
+        "threads": None,
+        "name": Path(name).name if Path(name).is_dir() else name,
+    }
+    told = config.model_copy(
+        update={
+            "clients": (entry,),
+            "participation": ParticipationSection(),
+            "data": config.data.model_copy(
+                update={n: DataSection.model_fields[n].default for n in ("root", "cache")}
+            ),
+            "base": config.base.model_copy(update=base),
+        }
+    )
+    return told.model_dump(mode="json", exclude_none=True)
+
+
+def federable_method(config: Config) -> Method:
+    """The config's method. Raises UserError for what clients on machines of their own cannot or
+    will not do.
+    """
+    if config.method not in list_methods():
+        raise UserError(
+            f'method: "{config.method}" is not part of comigs, and devices run nothing else; '
+            f"must be one of {', '.join(list_methods())}, or run it in-process"
+        )
+    method = load_method(config)
+    if method.pooled:
+        raise UserError(
+            f'method: "{config.method}" trains on the text of all clients in one place, which a federation has not; '
+            "choose another method, or run it in-process"
+        )
+    require_own_text_only(config)
+    return method

@@ -1,0 +1,96 @@
+"""What an operator does with a federation besides running its server: invite, revoke, look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from comigs.config import ClientEntry
+from comigs.errors import UserError
+from comigs.federation.bundle import new_bundle, write_bundle
+from comigs.federation.operator import flwr_cli
+from comigs.federation.operator.folder import Entry, Federation, require_new
+from comigs.federation.security import pki
+from comigs.text import Table
+
+
+def found(path: Path, hosts: tuple[str, ...], port: int) -> Federation:
+    """Make a federation: its authority, its server certificate, its settings. Raises UserError."""
+    require_new(path)
+    return Federation.create(path, hosts, port, flwr_cli.app_hash())
+
+
+def invite(path: Path, name: str, out: Path | None = None) -> Path:
+    """Make a client's key and bundle, and register the key where the server runs. Raises
+    UserError.
+    """
+    federation = Federation.open(path)
+    try:
+        ClientEntry(name=name)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f'the name "{name}" cannot be a client\'s: {problem}') from None
+    private, public = pki.new_device_key()
+    bundle = new_bundle(federation.settings, federation.read("ca.pem"), name, private)
+    file = out if out is not None else Path(f"{name}.bundle.toml")
+
+    def enter(clients: dict[str, Entry]) -> None:
+        if name.lower() in (known.lower() for known in clients):
+            raise UserError(
+                f'{path}: "{name}" was invited already; choose another name, or: comigs federation revoke {path} {name}'
+            )
+        write_bundle(file, bundle)
+        clients[name] = Entry(
+            node_id=None, public_key=public, invited=datetime.now(UTC).replace(microsecond=0)
+        )
+
+    federation.change_clients(enter)
+    if federation.running:
+        flwr_cli.register(federation, [name])
+    return file
+
+
+def revoke(path: Path, name: str) -> None:
+    """Refuse a client from now on, and forget it. Raises UserError."""
+    federation = Federation.open(path)
+    entry = federation.client_named(name)
+    federation.change_clients(lambda clients: _remove(clients, name))
+    if federation.running and entry.node_id is not None:  # else the server's next start does it
+        flwr_cli.unregister(federation, [entry.node_id])
+
+
+def status(path: Path) -> Table:
+    """A line for each client: invited, registered, online, last seen, runs. Raises UserError."""
+    federation = Federation.open(path)
+    running = federation.running
+    nodes = flwr_cli.nodes(federation) if running else {}
+    runs = federation.runs().values()
+    rows = []
+    for name, entry in federation.clients().items():
+        node = nodes.get(entry.node_id or 0, {})
+        count = sum(name in run["clients"] for run in runs)
+        registered = "yes" if entry.node_id is not None else "at the next start"
+        online = "yes" if node.get("status") == "online" else "no" if running else "?"
+        rows.append(
+            (name, f"{entry.invited:%Y-%m-%d %H:%M}", registered, online, _seen(node), str(count))
+        )
+    return Table(
+        ("client", "invited (UTC)", "registered", "online", "last seen (UTC)", "runs"),
+        tuple(rows),
+        names=5,
+    )
+
+
+def _remove(clients: dict[str, Entry], name: str) -> None:
+    del clients[name]
+
+
+def _seen(node: Mapping[str, Any]) -> str:
+    if node.get("status") == "online":
+        return "now"
+    when = str(node.get("offline-at", ""))
+    return when[:16] if when[:1].isdigit() else "-"

@@ -1,0 +1,210 @@
+"""What the operator's side tells the SuperLink and asks it, through Flower's own command line on
+the loopback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Collection, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from comigs.errors import UserError
+from comigs.federation.operator.folder import Entry, Federation
+from comigs.federation.parent_watchdog import END
+from comigs.federation.security.private_files import make_private, write_private
+
+QUIET = {  # nobody is told that we run, and nothing is fetched
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+PACE = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}  # seconds; Flower's own is 1
+CONNECTION = "federation"  # our name in Flower's config.toml
+APP = {  # all of the app that is sent to devices: which functions of the installed comigs to call, and no code
+    "project": {
+        "name": "comigs",
+        "version": "1.0.0",  # of this text, so that devices' pins outlive our releases
+        "description": "Runs the comigs that is installed on each side.",
+        "license": "Apache-2.0",
+        "dependencies": [],
+    },
+    "tool": {
+        "flwr": {
+            "app": {
+                "publisher": "comigs",
+                "components": {
+                    "serverapp": "comigs.engines.flower.apps:server",
+                    "clientapp": "comigs.engines.flower.apps:client",
+                },
+                "config": {"run-folder": "", "federation": ""},
+            }
+        }
+    },
+}
+
+
+def environment(flwr_home: Path) -> dict[str, str]:
+    """Of every program of Flower: private, offline, its files in `flwr_home`, loopback never
+    through a proxy.
+    """
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
+    scripts = dict.fromkeys(
+        (sysconfig.get_path("scripts"), str(Path(sys.executable).parent))
+    )  # Flower starts its own
+    direct = [value for key in ("NO_PROXY", "no_proxy") if (value := os.environ.get(key))]
+    no_proxy = ",".join([*direct[:1], "127.0.0.1", "localhost"])
+    return inherited | QUIET | PACE | {
+        "FLWR_HOME": str(flwr_home),
+        "PATH": os.pathsep.join([*scripts, os.environ.get("PATH", os.defpath)]),
+        "NO_PROXY": no_proxy,
+        "no_proxy": no_proxy,
+        "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+
+
+def connect(federation: Federation, port: int) -> None:
+    """Tell Flower's command line where this federation's SuperLink is."""
+    here = {"address": f"127.0.0.1:{port}", "root-certificates": str(federation.path / "ca.pem")}
+    make_private(federation.path / "flwr")
+    text = tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: here}})
+    write_private(federation.path / "flwr" / "config.toml", text)
+
+
+def write_app(scratch: str) -> Path:
+    """The app as Flower wants it: a folder (whose name it checks, too) with a pyproject."""
+    folder = Path(scratch) / "app"
+    folder.mkdir()
+    (folder / "pyproject.toml").write_text(tomli_w.dumps(APP), encoding="utf-8")
+    return folder
+
+
+def app_hash() -> str:
+    """sha256 of the app bundle that Flower makes of our app here; it names the app wherever it
+    arrives.
+    """
+    with tempfile.TemporaryDirectory(prefix="comigs-app-") as scratch:
+        (said,) = _flwr(
+            Path(scratch), Path(scratch) / "flwr", [["build", "--app", str(write_app(scratch))]]
+        )
+        made = list(Path(scratch).glob("*.fab"))
+        if len(made) != 1:
+            raise UserError(f"Flower cannot build the app: {_last_line(said)}")
+        return sha256(made[0].read_bytes()).hexdigest()
+
+
+def register(federation: Federation, names: Collection[str]) -> None:
+    """Let clients' devices in, and note their node ids."""
+    with tempfile.TemporaryDirectory(prefix="comigs-keys-") as scratch:
+        lines = []
+        for name in names:
+            key = Path(scratch) / f"{name}.pub"
+            key.write_text(federation.client_named(name).public_key, encoding="utf-8")
+            lines.append(["supernode", "register", str(key), CONNECTION, "--name", name])
+        node_ids = [int(answer["node-id"]) for answer in ask(federation, *lines)]
+
+    def note(clients: dict[str, Entry]) -> None:
+        for name, node_id in zip(names, node_ids, strict=True):
+            clients[name] = clients[name].model_copy(update={"node_id": node_id})
+
+    federation.change_clients(note)
+
+
+def unregister(federation: Federation, node_ids: Collection[int]) -> None:
+    """Refuse devices from now on."""
+    ask(
+        federation, *(["supernode", "unregister", str(node_id), CONNECTION] for node_id in node_ids)
+    )
+
+
+def let_in(federation: Federation) -> None:
+    """Make the SuperLink accept exactly the clients of clients.json, whatever happened while it did
+    not run.
+    """
+    clients, known = federation.clients(), nodes(federation)
+    unregister(federation, known.keys() - {entry.node_id for entry in clients.values()})
+    register(federation, [name for name, entry in clients.items() if entry.node_id not in known])
+
+
+def nodes(federation: Federation) -> dict[int, Mapping[str, Any]]:
+    """Registered devices by node id: "status" ("online", ...), "online-at", "offline-at"."""
+    (answer,) = ask(federation, ["supernode", "list", CONNECTION])
+    return {
+        int(node["node-id"]): node for node in answer["nodes"] if node["status"] != "unregistered"
+    }
+
+
+def submit(federation: Federation, run_folder: Path) -> int:
+    """Start a run; returns Flower's run id."""
+    settings = (
+        f"run-folder={json.dumps(str(run_folder))} federation={json.dumps(str(federation.path))}"
+    )
+    with tempfile.TemporaryDirectory(prefix="comigs-app-") as scratch:
+        line = ["run", str(write_app(scratch)), CONNECTION, "--run-config", settings]
+        (answer,) = ask(federation, line)
+        return int(answer["run-id"])
+
+
+def run_status(federation: Federation, run_id: int) -> tuple[str, str]:
+    """(status, details) of a run: pending, starting, running, finished:completed, :failed or
+    :stopped.
+    """
+    (answer,) = ask(federation, ["ls", CONNECTION, "--run-id", str(run_id)])
+    (run,) = answer["runs"]
+    return run["status"], "" if run["status-details"] == "N/A" else run["status-details"]
+
+
+def stop_run(federation: Federation, run_id: int) -> None:
+    """Stop a run."""
+    ask(federation, ["stop", str(run_id), CONNECTION])
+
+
+def ask(federation: Federation, *lines: list[str]) -> list[dict[str, Any]]:
+    """What `flwr LINE` answers in this federation, line by line. Raises UserError where one is no
+    success.
+    """
+    if not lines:
+        return []
+    federation.require_running()
+    asked = [[*line, "--format", "json"] for line in lines]
+    answers = []
+    for said in _flwr(federation.path, federation.path / "flwr", asked):
+        try:
+            answer = json.loads(said)
+        except ValueError:
+            answer = {"error-message": _last_line(said)}
+        if not answer.get("success"):
+            problem = " ".join(answer.get("error-message", "").split())
+            raise UserError(f"{federation.path}: the server refused: {problem}")
+        answers.append(answer)
+    return answers
+
+
+def _flwr(folder: Path, home: Path, lines: list[list[str]]) -> list[str]:
+    """What each line prints. One process for all: to import Flower takes two seconds."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "from comigs.federation.parent_watchdog import call_each; call_each()"],
+        input=json.dumps([["flwr", *line] for line in lines]), cwd=folder, env=environment(home), text=True,
+        capture_output=True,
+    )  # fmt: skip
+    *said, rest = done.stdout.split(END)
+    if len(said) != len(lines):
+        raise UserError(f"Flower's command line failed: {_last_line(rest + done.stderr)}")
+    return said
+
+
+def _last_line(text: str) -> str:
+    return next(
+        (line.strip(" │╰╭─╯╮") for line in reversed(text.splitlines()) if line.strip(" │╰╭─╯╮")),
+        "no answer",
+    )

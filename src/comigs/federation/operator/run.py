@@ -1,0 +1,190 @@
+"""A run in a federation, as the operator sees it: checked, submitted to the server, followed to its
+end.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from comigs.bases.load import Base
+from comigs.config import Config
+from comigs.errors import Stopped, UserError
+from comigs.federation.messages import PROGRESS, federable_method
+from comigs.federation.operator import flwr_cli
+from comigs.federation.operator.folder import Federation
+from comigs.files import command
+from comigs.methods.method import load_method
+from comigs.runs.environment import environment
+from comigs.runs.folder import RunFolder
+from comigs.runs.summary import summarize
+
+Report = Callable[[Mapping[str, Any]], None]
+Say = Callable[[str], None]
+LOOK = 0.5  # seconds between looks at it
+ASK = 15.0  # seconds between questions to the server, which cost it two seconds of CPU
+LET_GO = 30.0  # seconds for a stopped run's process to end
+
+
+def check(config: Config, path: Path) -> Federation:
+    """The federation that can run this config. Raises UserError where it cannot."""
+    federation = Federation.open(path)
+    for client in config.clients:
+        if client.text is not None:
+            raise UserError(
+                f"clients.{client.name}.text: given, but in a federation each client's text is on its own device; "
+                "leave it out"
+            )
+    if config.workers > 1:
+        raise UserError(
+            f"workers: given {config.workers}, but devices of a federation work by themselves; leave it out"
+        )
+    federable_method(config)
+    federation.require_running()
+    _require_members(config, federation)
+    if (app := flwr_cli.app_hash()) != federation.settings.app:
+        raise UserError(
+            f"{path}: Flower or Python here now make another app bundle ({app[:12]}...) than devices were told to run "
+            f"({federation.settings.app[:12]}...); go back to the versions it was founded with, or found a new one"
+        )
+    return federation
+
+
+def run(
+    config: Config, base: Base, out: Path, federation: Federation, report: Report, say: Say
+) -> RunFolder:
+    """A whole run of a checked and resolved config. Raises UserError, and Stopped after Ctrl-C."""
+    where = {"folder": str(federation.path), "id": federation.settings.id}
+    folder = RunFolder.create(out, config, environment(base, {}) | {"federation": where})
+    say(f"run folder {out}")
+    federation.note_run(out.resolve(), [client.name for client in config.clients])
+    _go(folder, federation, report, say)
+    return folder
+
+
+def resume(folder: RunFolder, report: Report, say: Say) -> None:
+    """Go on with a federated run from its last whole round. Raises UserError, and Stopped after
+    Ctrl-C.
+    """
+    with folder:  # nobody works on it
+        config, last = folder.config(), folder.rewind()
+    if last.finished:
+        say(f"{folder.path}: finished already; nothing to go on with")
+        _summarize(folder)
+        return
+    where = folder.environment()["federation"]
+    federation = Federation.open(Path(where["folder"]))
+    if federation.settings.id != where["id"]:
+        raise UserError(
+            f"{folder.path}: began in federation {where['id']}, but {federation.path} is now federation "
+            f"{federation.settings.id}"
+        )
+    federation.require_running()
+    members = federation.clients()
+    revoked = (
+        [client.name for client in config.clients if client.name not in members]
+        if last.round
+        else []
+    )
+    _require_members(config, federation, revoked)
+    if revoked:
+        say(f"not in the federation any more, so absent from now on: {', '.join(revoked)}")
+    say(f"going on after round {last.round} of {config.rounds}")
+    _go(folder, federation, report, say)
+
+
+def _require_members(config: Config, federation: Federation, but: Collection[str] = ()) -> None:
+    for client in config.clients:
+        if client.name not in but and federation.client_named(client.name).node_id is None:
+            raise UserError(
+                f'{federation.path}: "{client.name}" is not registered yet; start the server again: '
+                f"{command('federation server', federation.path)}"
+            )
+
+
+def _go(folder: RunFolder, federation: Federation, report: Report, say: Say) -> None:
+    progress = folder.path / PROGRESS
+    events = _events(progress, progress.stat().st_size if progress.exists() else 0)
+    run_id = flwr_cli.submit(federation, folder.path.resolve())
+    say(f"submitted as run {run_id}")
+    try:
+        status, problem = _follow(folder, federation, run_id, events, report)
+    except KeyboardInterrupt:
+        with suppress(UserError):  # the server may be gone
+            flwr_cli.stop_run(federation, run_id)
+        _wait_until_free(folder)
+        raise Stopped(
+            f"every whole round is kept; go on with: {command('resume', folder.path)}"
+        ) from None
+    if status != "finished:completed" or not folder.checkpoint().finished:
+        again = command("resume", folder.path)
+        raise UserError(
+            f"{folder.path}: {problem or status}; every whole round is kept, go on with: {again}"
+        )
+    _summarize(folder)
+
+
+def _follow(
+    folder: RunFolder,
+    federation: Federation,
+    run_id: int,
+    events: Iterator[Mapping[str, Any] | None],
+    report: Report,
+) -> tuple[str, str]:
+    """Report what happens until the run has ended; returns its true status and what went wrong."""
+    status, problem, wait, asked = "", "", 2.0, time.monotonic()
+    for event in events:
+        if event is not None:
+            if event["kind"] == "error":
+                problem = event["message"]
+            else:
+                report(event)
+        elif status.startswith("finished"):  # and all that it had to say was read
+            break
+        elif not federation.running:
+            return "the server has stopped", ""
+        else:
+            time.sleep(LOOK)
+            over = bool(problem) or folder.checkpoint().finished
+            if time.monotonic() - asked > (1.0 if over else wait):
+                with suppress(UserError):  # it may be stopping
+                    status, details = flwr_cli.run_status(federation, run_id)
+                    problem = problem or details
+                wait, asked = min(2 * wait, ASK), time.monotonic()
+    return status, problem
+
+
+def _events(file: Path, start: int) -> Iterator[Mapping[str, Any] | None]:
+    """What is written to the file after `start` bytes, line by line; None whenever there is nothing
+    new.
+    """
+    while not file.exists():
+        yield None
+    with file.open(encoding="utf-8") as lines:
+        lines.seek(start)
+        unfinished = ""
+        while True:
+            unfinished += lines.readline()
+            if unfinished.endswith("\n"):
+                yield json.loads(unfinished)
+                unfinished = ""
+            else:
+                yield None
+
+
+def _wait_until_free(folder: RunFolder) -> None:
+    """A stopped run's process lets go of the folder only when it notices."""
+    end = time.monotonic() + LET_GO
+    while time.monotonic() < end:
+        with suppress(UserError), folder:
+            return
+        time.sleep(LOOK)
+
+
+def _summarize(folder: RunFolder) -> None:
+    config = folder.config()
+    folder.write_json("summary.json", summarize(config, load_method(config), folder.metrics()))

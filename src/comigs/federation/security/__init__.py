@@ -1,0 +1,1 @@
+"""Keys and certificates, private files, and the only port that devices reach."""

@@ -1,0 +1,127 @@
+"""Run folder in, one self-contained HTML page out: it opens offline, runs no script and asks for
+nothing outside.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from comigs.errors import UserError
+from comigs.files import write_whole, writing
+from comigs import text as f
+from comigs.runs.report import plots, tables
+from comigs.runs.report.curves import Line, MAX_PANELS, drift_points, loss_curves, share_lines
+from comigs.runs.report.routing_heatmap import routing_heatmap
+from comigs.runs.report.read import Run, read_run
+from comigs.runs.report.results import results
+from comigs.runs.report.signs import failure_signs
+
+HERE = Path(__file__).parent
+
+
+def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of one run, by default as report.html in its folder, and return where it is.
+
+    The file is written whole or not at all. Raises UserError for a folder that is no run, a file
+    that cannot be written, or one that is something else than a report.
+    """
+    folder = Path(run_folder)
+    return _write(Path(out) if out else folder / "report.html", report_page(read_run(folder)))
+
+
+def write_reports(run_folders: Iterable[str | Path], out: str | Path | None = None) -> list[Path]:
+    """Write the page of every run into its folder, or of a single run to `out`.
+
+    Every run is read before anything is written. Raises UserError.
+    """
+    folders = [Path(folder) for folder in run_folders]
+    if len(folders) == 1:
+        return [write_report(folders[0], out)]
+    if out is not None:
+        raise UserError(f"--out {out}: is for one run; to see {len(folders)} side by side: comigs compare RUN...")
+    runs = [read_run(folder) for folder in folders]
+    return [_write(run.folder / "report.html", report_page(run)) for run in runs]
+
+
+def report_page(run: Run) -> str:
+    """The page of one run as HTML; equal runs give equal bytes."""
+    r = results(run)
+    mean_perplexity = run.summary.test.perplexity_of_mean if run.summary else None
+    uploaded = sum(c.uploaded_bytes for c in r.clients)
+    return render(
+        "report.html.j2",
+        name=run.config.name,
+        method=run.summary.method if run.summary else run.config.method,
+        base=run.summary.base if run.summary else run.config.base.name,
+        seed=run.config.seed,
+        unfinished=run.summary is None,
+        state=tables.state(run),
+        span="over the whole run" if run.summary else "so far",
+        headline=re.sub(r"(?<=\d) (?=[kMGT]?B|%)", "\N{NO-BREAK SPACE}", tables.headline(run)),
+        signs=failure_signs(run),
+        clients=tables.client_table(run),
+        absences=tables.absence_table(run),
+        num_clients=len(r.clients),
+        two_ranks=any(c.specialist_rank not in (None, c.rank) for c in r.clients),
+        perplexity_of_mean=None if mean_perplexity is None else f.perplexity(mean_perplexity),
+        heat=routing_heatmap(run),
+        experts=tables.expert_share_table(run),
+        settings=tables.settings(run),
+        config=run.config_text,
+        uploaded=f.size(uploaded) if uploaded else None,
+        roles=tables.role_table(run),
+        apart=tables.roles_apart(run),
+        costs=tables.cost_table(run),
+        environment=tables.environment_table(run),
+        data=tables.data_table(run),
+        **_pictures(run),
+    )
+
+
+def _pictures(run: Run) -> dict[str, Any]:
+    """The plots, those that have anything to show."""
+    curves, shares, drift = loss_curves(run), share_lines(run), drift_points(run)
+    end, limits = run.config.rounds, plots.limits(curves) if curves else (0.0, 1.0)
+    return {
+        "panels": [(c.client, Markup(plots.loss_plot(c, end, limits))) for c in curves],
+        "capped": len(run.clients) > MAX_PANELS,
+        "share_plot": Markup(plots.lines_plot(shares, end, "generalist share", top=1)) if shares else None,
+        "share_clients": [line.client for line in shares] if len(shares) <= plots.MAX_COLOURS else [],
+        "drift_plot": Markup(plots.lines_plot([Line("Drift", drift)], end, "drift")) if drift else None,
+    }
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this folder with the style sheet in it, as HTML; values are escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(style=style, **values)
+
+
+def mark(command: str) -> str:
+    """What a page has near its beginning, so that it is known as written by `comigs COMMAND`
+    (page.html.j2).
+    """
+    return f'<meta name="generator" content="comigs {command}">'
+
+
+def is_written_by(page: Path, command: str) -> bool:
+    """It is a page that `comigs report` or `comigs compare` wrote."""
+    return page.is_file() and mark(command) in page.read_text(encoding="utf-8", errors="replace")[:2000]
+
+
+def _write(path: Path, text: str) -> Path:
+    """Put the whole file there, or leave what was there."""
+    if path.is_file() and not is_written_by(path, "report"):
+        raise UserError(f"{path}: not written by comigs report, so it is kept; choose another file with --out")
+    with writing(path, "choose another file with --out"):
+        write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    return path
