@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 from comigs.bases.load import Base, load_base
-from comigs.client.client import new_trainee
+from comigs.client.client import new_train_state
 from comigs.client.evaluate import measure
-from comigs.client.steps import Plan, Rules, autocast, step
+from comigs.client.steps import MethodHooks, StepSettings, autocast, step
 from comigs.config import BaseSection, ClientSection, ExpertShape, ExpertsSection
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
@@ -154,18 +154,18 @@ def mixture(
         )
         settings = ClientSection()
         start = starting_tensors(attachment.slot_shapes(shape, True), 0, "bench")
-        trainee = new_trainee(
+        train_state = new_train_state(
             {slot: tensor.to(base.device) for slot, tensor in start.items()}, settings
         )
-        attachment.bind(trainee.tensors)
-        plan = Plan(settings, lr=1e-4, router_lr=1e-4, total_steps=1000, dtype=base.dtype)
+        attachment.bind(train_state.tensors)
+        plan = StepSettings(settings, lr=1e-4, router_lr=1e-4, total_steps=1000, dtype=base.dtype)
 
         def run(x: torch.Tensor, y: torch.Tensor) -> None:
             batch = (x.cpu().numpy(), y.cpu().numpy())
             if evaluate:
                 measure(attachment, [batch], base.dtype)
             else:
-                step(attachment, trainee, plan, ("experts",), batch, Rules())
+                step(attachment, train_state, plan, ("experts",), batch, MethodHooks())
 
         return run
 

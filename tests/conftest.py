@@ -128,8 +128,8 @@ def start_engine(config: Config) -> Started:
     base, folder = load_base(config.base), RunFolder.create(path, config, {})
     data = prepare(config, base.encoder)
     engine = InProcess(config, load_method(config), base, data, folder, lambda event: None)
-    clients = {client.name: engine.bench.client(client.name) for client in config.clients}
-    return Started(engine, clients, engine.bench.attachment, engine.bench.trainers)
+    clients = {client.name: engine.host.client(client.name) for client in config.clients}
+    return Started(engine, clients, engine.host.attachment, engine.host.trainers)
 
 
 def copy_of(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:

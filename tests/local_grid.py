@@ -32,7 +32,7 @@ from comigs.config import Config
 from comigs.federation.device import trainer_socket
 from comigs.federation.device.device_service import Device, Trainer
 from comigs.federation.flower import apps, server
-from comigs.federation.flower.dispatch import Pace
+from comigs.federation.flower.dispatch import Polling
 from comigs.runs.environment import environment
 from comigs.runs.folder import RunFolder
 
@@ -224,7 +224,7 @@ class Federation:
             grid,
             out,
             self.root,
-            partial(Pace, **{"look": 0.01, "seldom": 0.02, "patience": 0.3, **pace}),
+            partial(Polling, **{"look": 0.01, "seldom": 0.02, "patience": 0.3, **pace}),
         )
 
     def go_on_as_app(self, out: Path, grid: Grid) -> None:

@@ -224,7 +224,7 @@ def test_a_loss_that_goes_wrong_later_keeps_the_last_good_round(config, capsys):
 
     def drift_off(client, level, number):
         if client.name == "bob" and level == "experts" and number == 3:
-            client.trainee.tensors[next(iter(client.trainee.tensors))].fill_(float("inf"))
+            client.train_state.tensors[next(iter(client.train_state.tensors))].fill_(float("inf"))
         return draw(client, level, number)
 
     with patch.object(Client, "_draw", drift_off):

@@ -38,7 +38,7 @@ def saved(client):
 def test_receiving_writes_the_downloads_slots_and_nothing_else(tmp_path):
     client = client_of(tmp_path, options={"adopt": "all"})
     client.train(1, QUIET)
-    before, tensors = saved(client), dict(client.trainee.tensors)
+    before, tensors = saved(client), dict(client.train_state.tensors)
     shared = [slot for slot in tensors if slot.role in ("generalist", "attention")]
     download = {slot: torch.full_like(tensors[slot], 0.25) for slot in shared}
     client.receive(download)
@@ -47,7 +47,7 @@ def test_receiving_writes_the_downloads_slots_and_nothing_else(tmp_path):
         before["optimizer"], after["optimizer"]
     )  # moments stay, though they met other weights
     for slot, tensor in tensors.items():
-        assert client.trainee.tensors[slot] is tensor  # the optimisers hold this very tensor
+        assert client.train_state.tensors[slot] is tensor  # the optimisers hold this very tensor
         if slot in download:
             assert bool((tensor == 0.25).all())
         else:
@@ -63,7 +63,7 @@ def test_whoever_misses_rounds_goes_on_at_the_rate_that_everybody_has_by_then(tm
     assert rates[0] > rates[1] > rates[2] > rates[3]
     assert [absent.train(round, QUIET).learning_rate for round in (2, 4)] == [rates[1], rates[3]]
     assert (
-        absent.trainee.local_steps == 2 * config.client.steps
+        absent.train_state.local_steps == 2 * config.client.steps
     )  # its own, by which it draws its text
 
 
@@ -71,18 +71,18 @@ def test_whoever_misses_rounds_goes_on_at_the_rate_that_everybody_has_by_then(tm
 def test_a_download_may_not_touch_what_is_private_whatever_the_method_says(tmp_path, role):
     client = client_of(tmp_path)
     client.method = replace(client.method, receives=lambda slot: True)
-    slot = next(slot for slot in client.trainee.tensors if slot.role == role)
+    slot = next(slot for slot in client.train_state.tensors if slot.role == role)
     before = saved(client)
     with pytest.raises(AssertionError, match="may not touch"):
-        client.receive({slot: torch.ones_like(client.trainee.tensors[slot])})
+        client.receive({slot: torch.ones_like(client.train_state.tensors[slot])})
     assert same(before["experts"], saved(client)["experts"])
 
 
 def test_a_download_may_not_touch_what_the_method_does_not_receive(tmp_path):
     client = client_of(tmp_path, experts={"rank": 2, "share_attention": False})
-    slot = next(slot for slot in client.trainee.tensors if slot.role == "attention")
+    slot = next(slot for slot in client.train_state.tensors if slot.role == "attention")
     with pytest.raises(AssertionError, match="may not touch"):
-        client.receive({slot: torch.ones_like(client.trainee.tensors[slot])})
+        client.receive({slot: torch.ones_like(client.train_state.tensors[slot])})
 
 
 @pytest.mark.parametrize("role", ["specialist", "router"])
@@ -119,7 +119,7 @@ def test_a_client_goes_on_from_its_saved_state_to_the_bit(tmp_path, shape):
         )
         for part in ("experts", "optimizer"):
             assert same(client.state()[part], resumed.state()[part])
-    assert client.trainee.local_steps == resumed.trainee.local_steps == 6
+    assert client.train_state.local_steps == resumed.train_state.local_steps == 6
 
 
 @pytest.mark.parametrize("built", ["at its start", "trained before", "with the state"])
@@ -129,7 +129,7 @@ def test_a_client_is_exactly_what_was_saved_whatever_it_was_before(tmp_path, bui
         tmp_path, client={"steps": 1, "batch_size": 4, "router_every": 2, "router_steps": 1}
     )
     engine = start_engine(config).engine
-    client = engine.bench.client("ada")
+    client = engine.host.client("ada")
     client.train(1, QUIET)  # no router step yet
     state = saved(client)
     assert not any("router" in name for name in state["optimizer"] if name != "router_steps")
@@ -138,7 +138,7 @@ def test_a_client_is_exactly_what_was_saved_whatever_it_was_before(tmp_path, bui
             "ada", config, client.method, client.base, client.attachment, client.data, state
         )
     else:
-        other = engine.bench.client("ada")
+        other = engine.host.client("ada")
         for round in (1, 2, 3) if built == "trained before" else ():
             other.train(round, QUIET)
         other.load_state(state)
@@ -160,7 +160,7 @@ def test_a_saved_state_holds_every_tensor_and_every_moment(tmp_path):
         "router_steps",
     }  # nothing stepped yet
     client.train(1, QUIET)
-    names = {str(slot) for slot in client.trainee.tensors}
+    names = {str(slot) for slot in client.train_state.tensors}
     state = client.state()
     assert set(state["experts"]) == names
     moments = {f"{name}/{key}" for name in names for key in ("exp_avg", "exp_avg_sq", "step")}
@@ -194,7 +194,7 @@ def test_a_clients_batches_do_not_depend_on_who_else_takes_part(tmp_path):
         for a, b in zip(alone._draw(split, number), in_company._draw(split, number), strict=True):
             assert (a == b).all()
     assert same(
-        alone.trainee.tensors, in_company.trainee.tensors
+        alone.train_state.tensors, in_company.train_state.tensors
     )  # and neither does where it starts
 
 
@@ -214,7 +214,7 @@ def test_two_clients_with_the_same_text_draw_different_batches(tmp_path):
 def test_a_loss_that_is_not_finite_is_told_as_one_line_with_client_round_and_batch(tmp_path):
     client = client_of(tmp_path)
     client.train(1, QUIET)
-    client.trainee.tensors[Slot(0, "up", "s0", "B")].fill_(math.inf)
+    client.train_state.tensors[Slot(0, "up", "s0", "B")].fill_(math.inf)
     with pytest.raises(
         UserError, match=r"client ada: the loss is nan in round 2, train batch 2"
     ) as raised:
@@ -266,9 +266,12 @@ def test_no_upload_has_a_byte_of_specialists_routers_or_text(tmp_path):
     engine = start_engine(config).engine
     for round in (1, 2):
         replies = exchange(engine, round)
-        clients = {name: engine.bench.client(name, staged=True) for name in replies}
+        clients = {name: engine.host.client(name, staged=True) for name in replies}
         for name, client in clients.items():
-            raw, private = bytes_of(replies[name].upload), private_windows(client.trainee.tensors)
+            raw, private = (
+                bytes_of(replies[name].upload),
+                private_windows(client.train_state.tensors),
+            )
             assert leaks(raw, private) == []
             assert not any(
                 name in raw for name in (b".s0.", b".s1.", b".router.")
@@ -282,9 +285,9 @@ def test_no_upload_has_a_byte_of_specialists_routers_or_text(tmp_path):
                 ):  # nor of the text as tokens
                     assert not windows_of(store.tokens.tobytes(), 24) & windows_of(raw, 24)
             # the same look does find them where they are
-            assert leaks(bytes_of(client.trainee.tensors), private) == sorted(private)
+            assert leaks(bytes_of(client.train_state.tensors), private) == sorted(private)
             assert leaks(raw, {"shared": windows_of(raw[-64:], 16)}) == ["shared"]
-        engine.bench.folder.commit(round, [], [])
+        engine.host.folder.commit(round, [], [])
 
 
 def test_the_servers_folder_has_no_byte_of_specialists_routers_or_text(tmp_path):

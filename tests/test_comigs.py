@@ -11,7 +11,7 @@ import torch
 
 from comigs.data.sampling import probe_windows
 from comigs.errors import UserError
-from comigs.methods.comigs import adopt_as_valid_asks, share_that_valid_asks
+from comigs.methods.comigs import mix_as_valid_asks, share_that_valid_asks
 from comigs.server.protocol import Task
 from comigs.slots import Slot
 from tests.conftest import run_config, same, start_engine
@@ -27,7 +27,7 @@ def test_a_client_goes_to_the_lowest_point_of_its_valid_between_its_own_and_the_
     best, expected
 ):
     own, download = {A: torch.zeros(2, 2)}, {A: torch.ones(2, 2)}
-    adopted, share = adopt_as_valid_asks(
+    adopted, share = mix_as_valid_asks(
         own, download, lambda t: 3.0 + 0.7 * (float(t[A].mean()) - best) ** 2
     )
     assert share == pytest.approx(expected, abs=1e-6)
@@ -37,7 +37,7 @@ def test_a_client_goes_to_the_lowest_point_of_its_valid_between_its_own_and_the_
 @pytest.mark.parametrize(("slope", "expected"), [(1.0, 0.0), (-1.0, 1.0)])
 def test_without_a_lowest_point_inside_it_takes_the_better_end(slope, expected):
     own, download = {A: torch.zeros(2, 2)}, {A: torch.ones(2, 2)}
-    adopted, share = adopt_as_valid_asks(own, download, lambda t: 3.0 + slope * float(t[A].mean()))
+    adopted, share = mix_as_valid_asks(own, download, lambda t: 3.0 + slope * float(t[A].mean()))
     assert share == expected
     assert bool((adopted[A] == expected).all())
 
@@ -58,7 +58,7 @@ def test_a_client_never_adopts_what_is_worse_on_the_windows_it_looks_at(tmp_path
     )
     windows = probe_windows(client.config, "ada", client.data, 2, 8)
     now, before = (
-        client.trainee.tensors,
+        client.train_state.tensors,
         {slot: t for slot, t in own.items() if slot.role == "generalist"},
     )
     assert client._nats(now, windows) <= client._nats({**now, **before}, windows)
@@ -98,7 +98,7 @@ def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(
         }
         replies = engine.exchange(tasks, dict.fromkeys(tasks, download)).replies
         uploads = {name: dict(reply.upload) for name, reply in replies.items()}
-        own = engine.bench.client("ada", staged=True).trainee.tensors
+        own = engine.host.client("ada", staged=True).train_state.tensors
         rest = {slot: t for slot, t in own.items() if slot.role == "rest"}
         assert len(rest) == sum(s.part == "g0" for s in own)
         for slot, tensor in rest.items():
@@ -116,7 +116,7 @@ def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(
         download = {
             slot: (uploads["ada"][slot] + uploads["bob"][slot]) / 2 for slot in uploads["ada"]
         }
-        engine.bench.folder.commit(round, [], [])
+        engine.host.folder.commit(round, [], [])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -134,7 +134,7 @@ def test_the_router_is_as_far_open_to_the_rest_as_the_download_was_not_adopted(t
     )
     client.receive(download, 2)
     del client._nats
-    tensors = client.trainee.tensors
+    tensors = client.train_state.tensors
     torch.testing.assert_close(tensors[first], torch.lerp(own[first], download[first], share))
     assert {float(t) for s, t in tensors.items() if s.is_gate} == {1 - share}
     assert client.adopted_share == share
@@ -196,11 +196,17 @@ def test_ranks_that_differ_are_refused_with_what_helps(tmp_path):
 def test_the_routers_phases_come_on_top_of_its_local_steps(tmp_path):
     started = start_engine(run_config(tmp_path, experts=LEFT_TO_COMIGS))
     client = started.clients["ada"]
-    routers = {slot: t.clone() for slot, t in client.trainee.tensors.items() if slot.matrix == "W"}
+    routers = {
+        slot: t.clone() for slot, t in client.train_state.tensors.items() if slot.matrix == "W"
+    }
     log = client.train(1, lambda level, nats: None)
     assert log.router_losses and client.plan.schedule == "both"
-    assert all((client.trainee.tensors[slot] != before).any() for slot, before in routers.items())
-    state = client.trainee.optimizers["router"].state[client.trainee.tensors[next(iter(routers))]]
+    assert all(
+        (client.train_state.tensors[slot] != before).any() for slot, before in routers.items()
+    )
+    state = client.train_state.optimizers["router"].state[
+        client.train_state.tensors[next(iter(routers))]
+    ]
     assert (
         int(state["step"]) == len(log.router_losses) + len(log.train_losses) - 1
     )  # in the first, experts are alike

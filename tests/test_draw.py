@@ -139,7 +139,7 @@ def test_a_client_in_a_run_learns_from_what_its_config_says(tmp_path, source):
 
         def draw(level, number):
             batch = original(level, number)
-            batches.append((level, number, made.trainee.local_steps, drawn(*batch)))
+            batches.append((level, number, made.train_state.local_steps, drawn(*batch)))
             return batch
 
         made._draw = draw
@@ -187,7 +187,7 @@ def test_a_router_taught_by_train_never_reads_valid(tmp_path, source):
     clients[1].text = replace(clients[1].text, valid=())
     logs = [client.train(1, QUIET) for client in clients]
     assert len(logs[0].router_losses) == 4 and logs[0].router_losses == logs[1].router_losses
-    assert same(clients[0].trainee.tensors, clients[1].trainee.tensors)
+    assert same(clients[0].train_state.tensors, clients[1].train_state.tensors)
 
 
 @pytest.mark.parametrize("source", ["valid", "train", "crossfit"])
@@ -212,7 +212,7 @@ def test_no_text_is_left_out_where_no_router_would_read_it(tmp_path, method):
     ]  # fmt: skip
     for client in made:
         client.train(1, QUIET)
-    assert same(made[0].trainee.tensors, made[1].trainee.tensors)
+    assert same(made[0].train_state.tensors, made[1].train_state.tensors)
 
 
 def test_a_fold_may_be_as_short_as_one_window_and_no_shorter():

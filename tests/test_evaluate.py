@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from comigs.bases.gpt2 import ARCHITECTURE
-from comigs.client.evaluate import Evaluation, evaluate
+from comigs.client.evaluate import Measurement, evaluate
 from tests.conftest import attach, random_tensors, run_config, same, shape_of, start_engine, tiny
 from tests.test_data_helper import build, stream_of
 
@@ -142,7 +142,9 @@ def test_evaluating_a_client_changes_none_of_its_tensors_or_training(tmp_path):
 
 
 def test_perplexity_of_a_hopeless_model_is_still_a_number():
-    assert math.isfinite(Evaluation(nats=1e9, tokens=10, bytes=10, expert_share_LE=None).perplexity)
+    assert math.isfinite(
+        Measurement(nats=1e9, tokens=10, bytes=10, expert_share_LE=None).perplexity
+    )
 
 
 def test_in_bfloat16_figures_are_close_to_float32(base, stores):

@@ -38,7 +38,7 @@ from comigs.federation.operator.run import check, resume
 from comigs.federation.operator.server import require_free_port
 from comigs.federation.security import pki
 from comigs.federation.security.private_files import held, sole
-from comigs.federation.supervisor import Children, keep, wait_until
+from comigs.federation.supervisor import Supervisor, keep, wait_until
 from comigs.runs.folder import RunFolder
 from tests.runs import TINY, copied_run, finished, refused, write_text
 
@@ -521,7 +521,7 @@ def test_text_is_one_place_or_three_splits(tmp_path, monkeypatch):
 
 
 def test_a_program_that_ends_is_told_and_ends_all(tmp_path):
-    with Children(tmp_path / "log", os.environ, tmp_path) as children:
+    with Supervisor(tmp_path / "log", os.environ, tmp_path) as children:
         rest = children.start("rest", ["signal:pause"])
         children.start("short", ["os:abort"])
         assert "short ended with code -6" in problem(keep, children)
@@ -533,7 +533,7 @@ def test_a_program_says_itself_what_people_should_know(tmp_path):
         f"def main():\n    print('one line')\n    raise SystemExit({os.EX_NOPERM})\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    with Children(tmp_path / "log", environment, tmp_path) as children:
+    with Supervisor(tmp_path / "log", environment, tmp_path) as children:
         children.start("told", ["told:main"])
         assert problem(wait_until, lambda: False, "told", children) == "one line"
     assert (tmp_path / "log" / "told.log").read_text() == "one line\n"
@@ -543,8 +543,8 @@ def test_a_program_says_itself_what_people_should_know(tmp_path):
 def test_no_program_outlives_us(tmp_path, end):
     """Also where nobody could tell it to end."""
     script = (
-        "import os, sys; from pathlib import Path; from comigs.federation.supervisor import Children\n"
-        "with Children(Path('log'), os.environ, Path()) as children:\n"
+        "import os, sys; from pathlib import Path; from comigs.federation.supervisor import Supervisor\n"
+        "with Supervisor(Path('log'), os.environ, Path()) as children:\n"
         "    for name in 'ab': print(children.start(name, ['signal:pause']).process.pid, flush=True)\n"
         "    sys.stdin.read()\n"
     )

@@ -63,38 +63,38 @@ def test_a_client_that_was_idle_goes_on_as_one_that_stayed(tmp_path):
     work.
     """
     engine = start_engine(run_config(tmp_path, NAMES, rounds=6)).engine
-    stayed = engine.bench.client("bob")
+    stayed = engine.host.client("bob")
     for round, names in enumerate(("ada bob", "cyd", "dan ada", "bob cyd", "bob"), 1):
         replies = exchange(engine, round, names)
         if "bob" in names:
             stayed.receive({}, round)
             stayed.train(round, QUIET)
             assert same(replies["bob"].upload, stayed.send(round))
-            assert_equal(state_of(engine.bench.client("bob", staged=True)), state_of(stayed))
-        engine.bench.folder.commit(round, [], [])
-        assert_equal(state_of(engine.bench.client("bob")), state_of(stayed))
-    assert stayed.trainee.local_steps == 6
+            assert_equal(state_of(engine.host.client("bob", staged=True)), state_of(stayed))
+        engine.host.folder.commit(round, [], [])
+        assert_equal(state_of(engine.host.client("bob")), state_of(stayed))
+    assert stayed.train_state.local_steps == 6
 
 
 def test_a_client_is_asked_as_it_was_committed_until_the_next_commit(tmp_path):
     """Asked again in the same round it gives the same answer, and does not train twice."""
     engine = start_engine(run_config(tmp_path)).engine
     exchange(engine, 1)
-    engine.bench.folder.commit(1, [], [])
+    engine.host.folder.commit(1, [], [])
     first, second = (
         {slot: t.clone() for slot, t in exchange(engine, 2, "ada")["ada"].upload.items()}
         for _ in "12"
     )
     assert same(first, second)
-    assert engine.bench.client("ada").trainee.local_steps == 2
-    assert engine.bench.client("ada", staged=True).trainee.local_steps == 4
+    assert engine.host.client("ada").train_state.local_steps == 2
+    assert engine.host.client("ada", staged=True).train_state.local_steps == 4
 
 
 def test_files_of_idle_clients_are_neither_written_nor_read(tmp_path):
     engine = start_engine(run_config(tmp_path, NAMES)).engine
     exchange(engine, 1, NAMES)
-    engine.bench.folder.commit(1, [], [])
-    idle = sorted((engine.bench.folder.path / "clients" / "cyd").iterdir())
+    engine.host.folder.commit(1, [], [])
+    idle = sorted((engine.host.folder.path / "clients" / "cyd").iterdir())
     assert [path.name for path in idle] == [
         "round-0001.experts.safetensors",
         "round-0001.optimizer.safetensors",
@@ -103,7 +103,7 @@ def test_files_of_idle_clients_are_neither_written_nor_read(tmp_path):
         path.write_bytes(b"whoever reads this fails")
     before = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in idle]
     exchange(engine, 2, "ada bob")
-    engine.bench.folder.commit(2, [], [])
+    engine.host.folder.commit(2, [], [])
     assert [(path.stat().st_ino, path.stat().st_mtime_ns) for path in idle] == before
     with pytest.raises(UserError, match=r"cyd/round-0001\.experts\.safetensors: damaged"):
         exchange(engine, 3, "cyd")
@@ -117,7 +117,11 @@ def test_nothing_of_a_client_stays_in_memory_when_its_exchange_is_over(tmp_path)
         built.extend(
             map(
                 weakref.ref,
-                (client, *client.trainee.tensors.values(), *client.trainee.optimizers.values()),
+                (
+                    client,
+                    *client.train_state.tensors.values(),
+                    *client.train_state.optimizers.values(),
+                ),
             )
         )
         return make(client, round, on_step)
@@ -232,7 +236,7 @@ def test_peers_are_measured_by_clients_as_they_left_their_training(tmp_path):
     assert nats.keys() == {"ada", "cyd"} and all(
         row.keys() == {"ada", "cyd"} for row in nats.values()
     )
-    trained = engine.bench.client("ada")
+    trained = engine.host.client("ada")
     trained.receive({}, 1)
     trained.train(1, QUIET)
     assert nats["ada"] == trained.probe({name: dict(upload) for name, upload in uploads.items()}, 1)

@@ -15,7 +15,7 @@ from comigs.client.client import PRIVATE
 from comigs.config import parse_config
 from comigs.errors import Stopped, UserError
 from comigs.experts.attach import Attachment
-from comigs.methods.method import Facts, list_methods, load_method
+from comigs.methods.method import RoundContext, list_methods, load_method
 from comigs.server.pending import next_downloads, pack_server, unpack_server
 from comigs.server.validation import check_upload, expected_upload, shapes_of_clients
 from comigs.slots import Slot
@@ -74,12 +74,12 @@ class Setting:
             r: {a: 1.0 + 0.1 * i + 0.03 * j for j, a in enumerate(NAMES)}
             for i, r in enumerate(NAMES)
         }
-        facts = Facts(
+        context = RoundContext(
             NAMES,
             dict.fromkeys(uploads, 100),
             (peer_nats or nats) if self.method.reads_peers else {},
         )
-        return self.method.aggregate(uploads, memory or {}, facts)
+        return self.method.aggregate(uploads, memory or {}, context)
 
     def memory(self):
         """The server's carry-over after a first round."""
@@ -139,7 +139,7 @@ def test_an_upload_holds_what_the_method_shares_and_nothing_private(setting):
     for client in setting.clients.values():
         client.train(1, QUIET)
         upload = client.send(1)
-        shared = {slot for slot in client.trainee.tensors if setting.method.shares(slot)}
+        shared = {slot for slot in client.train_state.tensors if setting.method.shares(slot)}
         assert set(upload) == {slot for slot in shared if setting.method.trains(slot, 1)}
         assert not [slot for slot in upload if slot.role in PRIVATE]
 
@@ -174,11 +174,11 @@ def test_clients_that_sent_nothing_cost_the_server_a_number_each(name):
             s: torch.randn(d, generator=random)
             for s, d in expected_upload(method, shapes[n], 1).items()
         }
-        for n in (senders[:1] if method.pooled else senders)
+        for n in (senders[:1] if method.centralized else senders)
     }
     nats = {r: dict.fromkeys(uploads, 1.0) for r in uploads if method.reads_peers}
     downloads, memory = method.aggregate(
-        uploads, {}, Facts(names, dict.fromkeys(uploads, 1.0), nats)
+        uploads, {}, RoundContext(names, dict.fromkeys(uploads, 1.0), nats)
     )
     waiting = next_downloads(downloads, downloads, delivered=senders)
     assert len({id(waiting[n]) for n in waiting if n not in senders}) <= 1
@@ -191,24 +191,26 @@ def test_a_download_touches_what_the_method_receives_and_nothing_private(setting
     downloads, _ = setting.aggregate(setting.uploads())
     assert list(downloads) == list(NAMES)  # one for each client
     for name, client in setting.clients.items():
-        before = copy_of(client.trainee.tensors)
+        before = copy_of(client.train_state.tensors)
         for slot, tensor in downloads[name].items():
             assert setting.method.receives(slot) and slot.role not in PRIVATE
             assert slot.role == "update" or tensor.shape == before[slot].shape
         client.receive(downloads[name])
         written = {slot: t for slot, t in downloads[name].items() if slot.role != "update"}
         changed = {
-            slot for slot, t in client.trainee.tensors.items() if not torch.equal(t, before[slot])
+            slot
+            for slot, t in client.train_state.tensors.items()
+            if not torch.equal(t, before[slot])
         }
-        if setting.method.restarts:  # what was merged, and the LoRA that went into it
+        if setting.method.reinitializes:  # what was merged, and the LoRA that went into it
             assert all(slot.role == "merged" or setting.method.shares(slot) for slot in changed)
         else:
             kept = {
                 slot for slot in changed if slot.role in ("merged", "rest") or slot.is_gate
             }  # what is made of it
             assert changed - kept <= written.keys()
-        if setting.method.adopt is None:
-            assert same(written, {s: client.trainee.tensors[s] for s in written})
+        if setting.method.mix is None:
+            assert same(written, {s: client.train_state.tensors[s] for s in written})
 
 
 def test_identical_uploads_come_back_unchanged(setting):
@@ -224,7 +226,7 @@ def test_identical_uploads_come_back_unchanged(setting):
                 Slot(s.layer, s.site, "g0" if s.part == "rest" else s.part, s.matrix): t
                 for s, t in other.items()
             }
-        if setting.method.restarts:
+        if setting.method.reinitializes:
             expected = {Slot(s.layer, s.site, "update", s.matrix): t for s, t in upload.items()}
             scale = {s: 16 / len(t) ** 0.5 for s, t in expected.items() if s.matrix == "A"}
             expected = {s: t * scale.get(s, 1) for s, t in expected.items()}
@@ -248,7 +250,7 @@ def test_the_order_of_clients_does_not_matter(setting):
 
 
 def test_clients_that_swap_uploads_swap_downloads(setting):
-    if setting.method.pooled:
+    if setting.method.centralized:
         pytest.skip("one model for all: nobody uploads but one")
     uploads = setting.uploads()
     swap = {"ada": "bob", "bob": "cyd", "cyd": "ada"}
@@ -339,7 +341,7 @@ def test_one_client_alone_trains_as_if_there_were_no_server(name, tmp_path):
     given = {
         slot: t for name, t in personal.items() if (slot := Slot.parse(name)).role != "rest"
     }  # of no weight
-    expected = {slot: t for slot, t in alone.trainee.tensors.items() if slot.role != "rest"}
+    expected = {slot: t for slot, t in alone.train_state.tensors.items() if slot.role != "rest"}
     assert agree(given, expected, config) if refactors else same(given, expected)
 
 
@@ -357,7 +359,7 @@ def test_unequal_clients_work_or_are_refused_before_anything_runs(name, tmp_path
     setting = Setting(tmp_path, name, entries={"bob": entry})
     downloads, memory = setting.aggregate(setting.uploads())
     for client, download in downloads.items():
-        own = setting.clients[client].trainee.tensors
+        own = setting.clients[client].train_state.tensors
         assert all(
             slot.role == "update" or t.shape == own[slot].shape for slot, t in download.items()
         )
@@ -372,13 +374,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(name, tmp_path):
         load_method(config)
     except UserError:
         config = run_config(tmp_path, " ".join(NAMES), **tree_of(name), rounds=3)
-    whole, stopped, pooled = tmp_path / "whole", tmp_path / "stopped", load_method(config).pooled
+    whole, stopped, centralized = (
+        tmp_path / "whole",
+        tmp_path / "stopped",
+        load_method(config).centralized,
+    )
 
     def stop(event):
         if (
             event["kind"] == "step"
             and event["round"] == 2
-            and event["client"] == ("ada" if pooled else "bob")
+            and event["client"] == ("ada" if centralized else "bob")
         ):
             raise KeyboardInterrupt
 

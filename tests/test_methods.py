@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from comigs.errors import UserError
-from comigs.methods.method import Facts, list_methods, load_method, mean, mean_of_uploads
+from comigs.methods.method import RoundContext, list_methods, load_method, mean, mean_of_uploads
 from comigs.slots import Slot
 from tests.conftest import bits, run_config, start_engine
 
@@ -28,7 +28,7 @@ def uploads_of(num_clients, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("num_clients", [1, 2, 3, 7])
 def test_the_mean_is_numpys(num_clients):
     uploads = uploads_of(num_clients)
-    downloads, memory = mean_of_uploads(uploads, {}, Facts(tuple(uploads)))
+    downloads, memory = mean_of_uploads(uploads, {}, RoundContext(tuple(uploads)))
     assert list(downloads) == list(uploads) and memory == {}
     for slot in (A, B):
         expected = np.mean([u[slot].numpy().astype(np.float64) for u in uploads.values()], axis=0)
@@ -42,15 +42,17 @@ def test_the_mean_is_numpys(num_clients):
 def test_the_mean_of_equal_uploads_is_the_upload_to_the_bit(num_clients, dtype):
     upload = {A: (torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 1e-3).to(dtype)}
     downloads, _ = mean_of_uploads(
-        {f"c{i}": upload for i in range(num_clients)}, {}, Facts(NAMES[:num_clients])
+        {f"c{i}": upload for i in range(num_clients)}, {}, RoundContext(NAMES[:num_clients])
     )
     assert all(bits(download[A]) == bits(upload[A]) for download in downloads.values())
 
 
 def test_the_mean_does_not_depend_on_the_order_of_clients():
     uploads = uploads_of(7)
-    downloads, _ = mean_of_uploads(uploads, {}, Facts(tuple(uploads)))
-    backwards, _ = mean_of_uploads(dict(reversed(uploads.items())), {}, Facts(tuple(uploads)))
+    downloads, _ = mean_of_uploads(uploads, {}, RoundContext(tuple(uploads)))
+    backwards, _ = mean_of_uploads(
+        dict(reversed(uploads.items())), {}, RoundContext(tuple(uploads))
+    )
     assert all(bits(downloads["c0"][slot]) == bits(backwards["c0"][slot]) for slot in (A, B))
 
 
@@ -131,14 +133,16 @@ def test_who_averages_can_do_so_robustly_and_who_does_not_refuses_before_anythin
     random = torch.Generator().manual_seed(0)
     uploads = {n: {slot: torch.randn(3, 4, generator=random) for slot in shared} for n in names}
     uploads["c5"] = {slot: t * 1e6 for slot, t in uploads["c5"].items()}  # a liar
-    downloads, _ = method.aggregate(uploads, {}, Facts(names, upload=config.upload))
+    downloads, _ = method.aggregate(uploads, {}, RoundContext(names, upload=config.upload))
     received = [t for download in downloads.values() for t in download.values()]
     assert all(float(t.abs().max()) < 10 for t in received) and bool(received) == bool(shared)
 
 
 def roles_shared(config):
     client = next(iter(start_engine(config).clients.values()))
-    return {slot.role for slot in client.send(1)}, {slot.role for slot in client.trainee.tensors}
+    return {slot.role for slot in client.send(1)}, {
+        slot.role for slot in client.train_state.tensors
+    }
 
 
 @pytest.mark.parametrize(
@@ -186,14 +190,14 @@ def test_every_method_trains_as_many_scalars_in_experts_and_attention(tmp_path, 
     def budget(name):
         client = start_engine(run_config(tmp_path, "ada", method=name)).clients["ada"]
         router = sum(
-            t.numel() for slot, t in client.trainee.tensors.items() if slot.role == "router"
+            t.numel() for slot, t in client.train_state.tensors.items() if slot.role == "router"
         )
         return client.trained_parameters([1, 2]) - router
 
     if method == "ffa-lora":  # it rests A: of each linear only B, (out, rank), is trained
         client = start_engine(run_config(tmp_path, "ada", method=method)).clients["ada"]
         assert budget(method) == sum(
-            t.numel() for slot, t in client.trainee.tensors.items() if slot.matrix == "B"
+            t.numel() for slot, t in client.train_state.tensors.items() if slot.matrix == "B"
         )
     else:
         assert budget(method) == budget("comigs")
@@ -203,7 +207,7 @@ def test_clients_may_have_different_numbers_and_ranks_of_specialists(tmp_path):
     entries = {"ada": {"specialists": 3, "specialist_rank": 4}, "bob": {"specialists": 0}}
     engine = start_engine(run_config(tmp_path, entries=entries))
     uploads = {name: client.send(1) for name, client in engine.clients.items()}
-    downloads, _ = engine.clients["ada"].method.aggregate(uploads, {}, Facts(tuple(uploads)))
+    downloads, _ = engine.clients["ada"].method.aggregate(uploads, {}, RoundContext(tuple(uploads)))
     for name, client in engine.clients.items():
         client.receive(downloads[name])
     assert (

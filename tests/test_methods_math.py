@@ -20,7 +20,7 @@ from comigs.client.client import Client
 from comigs.data.sampling import probe_windows
 from comigs.errors import Stopped, UserError
 from comigs.methods import fdlora, hetlora, pcl
-from comigs.methods.method import Facts, list_methods, load_method
+from comigs.methods.method import RoundContext, list_methods, load_method
 from comigs.server.communication import drift
 from comigs.server.rounds import Task
 from comigs.slots import Slot
@@ -53,7 +53,7 @@ def fill(engine, seed=0):
     """Tensors that have nothing to do with each other; what is merged stays."""
     random = np.random.default_rng(seed)
     for client in engine.clients.values():
-        for slot, tensor in client.trainee.tensors.items():
+        for slot, tensor in client.train_state.tensors.items():
             if slot.role != "merged":
                 tensor.copy_(torch.from_numpy(random.normal(size=tensor.shape)))
 
@@ -77,7 +77,7 @@ def factors(tensors):
 
 def changes(client, scaling="rslora"):
     """(layer, site) -> W."""
-    tensors = client.trainee.tensors
+    tensors = client.train_state.tensors
     total = defaultdict(float)
     for (layer, site, _), (A, B) in factors(tensors).items():
         total[layer, site] = total[layer, site] + scaled(len(A), scaling) * (B @ A)
@@ -97,8 +97,8 @@ def exchange(engine, round=1, memory=None, missing=()):
     uploads = {name: client.send(round) for name, client in clients.items()}
     method = next(iter(clients.values())).method
     nats = probed(engine, uploads, round) if method.reads_peers else {}
-    facts = Facts(tuple(engine.clients), {n: TOKENS[n] for n in uploads}, nats)
-    downloads, memory = method.aggregate(uploads, memory or {}, facts)
+    context = RoundContext(tuple(engine.clients), {n: TOKENS[n] for n in uploads}, nats)
+    downloads, memory = method.aggregate(uploads, memory or {}, context)
     for name, client in clients.items():
         client.receive(downloads[name])
     return downloads, memory
@@ -122,7 +122,7 @@ def truncated(matrix, rank):
 
 
 def sites_of(client, role):
-    return {(s.layer, s.site) for s in client.trainee.tensors if s.role == role}
+    return {(s.layer, s.site) for s in client.train_state.tensors if s.role == role}
 
 
 # --- merges that are exact
@@ -161,7 +161,7 @@ def test_after_an_exact_merge_every_client_is_the_base_with_the_mean_update(tmp_
         tmp_path, method, base=base, experts={"rank": rank, "attention_rank": rank, "alpha": 0.2}
     )
     fill(engine)
-    each = {name: factors(client.trainee.tensors) for name, client in engine.clients.items()}
+    each = {name: factors(client.train_state.tensors) for name, client in engine.clients.items()}
     shares = SHARES if method == "flexlora" else dict.fromkeys(NAMES, 1 / 3)
     plain, architecture = tiny(base).model, engine.clients["ada"].base.architecture
     paths = {site: f"mlp.{name}" for site, name in architecture.mlp_linears().items()} | dict(
@@ -179,7 +179,7 @@ def test_after_an_exact_merge_every_client_is_the_base_with_the_mean_update(tmp_
     inputs = torch.randint(257, (2, 12), generator=torch.Generator().manual_seed(0))
     wanted = plain(inputs).logits
     for client in engine.clients.values():
-        engine.attachment.bind(client.trainee.tensors)
+        engine.attachment.bind(client.train_state.tensors)
         torch.testing.assert_close(
             engine.attachment.model(inputs).logits, wanted, rtol=1e-4, atol=1e-4
         )
@@ -231,7 +231,7 @@ def test_a_client_that_missed_a_flexlora_round_of_smaller_ones_can_still_use_all
     fill(engine)
     downloads, _ = exchange(engine, missing=("cyd",))
     engine.clients["cyd"].receive(downloads["cyd"])
-    for (_, _, part), (A, B) in factors(engine.clients["cyd"].trainee.tensors).items():
+    for (_, _, part), (A, B) in factors(engine.clients["cyd"].train_state.tensors).items():
         assert np.linalg.matrix_rank(A) == len(A)
         if part != "attention":
             assert np.linalg.matrix_rank(B) == 4 and len(A) == 9
@@ -251,7 +251,7 @@ def test_no_server_ever_forms_a_whole_product(tmp_path, method):
         for name in NAMES
     }  # fmt: skip
     with Largest() as largest:
-        load_method(config).aggregate(uploads, {}, Facts(NAMES, TOKENS))
+        load_method(config).aggregate(uploads, {}, RoundContext(NAMES, TOKENS))
     assert size * 4 <= largest.elements <= size * (sum(ranks) + 4)
 
 
@@ -262,23 +262,25 @@ def test_where_one_factor_rests_the_mean_of_the_other_is_the_mean_of_the_product
     """
     engine = engine_of(tmp_path, method, client={"steps": 2, "batch_size": 4, "lr": 5e-2}, rounds=4)
     for round in (1, 2, 3, 4):
-        before = {name: copy_of(client.trainee.tensors) for name, client in engine.clients.items()}
+        before = {
+            name: copy_of(client.train_state.tensors) for name, client in engine.clients.items()
+        }
         for client in engine.clients.values():
             client.train(round, QUIET)
         moves = "A" if method == "rolora" and round % 2 == 0 else "B"
         for name, client in engine.clients.items():
             assert {slot.matrix for slot in client.send(round)} == {moves}
-            for slot, tensor in client.trainee.tensors.items():
+            for slot, tensor in client.train_state.tensors.items():
                 assert torch.equal(tensor, before[name][slot]) == (slot.matrix != moves)
                 if slot.matrix != moves:
-                    assert torch.equal(tensor, engine.clients["ada"].trainee.tensors[slot])
+                    assert torch.equal(tensor, engine.clients["ada"].train_state.tensors[slot])
         each = {name: changes(client) for name, client in engine.clients.items()}
         apart = max(np.abs(each["ada"][at] - each["bob"][at]).max() for at in each["ada"])
         assert apart > 1e-3
         exchange(engine, round)
         for client in engine.clients.values():
             assert_close(changes(client), mean_of(each))
-            assert same(client.trainee.tensors, engine.clients["ada"].trainee.tensors)
+            assert same(client.train_state.tensors, engine.clients["ada"].train_state.tensors)
 
 
 @pytest.mark.parametrize("wrong", ["method", "linear", "shape", "value"])
@@ -292,11 +294,11 @@ def test_an_update_that_does_not_fit_is_refused_before_anything_is_written(tmp_p
     }
     if wrong == "value":
         update[Slot(1, site, "update", "B")][0, 0] = float("nan")
-    before = copy_of(client.trainee.tensors)
+    before = copy_of(client.train_state.tensors)
     download = {slot: tensor + 1 for slot, tensor in client.send(1).items()}
     with pytest.raises(AssertionError, match=r"ada: .* (may not touch|another shape|not finite)"):
         client.receive({**download, **update})
-    assert same(before, client.trainee.tensors)
+    assert same(before, client.train_state.tensors)
 
 
 def test_averaging_both_factors_is_not_the_mean_of_the_products():
@@ -317,11 +319,11 @@ def test_of_a_method_that_shares_one_factor_the_other_never_leaves_or_changes_ha
     tmp_path, method, shared
 ):
     engine = engine_of(tmp_path, method, client={"steps": 2, "batch_size": 4, "lr": 5e-2})
-    start = copy_of(engine.clients["ada"].trainee.tensors)
+    start = copy_of(engine.clients["ada"].train_state.tensors)
     for round in (1, 2):
         for client in engine.clients.values():
             client.train(round, QUIET)
-        own = {name: copy_of(client.trainee.tensors) for name, client in engine.clients.items()}
+        own = {name: copy_of(client.train_state.tensors) for name, client in engine.clients.items()}
         downloads, _ = exchange(engine, round)
         for name, client in engine.clients.items():
             assert (
@@ -329,7 +331,7 @@ def test_of_a_method_that_shares_one_factor_the_other_never_leaves_or_changes_ha
                 == {slot.matrix for slot in client.send(round)}
                 == {shared}
             )
-            for slot, tensor in client.trainee.tensors.items():
+            for slot, tensor in client.train_state.tensors.items():
                 if slot.matrix == shared:
                     mean = np.mean([double(t[slot]) for t in own.values()], axis=0)
                     np.testing.assert_array_equal(double(tensor), mean.astype(np.float32))
@@ -348,12 +350,12 @@ def test_fedalt_keeps_the_own_lora_and_learns_beside_a_frozen_mean_of_the_others
         tmp_path, "fedalt", client={"steps": 2, "batch_size": 4, "lr": 5e-2}, rounds=3
     )
     for round in (1, 2, 3):
-        world = {n: {s: t for s, t in copy_of(c.trainee.tensors).items() if s.role == "rest"}
+        world = {n: {s: t for s, t in copy_of(c.train_state.tensors).items() if s.role == "rest"}
                  for n, c in engine.clients.items()}  # fmt: skip
         for name, client in engine.clients.items():
-            start = copy_of(client.trainee.tensors)
+            start = copy_of(client.train_state.tensors)
             client.train(round, QUIET)
-            now = client.trainee.tensors
+            now = client.train_state.tensors
             assert same(
                 world[name], {s: now[s] for s in world[name]}
             )  # the rest of the world is never trained
@@ -362,11 +364,11 @@ def test_fedalt_keeps_the_own_lora_and_learns_beside_a_frozen_mean_of_the_others
                 "attention",
                 "router",
             }
-        own = {name: copy_of(client.trainee.tensors) for name, client in engine.clients.items()}
+        own = {name: copy_of(client.train_state.tensors) for name, client in engine.clients.items()}
         assert {slot.part for slot in engine.clients["ada"].send(round)} == {"g0", "attention"}
         exchange(engine, round)
         for name, client in engine.clients.items():
-            for slot, tensor in client.trainee.tensors.items():
+            for slot, tensor in client.train_state.tensors.items():
                 if slot.part in ("g0", "router"):
                     assert bits(tensor) == bits(own[name][slot])  # never overwritten
                 else:
@@ -401,7 +403,7 @@ def test_pcl_weighs_models_by_softmax_of_minus_perplexity(tmp_path):
         "bob": dict.fromkeys(NAMES, 2.0),
         "cyd": {"ada": 300.0, "bob": 0.5, "cyd": float("nan")},
     }
-    downloads, memory = pcl.aggregate(uploads, {}, Facts(NAMES, {}, nats))
+    downloads, memory = pcl.aggregate(uploads, {}, RoundContext(NAMES, {}, nats))
     assert memory == {}
     for reader in ("ada", "bob"):
         powers = np.array([np.exp(-np.exp(nats[reader][a])) for a in NAMES])
@@ -421,7 +423,7 @@ def test_pcl_weighs_models_by_softmax_of_minus_perplexity(tmp_path):
         downloads["cyd"][slot], uploads["bob"][slot]
     )  # a model that fails counts nothing
     failing = {"ada": dict.fromkeys(NAMES, float("inf"))}
-    mean = pcl.aggregate(uploads, {}, Facts(NAMES, {}, failing))[0]["ada"][slot]
+    mean = pcl.aggregate(uploads, {}, RoundContext(NAMES, {}, failing))[0]["ada"][slot]
     torch.testing.assert_close(mean, sum(u[slot] for u in uploads.values()) / 3)
 
 
@@ -433,10 +435,10 @@ def test_pcl_measures_each_model_whole_on_the_readers_valid(tmp_path):
     engine = start_engine(config)
     fill(engine)
     for client in engine.clients.values():
-        for tensor in client.trainee.tensors.values():
+        for tensor in client.train_state.tensors.values():
             tensor.mul_(0.1)
     uploads = {name: client.send(1) for name, client in engine.clients.items()}
-    before = {name: copy_of(client.trainee.tensors) for name, client in engine.clients.items()}
+    before = {name: copy_of(client.train_state.tensors) for name, client in engine.clients.items()}
     nats = probed(engine, uploads, 1)
     assert nats == probed(engine, uploads, 1) and nats != probed(
         engine, uploads, 2
@@ -453,7 +455,7 @@ def test_pcl_measures_each_model_whole_on_the_readers_valid(tmp_path):
                 model(torch.from_numpy(inputs)).logits, torch.from_numpy(targets)
             )
             assert nats[reader][author] == pytest.approx(float(loss), rel=1e-5)
-        assert same(before[reader], client.trainee.tensors)
+        assert same(before[reader], client.train_state.tensors)
 
 
 # --- penalties
@@ -497,29 +499,30 @@ def test_a_local_step_adds_the_gradient_of_the_penalty_and_nothing_else(
     plain = engine_of(tmp_path, method, (5, 5, 5), options=off, **tree).clients["ada"]
     random = torch.Generator().manual_seed(0)
     download = {
-        s: 0.3 * torch.randn(t.shape, generator=random) for s, t in client.trainee.tensors.items()
+        s: 0.3 * torch.randn(t.shape, generator=random)
+        for s, t in client.train_state.tensors.items()
     }
     caught = []
 
-    def catching(trainee):
-        optimizer = trainee.optimizers["experts"]
-        step, by_id = optimizer.step, {id(t): slot for slot, t in trainee.tensors.items()}
+    def catching(train_state):
+        optimizer = train_state.optimizers["experts"]
+        step, by_id = optimizer.step, {id(t): slot for slot, t in train_state.tensors.items()}
 
         def first_look():
-            gradients = {by_id[id(t)]: t.grad.clone() for t in trainee.group("experts")}
-            caught.append((copy_of(trainee.tensors), gradients))
+            gradients = {by_id[id(t)]: t.grad.clone() for t in train_state.group("experts")}
+            caught.append((copy_of(train_state.tensors), gradients))
             step()
 
         optimizer.step = first_look
 
     client.receive(download)
-    catching(client.trainee)
+    catching(client.train_state)
     client.train(1, QUIET)
     (_, _), (theta, gradients) = caught
     caught.clear()
     plain.receive(theta)
-    plain.trainee.local_steps = 1  # the same batch
-    catching(plain.trainee)
+    plain.train_state.local_steps = 1  # the same batch
+    catching(plain.train_state)
     plain.train(1, QUIET)
     (same_theta, without) = caught[0]
     assert same(theta, same_theta)
@@ -581,7 +584,7 @@ def test_a_penalty_of_nothing_is_fedavg_to_the_bit(tmp_path):
     ):
         client = engine_of(tmp_path, method, options=options).clients["ada"]
         client.train(1, QUIET)
-        trained.append(client.trainee.tensors)
+        trained.append(client.train_state.tensors)
     assert same(trained[0], trained[1]) and same(trained[0], trained[2])
 
 
@@ -599,11 +602,11 @@ def test_hetlora_pads_weighs_by_the_norm_of_the_product_and_gives_first_rows(tmp
     ranks = {"ada": 2, "bob": 3, "cyd": 5}
     engine = engine_of(tmp_path, "hetlora", tuple(ranks.values()))
     fill(engine)
-    for slot, tensor in engine.clients["bob"].trainee.tensors.items():
+    for slot, tensor in engine.clients["bob"].train_state.tensors.items():
         tensor.mul_(
             {"A": 0.2, "B": 3}[slot.matrix]
         )  # weights by each factor's own norm would come out otherwise
-    each = {name: factors(client.trainee.tensors) for name, client in engine.clients.items()}
+    each = {name: factors(client.train_state.tensors) for name, client in engine.clients.items()}
     exchange(engine)
     for at in each["ada"]:
         for f in each.values():  # layers apply 16 / sqrt(rank): B counts as it acts
@@ -621,7 +624,7 @@ def test_hetlora_pads_weighs_by_the_norm_of_the_product_and_gives_first_rows(tmp
         )
         for name, client in engine.clients.items():
             own = 3 if at[2] == "attention" else ranks[name]
-            mine = factors(client.trainee.tensors)[at]
+            mine = factors(client.train_state.tensors)[at]
             np.testing.assert_allclose(mine[0], A[:own], rtol=0, atol=1e-6 * np.abs(A).max())
             acts = mine[1] * 16 / np.sqrt(own)
             np.testing.assert_allclose(acts, B[:, :own], rtol=0, atol=1e-6 * np.abs(B).max())
@@ -634,9 +637,11 @@ def test_hetlora_pads_weighs_by_the_norm_of_the_product_and_gives_first_rows(tmp
 def test_hetlora_prunes_where_the_tails_product_of_norms_shrank_and_only_there(
     tmp_path, rank, gamma, t, factor
 ):
-    settle = load_method(config_of(tmp_path, "hetlora", options={"gamma": gamma})).settle
+    after_training = load_method(
+        config_of(tmp_path, "hetlora", options={"gamma": gamma})
+    ).after_training
     if gamma == 1:
-        assert settle is None
+        assert after_training is None
         return
     random = np.random.default_rng(rank)
     A, B, C, D = (
@@ -651,23 +656,23 @@ def test_hetlora_prunes_where_the_tails_product_of_norms_shrank_and_only_there(
     tensors = [
         {slot: torch.from_numpy(v) for slot, v in values.items()} for values in (now, anchor)
     ]
-    settled = settle(*tensors)
+    after = after_training(*tensors)
     pruned = factor < 1 and t < rank
-    assert settled.keys() == now.keys()
-    assert np.array_equal(settled[A][:t], now[A][:t]) and np.array_equal(
-        settled[B][:, :t], now[B][:, :t]
+    assert after.keys() == now.keys()
+    assert np.array_equal(after[A][:t], now[A][:t]) and np.array_equal(
+        after[B][:, :t], now[B][:, :t]
     )
     if t < rank and factor != 1:  # at 1, rounding decides
-        assert (not settled[A][t:].any() and not settled[B][:, t:].any()) == pruned
+        assert (not after[A][t:].any() and not after[B][:, t:].any()) == pruned
     for slot in (C, D):  # another linear's tail is its own affair
-        assert np.array_equal(settled[slot], now[slot])
+        assert np.array_equal(after[slot], now[slot])
 
 
 def alive(client):
     """(layer, site, part) -> the ranks that are not zero in both factors."""
     return {
         at: int(np.flatnonzero(A.any(axis=1) | B.any(axis=0)).max(initial=-1)) + 1
-        for at, (A, B) in factors(client.trainee.tensors).items()
+        for at, (A, B) in factors(client.train_state.tensors).items()
     }
 
 
@@ -694,8 +699,8 @@ def test_what_hetlora_pruned_stays_pruned_through_rounds_downloads_and_absence(t
             for at, ranks in alive(client).items():
                 assert 1 <= ranks <= ever[name][at], (round, name, at)
                 ever[name][at] = ranks
-            for slot, tensor in client.trainee.tensors.items():
-                moments = client.trainee.optimizers["experts"].state[tensor]
+            for slot, tensor in client.train_state.tensors.items():
+                moments = client.train_state.optimizers["experts"].state[tensor]
                 rows = ever[name][slot.layer, slot.site, slot.part]
                 dead = (
                     (lambda t, r=rows: t[r:])
@@ -715,7 +720,7 @@ def test_the_hetlora_server_remembers_who_pruned_what_while_they_are_gone(tmp_pa
     """
     engine = engine_of(tmp_path, "hetlora", (5, 5, 5))
     fill(engine)
-    for slot, tensor in engine.clients["bob"].trainee.tensors.items():
+    for slot, tensor in engine.clients["bob"].train_state.tensors.items():
         (tensor if slot.matrix == "A" else tensor.T)[2:] = 0
     _, memory = exchange(engine)
     fill(engine, 1)
@@ -881,9 +886,9 @@ def test_fdlora_finishes_once_with_weights_no_worse_on_valid_and_that_is_the_per
     finish, finished = Client.finish, []
 
     def watched(client):
-        before = copy_of(client.trainee.tensors)
+        before = copy_of(client.train_state.tensors)
         finish(client)
-        finished.append((client, before, copy_of(client.trainee.tensors)))
+        finished.append((client, before, copy_of(client.train_state.tensors)))
         if crash and len(finished) == crash:
             raise KeyboardInterrupt
 
@@ -935,12 +940,12 @@ def test_fdlora_finishes_once_with_weights_no_worse_on_valid_and_that_is_the_per
 def caught_gradients(client, round=1):
     """Train a round of one step; the gradients as AdamW got them, and the batch."""
     caught, draw = {}, client._draw
-    optimizer = client.trainee.optimizers["experts"]
-    step, by_id = optimizer.step, {id(t): slot for slot, t in client.trainee.tensors.items()}
+    optimizer = client.train_state.optimizers["experts"]
+    step, by_id = optimizer.step, {id(t): slot for slot, t in client.train_state.tensors.items()}
 
     def first_look():
         caught["gradients"] = {
-            by_id[id(t)]: t.grad.clone() for t in client.trainee.group("experts")
+            by_id[id(t)]: t.grad.clone() for t in client.train_state.group("experts")
         }
         step()
 
@@ -959,9 +964,9 @@ def test_a_centralized_step_is_the_gradient_over_a_batch_of_everybodys_text(tmp_
     assert engine.trainers == {"ada"}
     client = engine.clients["ada"]
     random = torch.Generator().manual_seed(3)
-    for tensor in client.trainee.tensors.values():
+    for tensor in client.train_state.tensors.values():
         tensor.copy_(0.1 * torch.randn(tensor.shape, generator=random))
-    start = {slot: t.clone().requires_grad_() for slot, t in client.trainee.tensors.items()}
+    start = {slot: t.clone().requires_grad_() for slot, t in client.train_state.tensors.items()}
     gradients, (inputs, targets) = caught_gradients(client)
     assert inputs.shape == (3 * 6, 12)
     texts = {
@@ -986,7 +991,7 @@ def test_a_centralized_run_trains_one_model_that_everybody_ends_with(tmp_path):
     assert {event["client"] for event in events if event["kind"] in ("step", "train")} == {"ada"}
     models = [personal(run.path, name) for name in NAMES]
     assert same(models[0], models[1]) and same(models[0], models[2])
-    start = {str(s): t for s, t in start_engine(config).clients["ada"].trainee.tensors.items()}
+    start = {str(s): t for s, t in start_engine(config).clients["ada"].train_state.tensors.items()}
     assert not same(models[0], start)
     trained = [event["trained_tokens"] for event in events if event["kind"] == "train"]
     assert trained == [2 * 3 * 4 * 12] * 2  # steps, clients, windows, tokens
@@ -1007,17 +1012,17 @@ def test_pfedmoe_teaches_the_router_with_train_and_never_reads_valid(tmp_path):
                 tmp_path, method, names=("ada",), experts={"specialists": 1}, client=settings
             )
             client, random = engine.clients["ada"], torch.Generator().manual_seed(0)
-            for (
-                tensor
-            ) in client.trainee.tensors.values():  # experts that differ, so that routing matters
+            for tensor in (
+                client.train_state.tensors.values()
+            ):  # experts that differ, so that routing matters
                 tensor += 0.1 * torch.randn(tensor.shape, generator=random)
-            start = copy_of(client.trainee.tensors)
+            start = copy_of(client.train_state.tensors)
             if changed != "nothing":
                 client.text = replace(client.text, **{changed: getattr(theirs, changed)})
             log = client.train(1, QUIET)
             assert len(log.router_losses) == (2 if method == "comigs" else 0)
             trained[changed] = {
-                s: t for s, t in client.trainee.tensors.items() if s.role == "router"
+                s: t for s, t in client.train_state.tensors.items() if s.role == "router"
             }
             assert not any(
                 torch.equal(t, start[s]) for s, t in trained[changed].items()
@@ -1039,17 +1044,17 @@ def test_what_a_comigs_client_adopts_is_one_share_of_a_download_judged_on_its_ow
         "ada"
     ]
     client.train(1, QUIET)
-    own, random = copy_of(client.trainee.tensors), torch.Generator().manual_seed(0)
+    own, random = copy_of(client.train_state.tensors), torch.Generator().manual_seed(0)
     download = {
         s: t + 0.02 * torch.randn(t.shape, generator=random) for s, t in client.send(1).items()
     }
     client.receive(download, 2)
     experts = {s: t for s, t in download.items() if s.role == "generalist"}
     way = sum(((double(experts[s]) - double(own[s])) ** 2).sum() for s in experts)
-    gone = sum(((double(client.trainee.tensors[s]) - double(own[s])) * (double(t) - double(own[s]))).sum()
+    gone = sum(((double(client.train_state.tensors[s]) - double(own[s])) * (double(t) - double(own[s]))).sum()
                for s, t in experts.items())  # fmt: skip
     share = gone / way
-    for slot, tensor in client.trainee.tensors.items():
+    for slot, tensor in client.train_state.tensors.items():
         if slot.role == "attention":
             assert bits(tensor) == bits(download[slot])
         elif slot in download:
@@ -1083,8 +1088,8 @@ def test_a_round_in_which_nobody_sends_anything_is_no_error(tmp_path, name):
     method = engine.clients["ada"].method
     uploads = {n: c.send(1) for n, c in engine.clients.items() if n in engine.trainers}
     tokens, nats = dict.fromkeys(uploads, 100), {n: dict.fromkeys(uploads, 1.0) for n in NAMES}
-    downloads, memory = method.aggregate(uploads, {}, Facts(NAMES, tokens, nats))
-    empty, after = method.aggregate({}, memory, Facts(NAMES, {}, {n: {} for n in NAMES}))
+    downloads, memory = method.aggregate(uploads, {}, RoundContext(NAMES, tokens, nats))
+    empty, after = method.aggregate({}, memory, RoundContext(NAMES, {}, {n: {} for n in NAMES}))
     assert all(download == {} for download in empty.values())
     assert same(dict(memory), dict(after))
     assert drift({}, downloads) is None

@@ -15,7 +15,7 @@ import torch
 
 from comigs.app import api
 from comigs.errors import UserError
-from comigs.methods.method import Facts, Method
+from comigs.methods.method import Method, RoundContext
 from comigs.runs.folder import RunFolder
 from comigs.server.communication import drift, traffic, traffics
 from comigs.server.pending import pack_server, unpack_server
@@ -26,7 +26,7 @@ from tests.fake_engine import SHAPE, A, B, Numbers, averaging, lines_of, rounds_
 ATTENTION = Slot(1, "q", "attention", "A")
 
 
-def halves(uploads, memory, facts=None):
+def halves(uploads, memory, context=None):
     """A method with a memory, and a download of its own for each client: nothing in it may get lost
     or mixed up.
     """
@@ -116,8 +116,8 @@ def test_where_nobody_takes_the_last_download_there_is_no_result_until_the_run_i
 def test_the_configs_weights_replace_train_tokens(tmp_path):
     seen = []
 
-    def aggregate(uploads, memory, facts):
-        seen.append(facts)
+    def aggregate(uploads, memory, context):
+        seen.append(context)
         return {}, memory
 
     method, weights = averaging(aggregate=aggregate), {"ada": {"weight": 0.5}, "bob": {"weight": 3}}
@@ -125,8 +125,8 @@ def test_the_configs_weights_replace_train_tokens(tmp_path):
     rounds_of(
         tmp_path, Numbers(), method, "weighed", rounds=1, entries=weights, upload={"trim": 0.1}
     )
-    assert [facts.weights for facts in seen] == [{"ada": 9, "bob": 9}, {"ada": 0.5, "bob": 3}]
-    assert [facts.upload.trim for facts in seen] == [0.25, 0.1]
+    assert [context.weights for context in seen] == [{"ada": 9, "bob": 9}, {"ada": 0.5, "bob": 3}]
+    assert [context.upload.trim for context in seen] == [0.25, 0.1]
 
 
 def uploads_of(*values):
@@ -373,9 +373,9 @@ def test_losses_at_a_fixed_seed_stay_what_they_were(tmp_path, method):
             log = client.train(round, lambda level, nats: None)
             losses[name] += [*log.train_losses, *log.router_losses]
             uploads[name] = client.send(round)
-        facts = Facts(tuple(engine.clients))
+        context = RoundContext(tuple(engine.clients))
         downloads, memory = client.method.aggregate(
-            {n: copy_of(u) for n, u in uploads.items()}, memory, facts
+            {n: copy_of(u) for n, u in uploads.items()}, memory, context
         )
     for name, values in losses.items():
         assert values == pytest.approx(TRACE[method][name], abs=1e-5, rel=0)

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from comigs.engines.upload_store import MAX_OPEN, Spool
+from comigs.engines.upload_store import MAX_OPEN, UploadStore
 from comigs.errors import UserError
 from comigs.slots import Slot
 from tests.conftest import same
@@ -30,17 +30,17 @@ UPLOAD = {
 
 
 def test_what_comes_back_is_what_was_added_to_the_bit_and_in_order(tmp_path):
-    kept = Spool(tmp_path / "not" / "there").add("ada", UPLOAD)
+    kept = UploadStore(tmp_path / "not" / "there").add("ada", UPLOAD)
     assert list(kept) == list(UPLOAD) and len(kept) == 3
     assert same(kept, UPLOAD) and same(dict(kept.items()), UPLOAD)
     assert A in kept and Slot(3, "up", "g1", "A") not in kept
     with pytest.raises(KeyError):
         _ = kept[Slot(3, "up", "g1", "A")]
-    assert dict(Spool(tmp_path).add("bob", {})) == {}
+    assert dict(UploadStore(tmp_path).add("bob", {})) == {}
 
 
 def test_each_look_is_a_tensor_of_its_own_aligned_as_torch_aligns_them(tmp_path):
-    kept = Spool(tmp_path).add("ada", UPLOAD)
+    kept = UploadStore(tmp_path).add("ada", UPLOAD)
     kept[A].fill_(7.0)
     assert same(kept, UPLOAD)
     assert all(kept[slot].data_ptr() % 64 == 0 for slot in kept)
@@ -48,38 +48,38 @@ def test_each_look_is_a_tensor_of_its_own_aligned_as_torch_aligns_them(tmp_path)
 
 def test_one_client_may_be_there_twice(tmp_path):
     """A late upload beside the one of this round."""
-    spool = Spool(tmp_path)
-    late, now = spool.add("ada", {A: torch.zeros(2)}), spool.add("ada", {A: torch.ones(2)})
+    store = UploadStore(tmp_path)
+    late, now = store.add("ada", {A: torch.zeros(2)}), store.add("ada", {A: torch.ones(2)})
     assert not late[A].any() and bool(now[A].all())
 
 
 def test_no_more_files_are_open_than_a_process_may_have(tmp_path):
-    spool, before = Spool(tmp_path), len(os.listdir("/proc/self/fd"))
+    store, before = UploadStore(tmp_path), len(os.listdir("/proc/self/fd"))
     uploads = [
-        spool.add(f"client{n}", {A: torch.full((2,), float(n))}) for n in range(3 * MAX_OPEN)
+        store.add(f"client{n}", {A: torch.full((2,), float(n))}) for n in range(3 * MAX_OPEN)
     ]
     assert [float(upload[A][0]) for upload in uploads] == list(range(3 * MAX_OPEN))
     assert len(os.listdir("/proc/self/fd")) <= before + MAX_OPEN
-    spool.clear()
+    store.clear()
     assert len(os.listdir("/proc/self/fd")) <= before and not tmp_path.exists()
-    assert float(spool.add("ada", {A: torch.ones(1)})[A]) == 1  # it can be filled again
+    assert float(store.add("ada", {A: torch.ones(1)})[A]) == 1  # it can be filled again
 
 
 def test_a_full_disk_is_said_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="make room or allow writing"):
-        Spool(tmp_path / "file" / "spool").add("ada", UPLOAD)
+        UploadStore(tmp_path / "file" / "store").add("ada", UPLOAD)
 
 
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from comigs.engines.upload_store import Spool
+from comigs.engines.upload_store import UploadStore
 from comigs.processes import peak_memory
 from comigs.methods.method import mean
 from comigs.slots import Slot
-spool, slots = Spool(Path(sys.argv[1])), [Slot(layer, "up", "g0", "A") for layer in range(8)]
-add = lambda n: spool.add(f"client{n}", {slot: torch.full((256, 1024), float(n)) for slot in slots})  # 8 MiB
+store, slots = UploadStore(Path(sys.argv[1])), [Slot(layer, "up", "g0", "A") for layer in range(8)]
+add = lambda n: store.add(f"client{n}", {slot: torch.full((256, 1024), float(n)) for slot in slots})  # 8 MiB
 mean([add(n) for n in range(2)])
 before = peak_memory()
 merged = mean([add(n) for n in range(40)])

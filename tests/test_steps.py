@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from comigs.client.client import new_trainee
+from comigs.client.client import new_train_state
 from comigs.client.steps import (
+    MethodHooks,
     NonFiniteLoss,
-    Plan,
     RoundLog,
-    Rules,
+    StepSettings,
     experts_differ,
     local_round,
     step,
@@ -49,7 +49,7 @@ def settings_of(**changes):
 
 
 def plan_of(settings, dtype=torch.float32, total_steps=20, **more):
-    return Plan(settings, lr=settings.lr, router_lr=settings.router_lr or settings.lr, total_steps=total_steps,
+    return StepSettings(settings, lr=settings.lr, router_lr=settings.router_lr or settings.lr, total_steps=total_steps,
                 dtype=dtype, **more)  # fmt: skip
 
 
@@ -77,7 +77,7 @@ class Case:
         else:
             tensors = random_tensors(self.attachment, shape, True, dtype=self.base.dtype)
         self.start = copy_of(tensors)
-        self.trainee = new_trainee(tensors, self.settings)
+        self.train_state = new_train_state(tensors, self.settings)
         self.plan = plan_of(self.settings, self.base.dtype, schedule=schedule)
         self.attachment.bind(tensors)
         if not fresh:
@@ -86,7 +86,9 @@ class Case:
 
     def step(self, *groups, number=7, trains=EVERYTHING, log=None, batch=None):
         batch = batch or draw("train", number)
-        return step(self.attachment, self.trainee, self.plan, groups, batch, Rules(trains), log)
+        return step(
+            self.attachment, self.train_state, self.plan, groups, batch, MethodHooks(trains), log
+        )
 
     def round(self, trains=EVERYTHING, drawn=None, seen=None):
         def noting_draw(level, number):
@@ -100,14 +102,14 @@ class Case:
                 seen.append((group, nats))
 
         return local_round(
-            self.attachment, self.trainee, self.plan, noting_draw, Rules(trains), on_step
+            self.attachment, self.train_state, self.plan, noting_draw, MethodHooks(trains), on_step
         )
 
     def of(self, group):
         """Tensors and moments of one level, by name."""
-        by_id = {id(t): str(slot) for slot, t in self.trainee.tensors.items()}
-        members = self.trainee.group(group)
-        state = self.trainee.optimizers[group].state
+        by_id = {id(t): str(slot) for slot, t in self.train_state.tensors.items()}
+        members = self.train_state.group(group)
+        state = self.train_state.optimizers[group].state
         moments = {
             f"{by_id[id(p)]}/{key}": v for p, values in state.items() for key, v in values.items()
         }
@@ -117,21 +119,23 @@ class Case:
         return self.of("experts") | self.of("router")
 
     def nothing_is_left(self):
-        return all(t.grad is None and not t.requires_grad for t in self.trainee.tensors.values())
+        return all(
+            t.grad is None and not t.requires_grad for t in self.train_state.tensors.values()
+        )
 
     def gradients_of(self, *groups, batch=None):
         """What a step of these groups would have applied."""
         applied = {}
 
         def record(group):
-            by_id = {id(t): slot for slot, t in self.trainee.tensors.items()}
-            applied.update({by_id[id(t)]: t.grad.clone() for t in self.trainee.group(group)})
+            by_id = {id(t): slot for slot, t in self.train_state.tensors.items()}
+            applied.update({by_id[id(t)]: t.grad.clone() for t in self.train_state.group(group)})
 
         for group in groups:
-            self.trainee.optimizers[group].step = lambda group=group: record(group)
+            self.train_state.optimizers[group].step = lambda group=group: record(group)
         nats = self.step(*groups, log=(log := RoundLog()), batch=batch)
         for group in groups:
-            del self.trainee.optimizers[group].step
+            del self.train_state.optimizers[group].step
         return nats, applied, log
 
 
@@ -157,7 +161,7 @@ def test_two_rounds_equal_an_independent_training_loop(name, shape, top_k, toler
         weight_decay=s.weight_decay, schedule=schedule,
     )  # fmt: skip
     assert [nats for _, nats in seen] == pytest.approx(nats, rel=1e-6)
-    for slot, tensor in case.trainee.tensors.items():
+    for slot, tensor in case.train_state.tensors.items():
         assert (tensor - case.start[slot]).abs().max() > 1e-5  # it learnt
         torch.testing.assert_close(
             tensor, expected[str(slot)], rtol=0, atol=tolerance, msg=lambda m, s=slot: f"{s}: {m}"
@@ -184,12 +188,12 @@ def test_a_step_computes_the_gradient_of_its_own_level_only(group):
     case, seen = Case(), {}
 
     def look():
-        seen.update({slot: t.grad is not None for slot, t in case.trainee.tensors.items()})
+        seen.update({slot: t.grad is not None for slot, t in case.train_state.tensors.items()})
 
-    case.trainee.optimizers[group].step = look
+    case.train_state.optimizers[group].step = look
     case.step(group)
     assert seen == {
-        slot: (slot.role == "router") == (group == "router") for slot in case.trainee.tensors
+        slot: (slot.role == "router") == (group == "router") for slot in case.train_state.tensors
     }
 
 
@@ -205,10 +209,10 @@ def test_what_a_level_applies_does_not_depend_on_what_the_other_did_before(group
     other = {"experts": "router", "router": "experts"}[group]
     case, again = Case(), Case()
     _, alone, _ = case.gradients_of(group)
-    frozen = copy_of(again.trainee.tensors)
+    frozen = copy_of(again.train_state.tensors)
     for number in range(3):
         again.step(other, number=number)
-    for slot, tensor in again.trainee.tensors.items():
+    for slot, tensor in again.train_state.tensors.items():
         tensor.copy_(frozen[slot])  # back to the same place: only left-over gradients could differ
     _, after, _ = again.gradients_of(group)
     assert same(alone, after)
@@ -218,9 +222,9 @@ def test_leaking_gradients_on_purpose_is_another_training():
     strict, leaky = Case(fresh=True), Case(fresh=True, leaky_gradients=True)
     for case in (strict, leaky):
         case.round()
-    assert not same(strict.trainee.tensors, leaky.trainee.tensors)
+    assert not same(strict.train_state.tensors, leaky.train_state.tensors)
     assert strict.nothing_is_left()
-    assert any(t.grad is not None for t in leaky.trainee.tensors.values())
+    assert any(t.grad is not None for t in leaky.train_state.tensors.values())
 
 
 def test_the_leak_is_the_other_levels_gradients_and_no_more():
@@ -228,11 +232,13 @@ def test_the_leak_is_the_other_levels_gradients_and_no_more():
     case, leaky = Case(), Case()
     leaky.plan = plan_of(settings_of(leaky_gradients=True))
     _, own, _ = case.gradients_of("experts")
-    frozen = copy_of(leaky.trainee.tensors)
+    frozen = copy_of(leaky.train_state.tensors)
     leaky.step("router", number=3)
-    for slot, tensor in leaky.trainee.tensors.items():
+    for slot, tensor in leaky.train_state.tensors.items():
         tensor.copy_(frozen[slot])
-    left = {slot: t.grad.clone() for slot, t in leaky.trainee.tensors.items() if t.grad is not None}
+    left = {
+        slot: t.grad.clone() for slot, t in leaky.train_state.tensors.items() if t.grad is not None
+    }
     _, applied, _ = leaky.gradients_of("experts")
     assert left.keys() == own.keys() == applied.keys()
     for slot in own:
@@ -241,27 +247,29 @@ def test_the_leak_is_the_other_levels_gradients_and_no_more():
 
 def test_the_router_waits_until_experts_differ():
     case = Case(fresh=True)
-    W = {slot: t.clone() for slot, t in case.trainee.tensors.items() if slot.role == "router"}
-    assert not experts_differ(case.trainee.tensors)
+    W = {slot: t.clone() for slot, t in case.train_state.tensors.items() if slot.role == "router"}
+    assert not experts_differ(case.train_state.tensors)
     for number in range(3):
         case.step("router", number=number)
-    assert all(bits(case.trainee.tensors[slot]) == bits(t) for slot, t in W.items())
-    assert not case.trainee.optimizers["router"].state
+    assert all(bits(case.train_state.tensors[slot]) == bits(t) for slot, t in W.items())
+    assert not case.train_state.optimizers["router"].state
     case.step("experts", "router")  # joint: the first step moves the experts only
-    assert experts_differ(case.trainee.tensors) and not case.trainee.optimizers["router"].state
+    assert (
+        experts_differ(case.train_state.tensors) and not case.train_state.optimizers["router"].state
+    )
     case.step("router")
-    assert all(bits(case.trainee.tensors[slot]) != bits(t) for slot, t in W.items())
+    assert all(bits(case.train_state.tensors[slot]) != bits(t) for slot, t in W.items())
 
 
 def test_while_experts_are_equal_the_routers_gradient_is_rounding_noise():
     """Why the router waits: AdamW would turn this into full steps."""
     case = Case(fresh=True, balance_coef=0)
-    for slot, t in case.trainee.tensors.items():
+    for slot, t in case.train_state.tensors.items():
         t.requires_grad_(slot.role == "router")
     inputs, targets = (torch.from_numpy(part) for part in draw("valid", 0))
     case.base.model(input_ids=inputs, labels=targets).loss.backward()
     assert all(
-        t.grad.abs().max() < 1e-6 for s, t in case.trainee.tensors.items() if s.role == "router"
+        t.grad.abs().max() < 1e-6 for s, t in case.train_state.tensors.items() if s.role == "router"
     )
 
 
@@ -320,20 +328,20 @@ def test_a_loss_that_is_not_finite_changes_nothing(groups, value):
         return output
 
     hook = case.base.model.base_model.register_forward_hook(second_call_diverges)
-    before, steps = case.everything(), (case.trainee.local_steps, case.trainee.router_steps)
+    before, steps = case.everything(), (case.train_state.local_steps, case.train_state.router_steps)
     with pytest.raises(NonFiniteLoss, match="the loss is nan"):
         case.step(*groups)
     hook.remove()
     assert len(calls) == 2
     assert same(before, case.everything()) and case.nothing_is_left()
-    assert steps == (case.trainee.local_steps, case.trainee.router_steps)
+    assert steps == (case.train_state.local_steps, case.train_state.router_steps)
 
 
 @pytest.mark.parametrize("role", ["generalist", "specialist", "attention", "router"])
 def test_a_gradient_that_is_not_finite_changes_nothing_of_either_level(role):
     case = Case()
-    slot = next(slot for slot in case.trainee.tensors if slot.role == role)
-    tensor = case.trainee.tensors[slot].requires_grad_()
+    slot = next(slot for slot in case.train_state.tensors if slot.role == role)
+    tensor = case.train_state.tensors[slot].requires_grad_()
     hook = tensor.register_hook(lambda gradient: gradient * math.inf)
     before = case.everything()
     with pytest.raises(NonFiniteLoss, match="gradient"):
@@ -345,7 +353,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_of_either_level(role):
 def test_a_loss_that_is_not_finite_is_told_with_its_batch():
     case = Case(fresh=True)
     case.round()
-    poisoned = next(t for slot, t in case.trainee.tensors.items() if slot.role == "specialist")
+    poisoned = next(t for slot, t in case.train_state.tensors.items() if slot.role == "specialist")
     poisoned.fill_(math.nan)
     with pytest.raises(NonFiniteLoss) as raised:
         case.round()
@@ -367,7 +375,7 @@ def test_router_phases_are_counted_over_rounds():
         *valid[4:6],
         train[9],
     ]
-    assert (case.trainee.local_steps, case.trainee.router_steps) == (10, 6)
+    assert (case.train_state.local_steps, case.train_state.router_steps) == (10, 6)
 
 
 def test_batches_are_numbered_the_same_while_the_router_waits():
@@ -426,7 +434,7 @@ def test_the_schedule_runs_over_rounds_and_is_logged():
 
 def test_adamw_equals_the_one_written_out_in_numpy():
     case = Case(fresh=True, dtype="float64", betas=(0.8, 0.9), weight_decay=0.1)
-    ours, random = case.trainee, np.random.default_rng(0)
+    ours, random = case.train_state, np.random.default_rng(0)
     values = {slot: t.numpy().copy() for slot, t in ours.tensors.items()}
     theirs = {
         "experts": naive.NumpyAdamW((0.8, 0.9), 0.1),
@@ -447,10 +455,10 @@ def test_adamw_equals_the_one_written_out_in_numpy():
 def test_slots_not_trained_in_a_round_stay_to_the_bit_and_gather_no_moments():
     case = Case(fresh=True)
     case.round(trains=lambda slot: slot.matrix != "A")
-    for slot, tensor in case.trainee.tensors.items():
+    for slot, tensor in case.train_state.tensors.items():
         if slot.matrix == "A":
             assert bits(tensor) == bits(case.start[slot])
-            assert tensor not in set(case.trainee.optimizers["experts"].state)
+            assert tensor not in set(case.train_state.optimizers["experts"].state)
         else:
             assert bits(tensor) != bits(case.start[slot])
     assert case.nothing_is_left()
@@ -458,8 +466,10 @@ def test_slots_not_trained_in_a_round_stay_to_the_bit_and_gather_no_moments():
 
 def test_in_bfloat16_trained_tensors_and_moments_stay_float32():
     case = Case(dtype="bfloat16", fresh=True)
-    case.trainee = new_trainee({slot: t.float() for slot, t in case.start.items()}, case.settings)
-    case.attachment.bind(case.trainee.tensors)
+    case.train_state = new_train_state(
+        {slot: t.float() for slot, t in case.start.items()}, case.settings
+    )
+    case.attachment.bind(case.train_state.tensors)
     first = case.round().train_losses[0]
     assert math.isfinite(first) and {t.dtype for t in case.everything().values()} == {torch.float32}
     exact = Case(fresh=True)

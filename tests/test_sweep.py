@@ -23,11 +23,11 @@ from comigs.app import api, cli
 from comigs.config import parse_config
 from comigs.errors import UserError
 from comigs.experiments.sweep import process, run
-from comigs.experiments.sweep.eta import START, Pace, about, clock
+from comigs.experiments.sweep.eta import START, Eta, about, clock
 from comigs.experiments.sweep.plan import read_plan
 from comigs.experiments.sweep.process import Child
 from comigs.experiments.sweep.spec import flat, literal, read_sweep
-from comigs.experiments.sweep.state import ELSEWHERE, State, differences
+from comigs.experiments.sweep.state import ELSEWHERE, RunState, differences
 from comigs.runs.folder import RunFolder
 from comigs.runs.report.page import write_report
 from tests.runs import comigs, files, finished, outcome, refused, write_config
@@ -459,38 +459,39 @@ def test_what_makes_it_another_run(wanted, there, fields):
 def test_a_run_takes_as_long_as_those_most_like_it(sweep):
     edit(sweep, "seeds = [1, 2]", "seeds = [1, 2, 3]")
     runs = {r.label: r for r in read_plan(sweep).runs}
-    pace = Pace()
+    pace = Eta()
     todo = [
-        (runs[label], State(), 0.0) for label in ("ours/seed-2", "fedavg/seed-2", "fedavg/seed-3")
+        (runs[label], RunState(), 0.0)
+        for label in ("ours/seed-2", "fedavg/seed-2", "fedavg/seed-3")
     ]
     assert pace.left(todo, 1) is None
-    pace.learn(runs["fedavg/seed-1"], State(round=1, begun=True, seconds=50.0))  # half of it
+    pace.learn(runs["fedavg/seed-1"], RunState(round=1, begun=True, seconds=50.0))  # half of it
     assert (
         pace.seconds(runs["fedavg/seed-2"])
         == pace.seconds(runs["ours/seed-2"])
         == pytest.approx(100)
     )
-    pace.learn(runs["ours/seed-1"], State(round=2, begun=True, finished=True, seconds=300.0))
+    pace.learn(runs["ours/seed-1"], RunState(round=2, begun=True, finished=True, seconds=300.0))
     assert pace.left(todo, 1) == pytest.approx(300 + 100 + 100 + 3 * START)
     assert pace.left(todo, 2) == pytest.approx(
         310
     )  # the longest one is longer than the half of all
-    pace.learn_start(State(), State(seconds=100.0), 104.0)
-    half = (runs["ours/seed-2"], State(round=1, begun=True, seconds=150.0), 30.0)
+    pace.learn_start(RunState(), RunState(seconds=100.0), 104.0)
+    half = (runs["ours/seed-2"], RunState(round=1, begun=True, seconds=150.0), 30.0)
     assert pace.left([half], 1) == pytest.approx(150 + 4 - 30)
 
 
 def test_runs_of_another_machine_say_how_runs_compare_and_those_of_this_one_how_fast_it_is(sweep):
     edit(sweep, "seeds = [1, 2]", "seeds = [1, 2, 3]")
     runs = {r.label: r for r in read_plan(sweep).runs}
-    pace = Pace()
+    pace = Eta()
     for label, seconds in (("ours/seed-1", 300.0), ("fedavg/seed-1", 100.0)):
         pace.learn(
-            runs[label], State(round=2, begun=True, finished=True, seconds=seconds), here=False
+            runs[label], RunState(round=2, begun=True, finished=True, seconds=seconds), here=False
         )
     assert pace.seconds(runs["fedavg/seed-2"]) == pytest.approx(100)
     pace.learn(
-        runs["ours/seed-2"], State(round=2, begun=True, finished=True, seconds=150.0)
+        runs["ours/seed-2"], RunState(round=2, begun=True, finished=True, seconds=150.0)
     )  # twice as fast
     assert pace.seconds(runs["fedavg/seed-2"]) == pytest.approx(50)
     assert pace.seconds(runs["ours/seed-3"]) == pytest.approx(150)

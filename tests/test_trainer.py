@@ -18,7 +18,7 @@ from comigs.app import api
 from comigs.bases.load import load_base
 from comigs.client.client import Client
 from comigs.data.prepare import prepare_client
-from comigs.engines.client_task import answer
+from comigs.engines.client_task import run_task
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.federation.device import trainer_socket
@@ -127,7 +127,7 @@ def test_it_answers_as_a_client_in_process_would(setting, tmp_path):
     method = load_method(config)
     with Attachment(base.model, base.architecture, config.experts) as attachment:
         data = prepare_client(config, "ada", base.encoder)
-        reply = answer(
+        reply = run_task(
             Client("ada", config, method, base, attachment, data),
             Task(1, True, (), ("valid", "test")),
             {},

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from comigs.client.client import new_trainee
-from comigs.client.steps import Plan, Rules, local_round
+from comigs.client.client import new_train_state
+from comigs.client.steps import MethodHooks, StepSettings, local_round
 from comigs.config import ClientSection
-from comigs.methods.method import Facts, mean_of_uploads
+from comigs.methods.method import RoundContext, mean_of_uploads
 from tests.golden import load
 
 SETTINGS = ClientSection(
@@ -25,8 +25,10 @@ def replay(settings):
     tensors, metadata = load.read("traj1_comigs1g1s")
     order = json.loads(metadata["batches"])
     attachment = load.attached(tensors, top_k=2)
-    trainees = [new_trainee(load.slots(tensors, f"init.client{i}."), settings) for i in range(2)]
-    plan = Plan(settings, lr=2e-3, router_lr=2e-3, total_steps=12, dtype=torch.float32)
+    trainees = [
+        new_train_state(load.slots(tensors, f"init.client{i}."), settings) for i in range(2)
+    ]
+    plan = StepSettings(settings, lr=2e-3, router_lr=2e-3, total_steps=12, dtype=torch.float32)
     server = load.slots(tensors, "init.server.")
     position = 0
 
@@ -45,18 +47,23 @@ def replay(settings):
     worst = 0.0
     for round_ in range(3):
         uploads = {}
-        for client, trainee in enumerate(trainees):
-            shared = [slot for slot in trainee.tensors if slot.role in ("generalist", "attention")]
+        for client, train_state in enumerate(trainees):
+            shared = [
+                slot for slot in train_state.tensors if slot.role in ("generalist", "attention")
+            ]
             for slot in shared:
-                trainee.tensors[slot].copy_(server[slot])
-            attachment.bind(trainee.tensors)
-            local_round(attachment, trainee, plan, draw, Rules(), lambda group, loss: None)
+                train_state.tensors[slot].copy_(server[slot])
+            attachment.bind(train_state.tensors)
+            local_round(
+                attachment, train_state, plan, draw, MethodHooks(), lambda group, loss: None
+            )
             expected = load.slots(tensors, f"round{round_}.client{client}.trained.")
             worst = max(
-                worst, *((trainee.tensors[s] - t).abs().max().item() for s, t in expected.items())
+                worst,
+                *((train_state.tensors[s] - t).abs().max().item() for s, t in expected.items()),
             )
-            uploads[str(client)] = {slot: trainee.tensors[slot] for slot in shared}
-        downloads, _ = mean_of_uploads(uploads, {}, Facts(tuple(uploads)))
+            uploads[str(client)] = {slot: train_state.tensors[slot] for slot in shared}
+        downloads, _ = mean_of_uploads(uploads, {}, RoundContext(tuple(uploads)))
         server = downloads["0"]
         expected = load.slots(tensors, f"round{round_}.server.")
         worst = max(worst, *((t - expected[s]).abs().max().item() for s, t in server.items()))

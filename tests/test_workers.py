@@ -67,9 +67,9 @@ def test_a_run_by_two_processes_is_the_run_by_one_to_the_bit(tmp_path, settings,
 
 @SLOW
 def test_work_is_really_elsewhere(tmp_path, monkeypatch):
-    here, exchange = [], workers.Bench.exchange
+    here, exchange = [], workers.ClientHost.exchange
     monkeypatch.setattr(
-        workers.Bench, "exchange", lambda *given: here.append(given[1]) or exchange(*given)
+        workers.ClientHost, "exchange", lambda *given: here.append(given[1]) or exchange(*given)
     )
     seen = set()
     api.run(

@@ -11,7 +11,7 @@ from comigs.bases.load import Base
 from comigs.config import Config
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
-from comigs.methods.method import Facts, Upload, load_method
+from comigs.methods.method import RoundContext, Upload, load_method
 from comigs.server.communication import traffics
 from comigs.server.validation import expected_upload, shapes_of_clients
 
@@ -37,8 +37,8 @@ def budgets(config: Config, base: Base) -> dict[str, Budget]:
     method, names = load_method(config), [c.name for c in config.clients]
     with Attachment(base.model, base.architecture, config.experts) as attachment:
         shapes = shapes_of_clients(config, method, attachment)
-    trainers = names[:1] if method.pooled else names
-    facts = Facts(
+    trainers = names[:1] if method.centralized else names
+    facts = RoundContext(
         tuple(names),
         dict.fromkeys(names, 1.0),
         {r: dict.fromkeys(names, 1.0) for r in names if method.reads_peers},

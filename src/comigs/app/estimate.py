@@ -14,9 +14,9 @@ import torch
 
 from comigs.bases.base import linear_size
 from comigs.bases.load import Base
-from comigs.client.client import new_trainee
+from comigs.client.client import new_train_state
 from comigs.client.evaluate import measure
-from comigs.client.steps import Plan, Rules, step
+from comigs.client.steps import MethodHooks, StepSettings, step
 from comigs.config import Config, Split
 from comigs.data.prepare import Outline
 from comigs.errors import UserError
@@ -33,7 +33,7 @@ SCORE = 5  # times its own bytes that eager attention keeps of a score: 2.5 seen
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """How fast this machine is now: seconds of a local step, and of an evaluation per token."""
 
     step_seconds: float
@@ -84,16 +84,16 @@ def require_memory(needed: float, device: torch.device) -> None:
 
 def measured_pace(
     config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
-) -> Pace:
+) -> Throughput:
     """Times a local step and an evaluation batch of the largest client, on tokens drawn at
     random.
     """
     start = starting_tensors(_largest(shapes), config.seed, "")
-    trainee = new_trainee(
+    train_state = new_train_state(
         {slot: tensor.to(base.device) for slot, tensor in start.items()}, config.client
     )
-    attachment.bind(trainee.tensors)
-    plan = Plan(config.client, lr=1e-6, router_lr=1e-6, total_steps=1, dtype=base.dtype)
+    attachment.bind(train_state.tensors)
+    plan = StepSettings(config.client, lr=1e-6, router_lr=1e-6, total_steps=1, dtype=base.dtype)
     draw, vocabulary = generator(config.seed, "estimate"), base.encoder.vocabulary_size
     length = config.data.sequence_length
     trained, read = (
@@ -103,18 +103,18 @@ def measured_pace(
     seconds = []
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
-        step(attachment, trainee, plan, ("experts",), (trained, trained), Rules())
+        step(attachment, train_state, plan, ("experts",), (trained, trained), MethodHooks())
         halfway = time.perf_counter()
         measure(attachment, [(read, read)], base.dtype)
         seconds.append((halfway - began, (time.perf_counter() - halfway) / read.size))
     attachment.unbind()
-    return Pace(*seconds[1])
+    return Throughput(*seconds[1])
 
 
 def run_seconds(
     config: Config,
     method: Method,
-    pace: Pace,
+    pace: Throughput,
     outlines: Mapping[str, Outline],
     tokens_per_byte: float,
 ) -> float:

@@ -14,8 +14,16 @@ import torch
 from torch import Tensor
 
 from comigs.bases.load import Base
-from comigs.client.evaluate import Evaluation, evaluate, measure
-from comigs.client.steps import NonFiniteLoss, OnStep, Plan, RoundLog, Rules, Trainee, local_round
+from comigs.client.evaluate import Measurement, evaluate, measure
+from comigs.client.steps import (
+    MethodHooks,
+    NonFiniteLoss,
+    OnStep,
+    RoundLog,
+    StepSettings,
+    TrainState,
+    local_round,
+)
 from comigs.config import SPLITS, ClientSection, Config, Split
 from comigs.data.batches import Batch, evaluation_windows
 from comigs.data.prepare import ClientData
@@ -33,7 +41,7 @@ PRIVATE = (
 )  # roles that never leave a client, nor come from elsewhere, whatever the method
 GROUPS: tuple[Group, ...] = get_args(Group)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-State = Mapping[str, Mapping[str, Tensor]]  # what `Client.state` gives
+ClientState = Mapping[str, Mapping[str, Tensor]]  # what `Client.state` gives
 
 
 class Client:
@@ -43,7 +51,7 @@ class Client:
 
     def __init__(
         self, name: str, config: Config, method: Method, base: Base, attachment: Attachment, data: ClientData,
-        state: State | None = None,
+        state: ClientState | None = None,
     ) -> None:  # fmt: skip
         """state: what it goes on from; None: from its start. Raises UserError where the state is
         not this client's.
@@ -61,7 +69,7 @@ class Client:
         )
         self.shape = method.shape(config.shape_of(config.client_named(name)))
         self.shapes = attachment.slot_shapes(self.shape, method.mixing == "routed", method.merges)
-        self.trainee = new_trainee(
+        self.train_state = new_train_state(
             self._start() if state is None else self._unwritten(), config.client
         )
         if state is not None:
@@ -70,7 +78,7 @@ class Client:
             settings_of(config, method, self.shapes),
             config.client.lr or base.architecture.lr,
         )
-        self.plan = Plan(
+        self.plan = StepSettings(
             settings=settings,
             lr=lr,
             router_lr=config.client.router_lr or lr,
@@ -112,7 +120,7 @@ class Client:
         which = list(rounds)
         trained = (
             t
-            for slot, t in self.trainee.tensors.items()
+            for slot, t in self.train_state.tensors.items()
             if any(self._trains(slot, r) for r in which)
         )
         return sum(t.numel() for t in trained)
@@ -126,7 +134,7 @@ class Client:
 
         Optimiser moments, specialists and router stay as they were.
         """
-        own, download = self.trainee.tensors, self._here(download)
+        own, download = self.train_state.tensors, self._here(download)
         for slot, tensor in download.items():  # all of it is checked before any of it is written
             place = Slot(slot.layer, slot.site, "merged", "W") if slot.role == "update" else slot
             if not self.method.receives(slot) or slot.role in PRIVATE or place not in own:
@@ -142,9 +150,9 @@ class Client:
             slot: tensor for slot, tensor in download.items() if slot.role != "update"
         }
         self.adopted_share = None
-        if self.method.adopt is not None and written:
+        if self.method.mix is not None and written:
             windows = probe_windows(self.config, self.name, self.data, round, self.method.probe)
-            written, self.adopted_share = self.method.adopt(
+            written, self.adopted_share = self.method.mix(
                 own, written, lambda tensors: self._nats({**own, **tensors}, windows)
             )
         for slot, tensor in written.items():
@@ -155,11 +163,11 @@ class Client:
         """Add factored updates to the frozen change of their linears, and start the LoRA that went
         into them anew.
         """
-        own = self.trainee.tensors
+        own = self.train_state.tensors
         for (layer, site, _), (A_RI, B_OR) in pairs(update).items():
             merged_OI = own[Slot(layer, site, "merged", "W")]
             merged_OI += (B_OR @ A_RI).to(merged_OI)
-        if update and self.method.restarts:
+        if update and self.method.reinitializes:
             for slot, tensor in self._start().items():
                 if self.method.shares(slot):
                     own[slot].copy_(tensor)
@@ -168,35 +176,35 @@ class Client:
         """One round of local steps and router steps. Raises UserError when a loss is NaN or
         infinite.
         """
-        self.attachment.bind(self.trainee.tensors)
-        own, method = self.trainee.tensors, self.method
-        looks_back = method.penalty is not None or method.settle is not None
+        self.attachment.bind(self.train_state.tensors)
+        own, method = self.train_state.tensors, self.method
+        looks_back = method.penalty is not None or method.after_training is not None
         anchor = {slot: tensor.clone() for slot, tensor in own.items()} if looks_back else {}
         penalty = None if method.penalty is None else partial(method.penalty, own, anchor)
-        rules = Rules(lambda slot: self._trains(slot, round), penalty)
-        missed = (round - 1) * self.config.client.steps - self.trainee.local_steps
+        rules = MethodHooks(lambda slot: self._trains(slot, round), penalty)
+        missed = (round - 1) * self.config.client.steps - self.train_state.local_steps
         plan = replace(self.plan, missed=max(0, missed))
         try:
-            log = local_round(self.attachment, self.trainee, plan, self._draw, rules, on_step)
+            log = local_round(self.attachment, self.train_state, plan, self._draw, rules, on_step)
         except NonFiniteLoss as error:
             raise UserError(
                 f"client {self.name}: {error} in round {round}, {error.batch}; this batch was not learnt from and the "
                 f"state after round {round - 1} is kept. Start a new run with client.lr lower than {self.plan.lr:g}, "
                 "or look at the text"
             ) from None
-        if method.settle is not None:
-            self._settle(method.settle(own, anchor))
+        if method.after_training is not None:
+            self._write_settled(method.after_training(own, anchor))
         return log
 
-    def _settle(self, settled: Tensors) -> None:
+    def _write_settled(self, after: Tensors) -> None:
         """Write what the method made of the tensors. What it set to zero loses its moments: AdamW
         would revive it.
         """
-        for slot, tensor in settled.items():
-            own = self.trainee.tensors[slot]
+        for slot, tensor in after.items():
+            own = self.train_state.tensors[slot]
             zeroed = (tensor == 0) & (own != 0)
             own.copy_(tensor)
-            for optimizer in self.trainee.optimizers.values():
+            for optimizer in self.train_state.optimizers.values():
                 for key in MOMENTS[:2]:
                     if key in optimizer.state.get(own, {}):
                         optimizer.state[own][key][zeroed] = 0
@@ -206,7 +214,7 @@ class Client:
 
         Specialists and routers never leave, whatever the method says.
         """
-        own = self.trainee.tensors
+        own = self.train_state.tensors
         sent = {
             slot: t
             for slot, t in own.items()
@@ -224,7 +232,7 @@ class Client:
         """Nats per token of each upload in this client's place, on a fixed sample of its valid."""
         windows = probe_windows(self.config, self.name, self.data, round, self.method.probe)
         return {
-            author: self._nats({**self.trainee.tensors, **self._here(model)}, windows)
+            author: self._nats({**self.train_state.tensors, **self._here(model)}, windows)
             for author, model in models.items()
         }
 
@@ -235,7 +243,7 @@ class Client:
         if self.method.finish is not None:
             length, batch_size = self.config.data.sequence_length, self.config.evaluation.batch_size
             windows = list(evaluation_windows(self.data.valid, length, batch_size))
-            own = self.trainee.tensors
+            own = self.train_state.tensors
             finished = self.method.finish(dict(own), lambda tensors: self._nats(tensors, windows))
             for slot, tensor in finished.items():
                 own[slot].copy_(tensor)
@@ -245,9 +253,9 @@ class Client:
         self.attachment.bind(tensors)
         return measure(self.attachment, windows, self.base.dtype).nats_per_token
 
-    def evaluate(self, split: Split, untouched_base: bool = False) -> Evaluation:
+    def evaluate(self, split: Split, untouched_base: bool = False) -> Measurement:
         """Every token of a split once, with the client's own model or with the base alone."""
-        self.attachment.bind({} if untouched_base else self.trainee.tensors)
+        self.attachment.bind({} if untouched_base else self.train_state.tensors)
         length, batch_size = self.config.data.sequence_length, self.config.evaluation.batch_size
         result = evaluate(
             self.attachment, getattr(self.data, split), length, batch_size, self.base.dtype
@@ -268,14 +276,14 @@ class Client:
         settings, length = self.plan.settings, self.config.data.sequence_length
         random = partial(generator, self.config.seed, "batch", self.name)
         return batch_for(
-            level, number, self.trainee.local_steps, settings, length, random, self.text
+            level, number, self.train_state.local_steps, settings, length, random, self.text
         )
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What training goes on from: {"experts": tensors by slot, "optimizer": both AdamW states
         and step counts}.
         """
-        t = self.trainee
+        t = self.train_state
         moments = {
             "local_steps": torch.tensor(t.local_steps),
             "router_steps": torch.tensor(t.router_steps),
@@ -289,11 +297,11 @@ class Client:
             "optimizer": moments,
         }
 
-    def load_state(self, state: State) -> None:
+    def load_state(self, state: ClientState) -> None:
         """The inverse of `state`; copies. Raises UserError where the tensors are not this
         client's.
         """
-        t, moments = self.trainee, state["optimizer"]
+        t, moments = self.train_state, state["optimizer"]
         load_tensors(t.tensors, state["experts"], self.name)
         t.local_steps, t.router_steps = int(moments["local_steps"]), int(moments["router_steps"])
         slots = {id(tensor): slot for slot, tensor in t.tensors.items()}
@@ -318,15 +326,15 @@ def settings_of(config: Config, method: Method, slots: Iterable[Slot]) -> Client
     return config.client
 
 
-def new_trainee(tensors: dict[Slot, Tensor], settings: ClientSection) -> Trainee:
+def new_train_state(tensors: dict[Slot, Tensor], settings: ClientSection) -> TrainState:
     """Fresh optimisers over these tensors: one AdamW per level."""
-    trainee = Trainee(tensors, {})
+    train_state = TrainState(tensors, {})
     for group in GROUPS:
-        if params := trainee.group(group):
-            trainee.optimizers[group] = torch.optim.AdamW(
+        if params := train_state.group(group):
+            train_state.optimizers[group] = torch.optim.AdamW(
                 params, lr=1.0, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
             )
-    return trainee
+    return train_state
 
 
 def load_tensors(tensors: Mapping[Slot, Tensor], saved: Mapping[str, Tensor], client: str) -> None:

@@ -20,7 +20,7 @@ from comigs.experts.attach import Attachment
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Measurement:
     """Sums over the text, and the three figures that follow from them.
 
     nats: sum of -ln p over `tokens` tokens, which are `bytes` bytes of text.
@@ -57,7 +57,7 @@ def evaluate(
     length: int,
     batch_size: int,
     dtype: torch.dtype,
-) -> Evaluation:
+) -> Measurement:
     """Evaluate whatever the attachment is bound to (nothing: the base) on every token of `stores`
     once.
 
@@ -73,7 +73,7 @@ def evaluate(
 
 def measure(
     attachment: Attachment, windows: Iterable[Batch], dtype: torch.dtype, num_bytes: int = 0
-) -> Evaluation:
+) -> Measurement:
     """Evaluate whatever the attachment is bound to on these windows, which stand for `num_bytes`
     bytes of text.
     """
@@ -88,7 +88,7 @@ def measure(
             if routings := attachment.routings():
                 batch_LE = torch.stack([r.weights_TE.sum(dim=0) for r in routings]).double()
                 shares = batch_LE if shares is None else shares + batch_LE
-    return Evaluation(
+    return Measurement(
         nats, tokens, num_bytes, None if shares is None else (shares / tokens).tolist()
     )
 

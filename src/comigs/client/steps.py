@@ -26,13 +26,13 @@ from comigs.methods.method import Schedule
 from comigs.slots import Slot
 
 OnStep = Callable[[Group, float], None]  # (level, nats per token) after each step
-Draw = Callable[
+BatchFn = Callable[
     [Group, int], Batch
 ]  # (level, how many batches it has had before) -> its next batch
 
 
 @dataclass
-class Trainee:
+class TrainState:
     """What of a client changes while it trains.
 
     tensors: every trainable tensor, float32. local_steps, router_steps: done so far, over the whole
@@ -54,7 +54,7 @@ class Trainee:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepSettings:
     """The settings of a run that steps need.
 
     total_steps: local steps of the whole run, for the cosine. missed: those before now for which
@@ -80,7 +80,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Rules:
+class MethodHooks:
     """What the method says about one round. trains(slot); penalty(): added to the loss of local
     steps, or None.
     """
@@ -112,46 +112,57 @@ class NonFiniteLoss(ArithmeticError):
 
 
 def local_round(
-    attachment: Attachment, trainee: Trainee, plan: Plan, draw: Draw, rules: Rules, on_step: OnStep
+    attachment: Attachment,
+    train_state: TrainState,
+    plan: StepSettings,
+    draw: BatchFn,
+    rules: MethodHooks,
+    on_step: OnStep,
 ) -> RoundLog:
     """`steps` local steps, and after every `router_every` of them (over the whole run) a phase of
     router steps.
     """
     settings, log = plan.settings, RoundLog()
     for _ in range(settings.steps):
-        log.learning_rate = plan.rate("experts", trainee.local_steps)
+        log.learning_rate = plan.rate("experts", train_state.local_steps)
         groups: tuple[Group, ...] = (
             ("experts",) if plan.schedule == "alternating" else ("experts", "router")
         )
-        with naming("train", trainee.local_steps):
+        with naming("train", train_state.local_steps):
             loss = step(
-                attachment, trainee, plan, groups, draw("experts", trainee.local_steps), rules, log
+                attachment,
+                train_state,
+                plan,
+                groups,
+                draw("experts", train_state.local_steps),
+                rules,
+                log,
             )
-        trainee.local_steps += 1
+        train_state.local_steps += 1
         log.train_losses.append(loss)
         on_step("experts", loss)
 
-        phase_is_due = trainee.local_steps % settings.router_every == 0
-        if plan.schedule != "joint" and phase_is_due and trainee.group("router"):
+        phase_is_due = train_state.local_steps % settings.router_every == 0
+        if plan.schedule != "joint" and phase_is_due and train_state.group("router"):
             for _ in range(settings.router_steps):
-                with naming(settings.router_data, trainee.router_steps):
+                with naming(settings.router_data, train_state.router_steps):
                     loss = step(
                         attachment,
-                        trainee,
+                        train_state,
                         plan,
                         ("router",),
-                        draw("router", trainee.router_steps),
+                        draw("router", train_state.router_steps),
                         rules,
                     )
-                trainee.router_steps += 1
+                train_state.router_steps += 1
                 log.router_losses.append(loss)
                 on_step("router", loss)
     return log
 
 
 def step(
-    attachment: Attachment, trainee: Trainee, plan: Plan, groups: tuple[Group, ...], batch: Batch,
-    rules: Rules, log: RoundLog | None = None,
+    attachment: Attachment, train_state: TrainState, plan: StepSettings, groups: tuple[Group, ...], batch: Batch,
+    rules: MethodHooks, log: RoundLog | None = None,
 ) -> float:  # fmt: skip
     """One AdamW step of `groups` on one batch; returns the batch's mean nats per token.
 
@@ -159,9 +170,11 @@ def step(
     """
     settings = plan.settings
     routed = (
-        "router" in trainee.optimizers and "router" in groups and experts_differ(trainee.tensors)
+        "router" in train_state.optimizers
+        and "router" in groups
+        and experts_differ(train_state.tensors)
     )
-    with gradients_for(trainee, groups, rules.trains, leaky=settings.leaky_gradients):
+    with gradients_for(train_state, groups, rules.trains, leaky=settings.leaky_gradients):
         nats, balance_nats, tokens = 0.0, 0.0, batch[0].size
         for inputs, targets in micro_batches(
             batch, settings.micro_batch_size, attachment.model.device
@@ -186,14 +199,14 @@ def step(
         stepped = [group for group in groups if group == "experts" or routed]
         for group in stepped:
             norm = torch.nn.utils.get_total_norm(
-                [t.grad for t in trainee.group(group) if t.grad is not None]
+                [t.grad for t in train_state.group(group) if t.grad is not None]
             )
             if not math.isfinite(norm):
                 raise NonFiniteLoss(f"the gradient's norm is {norm:g}")
         for group in stepped:
-            optimizer = trainee.optimizers[group]
+            optimizer = train_state.optimizers[group]
             for param_group in optimizer.param_groups:
-                param_group["lr"] = plan.rate(group, trainee.local_steps)
+                param_group["lr"] = plan.rate(group, train_state.local_steps)
             optimizer.step()
     if log is not None:
         log.balance_losses.append(balance_nats)
@@ -203,22 +216,22 @@ def step(
 
 @contextlib.contextmanager
 def gradients_for(
-    trainee: Trainee, groups: tuple[Group, ...], trains: Callable[[Slot], bool], leaky: bool
+    train_state: TrainState, groups: tuple[Group, ...], trains: Callable[[Slot], bool], leaky: bool
 ) -> Iterator[None]:
     """Only tensors of `groups` collect gradients inside, and none is left after.
 
     leaky: as the authors' loop, all tensors collect and only the stepped groups' gradients are
     dropped.
     """
-    stepped = {id(t) for group in groups for t in trainee.group(group)}
-    for slot, tensor in trainee.tensors.items():
+    stepped = {id(t) for group in groups for t in train_state.group(group)}
+    for slot, tensor in train_state.tensors.items():
         tensor.requires_grad_(
             slot.role != "merged" and trains(slot) and (leaky or id(tensor) in stepped)
         )
     try:
         yield
     finally:
-        for tensor in trainee.tensors.values():
+        for tensor in train_state.tensors.values():
             tensor.requires_grad_(False)
             if not leaky or id(tensor) in stepped:
                 tensor.grad = None

@@ -16,20 +16,20 @@ from pathlib import Path
 import torch
 
 from comigs.client.client import Client
-from comigs.client.evaluate import Evaluation
+from comigs.client.evaluate import Measurement
 from comigs.config import Split
 from comigs.engines.client_task import of_the_base
 from comigs.files import write_whole
 
 
-def base_figures(client: Client, split: Split) -> Evaluation:
+def base_figures(client: Client, split: Split) -> Measurement:
     """The base alone on a client's text, from the cache where it was measured in the same way on
     this machine.
     """
     path = client.config.data.cache / "base" / f"{_key(client, split)}.json"
     with suppress(OSError, ValueError, TypeError):
         nats, tokens, num_bytes = json.loads(path.read_text(encoding="utf-8"))
-        return Evaluation(float(nats), int(tokens), int(num_bytes), None)
+        return Measurement(float(nats), int(tokens), int(num_bytes), None)
     measured = of_the_base(client, split)
     with suppress(OSError):  # then it is measured again
         path.parent.mkdir(parents=True, exist_ok=True)

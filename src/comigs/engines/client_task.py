@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from comigs.client.client import Client
-from comigs.client.evaluate import Evaluation
+from comigs.client.evaluate import Measurement
 from comigs.client.steps import RoundLog
 from comigs.config import Split
 from comigs.data.sampling import Group
@@ -20,14 +20,14 @@ from comigs.processes import peak_memory
 from comigs.server.protocol import Reply, Report, Task
 
 
-def of_the_base(client: Client, split: Split) -> Evaluation:
+def of_the_base(client: Client, split: Split) -> Measurement:
     """The base alone on a client's text."""
     return client.evaluate(split, untouched_base=True)
 
 
-def answer(
+def run_task(
     client: Client, task: Task, download: Download, report: Report,
-    base_evaluation: Callable[[Client, Split], Evaluation] = of_the_base,
+    base_evaluation: Callable[[Client, Split], Measurement] = of_the_base,
 ) -> Reply:  # fmt: skip
     """One exchange at the client's end. report: gets each step as it is done."""
     start = time.perf_counter()
@@ -85,7 +85,7 @@ def trained(client: Client, round: int, log: RoundLog) -> dict[str, Any]:
 
 
 def evaluated(
-    client: Client, split: Split, round: int, result: Evaluation, model: str
+    client: Client, split: Split, round: int, result: Measurement, model: str
 ) -> dict[str, Any]:
     """The "evaluation" line of metrics.jsonl."""
     return {

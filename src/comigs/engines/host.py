@@ -12,8 +12,8 @@ from comigs.client.client import Client
 from comigs.config import Config
 from comigs.data.prepare import ClientData
 from comigs.engines.base_evaluation_cache import base_figures
-from comigs.engines.client_task import answer
-from comigs.engines.upload_store import Spool
+from comigs.engines.client_task import run_task
+from comigs.engines.upload_store import UploadStore
 from comigs.experts.attach import Attachment
 from comigs.methods.method import Download, Method, Upload
 from comigs.runs.folder import RunFolder
@@ -24,25 +24,27 @@ from comigs.slots import Slot
 STATE = ("experts", "optimizer")  # the parts of a client's state, each a path in the run
 
 
-class Bench:
+class ClientHost:
     """Holds the base, and one client at a time; its experts and optimisers are in the run folder
     while it is idle.
 
-    trainers: names of the clients that train; where text is pooled, the first stands for the one
+    trainers: names of the clients that train; where text is centralized, the first stands for the one
     place that has it all.
     """
 
     def __init__(
         self, config: Config, method: Method, base: Base, data: Mapping[str, ClientData], folder: RunFolder,
-        spool: Spool, report: Report,
+        store: UploadStore, report: Report,
     ) -> None:  # fmt: skip
-        """spool: where uploads go."""
+        """store: where uploads go."""
         self.config, self.method, self.base, self.data = config, method, base, data
-        self.folder, self.spool, self.report = folder, spool, report
+        self.folder, self.store, self.report = folder, store, report
         self.attachment = Attachment(
             base.model, base.architecture, config.experts, summed=method.mixing == "sum"
         )
-        self.trainers = {client.name for client in config.clients[: 1 if method.pooled else None]}
+        self.trainers = {
+            client.name for client in config.clients[: 1 if method.centralized else None]
+        }
 
     def client(self, name: str, staged: bool = False) -> Client:
         """A client as it was when the last round ended, or, staged, as it has left its exchange
@@ -55,14 +57,14 @@ class Bench:
             name, self.config, self.method, self.base, self.attachment, self.data[name], state
         )
         client.is_trainer = name in self.trainers
-        if self.method.pooled and client.is_trainer:
+        if self.method.centralized and client.is_trainer:
             client.pool(list(self.data.values()))
         return client
 
     def exchange(self, name: str, task: Task, download: Download) -> Reply:
         """One client's exchange, from the disk and back to the disk."""
         client, received = self.client(name), as_received(download, self.config.upload.format)
-        reply = answer(client, task, received, self.report, base_figures)
+        reply = run_task(client, task, received, self.report, base_figures)
         state = client.state()
         for part, tensors in state.items() if task.train else [("personal", state["experts"])]:
             self.folder.stage(f"clients/{name}/{part}", tensors, task.round)
@@ -70,7 +72,7 @@ class Bench:
         if reply.upload is None:
             return reply
         return replace(
-            reply, upload=self.spool.add(name, self._sent(name, task, reply.upload, received))
+            reply, upload=self.store.add(name, self._sent(name, task, reply.upload, received))
         )
 
     def probe(self, name: str, uploads: Mapping[str, Upload], round: int) -> dict[str, float]:

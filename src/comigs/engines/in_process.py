@@ -14,8 +14,8 @@ from comigs.client.client import settings_of
 from comigs.config import Config
 from comigs.data.prepare import ClientData
 from comigs.data.sampling import check_text
-from comigs.engines.host import Bench
-from comigs.engines.upload_store import Spool
+from comigs.engines.host import ClientHost
+from comigs.engines.upload_store import UploadStore
 from comigs.engines.workers import Workers
 from comigs.methods.method import Download, Method, Upload
 from comigs.runs.folder import RunFolder
@@ -32,10 +32,10 @@ class InProcess:
         self, config: Config, method: Method, base: Base, data: Mapping[str, ClientData], folder: RunFolder,
         report: Report,
     ) -> None:  # fmt: skip
-        spool = Spool(folder.scratch / "uploads")
-        self.workers = Workers(config, base.device, folder, spool, report)
-        self.bench = Bench(config, method, base, data, folder, spool, self.workers.report)
-        self.shapes = shapes_of_clients(config, method, self.bench.attachment)
+        store = UploadStore(folder.scratch / "uploads")
+        self.workers = Workers(config, base.device, folder, store, report)
+        self.host = ClientHost(config, method, base, data, folder, store, self.workers.report)
+        self.shapes = shapes_of_clients(config, method, self.host.attachment)
         if (
             config.participation.clients_per_round is None
         ):  # else it is found when a client is asked
@@ -50,7 +50,7 @@ class InProcess:
     def close(self) -> None:
         """End the other processes and leave the base as it was."""
         self.workers.close()
-        self.bench.attachment.detach()
+        self.host.attachment.detach()
 
     def exchange(self, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
         """Each client as soon as a process is free for it."""
@@ -58,7 +58,7 @@ class InProcess:
         return Answers(
             self.workers.spread(
                 tasks,
-                lambda name: self.bench.exchange(name, tasks[name], downloads.get(name, {})),
+                lambda name: self.host.exchange(name, tasks[name], downloads.get(name, {})),
                 lambda worker, name: worker.exchange(name, tasks[name], parcels.get(name)),
             )
         )
@@ -70,6 +70,6 @@ class InProcess:
         parcels = self.workers.parcels(uploads)
         return self.workers.spread(
             uploads,
-            lambda name: self.bench.probe(name, uploads, round),
+            lambda name: self.host.probe(name, uploads, round),
             lambda worker, name: worker.probe(name, parcels, round),
         )

@@ -21,7 +21,7 @@ from comigs.slots import Slot
 MAX_OPEN = 128  # files at once, well below what a process may have
 
 
-class Spool:
+class UploadStore:
     """A folder of uploads, one safetensors file each. Made when it is needed."""
 
     def __init__(self, folder: Path) -> None:
@@ -29,7 +29,7 @@ class Spool:
         self.open = lru_cache(MAX_OPEN)(_open)
         self._added = 0
 
-    def add(self, client: str, tensors: Upload) -> Spooled:
+    def add(self, client: str, tensors: Upload) -> StoredUpload:
         """Put an upload on the disk: the same slots and values, read where they are looked at.
 
         Usable until the folder is cleared. Raises UserError where the disk refuses.
@@ -47,11 +47,11 @@ class Spool:
             )
         return self.read(path)
 
-    def read(self, path: Path) -> Spooled:
-        """What a spool has written to that file, slots in the same order."""
+    def read(self, path: Path) -> StoredUpload:
+        """What a store has written to that file, slots in the same order."""
         keys = [key.partition("/") for key in self.open(path).keys()]  # noqa: SIM118 a file is no mapping
         ordered = sorted((int(number), name) for number, _, name in keys)
-        return Spooled(
+        return StoredUpload(
             self, path, {Slot.parse(name): f"{number}/{name}" for number, name in ordered}
         )
 
@@ -61,14 +61,14 @@ class Spool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Spooled(Mapping[Slot, Tensor]):
+class StoredUpload(Mapping[Slot, Tensor]):
     """An upload in a file. Each look gives a tensor of its own, and leaves nothing in memory once
     that is gone.
     """
 
-    def __init__(self, spool: Spool, path: Path, names: dict[Slot, str]) -> None:
+    def __init__(self, store: UploadStore, path: Path, names: dict[Slot, str]) -> None:
         self.path = path
-        self._spool, self._names = spool, names
+        self._spool, self._names = store, names
 
     def __getitem__(self, slot: Slot) -> Tensor:
         # cloned: a product of what is not aligned as torch aligns it may differ in the last bit

@@ -25,8 +25,8 @@ import torch
 from comigs.bases.load import load_base
 from comigs.config import Config
 from comigs.data.prepare import prepare
-from comigs.engines.host import Bench
-from comigs.engines.upload_store import Spool, Spooled
+from comigs.engines.host import ClientHost
+from comigs.engines.upload_store import StoredUpload, UploadStore
 from comigs.errors import UserError
 from comigs.files import command
 from comigs.methods.method import Upload, load_method
@@ -59,13 +59,18 @@ class Workers:
     """The processes beside this one. They start when there is something to do for them."""
 
     def __init__(
-        self, config: Config, device: torch.device, folder: RunFolder, spool: Spool, report: Report
+        self,
+        config: Config,
+        device: torch.device,
+        folder: RunFolder,
+        store: UploadStore,
+        report: Report,
     ) -> None:
         """device: this process's own. Raises UserError where there are fewer devices than
         workers.
         """
         self._devices = devices(config.workers, device)
-        self._folder, self._spool, self._report = folder, spool, report
+        self._folder, self._spool, self._report = folder, store, report
         self._one_at_a_time = threading.Lock()
         self._beside: list[Worker] = []
 
@@ -83,7 +88,9 @@ class Workers:
         files: dict[int, str] = {}
         for each in tensors.values():
             if id(each) not in files:
-                spooled = each if isinstance(each, Spooled) else self._spool.add("parcel", each)
+                spooled = (
+                    each if isinstance(each, StoredUpload) else self._spool.add("parcel", each)
+                )
                 files[id(each)] = str(spooled.path)
         return {name: files[id(each)] for name, each in tensors.items()}
 
@@ -152,9 +159,9 @@ class Worker:
     """One process, as the main one sees it. number: from 1; the main process is 0."""
 
     def __init__(
-        self, number: int, device: str, folder: RunFolder, spool: Spool, report: Report
+        self, number: int, device: str, folder: RunFolder, store: UploadStore, report: Report
     ) -> None:
-        self._number, self._folder, self._spool, self._report = number, folder, spool, report
+        self._number, self._folder, self._spool, self._report = number, folder, store, report
         self._socket, theirs = socket.socketpair()
         with theirs:
             words = [str(folder.path), str(number), device, str(theirs.fileno())]
@@ -166,7 +173,7 @@ class Worker:
         self._lines = self._socket.makefile("rw", encoding="utf-8")
 
     def exchange(self, name: str, task: Task, download: str | None) -> Reply:
-        """`Bench.exchange` there; download: a parcel. Raises what was raised there."""
+        """`ClientHost.exchange` there; download: a parcel. Raises what was raised there."""
         said = self._ask(
             {"do": "exchange", "name": name, "task": asdict(task), "download": download}
         )
@@ -175,7 +182,7 @@ class Worker:
         return Reply(upload, said["metrics"], said["timing"], said["train_tokens"], said["round"])
 
     def probe(self, name: str, uploads: Mapping[str, str], round: int) -> dict[str, float]:
-        """`Bench.probe` there; uploads: parcels. Raises what was raised there."""
+        """`ClientHost.probe` there; uploads: parcels. Raises what was raised there."""
         staged = self._folder.staged(f"clients/{name}/")
         asked = {
             "do": "probe",
@@ -234,9 +241,11 @@ class _Desk:
         if section.threads is not None:
             torch.set_num_threads(section.threads)
         base = load_base(section)
-        self._folder, self._spool = folder, Spool(folder.scratch / "uploads" / number)
+        self._folder, self._spool = folder, UploadStore(folder.scratch / "uploads" / number)
         data = prepare(config, base.encoder)
-        self._bench = Bench(config, load_method(config), base, data, folder, self._spool, report)
+        self._bench = ClientHost(
+            config, load_method(config), base, data, folder, self._spool, report
+        )
 
     def answer(self, question: Line) -> Line:
         """What the main process gets back."""
@@ -248,7 +257,7 @@ class _Desk:
         splits = {key: tuple(task[key]) for key in ("evaluate", "evaluate_base")}
         received = {} if download is None else self._spool.read(Path(download))
         reply = self._bench.exchange(name, Task(**{**task, **splits}), received)
-        upload = str(reply.upload.path) if isinstance(reply.upload, Spooled) else None
+        upload = str(reply.upload.path) if isinstance(reply.upload, StoredUpload) else None
         return {**vars(reply), "upload": upload, "staged": self._folder.staged(f"clients/{name}/")}
 
     def _probe(

@@ -155,7 +155,7 @@ def federable_method(config: Config) -> Method:
             f"must be one of {', '.join(list_methods())}, or run it in-process"
         )
     method = load_method(config)
-    if method.pooled:
+    if method.centralized:
         raise UserError(
             f'method: "{config.method}" trains on the text of all clients in one place, which a federation has not; '
             "choose another method, or run it in-process"

@@ -50,7 +50,7 @@ class Child:
             self.process.kill()
 
 
-class Children:
+class Supervisor:
     """Use as a context: all have ended when it does. The output of each goes to
     `folder`/NAME.log.
     """
@@ -140,7 +140,7 @@ def problem(gone: Child) -> UserError:
 
 
 def wait_until(
-    ready: Callable[[], bool], name: str, children: Children, seconds: float = START_SECONDS
+    ready: Callable[[], bool], name: str, children: Supervisor, seconds: float = START_SECONDS
 ) -> None:
     """Until a program is ready. Raises UserError where one ends, or it takes too long."""
     end = time.monotonic() + seconds
@@ -151,7 +151,7 @@ def wait_until(
             raise UserError(f"{name}: not ready after {seconds:.0f} s; look into its log")
 
 
-def keep(children: Children) -> NoReturn:
+def keep(children: Supervisor) -> NoReturn:
     """Until a program ends. Raises UserError."""
     while (gone := children.ended(timeout=3600)) is None:
         pass

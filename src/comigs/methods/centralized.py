@@ -21,5 +21,5 @@ def method(config: Config) -> Method:
         paper="-",
         weights="-",
         averages=False,
-        pooled=True,
+        centralized=True,
     )

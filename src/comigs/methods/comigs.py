@@ -24,15 +24,15 @@ from pydantic import Field
 from comigs.config import Config, ExpertShape, Section
 from comigs.errors import UserError
 from comigs.methods.method import (
-    Adopted,
     Download,
     Method,
+    Mixed,
     Tensors,
-    beside_the_rest,
+    beside_others,
     mean_of_uploads,
     options,
+    others_of,
     require_equal,
-    rest_of,
 )
 from comigs.slots import Slot
 
@@ -59,10 +59,10 @@ def method(config: Config) -> Method:
                 f'options.adopt: given "{settings.adopt}", which leaves nothing of a download to put beside the own '
                 'expert; give "valid", or say how many experts there are (experts.generalists, experts.specialists)'
             )
-        return replace(with_the_rest(config), probe=settings.probe_windows)
+        return replace(with_others(config), probe=settings.probe_windows)
     if settings.adopt == "all":
         return as_published(config)
-    return replace(as_published(config), adopt=adopt_as_valid_asks, probe=settings.probe_windows)
+    return replace(as_published(config), mix=mix_as_valid_asks, probe=settings.probe_windows)
 
 
 def as_published(
@@ -92,7 +92,7 @@ def as_published(
     )
 
 
-def with_the_rest(config: Config) -> Method:
+def with_others(config: Config) -> Method:
     """One own expert of all ranks, and beside it the last download's, frozen, as in FedALT
     (2503.11880).
 
@@ -102,26 +102,24 @@ def with_the_rest(config: Config) -> Method:
     is closed. It learns with the experts from train, and by itself from valid.
     """
 
-    def adopt(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Adopted:
+    def mix(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Mixed:
         share = share_that_valid_asks(own, download, nats)
         gates = {
             slot: torch.full_like(tensor, 1 - share) for slot, tensor in own.items() if slot.is_gate
         }
-        return {**towards(own, download, share), **rest_of(download), **gates}, share
+        return {**towards(own, download, share), **others_of(download), **gates}, share
 
-    shape = beside_the_rest("gated")
+    shape = beside_others("gated")
     return replace(
         as_published(config, shape, "Say how many specialists there are, which may differ"),
         summary="own experts averaged as far as valid asks, what is left of the others frozen beside them (bi-level)",
         shape=shape,
         schedule="both",
-        adopt=adopt,
+        mix=mix,
     )
 
 
-def adopt_as_valid_asks(
-    own: Tensors, download: Download, nats: Callable[[Tensors], float]
-) -> Adopted:
+def mix_as_valid_asks(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Mixed:
     """A download as far as it helps: a client whose text has little in common with the others'
     keeps what it learnt.
     """

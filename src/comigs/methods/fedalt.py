@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from comigs.config import Config
 from comigs.methods.method import (
     Download,
-    Facts,
     Memory,
     Method,
+    RoundContext,
     Upload,
-    beside_the_rest,
+    beside_others,
     one_expert,
+    others_of,
     require_equal,
-    rest_of,
     shares_all,
 )
 
@@ -40,27 +40,29 @@ def method(config: Config) -> Method:
         shares=shares_all,
         receives=lambda slot: slot.role in ("rest", "attention"),
         aggregate=aggregate,
-        shape=beside_the_rest("open"),
+        shape=beside_others("open"),
         schedule="joint",
         averages=True,
     )
 
 
 def aggregate(
-    uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+    uploads: Mapping[str, Upload], memory: Memory, context: RoundContext
 ) -> tuple[dict[str, Download], Memory]:
     """The rest of client i is the mean of the others' g0; attention LoRA the mean of all."""
-    attention = facts.mean({s: u[s] for s in u if s.role == "attention"} for u in uploads.values())
+    attention = context.mean(
+        {s: u[s] for s in u if s.role == "attention"} for u in uploads.values()
+    )
 
     def download(client: str | None) -> Download:
-        others = facts.mean(
+        others = context.mean(
             {s: u[s] for s in u if s.role == "generalist"}
             for name, u in uploads.items()
             if name != client
         )
-        return {**attention, **rest_of(others)}
+        return {**attention, **others_of(others)}
 
     downloads = dict.fromkeys(
-        facts.clients, download(None)
+        context.clients, download(None)
     )  # of those who sent nothing, everybody is another
-    return downloads | {name: download(name) for name in facts.clients if name in uploads}, memory
+    return downloads | {name: download(name) for name in context.clients if name in uploads}, memory

@@ -13,9 +13,9 @@ from comigs import lowrank
 from comigs.config import Config
 from comigs.methods.method import (
     Download,
-    Facts,
     Memory,
     Method,
+    RoundContext,
     Upload,
     mean,
     one_expert,
@@ -33,7 +33,7 @@ def method(config: Config) -> Method:
     require_equal(config, "rank", "fedex-lora averages A and B entry by entry", shape)
 
     def aggregate(
-        uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+        uploads: Mapping[str, Upload], memory: Memory, context: RoundContext
     ) -> tuple[dict[str, Download], Memory]:
         average, factors = mean(uploads.values()), [pairs(upload) for upload in uploads.values()]
         download = dict(average)
@@ -42,7 +42,7 @@ def method(config: Config) -> Method:
             weights = [*[scale / len(factors)] * len(factors), -scale]
             residual = lowrank.stack([*[f[at] for f in factors], of_means], weights)
             download |= slots((*at[:2], "update"), residual, average[Slot(*at, "A")])
-        return dict.fromkeys(facts.clients, download), memory
+        return dict.fromkeys(context.clients, download), memory
 
     return Method(
         name="fedex-lora",

@@ -15,9 +15,9 @@ from comigs import lowrank
 from comigs.config import Config
 from comigs.methods.method import (
     Download,
-    Facts,
     Memory,
     Method,
+    RoundContext,
     Upload,
     one_expert,
     pairs,
@@ -33,20 +33,20 @@ def method(config: Config) -> Method:
     shapes = {client.name: shape(config.shape_of(client)) for client in config.clients}
 
     def aggregate(
-        uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+        uploads: Mapping[str, Upload], memory: Memory, context: RoundContext
     ) -> tuple[dict[str, Download], Memory]:
         factors = {name: pairs(upload) for name, upload in uploads.items()}
-        total = sum(facts.weights[name] for name in uploads)
+        total = sum(context.weights[name] for name in uploads)
         downloads: dict[str, Download] = {}
         merged: dict[int, dict[Slot, Tensor]] = {}  # by the client's rank
-        for client in facts.clients:
+        for client in context.clients:
             rank = shapes[client].rank
             if rank not in merged:
                 merged[rank] = {}
                 for at, (A, _) in next(iter(factors.values()), {}).items():
                     wanted = rank if at[2] != "attention" else A.shape[0]
                     weights = [
-                        facts.weights[n] / total * scale(f[at][0].shape[0]) / scale(wanted)
+                        context.weights[n] / total * scale(f[at][0].shape[0]) / scale(wanted)
                         for n, f in factors.items()
                     ]
                     pair = lowrank.factorize(

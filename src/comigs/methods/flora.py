@@ -15,9 +15,9 @@ from comigs import lowrank
 from comigs.config import Config
 from comigs.methods.method import (
     Download,
-    Facts,
     Memory,
     Method,
+    RoundContext,
     Upload,
     one_expert,
     pairs,
@@ -31,7 +31,7 @@ def method(config: Config) -> Method:
     """One expert per client, of the client's own rank."""
 
     def aggregate(
-        uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+        uploads: Mapping[str, Upload], memory: Memory, context: RoundContext
     ) -> tuple[dict[str, Download], Memory]:
         factors = [pairs(upload) for upload in uploads.values()]
         update: dict[Slot, Tensor] = {}
@@ -41,7 +41,7 @@ def method(config: Config) -> Method:
             update |= slots(
                 (*at[:2], "update"), lowrank.stack([f[at] for f in factors], weights), like
             )
-        return dict.fromkeys(facts.clients, update), memory
+        return dict.fromkeys(context.clients, update), memory
 
     return Method(
         name="flora",
@@ -53,5 +53,5 @@ def method(config: Config) -> Method:
         shape=one_expert("generalist"),
         mixing="uniform",
         merges=True,
-        restarts=True,
+        reinitializes=True,
     )

@@ -19,9 +19,9 @@ from comigs import lowrank
 from comigs.config import Config, Section
 from comigs.methods.method import (
     Download,
-    Facts,
     Memory,
     Method,
+    RoundContext,
     Tensors,
     Upload,
     one_expert,
@@ -52,7 +52,7 @@ def method(config: Config) -> Method:
     ranks = {client.name: shape(config.shape_of(client)).rank for client in config.clients}
 
     def aggregate(
-        uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+        uploads: Mapping[str, Upload], memory: Memory, context: RoundContext
     ) -> tuple[dict[str, Download], Memory]:
         """memory: "CLIENT/LAYER.SITE.PART" -> the ranks that the client had not pruned when it last
         sent something.
@@ -74,7 +74,7 @@ def method(config: Config) -> Method:
         made: dict[
             tuple[tuple[int, int], ...], Download
         ] = {}  # by ranks, and those of them that are kept
-        for client in facts.clients:
+        for client in context.clients:
             rank = {
                 at: ranks[client] if at[2] != "attention" else len(A)
                 for at, (A, _) in averages.items()
@@ -112,17 +112,15 @@ def method(config: Config) -> Method:
             * torch.stack([tail_norm(pair, settings.gamma) for pair in both(tensors)]).sum()
         )
 
-    def settle(tensors: Tensors, anchor: Tensors) -> Tensors:
-        settled = dict(tensors)
+    def after_training(tensors: Tensors, anchor: Tensors) -> Tensors:
+        after = dict(tensors)
         for slot in (s for s in tensors if s.matrix == "A"):
             partner = Slot(slot.layer, slot.site, slot.part, "B")
             now, then = (tensors[slot], tensors[partner]), (anchor[slot], anchor[partner])
             if tail_norm(now, settings.gamma) < tail_norm(then, settings.gamma):
                 t = tail_start(now, settings.gamma)
-                settled[slot], settled[partner] = lowrank.pad(
-                    lowrank.first_rows(now, t), len(now[0])
-                )
-        return settled
+                after[slot], after[partner] = lowrank.pad(lowrank.first_rows(now, t), len(now[0]))
+        return after
 
     prunes = settings.gamma < 1
     return Method(
@@ -136,7 +134,7 @@ def method(config: Config) -> Method:
         shape=shape,
         mixing="uniform",
         penalty=penalty if prunes and settings.penalty else None,
-        settle=settle if prunes else None,
+        after_training=after_training if prunes else None,
     )
 
 

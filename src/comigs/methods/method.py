@@ -14,7 +14,7 @@ Its contract, which `tests/test_method_contract.py` holds every file of this fol
 - any of the clients may be missing from a round's uploads;
 - clients that get the same get one object, so that an idle client costs the server a number;
   uploads may be read from
-  the disk at each look, so `aggregate` looks at one after the other where it can (`Facts.mean`
+  the disk at each look, so `aggregate` looks at one after the other where it can (`RoundContext.mean`
   does);
 - tensors keep dtype and device; `memory` (the server's carry-over) survives being saved and loaded;
 - unequal ranks work, or `method(config)` refuses them before anything runs.
@@ -48,7 +48,7 @@ Tensors = Mapping[Slot, Tensor]
 Upload = Tensors
 Download = Tensors
 Memory = Mapping[str, Tensor]
-Adopted = tuple[
+Mixed = tuple[
     Tensors, float
 ]  # what is written of a download, and how far towards it that is: from 0 to 1
 Settings = TypeVar("Settings", bound=Section)
@@ -56,7 +56,7 @@ Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
-class Facts:
+class RoundContext:
     """What the server knows of a round beside the uploads.
 
     clients: all clients of the run, in the config's order, whether they sent something or not.
@@ -78,7 +78,9 @@ class Facts:
 
 
 Schedule = Literal["alternating", "joint", "both"]
-Aggregate = Callable[[Mapping[str, Upload], Memory, Facts], tuple[dict[str, Download], Memory]]
+Aggregate = Callable[
+    [Mapping[str, Upload], Memory, RoundContext], tuple[dict[str, Download], Memory]
+]
 
 
 @dataclass(frozen=True)
@@ -94,29 +96,29 @@ class Method:
         and whether the rest of the world is beside them, which a method receives as that, and never
         trains.
     trains(slot, round): the slot, unless it is frozen, is trained in that round (from 1).
-    aggregate(uploads by client, memory, facts) -> (downloads by client, memory).
+    aggregate(uploads by client, memory, context) -> (downloads by client, memory).
     mixing: "routed" by the router; "uniform": the mean of all experts; "sum": one expert, whose
     LoRA is their sum.
     schedule: "alternating" trains the router by itself, every `router_every` local steps
         (bi-level); "joint" trains it with the experts on train; "both" does both.
     penalty(tensors, anchor): added to the loss of local steps; anchor: the tensors as the round
     began.
-    settle(tensors, anchor): what a client's tensors become between its training and its upload;
+    after_training(tensors, anchor): what a client's tensors become between its training and its upload;
     entries that it sets
         to zero stay zero until a download writes them, for their optimiser moments are cleared.
     merges: a client adds every "update" it receives to a frozen (out, in) change of that linear
     ("merged").
-    restarts: whoever merged an update draws its shared A anew as at the start and sets B to zero.
+    reinitializes: whoever merged an update draws its shared A anew as at the start and sets B to zero.
     probe: windows of its valid, drawn anew each round, on which a client compares models.
-    reads_peers: each client measures every other client's upload (Facts.peer_nats).
+    reads_peers: each client measures every other client's upload (RoundContext.peer_nats).
     adopt(own, download, nats): what a client writes of a download that it may weigh against its own
     tensors first, and
         how far towards it that is; nats(tensors): per token, on `probe` windows of its valid.
     finish(tensors, nats): what a client's tensors become at the very end; nats(tensors): per token,
     on its valid.
-    pooled: one model is trained on the text of all clients with as many times the batch, and
+    centralized: one model is trained on the text of all clients with as many times the batch, and
     everybody gets it.
-    averages: whatever `aggregate` makes of uploads goes through Facts.mean, which `upload.merge`
+    averages: whatever `aggregate` makes of uploads goes through RoundContext.mean, which `upload.merge`
     can replace.
     """
 
@@ -132,14 +134,14 @@ class Method:
     mixing: Literal["routed", "uniform", "sum"] = "routed"
     schedule: Schedule = "alternating"
     penalty: Callable[[Tensors, Tensors], Tensor] | None = None
-    settle: Callable[[Tensors, Tensors], Tensors] | None = None
+    after_training: Callable[[Tensors, Tensors], Tensors] | None = None
     merges: bool = False
-    restarts: bool = False
+    reinitializes: bool = False
     probe: int = 0
     reads_peers: bool = False
-    adopt: Callable[[Tensors, Download, Callable[[Tensors], float]], Adopted] | None = None
+    mix: Callable[[Tensors, Download, Callable[[Tensors], float]], Mixed] | None = None
     finish: Callable[[Tensors, Callable[[Tensors], float]], Tensors] | None = None
-    pooled: bool = False
+    centralized: bool = False
     averages: bool = False
 
     def sends(self, slot: Slot, round: int) -> bool:
@@ -193,7 +195,7 @@ def _require_possible(config: Config, method: Method) -> None:
         "min_clients": (p.min_clients, 1),
     }
     for field_, (given, allowed) in everybody.items():
-        if method.pooled and given not in (None, allowed):
+        if method.centralized and given not in (None, allowed):
             raise UserError(
                 f"participation.{field_}: given {given}, but {config.method} trains one model in one place on "
                 "everybody's text; leave it out"
@@ -238,12 +240,12 @@ def list_methods() -> list[str]:
 
 
 def mean_of_uploads(
-    uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+    uploads: Mapping[str, Upload], memory: Memory, context: RoundContext
 ) -> tuple[dict[str, Download], Memory]:
     """Unweighted mean over clients, slot by slot (1602.05629 with equal weights); the same download
     for all.
     """
-    return dict.fromkeys(facts.clients, facts.mean(uploads.values())), memory
+    return dict.fromkeys(context.clients, context.mean(uploads.values())), memory
 
 
 def mean(
@@ -323,12 +325,12 @@ def one_expert(role: Literal["generalist", "specialist"]) -> Callable[[ExpertSha
     return shape
 
 
-def beside_the_rest(router: Literal["open", "gated"]) -> Callable[[ExpertShape], ExpertShape]:
+def beside_others(router: Literal["open", "gated"]) -> Callable[[ExpertShape], ExpertShape]:
     """A `Method.shape`: a single generalist of all ranks, and the rest of the world."""
     return lambda shape: one_expert("generalist")(shape).model_copy(update={"rest": router})
 
 
-def rest_of(tensors: Tensors) -> dict[Slot, Tensor]:
+def others_of(tensors: Tensors) -> dict[Slot, Tensor]:
     """The only generalist as the rest of the world."""
     return {
         replace(slot, part="rest"): tensor

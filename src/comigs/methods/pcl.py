@@ -14,7 +14,7 @@ from torch import Tensor
 
 from comigs.config import Config, Section
 from comigs.methods import fedavg
-from comigs.methods.method import Download, Facts, Memory, Method, Upload, options
+from comigs.methods.method import Download, Memory, Method, RoundContext, Upload, options
 from comigs.slots import Slot
 
 
@@ -42,11 +42,11 @@ def method(config: Config) -> Method:
 
 
 def aggregate(
-    uploads: Mapping[str, Upload], memory: Memory, facts: Facts
+    uploads: Mapping[str, Upload], memory: Memory, context: RoundContext
 ) -> tuple[dict[str, Download], Memory]:
     """Client i gets sum_j softmax_j(-perplexity of model j on valid_i) theta_j."""
     downloads: dict[str, Download] = {}
-    for reader, nats in facts.peer_nats.items() if uploads else ():
+    for reader, nats in context.peer_nats.items() if uploads else ():
         perplexity = {
             a: math.exp(nats[a] if nats[a] < 700 else 700) for a in uploads
         }  # of what a float holds

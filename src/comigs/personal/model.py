@@ -14,7 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from comigs.bases.load import Base
 from comigs.client.client import load_tensors
-from comigs.client.evaluate import Evaluation, evaluate
+from comigs.client.evaluate import Measurement, evaluate
 from comigs.data.corpus import TokenStore
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
@@ -52,7 +52,7 @@ class PersonalModel:
         self.attachment.bind(tensors)
         self.config, self.dtype, self.tensors = config, base.dtype, tensors
 
-    def evaluate(self, stores: Sequence[TokenStore], untouched_base: bool = False) -> Evaluation:
+    def evaluate(self, stores: Sequence[TokenStore], untouched_base: bool = False) -> Measurement:
         """Every token once, as in the run; with the base alone where asked."""
         self.attachment.bind({} if untouched_base else self.tensors)
         result = evaluate(

@@ -39,7 +39,7 @@ Started = dict[
 ]  # client -> round -> the download of a request that it has not answered yet
 
 
-class Intake:
+class RoundCollector:
     """One round on the server, from whom to ask to what to merge.
 
     uploads: what counts, in the config's order. absent: client -> why nothing usable came. reached:
@@ -161,7 +161,7 @@ class Intake:
     def _fault(self, name: str, reply: Reply, task: Task | None) -> str | None:
         fault = check_lines(reply, name, task)
         if fault is None and reply.upload is None:
-            return None if self.method.pooled else "no upload"
+            return None if self.method.centralized else "no upload"
         return fault or check_upload(reply.upload or {}, self._expect(name, reply.round))
 
     def _expect(self, name: str, round: int) -> Shapes:

@@ -10,9 +10,9 @@ from typing import Any
 from comigs.config import Config
 from comigs.errors import UserError
 from comigs.files import command
-from comigs.methods.method import Download, Facts, Memory, Method
+from comigs.methods.method import Download, Memory, Method, RoundContext
 from comigs.runs.folder import RunFolder
-from comigs.server.collect import NO_ANSWER, Intake, Started
+from comigs.server.collect import NO_ANSWER, RoundCollector, Started
 from comigs.server.communication import drift, last_download
 from comigs.server.diagnostics import failure_signs
 from comigs.server.participation import absent_line, has_trained, late_line, left_out, measured_base
@@ -44,30 +44,32 @@ def run_rounds(
         downloads, memory = unpack_server(folder.load("server/state"))
 
     for round in range(last.round + 1, config.rounds + 1):
-        intake = Intake(config, method, engine.shapes, start, started, history, downloads, round)
-        _ask(intake, engine, folder, report, measured_base(history))
-        facts = Facts(
+        collector = RoundCollector(
+            config, method, engine.shapes, start, started, history, downloads, round
+        )
+        _ask(collector, engine, folder, report, measured_base(history))
+        context = RoundContext(
             clients=tuple(c.name for c in config.clients),
-            weights=intake.weights(),
-            peer_nats=engine.probe(intake.uploads, round) if method.reads_peers else {},
+            weights=collector.weights(),
+            peer_nats=engine.probe(collector.uploads, round) if method.reads_peers else {},
             upload=config.upload,
         )
-        merged, memory = method.aggregate(intake.uploads, memory, facts)
-        sent, downloads = downloads, next_downloads(downloads, merged, intake.reached)
+        merged, memory = method.aggregate(collector.uploads, memory, context)
+        sent, downloads = downloads, next_downloads(downloads, merged, collector.reached)
 
-        metrics = intake.metrics()
+        metrics = collector.metrics()
         metrics.append(
             {
                 "kind": "server",
                 "round": round,
-                "drift": drift(intake.uploads, sent),
-                **intake.whom(),
+                "drift": drift(collector.uploads, sent),
+                **collector.whom(),
             }
         )
-        metrics += intake.warnings
+        metrics += collector.warnings
         metrics += failure_signs(history, metrics, own_or_rest)
         folder.stage("server/state", pack_server(downloads, memory), round)
-        folder.commit(round, metrics, intake.timings())
+        folder.commit(round, metrics, collector.timings())
         history += metrics
         for line in metrics:
             report(line)
@@ -75,7 +77,7 @@ def run_rounds(
 
 
 def _ask(
-    intake: Intake, engine: Engine, folder: RunFolder, report: Report, measured: set[str]
+    collector: RoundCollector, engine: Engine, folder: RunFolder, report: Report, measured: set[str]
 ) -> None:
     """Ask the clients of a round, and those of them again whose upload is missing while there are
     too few.
@@ -83,30 +85,30 @@ def _ask(
     It ends: who fails too often is left out, and nobody is asked who has answered. Raises UserError
     when too few are left.
     """
-    config, round = intake.config, intake.round
+    config, round = collector.config, collector.round
     needed, everyone = config.participation.min_clients, len(config.clients)
     first, later = (task_of(config, round, base_known=known) for known in (False, True))
     while True:
-        names, left = intake.to_ask(), everyone - len(intake.out)
+        names, left = collector.to_ask(), everyone - len(collector.out)
         if left < needed or not names:
             raise UserError(
-                f"round {round}: {len(intake.uploads)} of the {needed} usable uploads that it needs "
+                f"round {round}: {len(collector.uploads)} of the {needed} usable uploads that it needs "
                 f"(participation.min_clients), and {everyone - left} of {everyone} clients are left out, so too few "
                 f"are left to ask; every whole round is kept. When they are back, go on with: "
                 f"{command('resume', folder.path)}"
             )
         tasks = {name: later if name in measured else first for name in names}
-        intake.take(
+        collector.take(
             tasks,
             engine.exchange(
-                tasks, {n: intake.downloads[n] for n in names if n in intake.downloads}
+                tasks, {n: collector.downloads[n] for n in names if n in collector.downloads}
             ),
         )
-        if len(intake.uploads) >= needed:
+        if len(collector.uploads) >= needed:
             return
-        reasons = [f"{name}: {reason}" for name, reason in intake.absent.items()]
+        reasons = [f"{name}: {reason}" for name, reason in collector.absent.items()]
         why = "; ".join(reasons[:4] + [f"{len(reasons) - 4} more"] * (len(reasons) > 4))
-        note = f"round {round}: {len(intake.uploads)} of the {needed} uploads it needs; asking again ({why})"
+        note = f"round {round}: {len(collector.uploads)} of the {needed} uploads it needs; asking again ({why})"
         report({"kind": "note", "message": note, "say": True})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 
 from comigs.config import Config
 from comigs.experiments.sweep.plan import Run
-from comigs.experiments.sweep.state import State
+from comigs.experiments.sweep.state import RunState
 
 START = (
     10.0  # seconds to import torch, load the base and write the report; until it is measured here
@@ -14,7 +14,7 @@ START = (
 Timing = tuple[tuple[str, ...], float]  # a run's choice, its seconds per unit of work
 
 
-class Pace:
+class Eta:
     """Seconds per unit of work. A run is taken to go as the timed runs do that share most values of
     the axes.
 
@@ -30,7 +30,7 @@ class Pace:
             float
         ] = []  # seconds of processes in which nothing was trained or measured
 
-    def learn(self, run: Run, state: State, here: bool = True) -> None:
+    def learn(self, run: Run, state: RunState, here: bool = True) -> None:
         """Take in what a run, finished or not, has recorded; nothing where no round of it is
         whole.
         """
@@ -43,7 +43,7 @@ class Pace:
             ]
             self.slower = sum(ratios) / len(ratios)
 
-    def learn_start(self, before: State, after: State, elapsed: float) -> None:
+    def learn_start(self, before: RunState, after: RunState, elapsed: float) -> None:
         """Take in how much longer a process took than what it did for the run."""
         self.starts.append(max(elapsed - (after.seconds - before.seconds), 0.0))
 
@@ -59,7 +59,7 @@ class Pace:
         ]
         return _like(run.choice, known) * work(run.config) if known else None
 
-    def left(self, runs: Iterable[tuple[Run, State, float]], jobs: int) -> float | None:
+    def left(self, runs: Iterable[tuple[Run, RunState, float]], jobs: int) -> float | None:
         """Seconds until all these runs end, `jobs` at once; each with where it began and its
         seconds since then.
         """

@@ -13,7 +13,7 @@ from pathlib import Path
 from comigs.config import Config, load_config
 from comigs.errors import UserError, nearest
 from comigs.experiments.sweep.spec import Sweep, read_sweep, to_toml
-from comigs.experiments.sweep.state import ELSEWHERE, State, look
+from comigs.experiments.sweep.state import ELSEWHERE, RunState, look
 from comigs.files import write_whole, writing
 from comigs.methods.method import load_method
 
@@ -51,7 +51,7 @@ class Plan:
     folder: Path
     sweep: Sweep
     runs: tuple[Run, ...]
-    states: Mapping[str, State]
+    states: Mapping[str, RunState]
 
 
 def read_plan(file: Path, out: Path | None = None, only: list[str] | None = None) -> Plan:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from comigs import text as f
-from comigs.experiments.sweep.eta import Pace, about, clock
+from comigs.experiments.sweep.eta import Eta, about, clock
 from comigs.experiments.sweep.plan import Plan, Run
 from comigs.experiments.sweep.process import Child
 from comigs.experiments.sweep.state import progress
@@ -15,14 +15,14 @@ from comigs.runs.folder import RunFolder
 Say = Callable[[str], None]
 
 
-class Board:
+class Progress:
     """What is known of the runs, and the lines about them."""
 
     def __init__(self, plan: Plan, jobs: int, say: Say, again: str = "") -> None:
         self.plan, self.jobs, self.say, self.again = plan, jobs, say, again
         self.states = dict(plan.states)
         self.failed: dict[str, str] = {}  # label -> why
-        self.pace = Pace()
+        self.pace = Eta()
         for run in plan.runs:
             self.pace.learn(run, self.states[run.label], here=False)
         self.waiting = deque(run for run in plan.runs if not self.states[run.label].finished)

@@ -14,7 +14,7 @@ from comigs import text as f
 from comigs.errors import Stopped, UserError
 from comigs.experiments.sweep.plan import Plan, Run, one_per_text, write_copy
 from comigs.experiments.sweep.process import Child
-from comigs.experiments.sweep.progress import Board, Say
+from comigs.experiments.sweep.progress import Progress, Say
 from comigs.experiments.sweep.state import busy, look
 from comigs.processes import cpus
 
@@ -24,7 +24,7 @@ LOG = "sweep.log"  # in the sweep's folder: all that failed runs had to say
 
 def show(plan: Plan, jobs: int, say: Say) -> None:
     """Say what `run_sweep` would do."""
-    board = Board(plan, jobs, say)
+    board = Progress(plan, jobs, say)
     board.announce()
     board.list_runs()
 
@@ -35,7 +35,7 @@ def run_sweep(plan: Plan, jobs: int, say: Say, again: str) -> dict[str, str]:
     again: the command to go on with. Raises UserError before the first run starts where text or
     base are unusable, and Stopped after Ctrl-C, once all processes have ended.
     """
-    board = Board(plan, jobs, say, again)
+    board = Progress(plan, jobs, say, again)
     board.announce()
     with _stopping(board):
         _check_texts(board)
@@ -64,7 +64,7 @@ def threads(run: Run, jobs: int) -> int | None:
     return max(1, cpus() // (jobs * run.config.workers))
 
 
-def _begin(board: Board, run: Run) -> None:
+def _begin(board: Progress, run: Run) -> None:
     """Start or resume a run, unless somebody else works on it, has finished it or put something
     there meanwhile.
     """
@@ -94,7 +94,7 @@ def _begin(board: Board, run: Run) -> None:
     board.running.append((run, Child(words, own)))
 
 
-def _check_texts(board: Board) -> None:
+def _check_texts(board: Progress) -> None:
     """Prepare each text once, before any run: what is wrong with it is said now, and no two runs
     tokenise it at once.
 
@@ -113,7 +113,7 @@ def _check_texts(board: Board) -> None:
 
 
 @contextmanager
-def _stopping(board: Board) -> Iterator[None]:
+def _stopping(board: Progress) -> Iterator[None]:
     """Leave no process behind, whatever ends us; a second Ctrl-C kills them. A closed terminal
     counts as Ctrl-C.
     """

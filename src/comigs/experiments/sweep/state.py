@@ -36,7 +36,7 @@ LEFT_TO_US = {
 
 
 @dataclass(frozen=True)
-class State:
+class RunState:
     """How far a run is. round: the last whole one. seconds: of training and measuring, up to
     there.
     """
@@ -52,11 +52,11 @@ class State:
         return "done" if self.finished else "to resume" if self.begun else "new"
 
 
-def look(path: Path, config: Config) -> State:
+def look(path: Path, config: Config) -> RunState:
     """How far the run of `config` at `path` is. Raises UserError where something else is there."""
     if not os.path.lexists(path):
         require_free(path)
-        return State()
+        return RunState()
     if not (path / "checkpoint.json").is_file() or not (path / "config.toml").is_file():
         raise UserError(
             f"{path}: exists and is no run folder; nothing was changed. Move it away, or {ELSEWHERE}"
@@ -76,13 +76,13 @@ def look(path: Path, config: Config) -> State:
     return progress(path)
 
 
-def progress(path: Path) -> State:
+def progress(path: Path) -> RunState:
     """How far a run is that is known to be the right one. Raises UserError where it is damaged or
     none.
     """
     last = RunFolder.open(path).checkpoint()
     finished = last.finished and (path / "summary.json").is_file()
-    return State(last.round, True, finished, _seconds(path / TIMINGS, last.timings_bytes))
+    return RunState(last.round, True, finished, _seconds(path / TIMINGS, last.timings_bytes))
 
 
 def busy(path: Path) -> bool:

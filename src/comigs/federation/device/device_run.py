@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from comigs.bases.load import Base
-from comigs.client.client import Client, State
+from comigs.client.client import Client, ClientState
 from comigs.config import Config
 from comigs.data.prepare import ClientData
 from comigs.errors import UserError
@@ -63,7 +63,7 @@ class DeviceRun:
             last.round + last.finished
         )  # the last exchange comes one round after the last
 
-    def state(self) -> State | None:
+    def state(self) -> ClientState | None:
         """What the client goes on from; None: from its start."""
         if not self.folder.holds(self._path("experts")):
             return None

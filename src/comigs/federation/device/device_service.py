@@ -23,7 +23,7 @@ from comigs.bases.load import Base, load_base
 from comigs.client.client import Client
 from comigs.config import BaseSection, Config, Text, parse_config
 from comigs.data.prepare import ClientData, prepare_client
-from comigs.engines.client_task import answer
+from comigs.engines.client_task import run_task
 from comigs.experts.attach import Attachment
 from comigs.federation import messages
 from comigs.federation.device.device_run import DeviceRun, Refused, open_folder, refusing
@@ -167,7 +167,7 @@ class Trainer:
         """Do what is asked, keep what came of it, and only then answer."""
         download = _download(tensors)
         with refusing("loss"):
-            reply = answer(client, request.task, run.unseen(download, request.since), self.report)
+            reply = run_task(client, request.task, run.unseen(download, request.since), self.report)
             try:
                 sent = wire.encode(
                     reply.upload or {}, download, run.config.upload.format, run.residual()

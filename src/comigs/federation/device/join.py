@@ -21,7 +21,7 @@ from comigs.federation.device.connectivity import check_server
 from comigs.federation.operator import flwr_cli
 from comigs.federation.operator.server import free_port
 from comigs.federation.security.private_files import make_private, sole, write_private
-from comigs.federation.supervisor import Children, keep, wait_until
+from comigs.federation.supervisor import Supervisor, keep, wait_until
 from comigs.files import command, folder_or_name, writing
 
 Say = Callable[[str], None]
@@ -66,7 +66,7 @@ def join(file: Path, owner: Owner, say: Say) -> None:
 
 
 def _run(bundle: Bundle, home: Path, socket: Path, say: Say) -> NoReturn:
-    with Children(home / "log", flwr_cli.environment(home / "flwr"), home) as children:
+    with Supervisor(home / "log", flwr_cli.environment(home / "flwr"), home) as children:
         children.start(
             "trainer",
             ["comigs.federation.device.trainer_main:main", str(socket), "device.json"],

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from comigs.federation.flower.grid import GONE, Failure, Post
+from comigs.federation.flower.grid import GONE, Failure, GridTransport
 from comigs.server.protocol import Report
 from comigs.server.wire import WireError
 
@@ -48,7 +48,7 @@ class Question(Generic[Answer]):
 
 
 @dataclass(frozen=True)
-class Pace:
+class Polling:
     """Seconds. deadline: of an exchange, from its first message. patience: for clients that are
     away to come back.
 
@@ -84,12 +84,14 @@ class _Out(Generic[Answer]):
     ends: float
 
 
-class Courier(Generic[Answer]):
+class Dispatcher(Generic[Answer]):
     """Carries questions to clients. A message may stay out from one exchange to the next, one for
     each client.
     """
 
-    def __init__(self, post: Post, nodes: Mapping[str, int], pace: Pace, report: Report) -> None:
+    def __init__(
+        self, post: GridTransport, nodes: Mapping[str, int], pace: Polling, report: Report
+    ) -> None:
         """nodes: client -> Flower's node id. Who has none is never there."""
         self._post, self._nodes, self._pace, self._report = post, nodes, pace, report
         self._out: dict[str, _Out[Answer]] = {}  # by message
@@ -154,7 +156,7 @@ class _Exchange(Generic[Answer]):
     """One exchange as far as it has come."""
 
     def __init__(
-        self, questions: Mapping[str, Question[Answer]], pace: Pace, report: Report
+        self, questions: Mapping[str, Question[Answer]], pace: Polling, report: Report
     ) -> None:
         self._questions, self._pace, self._report = questions, pace, report
         self._came = Gathered[Answer]()

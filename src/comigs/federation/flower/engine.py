@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from comigs.config import Config
-from comigs.engines.upload_store import Spool
-from comigs.federation.flower.dispatch import Courier, Question
+from comigs.engines.upload_store import UploadStore
+from comigs.federation.flower.dispatch import Dispatcher, Question
 from comigs.federation.messages import (
     ANSWERS,
     Answered,
@@ -40,13 +40,13 @@ class Flower:
 
     def __init__(
         self, config: Config, method: Method, folder: RunFolder, run: str, fingerprint: str,
-        shapes: Mapping[str, Shapes], courier: Courier[Reply | Probed],
+        shapes: Mapping[str, Shapes], courier: Dispatcher[Reply | Probed],
     ) -> None:  # fmt: skip
         """run: the run's id, the same after a resume. fingerprint: of the base."""
         self.shapes = shapes
         self._config, self._method, self._folder, self._courier = config, method, folder, courier
         self._run, self._fingerprint = run, fingerprint
-        self._spool, self._round = Spool(folder.scratch / "uploads"), 0
+        self._spool, self._round = UploadStore(folder.scratch / "uploads"), 0
         self._sent: dict[str, dict[int, Download]] = defaultdict(dict)
         seen = folder.load(SEEN) if folder.holds(SEEN) else {}
         self._seen = {name: (int(rounds[0]), int(rounds[1])) for name, rounds in seen.items()}

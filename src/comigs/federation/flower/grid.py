@@ -56,7 +56,7 @@ def opened(content: RecordDict) -> bytes:
     return records["comigs"]["bytes"].data
 
 
-class Post:
+class GridTransport:
     """Flower's grid, as far as it is needed."""
 
     def __init__(self, grid: Grid) -> None:

@@ -15,9 +15,9 @@ from comigs.bases.load import load_base
 from comigs.config import Config
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
-from comigs.federation.flower.dispatch import Courier, Pace
+from comigs.federation.flower.dispatch import Dispatcher, Polling
 from comigs.federation.flower.engine import Flower
-from comigs.federation.flower.grid import Post
+from comigs.federation.flower.grid import GridTransport
 from comigs.federation.messages import PROGRESS, RUN_ID, federable_method
 from comigs.files import write_whole
 from comigs.methods.method import Method
@@ -28,7 +28,9 @@ from comigs.server.validation import shapes_of_clients
 from comigs.slots import Shapes
 
 
-def go_on(grid: Grid, path: Path, federation: Path, pace: Callable[[float], Pace] = Pace) -> None:
+def go_on(
+    grid: Grid, path: Path, federation: Path, pace: Callable[[float], Polling] = Polling
+) -> None:
     """A run to its end. federation: its folder. pace: from the deadline. What goes wrong is an
     "error" event, too.
     """
@@ -42,7 +44,9 @@ def go_on(grid: Grid, path: Path, federation: Path, pace: Callable[[float], Pace
             with RunFolder.open(path) as folder:
                 nodes = _nodes(folder, federation)
                 deadline = folder.config().participation.deadline
-                rounds(folder, Courier(Post(grid), nodes, pace(deadline), report), report)
+                rounds(
+                    folder, Dispatcher(GridTransport(grid), nodes, pace(deadline), report), report
+                )
         except UserError as error:
             report({"kind": "error", "message": str(error)})
             raise
@@ -56,7 +60,7 @@ def go_on(grid: Grid, path: Path, federation: Path, pace: Callable[[float], Pace
             raise
 
 
-def rounds(folder: RunFolder, courier: Courier[Any], report: Report) -> None:
+def rounds(folder: RunFolder, courier: Dispatcher[Any], report: Report) -> None:
     """All rounds that are left. Raises UserError."""
     config = folder.config()
     method = federable_method(config)

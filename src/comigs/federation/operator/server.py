@@ -17,7 +17,7 @@ from comigs.federation.operator import flwr_cli
 from comigs.federation.operator.folder import Federation
 from comigs.federation.security import pki
 from comigs.federation.security.private_files import sole
-from comigs.federation.supervisor import Children, OnLine, keep, wait_until
+from comigs.federation.supervisor import OnLine, Supervisor, keep, wait_until
 
 Say = Callable[[str], None]
 LOOPBACK = {
@@ -40,7 +40,7 @@ def serve(path: Path, say: Say) -> None:
         inner = free_port()
         flwr_cli.connect(federation, inner)
         logs = federation.path / "log"
-        with Children(
+        with Supervisor(
             logs, flwr_cli.environment(federation.path / "flwr"), federation.path
         ) as children:
             children.start("superlink", _superlink(federation, inner), _tell_nodes(federation, say))
