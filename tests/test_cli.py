@@ -423,11 +423,11 @@ def test_report_of_several_runs(tmp_path, capsys):
 
 def test_output_that_cannot_show_a_letter(tmp_path):
     environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
-    code = "from comigs.app.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "run", "--help"],
+        [sys.executable, "-m", "comigs", "run", "--help"],
         capture_output=True,
         text=True,
         env=environment,
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert "comigs run" in done.stdout

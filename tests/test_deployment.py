@@ -38,12 +38,7 @@ from tests.runs import ENVIRONMENT, TINY, write_text
 CLIENTS = ("ann", "bob", "cyd", "dan")
 PAIR = ("ann", "bob")
 PATIENCE = 600  # seconds for what takes a minute at most on a quiet machine
-COMIGS = [
-    sys.executable,
-    "-P",
-    "-c",
-    "import sys; sys.argv[0] = 'comigs'; from comigs.app.cli import main; main()",
-]
+COMIGS = [sys.executable, "-P", "-m", "comigs"]
 WINDOW = 48  # bytes; no two tensors or texts share so many by chance
 
 

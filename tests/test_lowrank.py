@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from comigs import lowrank
 from comigs.config import ExpertsSection
+from comigs.methods import lowrank
 
 IN, OUT = 11, 9
 

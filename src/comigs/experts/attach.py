@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from comigs import lowrank
 from comigs.bases.base import Architecture, linear_size
 from comigs.config import ExpertShape, ExpertsSection
 from comigs.experts.lora import LoraLinear
 from comigs.experts.mixture import Expert, Mixture
 from comigs.experts.router import Routing
+from comigs.methods import lowrank
 from comigs.slots import Slot, expert_parts
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from comigs import lowrank
 from comigs.config import Config
+from comigs.methods import lowrank
 from comigs.methods.method import (
     Download,
     Memory,

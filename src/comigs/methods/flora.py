@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from comigs import lowrank
 from comigs.config import Config
+from comigs.methods import lowrank
 from comigs.methods.method import (
     Download,
     Memory,

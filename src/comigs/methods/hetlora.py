@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from comigs import lowrank
 from comigs.config import Config, Section
+from comigs.methods import lowrank
 from comigs.methods.method import (
     Download,
     Memory,

@@ -38,10 +38,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from comigs import lowrank, methods
+from comigs import methods
 from comigs.config import Config, ExpertShape, Section, UploadSection
 from comigs.config.errors import one_line
 from comigs.errors import UserError, nearest
+from comigs.methods import lowrank
 from comigs.slots import Slot
 
 Tensors = Mapping[Slot, Tensor]
@@ -230,12 +231,15 @@ def options(config: Config, kind: type[Settings]) -> Settings:
         raise UserError(f"options.{one_line(error, dict(config.options), {'': kind})}") from None
 
 
+NO_METHODS = ("method", "lowrank")  # files of this folder that the methods are made of
+
+
 def list_methods() -> list[str]:
     """Names of the methods in this folder, as users type them."""
     return [
         i.name.replace("_", "-")
         for i in pkgutil.iter_modules(methods.__path__)
-        if i.name != "method"
+        if i.name not in NO_METHODS
     ]
 
 

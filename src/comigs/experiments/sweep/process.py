@@ -13,12 +13,7 @@ import time
 from typing import IO
 
 # -P: the working folder is not searched for modules, as for the `comigs` script itself
-PYTHON = [
-    sys.executable,
-    "-P",
-    "-c",
-    "import sys; sys.argv[0] = 'comigs'; from comigs.app.cli import main; main()",
-]
+PYTHON = [sys.executable, "-P", "-m", "comigs"]
 
 
 def start(
