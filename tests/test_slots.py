@@ -54,5 +54,5 @@ def test_slots_are_keys_and_have_an_order():
 
 def test_generalists_come_first_in_the_routers_order():
     assert expert_parts(2, 3) == ["g0", "g1", "s0", "s1", "s2"]
-    assert expert_parts(1, 0, rest=True) == ["g0", "rest"]
+    assert expert_parts(1, 0, others=True) == ["g0", "rest"]
     assert expert_parts(0, 1) == ["s0"]

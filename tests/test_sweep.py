@@ -23,13 +23,15 @@ from comigs.app import api, cli
 from comigs.config import parse_config
 from comigs.errors import UserError
 from comigs.experiments.sweep import process, run
-from comigs.experiments.sweep.eta import START, Eta, about, clock
+from comigs.experiments.sweep.eta import START, Eta
 from comigs.experiments.sweep.plan import read_plan
 from comigs.experiments.sweep.process import Child
 from comigs.experiments.sweep.spec import flat, literal, read_sweep
-from comigs.experiments.sweep.state import ELSEWHERE, RunState, differences
+from comigs.experiments.sweep.state import RunState, differences
+from comigs.files import ELSEWHERE
 from comigs.runs.folder import RunFolder
 from comigs.runs.report.page import write_report
+from comigs.text import duration
 from tests.runs import comigs, files, finished, outcome, refused, write_config
 
 SWEEP = """\
@@ -498,13 +500,13 @@ def test_runs_of_another_machine_say_how_runs_compare_and_those_of_this_one_how_
 
 
 def test_how_time_is_said():
-    assert [clock(s) for s in (3.4, 59.6, 250, 7500)] == [
+    assert [duration(s, "clock") for s in (3.4, 59.6, 250, 7500)] == [
         "3 s",
         "1 min 00 s",
         "4 min 10 s",
         "2 h 05 min",
     ]
-    assert [about(s) for s in (50, 300, 5400, 18000, 43200)] == [
+    assert [duration(s, "about") for s in (50, 300, 5400, 18000, 43200)] == [
         "about 50 s", "about 5 min", "about 1.5 h", "about 5.0 h", "about 12 h"
     ]  # fmt: skip
 

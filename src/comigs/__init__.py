@@ -1,5 +1,6 @@
-"""CoMiGS: many devices, each with private text, fine-tune one language model together; each ends
-with its own.
+"""CoMiGS lets devices with private text fine-tune one language model together.
+
+Each device ends with a model of its own.
 """
 
 from __future__ import annotations

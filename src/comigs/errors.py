@@ -1,10 +1,10 @@
-"""What goes wrong because of what a user gave, as opposed to a bug of ours."""
+"""This module holds the errors that a user makes, as opposed to bugs of ours."""
 
 
 class UserError(ValueError):
-    """One line for the user: which field or file, what was given, what is allowed, what to do.
+    """A user error is one line for the user: which field or file, what was given, what to do.
 
-    The command line prints the line and exits with `exit_code`; a bug of ours is never a
+    The command line prints the line and exits with `exit_code`. A bug of ours is never a
     `UserError`.
     """
 
@@ -18,7 +18,7 @@ class Stopped(UserError):
 
 
 def nearest(name: str, allowed: list[str]) -> str:
-    """' Did you mean "x"?' for the allowed name closest to `name`, or '' when none is close."""
+    """Return ' Did you mean "x"?' for the allowed name closest to `name`; '' where none is close."""
     from difflib import get_close_matches
 
     close = get_close_matches(name, allowed, n=1, cutoff=0.5)

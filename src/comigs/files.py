@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and what a file system refuses said in one line."""
+"""Files are written whole or not at all, and what a file system refuses is said in one line."""
 
 from __future__ import annotations
 
@@ -11,49 +11,52 @@ from pathlib import Path
 
 from comigs.errors import UserError
 
+ELSEWHERE = "choose another folder with --out"
+
 
 def command(verb: str, path: Path) -> str:
-    """`comigs resume 'my runs/a'`: to be pasted into a shell as it is."""
+    """Return a command that can be pasted into a shell, as `comigs resume 'my runs/a'`."""
     return f"comigs {verb} {shlex.quote(str(path))}"
 
 
 def cache_folder() -> Path:
-    """Where what was unpacked or compiled once is kept: $COMIGS_CACHE, else ~/.cache/comigs."""
+    """Return the folder of what was unpacked or compiled: $COMIGS_CACHE, else ~/.cache/comigs."""
     return Path(os.environ.get("COMIGS_CACHE", Path.home() / ".cache" / "comigs"))
 
 
 def folder_or_name(name: str, beside: Path) -> str:
-    """A folder, given beside `beside` or from here, by its whole path, so that it is found from
-    anywhere.
+    """Return the whole path of the folder that `name` means, so that it is found from anywhere.
 
-    What has no slash, or is no folder, is a name, and stays as it is.
+    The folder lies in `beside` or in the working folder. What has no slash or is no folder is a
+    name, and is returned as it is.
     """
-    found = [
-        str(path.resolve()) for path in (beside / name, Path(name)) if "/" in name and path.is_dir()
-    ]
-    return found[0] if found else name
+    if "/" in name:
+        for path in (beside / name, Path(name)):
+            if path.is_dir():
+                return str(path.resolve())
+    return name
 
 
 def require_free(path: Path) -> None:
-    """Raises UserError where there is something at `path` already, or nothing can be made there."""
-    with writing(path, "choose another folder with --out"):
+    """Raise UserError where something is at `path` already, or nothing can be made there."""
+    with writing(path, ELSEWHERE):
         if os.path.lexists(path):
             raise UserError(
-                f"{path}: exists already; nothing was changed. Go on with: {command('resume', path)}, "
-                "or choose another folder with --out"
+                f"{path}: exists already; nothing was changed. "
+                f"Go on with: {command('resume', path)}, or {ELSEWHERE}"
             )
+
+        # whether the folder can be made is decided where its path begins to be missing
         parent = next(p for p in path.absolute().parents if p.exists())
         if not parent.is_dir():
-            raise UserError(
-                f"{path}: {parent} is a file, not a folder; choose another folder with --out"
-            )
+            raise UserError(f"{path}: {parent} is a file, not a folder; {ELSEWHERE}")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @contextmanager
 def writing(folder: Path, advice: str) -> Iterator[None]:
-    """Turn errors of writing below `folder` into UserErrors that end with `advice`."""
+    """Turn an OSError of what writes below `folder` into a UserError that ends with `advice`."""
     try:
         yield
     except OSError as error:
@@ -67,10 +70,9 @@ def writing(folder: Path, advice: str) -> Iterator[None]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, put it on the disk, then move it into place in one
-    step.
+    """Let `write` fill a file beside `path`, then put that file in the place of `path` in one step.
 
-    A kill at any moment leaves the old file or the new one. Raises OSError.
+    A kill at any moment leaves the old file or the new one, never a part. Raises OSError.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:

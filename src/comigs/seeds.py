@@ -1,4 +1,4 @@
-"""One seed, any number of independent named random generators.
+"""One seed gives any number of independent, named random generators.
 
 A generator is made anew from (seed, names) wherever it is needed, so there is no generator state to
 save, and adding a client or an evaluation never changes what another client draws.
@@ -12,8 +12,9 @@ import numpy as np
 
 
 def generator(seed: int, *names: str | int) -> np.random.Generator:
-    """An independent generator for this seed and these names, e.g. `generator(42, "batch", "fr",
-    "train", 17)`.
+    """Return the generator of this seed and these names, independent of that of any other names.
+
+    For example `generator(42, "batch", "fr", "train", 17)`.
     """
     text = "\x1f".join([str(seed), *(f"{type(n).__name__}:{n}" for n in names)])
     return np.random.Generator(np.random.PCG64(list(hashlib.sha256(text.encode()).digest())))

@@ -1,5 +1,6 @@
-"""The typed address of every trainable tensor. Sharing, saving and merging go by slot, never by
-parameter name.
+"""A slot is the typed address of a trainable tensor.
+
+Sharing, saving and merging go by slot, never by the name of a parameter.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ SPELLING = re.compile(
 
 @dataclass(frozen=True, order=True)
 class Slot:
-    """Where one trainable tensor sits.
+    """A slot says where one trainable tensor sits.
 
-    layer: index of the transformer block, from 0.
-    site: the frozen linear it adds to: an MLP linear ("up", "gate", "down"), an attention linear
-        ("q", "c_attn", ...), or "mlp" for the router, which reads the MLP's input.
-    part: "g0", "g1", ... (generalists), "s0", "s1", ... (specialists), "rest" (of the world: the
-        others' generalist, which this client never trains), "router" or "attention". In methods
-        that merge: "update", only in downloads, a factored change of the frozen linear; "merged",
-        the sum of all updates so far.
-    matrix: "A" (rank, in), "B" (out, rank), or "W": (experts, width) of a router, (out, in) of what
-        is merged. "B" of a router, (1,): how far it is open to the rest of the world, from 0 to 1.
+    layer: the index of the transformer block, from 0.
+    site: the frozen linear that the tensor adds to: an MLP linear ("up", "gate", "down"), an
+        attention linear ("q", "c_attn", ...), or "mlp" for the router, which reads the MLP's input.
+    part: "g0", "g1", ... (generalists), "s0", "s1", ... (specialists), "rest" (the others' mean
+        generalist, which this client never trains), "router" or "attention". Methods that merge
+        have two more: "update" is a factored change of the frozen linear, only in downloads;
+        "merged" is the sum of all updates so far.
+    matrix: "A" (rank, in); "B" (out, rank); "W", a router's (experts, width) or what is merged
+        (out, in). The "B" of a router, (1,), is its gate: how far the router is open to the others,
+        from 0 to 1.
     """
 
     layer: int
@@ -37,21 +39,19 @@ class Slot:
 
     @property
     def role(self) -> Role:
-        """What the part is: the one thing that decides whether a tensor may leave a client."""
+        """The kind of part, which alone decides whether a tensor may leave its client."""
         if re.fullmatch(r"[gs]\d+", self.part):
             return "generalist" if self.part.startswith("g") else "specialist"
         return self.part  # type: ignore[return-value]
 
     @property
     def is_gate(self) -> bool:
-        """It is how far a router is open to the rest of the world."""
+        """Whether the tensor is the gate of a router: how far it is open to the others."""
         return self.part == "router" and self.matrix == "B"
 
     @property
     def is_frozen(self) -> bool:
-        """No method trains it: what is merged, the rest of the world, and how far a router is open
-        to that.
-        """
+        """Whether no method trains the tensor: what is merged, the others, and a router's gate."""
         return self.role in ("merged", "rest") or self.is_gate
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class Slot:
 
     @classmethod
     def parse(cls, text: str) -> Slot:
-        """The inverse of `str(slot)`. Raises ValueError for anything else."""
+        """Read what `str(slot)` has written. Raises ValueError for anything else."""
         match = SPELLING.fullmatch(text)
         if match is None:
             raise ValueError(f'"{text}" is no slot: expected LAYER.SITE.PART.MATRIX')
@@ -70,12 +70,7 @@ class Slot:
 Shapes = Mapping[Slot, tuple[int, ...]]
 
 
-def expert_parts(generalists: int, specialists: int, rest: bool = False) -> list[str]:
-    """Names of a client's experts in the router's order: generalists, specialists, the rest of the
-    world.
-    """
-    return (
-        [f"g{i}" for i in range(generalists)]
-        + [f"s{i}" for i in range(specialists)]
-        + ["rest"] * rest
-    )
+def expert_parts(generalists: int, specialists: int, others: bool = False) -> list[str]:
+    """Return the parts of a client's experts in the router's order; the others' are the last one."""
+    parts = [f"g{i}" for i in range(generalists)] + [f"s{i}" for i in range(specialists)]
+    return [*parts, "rest"] if others else parts

@@ -1,5 +1,6 @@
-"""How numbers and tables are written for people: the one place, for the page and for the terminal.
-None is a dash.
+"""Numbers, lists and tables as people read them: on the page, in the terminal, in messages.
+
+Each function returns text. A number that is not known (None) is written as a dash.
 """
 
 from __future__ import annotations
@@ -8,16 +9,18 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
 NONE = "\N{EN DASH}"
+PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headers, rows and a closing row (mean or total), all text. The first `names` columns are
-    words, not numbers.
+    """A table holds headers, rows and perhaps a closing row (mean or total), all of them text.
 
-    best, second: (row, column) of the cells to mark as the best and second best of their column.
+    names: the number of leading columns that hold words; the others hold numbers.
+    best, second: the (row, column) of each cell that is the best or second best of its column.
     """
 
     headers: tuple[str, ...]
@@ -29,40 +32,39 @@ class Table:
 
 
 def perplexity(value: float | None) -> str:
-    """Three figures or whole numbers: 9.53, 95.3, 612; very large ones as 1.2e+07."""
-    if value is None:
-        return NONE
-    if value >= 1e6:
-        return f"{value:.1e}"
-    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    """Write three figures or a whole number, as 9.53, 95.3 and 612; from a million on, 1.2e+07."""
+    for limit, form in ((10, ",.2f"), (100, ",.1f"), (1e6, ",.0f")):
+        if value is None or value < limit:
+            return _number(value, form)
+    return _number(value, ".1e")
 
 
 def decimal(value: float | None) -> str:
-    """Three decimals, for nats per token, bits per byte and drift."""
-    return NONE if value is None else f"{value:.3f}"
+    """Write three decimals: for nats per token, bits per byte and drift."""
+    return _number(value, ".3f")
 
 
 def share(value: float | None) -> str:
-    """Two decimals, for routing weights."""
-    return NONE if value is None else f"{value:.2f}"
+    """Write two decimals: for routing weights."""
+    return _number(value, ".2f")
 
 
 def percent(value: float | None) -> str:
-    """A fraction as a percentage with one decimal; no -0.0."""
-    return NONE if value is None else f"{round(100 * value, 1) + 0.0:.1f} %"
+    """Write a fraction as a percentage with one decimal, as 51.9 %, and never -0.0 %."""
+    if value is None:
+        return NONE
+    return f"{round(100 * value, 1) + 0.0:.1f} %"
 
 
 def count(value: float | None) -> str:
-    """A whole number with thousands separated."""
-    return NONE if value is None else f"{value:,.0f}"
+    """Write a whole number with its thousands separated, as 11,728."""
+    return _number(value, ",.0f")
 
 
 def size(value: float | None) -> str:
-    """Bytes with a decimal unit: 0 B, 512 B, 98.3 kB, 1.2 MB."""
-    if value is None:
-        return NONE
-    if value < 1000:
-        return f"{value:.0f} B"
+    """Write bytes with a decimal unit, as 0 B, 512 B, 98.3 kB and 1.2 MB."""
+    if value is None or value < 1000:
+        return _number(value, ".0f", " B")
     for unit in ("kB", "MB", "GB"):
         value /= 1000
         if value < 999.95:
@@ -70,55 +72,80 @@ def size(value: float | None) -> str:
     return f"{value / 1000:,.1f} TB"
 
 
-def duration(value: float | None) -> str:
-    """Seconds, minutes or hours."""
+def duration(value: float | None, style: Literal["decimal", "clock", "about"] = "decimal") -> str:
+    """Write seconds in the largest unit that fits.
+
+    style: "decimal" for tables, as 50.0 s, 5.2 min and 2.0 h; "clock" for how long something took,
+    as 50 s, 4 min 10 s and 2 h 05 min; "about" for an estimate, as about 50 s, about 5 min, about
+    1.5 h and about 12 h.
+    """
     if value is None:
         return NONE
+
+    # a clock's parts are whole: 59.6 s are a minute
+    if style == "clock":
+        minutes, seconds = divmod(round(value), 60)
+        hours, minutes = divmod(minutes, 60)
+        if hours:
+            return f"{hours} h {minutes:02} min"
+        return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+
+    # an estimate goes on to the next unit earlier, as it has no decimals to lose
+    if style == "about":
+        if value < 90:
+            return f"about {value:.0f} s"
+        if value < 5400:
+            return f"about {value / 60:.0f} min"
+        return f"about {value / 3600:.1f} h" if value < 36000 else f"about {value / 3600:.0f} h"
+
     if value < 120:
         return f"{value:.1f} s"
     return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
 
 
 def rounds(values: Iterable[int]) -> str:
-    """Round numbers with runs of them joined: 3, 5 to 9."""
-    parts: list[list[int]] = []
+    """Write round numbers in their order with runs of them joined, as 3, 5 to 9."""
+    runs: list[list[int]] = []
     for value in sorted(set(values)):
-        if parts and value == parts[-1][-1] + 1:
-            parts[-1].append(value)
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
         else:
-            parts.append([value])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]} to {p[-1]}" for p in parts)
+            runs.append([value])
+    written = []
+    for first, *more in runs:
+        written.append(f"{first} to {more[-1]}" if more else str(first))
+    return ", ".join(written)
 
 
 def spread(mean: float | None, sd: float | None, places: int) -> str:
-    """Mean and standard deviation, as 95.27 ± 0.42; one seed has no deviation."""
-    if mean is None:
-        return NONE
-    return f"{mean:,.{places}f}" + ("" if sd is None else f" \N{PLUS-MINUS SIGN} {sd:,.{places}f}")
+    """Write a mean and its standard deviation, as 95.27 ± 0.42; one seed has no deviation."""
+    return _with_deviation(_number(mean, f",.{places}f"), sd, f",.{places}f")
 
 
 def places(means: Iterable[float], sds: Iterable[float | None]) -> int:
-    """Decimals for a column of means: two figures of the middle deviation, or four of the largest
-    mean without one.
+    """Return how many decimals a column of means gets.
+
+    They show two figures of the middle deviation or, where no deviation is known, four of the
+    largest mean.
     """
     known = [sd for sd in sds if sd]
     if known:
         return min(5, max(0, 1 - math.floor(math.log10(median(known)))))
     largest = max((abs(m) for m in means), default=0)
-    return min(4, max(0, 3 - math.floor(math.log10(largest)))) if largest else 0
+    if not largest:
+        return 0
+    return min(4, max(0, 3 - math.floor(math.log10(largest))))
 
 
 def signed(mean: float | None, sd: float | None, places: int) -> str:
-    """A difference with its deviation, as -0.031 ± 0.004; no -0.000."""
+    """Write a difference and its standard deviation, as -0.031 ± 0.004, and never -0.000."""
     if mean is None:
         return NONE
-    return f"{round(mean, places) + 0.0:+.{places}f}" + (
-        "" if sd is None else f" \N{PLUS-MINUS SIGN} {sd:.{places}f}"
-    )
+    return _with_deviation(f"{round(mean, places) + 0.0:+.{places}f}", sd, f".{places}f")
 
 
 def change(value: float | None) -> str:
-    """A fraction as a percentage with its sign."""
+    """Write a fraction as a percentage with its sign, as +3.1 %; no change is 0.0 %."""
     if value is None:
         return NONE
     rounded = round(100 * value, 1)
@@ -126,23 +153,40 @@ def change(value: float | None) -> str:
 
 
 def probability(value: float | None) -> str:
-    """A p value: 0.43, 0.031, <0.001."""
-    if value is None:
-        return NONE
-    return "<0.001" if value < 0.001 else f"{value:.{2 if value >= 0.0995 else 3}f}"
+    """Write a p value, as 0.43, 0.031 and <0.001."""
+    if value is not None and value < 0.001:
+        return "<0.001"
+    if value is not None and value < 0.0995:
+        return f"{value:.3f}"
+    return _number(value, ".2f")
 
 
 def ratio(value: float) -> str:
-    """A factor, with more decimals near 1: 0.50x, 1.010x."""
-    return f"{value:.{3 if abs(value - 1) < 0.1 else 2}f}\N{MULTIPLICATION SIGN}"
+    """Write a factor, with one decimal more near 1: 0.50x and 1.010x."""
+    form = ".3f" if abs(value - 1) < 0.1 else ".2f"
+    return f"{value:{form}}\N{MULTIPLICATION SIGN}"
 
 
 def listed(names: Sequence[str]) -> str:
-    """a, b and c; long lists are cut."""
-    shown = [*names[:7], f"{len(names) - 7} more"] if len(names) > 8 else [*names]
+    """Write names as a, b and c; of more than eight, seven and how many more there are."""
+    shown = list(names)
+    if len(shown) > 8:
+        shown[7:] = [f"{len(shown) - 7} more"]
     return " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)
 
 
 def plural(number: int, word: str) -> str:
-    """1 client, 4 clients."""
-    return f"{number} {word}" + ("" if number == 1 else "s")
+    """Write a number of things, as 1 client and 4 clients."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    """Write a number in a format of Python's, and its unit; None is a dash."""
+    return NONE if value is None else f"{value:{form}}{unit}"
+
+
+def _with_deviation(mean: str, sd: float | None, form: str) -> str:
+    """Add ± and the deviation to a mean that is known."""
+    if mean == NONE or sd is None:
+        return mean
+    return f"{mean} {PLUS_MINUS} {sd:{form}}"

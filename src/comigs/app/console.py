@@ -152,13 +152,7 @@ class Console:
         seconds = (
             (time.monotonic() - self.began[0]) / (done - self.began[1]) * (self._total() - done)
         )
-        if seconds < 90:
-            return f"about {seconds:.0f} s left"
-        return (
-            f"about {seconds / 60:.0f} min left"
-            if seconds < 5400
-            else f"about {seconds / 3600:.1f} h left"
-        )
+        return f"{f.duration(seconds, 'about')} left"
 
     def _note(self, event: Mapping[str, Any]) -> None:
         """say: it is worth a line of its own."""

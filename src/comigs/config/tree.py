@@ -160,19 +160,19 @@ class ExpertShape(Section):
 
     generalists: int
     specialists: int
-    rest: Literal["none", "open", "gated"] = "none"
+    others: Literal["none", "open", "gated"] = "none"
     rank: int
     specialist_rank: int
     attention_rank: int
 
     @property
     def num_experts(self) -> int:
-        return self.generalists + self.specialists + (self.rest != "none")
+        return self.generalists + self.specialists + (self.others != "none")
 
     @property
     def parts(self) -> list[str]:
         """Their names, in the router's order."""
-        return expert_parts(self.generalists, self.specialists, self.rest != "none")
+        return expert_parts(self.generalists, self.specialists, self.others != "none")
 
 
 SECTIONS: Mapping[str, type[BaseModel]] = {

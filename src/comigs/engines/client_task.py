@@ -104,7 +104,7 @@ def evaluated(
 def _shares(
     client: Client, shares_LE: list[list[float]] | None, adopted: float | None
 ) -> dict[str, Any]:
-    rest, generalists = client.shape.rest != "none", client.shape.generalists
+    rest, generalists = client.shape.others != "none", client.shape.generalists
     shared = (
         None if shares_LE is None else [e[-1] if rest else sum(e[:generalists]) for e in shares_LE]
     )

@@ -82,7 +82,7 @@ class Attachment:
                 width = linear_size(getattr(mixture.mlp, self.architecture.up))[0]
                 width = 1 if self.settings.routing == "client" else width
                 shapes[Slot(layer, "mlp", "router", "W")] = (shape.num_experts, width)
-                if shape.rest == "gated":
+                if shape.others == "gated":
                     shapes[Slot(layer, "mlp", "router", "B")] = (1,)
         if merges:
             sizes = {(s.layer, s.site): dims for s, dims in shapes.items() if s.matrix == "A"}

@@ -331,7 +331,7 @@ def one_expert(role: Literal["generalist", "specialist"]) -> Callable[[ExpertSha
 
 def beside_others(router: Literal["open", "gated"]) -> Callable[[ExpertShape], ExpertShape]:
     """A `Method.shape`: a single generalist of all ranks, and the rest of the world."""
-    return lambda shape: one_expert("generalist")(shape).model_copy(update={"rest": router})
+    return lambda shape: one_expert("generalist")(shape).model_copy(update={"others": router})
 
 
 def others_of(tensors: Tensors) -> dict[Slot, Tensor]:

@@ -36,7 +36,7 @@ def run_rounds(
         return
     history, start, started = folder.metrics(), common_start(config.seed), Started()
     own_or_rest = any(
-        method.shape(config.shape_of(client)).rest != "none" for client in config.clients
+        method.shape(config.shape_of(client)).others != "none" for client in config.clients
     )
     downloads: dict[str, Download] = {}
     memory: Memory = {}

@@ -1,4 +1,4 @@
-"""How long runs take, from those that have been timed."""
+"""This module estimates how long runs take, from the runs that have been timed."""
 
 from __future__ import annotations
 
@@ -8,100 +8,82 @@ from comigs.config import Config
 from comigs.experiments.sweep.plan import Run
 from comigs.experiments.sweep.state import RunState
 
-START = (
-    10.0  # seconds to import torch, load the base and write the report; until it is measured here
-)
-Timing = tuple[tuple[str, ...], float]  # a run's choice, its seconds per unit of work
+START = 10.0  # seconds to import torch, load the base and write the report, until it is measured
+Timing = tuple[tuple[str, ...], float]  # a run's choice, and its seconds per unit of work
 
 
 class Eta:
-    """Seconds per unit of work. A run is taken to go as the timed runs do that share most values of
-    the axes.
+    """An estimate of time: a run takes as long as the timed runs that are most like it.
 
-    Runs that were there before this sweep began, on whatever machine, say how runs compare; those
-    of this sweep say how fast it is here and now.
+    Those most like it share most values of the axes. Runs that were there before this sweep began,
+    on whatever machine, say how runs compare; those of this sweep say how fast it is here and now.
     """
 
     def __init__(self) -> None:
         self.before: dict[str, Timing] = {}  # by label
-        self.timed: dict[str, Timing] = {}  # by this sweep
+        self.timed: dict[str, Timing] = {}  # by label; of this sweep
         self.slower = 1.0  # how much longer runs take here than those before would have it
-        self.starts: list[
-            float
-        ] = []  # seconds of processes in which nothing was trained or measured
+        self.starts: list[float] = []  # seconds of processes besides training and measuring
 
     def learn(self, run: Run, state: RunState, here: bool = True) -> None:
-        """Take in what a run, finished or not, has recorded; nothing where no round of it is
-        whole.
+        """Take in what a run, finished or not, has recorded; a run without a whole round says nothing.
+
+        here: the run's time was spent in this sweep.
         """
         if state.round > 0 and state.seconds > 0:
-            pace = state.seconds / work(run.config) * run.config.rounds / state.round
-            (self.timed if here else self.before)[run.label] = run.choice, pace
+            whole = state.seconds * run.config.rounds / state.round
+            timed = self.timed if here else self.before
+            timed[run.label] = run.choice, whole / work(run.config)
+
+        # runs of this sweep correct what those before it say of all others
         if self.timed and self.before:
-            ratios = [
-                pace / _like(choice, self.before.values()) for choice, pace in self.timed.values()
-            ]
+            ratios = []
+            for choice, pace in self.timed.values():
+                ratios.append(pace / _pace_of_nearest(choice, self.before.values()))
             self.slower = sum(ratios) / len(ratios)
 
     def learn_start(self, before: RunState, after: RunState, elapsed: float) -> None:
-        """Take in how much longer a process took than what it did for the run."""
+        """Take in how many seconds a process took beyond what it did for its run."""
         self.starts.append(max(elapsed - (after.seconds - before.seconds), 0.0))
 
     def start(self) -> float:
-        """Seconds that a process takes besides."""
+        """Return the seconds that a process takes beyond its run."""
         return sum(self.starts) / len(self.starts) if self.starts else START
 
     def seconds(self, run: Run) -> float | None:
-        """Of training and measuring in the whole run; None where nothing has been timed."""
-        known = [
-            *self.timed.values(),
-            *((choice, pace * self.slower) for choice, pace in self.before.values()),
-        ]
-        return _like(run.choice, known) * work(run.config) if known else None
+        """Return the seconds of the whole run's training and measuring; None before any timing."""
+        known = list(self.timed.values())
+        for choice, pace in self.before.values():
+            known.append((choice, pace * self.slower))
+        if not known:
+            return None
+        return _pace_of_nearest(run.choice, known) * work(run.config)
 
     def left(self, runs: Iterable[tuple[Run, RunState, float]], jobs: int) -> float | None:
-        """Seconds until all these runs end, `jobs` at once; each with where it began and its
-        seconds since then.
+        """Return the seconds until all these runs end, `jobs` at once; None before any timing.
+
+        Each run comes with the state it began in and the seconds that passed since then.
         """
-        each = []
+        each = [0.0]
         for run, state, elapsed in runs:
             whole = self.seconds(run)
             if whole is None:
                 return None
-            rest = whole * (1 - state.round / run.config.rounds)
-            each.append(max(self.start() + rest - elapsed, 0))
-        return max(sum(each) / jobs, max(each, default=0.0))
+            to_do = whole * (1 - state.round / run.config.rounds)
+            each.append(max(self.start() + to_do - elapsed, 0))
+        return max(sum(each) / jobs, *each)
 
 
-def _like(choice: tuple[str, ...], timed: Collection[Timing]) -> float:
-    """Mean pace of those that share most values with a choice."""
-    shared = [(sum(map(str.__eq__, other, choice)), pace) for other, pace in timed]
-    most = max(number for number, _ in shared)
-    nearest = [pace for number, pace in shared if number == most]
+def _pace_of_nearest(choice: tuple[str, ...], timed: Collection[Timing]) -> float:
+    """Return the mean pace of the timed runs that share most values with a choice."""
+    paces: dict[int, list[float]] = {}  # by the number of values shared
+    for other, pace in timed:
+        paces.setdefault(sum(map(str.__eq__, other, choice)), []).append(pace)
+    nearest = paces[max(paces)]
     return sum(nearest) / len(nearest)
 
 
 def work(config: Config) -> float:
-    """Tokens trained in a run: what its time grows with."""
-    return config.rounds * len(config.clients) * config.client.steps * config.client.batch_size * (
-        config.data.sequence_length
-    )  # fmt: skip
-
-
-def clock(seconds: float) -> str:
-    """How long something took: 50 s, 4 min 10 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
-def about(seconds: float) -> str:
-    """How long something will take: about 50 s, about 5 min, about 1.5 h, about 12 h."""
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    if seconds < 5400:
-        return f"about {seconds / 60:.0f} min"
-    return f"about {seconds / 3600:.{1 if seconds < 36000 else 0}f} h"
+    """Return the tokens trained in a run, which its time grows with."""
+    tokens = config.client.batch_size * config.data.sequence_length  # of a step
+    return config.rounds * len(config.clients) * config.client.steps * tokens

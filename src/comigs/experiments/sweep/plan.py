@@ -13,8 +13,8 @@ from pathlib import Path
 from comigs.config import Config, load_config
 from comigs.errors import UserError, nearest
 from comigs.experiments.sweep.spec import Sweep, read_sweep, to_toml
-from comigs.experiments.sweep.state import ELSEWHERE, RunState, look
-from comigs.files import write_whole, writing
+from comigs.experiments.sweep.state import RunState, look
+from comigs.files import ELSEWHERE, write_whole, writing
 from comigs.methods.method import load_method
 
 COPY = "sweep.toml"  # in the sweep's folder; `comigs compare` reads the axes' order and the baseline there

@@ -16,11 +16,10 @@ from comigs.config import Config, dotted
 from comigs.data.files import resolve
 from comigs.data.sources import source_names
 from comigs.errors import UserError
-from comigs.files import require_free
+from comigs.files import ELSEWHERE, require_free
 from comigs.runs.folder import TIMINGS, RunFolder
 from comigs.text import plural
 
-ELSEWHERE = "choose another folder with --out"
 PLACES = (
     "version",
     "name",
