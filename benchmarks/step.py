@@ -33,9 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 from comigs.bases.load import Base, load_base
-from comigs.client.client import new_train_state
 from comigs.client.evaluate import measure
-from comigs.client.steps import MethodHooks, StepSettings, autocast, step
+from comigs.client.loss import autocast
+from comigs.client.state import new_train_state
+from comigs.client.steps import MethodHooks, StepSettings, step
 from comigs.config import BaseSection, ClientSection, ExpertShape, ExpertsSection
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
@@ -165,7 +166,7 @@ def mixture(
             if evaluate:
                 measure(attachment, [batch], base.dtype)
             else:
-                step(attachment, train_state, plan, ("experts",), batch, MethodHooks())
+                step(attachment, train_state, plan, MethodHooks(), ("experts",), batch)
 
         return run
 

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from comigs.app import api
-from comigs.client.client import Client
+from comigs.client.client import Client, Workplace
 from comigs.client.steps import NonFiniteLoss
 from comigs.errors import UserError
 from comigs.slots import Slot
@@ -134,9 +134,8 @@ def test_a_client_is_exactly_what_was_saved_whatever_it_was_before(tmp_path, bui
     state = saved(client)
     assert not any("router" in name for name in state["optimizer"] if name != "router_steps")
     if built == "with the state":
-        other = Client(
-            "ada", config, client.method, client.base, client.attachment, client.data, state
-        )
+        place = Workplace(config, client.method, client.base, client.attachment)
+        other = Client("ada", place, client.data, state)
     else:
         other = engine.host.client("ada")
         for round in (1, 2, 3) if built == "trained before" else ():
@@ -191,7 +190,9 @@ def test_a_clients_batches_do_not_depend_on_who_else_takes_part(tmp_path):
     alone, in_company = start_engine(few).clients["bob"], start_engine(many).clients["bob"]
     in_company.evaluate("test")
     for split, number in (("train", 0), ("train", 5), ("valid", 0)):
-        for a, b in zip(alone._draw(split, number), in_company._draw(split, number), strict=True):
+        for a, b in zip(
+            alone._next_batch(split, number), in_company._next_batch(split, number), strict=True
+        ):
             assert (a == b).all()
     assert same(
         alone.train_state.tensors, in_company.train_state.tensors
@@ -200,15 +201,19 @@ def test_a_clients_batches_do_not_depend_on_who_else_takes_part(tmp_path):
 
 def test_batches_differ_by_seed_split_and_number(tmp_path):
     client, other_seed = client_of(tmp_path), client_of(tmp_path, seed=43)
-    draws = [client._draw("experts", 0), client._draw("experts", 1), client._draw("router", 0)]
-    draws.append(other_seed._draw("experts", 0))
+    draws = [
+        client._next_batch("experts", 0),
+        client._next_batch("experts", 1),
+        client._next_batch("router", 0),
+    ]
+    draws.append(other_seed._next_batch("experts", 0))
     assert len({inputs.tobytes() for inputs, _ in draws}) == len(draws)
 
 
 def test_two_clients_with_the_same_text_draw_different_batches(tmp_path):
     ada, bob = (client_of(tmp_path, name) for name in ("ada", "bob"))
     bob.data = ada.data
-    assert (ada._draw("train", 0)[0] != bob._draw("train", 0)[0]).any()
+    assert (ada._next_batch("train", 0)[0] != bob._next_batch("train", 0)[0]).any()
 
 
 def test_a_loss_that_is_not_finite_is_told_as_one_line_with_client_round_and_batch(tmp_path):

@@ -200,7 +200,7 @@ def test_the_routers_phases_come_on_top_of_its_local_steps(tmp_path):
         slot: t.clone() for slot, t in client.train_state.tensors.items() if slot.matrix == "W"
     }
     log = client.train(1, lambda level, nats: None)
-    assert log.router_losses and client.plan.schedule == "both"
+    assert log.router_losses and client.step_settings.schedule == "both"
     assert all(
         (client.train_state.tensors[slot] != before).any() for slot, before in routers.items()
     )

@@ -135,14 +135,14 @@ def test_a_client_in_a_run_learns_from_what_its_config_says(tmp_path, source):
         return made
 
     def watched(made):
-        original, batches = made._draw, []
+        original, batches = made._next_batch, []
 
         def draw(level, number):
             batch = original(level, number)
             batches.append((level, number, made.train_state.local_steps, drawn(*batch)))
             return batch
 
-        made._draw = draw
+        made._next_batch = draw
         return batches
 
     whole, first = client(), client()

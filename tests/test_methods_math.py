@@ -509,7 +509,7 @@ def test_a_local_step_adds_the_gradient_of_the_penalty_and_nothing_else(
         step, by_id = optimizer.step, {id(t): slot for slot, t in train_state.tensors.items()}
 
         def first_look():
-            gradients = {by_id[id(t)]: t.grad.clone() for t in train_state.group("experts")}
+            gradients = {by_id[id(t)]: t.grad.clone() for t in train_state.of("experts")}
             caught.append((copy_of(train_state.tensors), gradients))
             step()
 
@@ -945,7 +945,7 @@ def caught_gradients(client, round=1):
 
     def first_look():
         caught["gradients"] = {
-            by_id[id(t)]: t.grad.clone() for t in client.train_state.group("experts")
+            by_id[id(t)]: t.grad.clone() for t in client.train_state.of("experts")
         }
         step()
 

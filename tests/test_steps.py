@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from comigs.client.client import new_train_state
+from comigs.client import steps
+from comigs.client.state import new_train_state
 from comigs.client.steps import (
     MethodHooks,
     NonFiniteLoss,
@@ -21,6 +22,7 @@ from comigs.client.steps import (
 from comigs.config import ClientSection
 from comigs.experts.init import starting_tensors
 from tests import naive
+from tests.authors_loop import leaky_gradients_for
 from tests.conftest import attach, bits, copy_of, random_tensors, same, shape_of, tiny
 
 EVERYTHING = lambda slot: True  # noqa: E731
@@ -86,9 +88,12 @@ class Case:
 
     def step(self, *groups, number=7, trains=EVERYTHING, log=None, batch=None):
         batch = batch or draw("train", number)
-        return step(
-            self.attachment, self.train_state, self.plan, groups, batch, MethodHooks(trains), log
+        outcome = step(
+            self.attachment, self.train_state, self.plan, MethodHooks(trains), groups, batch
         )
+        if log is not None:
+            log.note(outcome)
+        return outcome.nats
 
     def round(self, trains=EVERYTHING, drawn=None, seen=None):
         def noting_draw(level, number):
@@ -108,7 +113,7 @@ class Case:
     def of(self, group):
         """Tensors and moments of one level, by name."""
         by_id = {id(t): str(slot) for slot, t in self.train_state.tensors.items()}
-        members = self.train_state.group(group)
+        members = self.train_state.of(group)
         state = self.train_state.optimizers[group].state
         moments = {
             f"{by_id[id(p)]}/{key}": v for p, values in state.items() for key, v in values.items()
@@ -129,7 +134,7 @@ class Case:
 
         def record(group):
             by_id = {id(t): slot for slot, t in self.train_state.tensors.items()}
-            applied.update({by_id[id(t)]: t.grad.clone() for t in self.train_state.group(group)})
+            applied.update({by_id[id(t)]: t.grad.clone() for t in self.train_state.of(group)})
 
         for group in groups:
             self.train_state.optimizers[group].step = lambda group=group: record(group)
@@ -218,20 +223,21 @@ def test_what_a_level_applies_does_not_depend_on_what_the_other_did_before(group
     assert same(alone, after)
 
 
-def test_leaking_gradients_on_purpose_is_another_training():
-    strict, leaky = Case(fresh=True), Case(fresh=True, leaky_gradients=True)
-    for case in (strict, leaky):
-        case.round()
+def test_leaking_gradients_on_purpose_is_another_training(monkeypatch):
+    strict, leaky = Case(fresh=True), Case(fresh=True)
+    strict.round()
+    monkeypatch.setattr(steps, "gradients_for", leaky_gradients_for)
+    leaky.round()
     assert not same(strict.train_state.tensors, leaky.train_state.tensors)
     assert strict.nothing_is_left()
     assert any(t.grad is not None for t in leaky.train_state.tensors.values())
 
 
-def test_the_leak_is_the_other_levels_gradients_and_no_more():
+def test_the_leak_is_the_other_levels_gradients_and_no_more(monkeypatch):
     """A leaky expert step applies its own gradient plus those of the router steps before it."""
     case, leaky = Case(), Case()
-    leaky.plan = plan_of(settings_of(leaky_gradients=True))
     _, own, _ = case.gradients_of("experts")
+    monkeypatch.setattr(steps, "gradients_for", leaky_gradients_for)
     frozen = copy_of(leaky.train_state.tensors)
     leaky.step("router", number=3)
     for slot, tensor in leaky.train_state.tensors.items():

@@ -16,7 +16,7 @@ import torch
 
 from comigs.app import api
 from comigs.bases.load import load_base
-from comigs.client.client import Client
+from comigs.client.client import Client, Workplace
 from comigs.data.prepare import prepare_client
 from comigs.engines.client_task import run_task
 from comigs.errors import UserError
@@ -128,7 +128,7 @@ def test_it_answers_as_a_client_in_process_would(setting, tmp_path):
     with Attachment(base.model, base.architecture, config.experts) as attachment:
         data = prepare_client(config, "ada", base.encoder)
         reply = run_task(
-            Client("ada", config, method, base, attachment, data),
+            Client("ada", Workplace(config, method, base, attachment), data),
             Task(1, True, (), ("valid", "test")),
             {},
             lambda event: None,

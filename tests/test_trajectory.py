@@ -7,15 +7,15 @@ import json
 import pytest
 import torch
 
-from comigs.client.client import new_train_state
+from comigs.client import steps
+from comigs.client.state import new_train_state
 from comigs.client.steps import MethodHooks, StepSettings, local_round
 from comigs.config import ClientSection
 from comigs.methods.method import RoundContext, mean_of_uploads
+from tests.authors_loop import leaky_gradients_for
 from tests.golden import load
 
-SETTINGS = ClientSection(
-    steps=4, batch_size=2, router_every=3, router_steps=2, lr=2e-3, leaky_gradients=True
-)
+SETTINGS = ClientSection(steps=4, batch_size=2, router_every=3, router_steps=2, lr=2e-3)
 
 
 def replay(settings):
@@ -71,11 +71,10 @@ def replay(settings):
     return worst
 
 
-def test_three_rounds_equal_the_authors_when_gradients_leak_as_theirs():
+def test_three_rounds_equal_the_authors_when_gradients_leak_as_theirs(monkeypatch):
+    monkeypatch.setattr(steps, "gradients_for", leaky_gradients_for)
     assert replay(SETTINGS) < 1e-5
 
 
 def test_strict_separation_is_what_differs_from_the_authors():
-    assert replay(SETTINGS.model_copy(update={"leaky_gradients": False})) == pytest.approx(
-        2e-2, rel=0.5
-    )
+    assert replay(SETTINGS) == pytest.approx(2e-2, rel=0.5)

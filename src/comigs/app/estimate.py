@@ -14,8 +14,8 @@ import torch
 
 from comigs.bases.base import linear_size
 from comigs.bases.load import Base
-from comigs.client.client import new_train_state
 from comigs.client.evaluate import measure
+from comigs.client.state import new_train_state
 from comigs.client.steps import MethodHooks, StepSettings, step
 from comigs.config import Config, Split
 from comigs.data.prepare import Outline
@@ -103,7 +103,7 @@ def measured_pace(
     seconds = []
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
-        step(attachment, train_state, plan, ("experts",), (trained, trained), MethodHooks())
+        step(attachment, train_state, plan, MethodHooks(), ("experts",), (trained, trained))
         halfway = time.perf_counter()
         measure(attachment, [(read, read)], base.dtype)
         seconds.append((halfway - began, (time.perf_counter() - halfway) / read.size))

@@ -1,1 +1,1 @@
-"""One client: receive, train on two levels, send, evaluate."""
+"""One client is trained here on two levels, and measured; nothing here knows of a server."""

@@ -1,5 +1,6 @@
-"""How well a model predicts text: every token once, nothing drawn at random, nothing left
-changed.
+"""This page says how well a model predicts text: every token counts once, and nothing is drawn.
+
+A model and every random generator are left as they were found. L blocks, E experts.
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from comigs.client.loss import sum_cross_entropy
-from comigs.client.steps import autocast
+from comigs.client.loss import autocast, sum_cross_entropy
 from comigs.data.batches import Batch, evaluation_windows
 from comigs.data.corpus import TokenStore
 from comigs.experts.attach import Attachment
 
+LARGEST_EXPONENT = 700  # exp of more is no float
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """Sums over the text, and the three figures that follow from them.
+    """A measurement has sums over a text, and the three figures that follow from them.
 
-    nats: sum of -ln p over `tokens` tokens, which are `bytes` bytes of text.
-    expert_share_LE: mean routing weight of each expert per block, None without a router.
+    nats: the sum of -ln p over `tokens` tokens, which are `bytes` bytes of text.
+    expert_share_LE: the mean routing weight of each expert in each block; None without a router.
     """
 
     nats: float
@@ -34,19 +37,21 @@ class Measurement:
 
     @property
     def nats_per_token(self) -> float:
+        """The mean of -ln p over tokens."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp of the nats per token (of 700 at most, the last that a float holds)."""
-        return math.exp(min(self.nats_per_token, 700))
+        """exp of the nats per token; above 700 nats, exp(700)."""
+        return math.exp(min(self.nats_per_token, LARGEST_EXPONENT))
 
     @property
     def bits_per_byte(self) -> float:
+        """The bits that the text takes under the model, for each byte of the original text."""
         return self.nats / math.log(2) / self.bytes
 
     def figures(self) -> dict[str, float | int]:
-        """What is reported, by the names used everywhere."""
+        """Return what is reported, by the names that are used everywhere."""
         names = ("nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes")
         return {name: getattr(self, name) for name in names}
 
@@ -58,44 +63,45 @@ def evaluate(
     batch_size: int,
     dtype: torch.dtype,
 ) -> Measurement:
-    """Evaluate whatever the attachment is bound to (nothing: the base) on every token of `stores`
-    once.
+    """Measure whatever the attachment is bound to on every token of `stores` once.
 
-    length: tokens per window. batch_size: windows at once. dtype: of autocast.
+    Bound to nothing, that is the base alone. length: tokens per window. batch_size: windows at
+    once. dtype: of matrix products.
     """
-    return measure(
-        attachment,
-        evaluation_windows(stores, length, batch_size),
-        dtype,
-        sum(store.num_bytes for store in stores),
-    )
+    windows = evaluation_windows(stores, length, batch_size)
+    num_bytes = sum(store.num_bytes for store in stores)
+    return measure(attachment, windows, dtype, num_bytes)
 
 
 def measure(
     attachment: Attachment, windows: Iterable[Batch], dtype: torch.dtype, num_bytes: int = 0
 ) -> Measurement:
-    """Evaluate whatever the attachment is bound to on these windows, which stand for `num_bytes`
-    bytes of text.
+    """Measure whatever the attachment is bound to on these windows.
+
+    num_bytes: the bytes of text that the windows stand for.
     """
     model = attachment.model
-    nats, tokens, shares = 0.0, 0, None
+    nats, tokens = 0.0, 0
+    share_sum_LE: Tensor | None = None
     with torch.no_grad(), evaluation_mode(model):
         for inputs, targets in windows:
-            x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
+            # Sums, not means: the last windows are shorter, and each token counts once.
+            x, y = torch.from_numpy(inputs).to(model.device), torch.from_numpy(targets)
             with autocast(dtype, x.device):
-                nats += float(sum_cross_entropy(model, x, y))
+                nats += float(sum_cross_entropy(model, x, y.to(model.device)))
             tokens += targets.size
-            if routings := attachment.routings():
-                batch_LE = torch.stack([r.weights_TE.sum(dim=0) for r in routings]).double()
-                shares = batch_LE if shares is None else shares + batch_LE
-    return Measurement(
-        nats, tokens, num_bytes, None if shares is None else (shares / tokens).tolist()
-    )
+            weights = [routing.weights_TE.sum(dim=0) for routing in attachment.routings()]
+            if weights:
+                batch_LE = torch.stack(weights).double()
+                share_sum_LE = batch_LE if share_sum_LE is None else share_sum_LE + batch_LE
+    if share_sum_LE is None:
+        return Measurement(nats, tokens, num_bytes, None)
+    return Measurement(nats, tokens, num_bytes, (share_sum_LE / tokens).tolist())
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """eval() inside, every module's mode as found after."""
+    """Put a model into evaluation mode inside, and every module's mode back after."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Cross-entropy through a frozen head, a chunk of tokens at a time.
+"""Cross-entropy goes through a frozen head here, a chunk of tokens at a time.
 
 T tokens, C tokens of a chunk, D model width, V vocabulary.
 """
@@ -14,35 +14,35 @@ from comigs.experts import csrc
 from comigs.experts.hidden_torch import even_slices
 
 CHUNK = 1 << 24  # logits that exist at once: as bfloat16 32 MB
-BLOCK = (
-    1 << 17
-)  # of them, what a CPU thread works on at a time: as float32 512 KB, which a core's second cache holds
+BLOCK = 1 << 17  # logits that a CPU thread works on: as float32 512 KB, a core's second cache
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of -log p(target). The head is frozen, so the gradient to the hidden states is all that
-    is kept.
+    """The sum of -log p(target), which keeps nothing but the gradient to the hidden states.
+
+    The head is frozen, so that is all that the backward pass needs.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden_TD: Tensor, targets_T: Tensor, head: Any, vocabulary: int
     ) -> Tensor:
-        total = torch.zeros(
-            (),
-            dtype=torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32,
-            device=hidden_TD.device,
-        )
         wants_grad = ctx.needs_input_grad[0]
+        dtype = torch.float32
+        if hidden_TD.dtype == torch.float64:
+            dtype = torch.float64
+        total = torch.zeros((), dtype=dtype, device=hidden_TD.device)
         grad_TD = torch.empty_like(hidden_TD) if wants_grad else None
         for rows in even_slices(len(targets_T), CHUNK // vocabulary):
+            # Each chunk's logits live only until the gradient to its hidden states is known.
             h_CD = hidden_TD[rows].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
                 logits_CV = head(h_CD)
-            total += _sum_nats(logits_CV.detach(), targets_T[rows], total.dtype, wants_grad)
+            total += _sum_nats(logits_CV.detach(), targets_T[rows], dtype, wants_grad)
             if grad_TD is not None:
                 (grad_TD[rows],) = torch.autograd.grad(logits_CV, h_CD, logits_CV.detach())
-        ctx.save_for_backward(*([] if grad_TD is None else [grad_TD]))
+        if grad_TD is not None:
+            ctx.save_for_backward(grad_TD)
         return total
 
     @staticmethod
@@ -54,35 +54,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _sum_nats(
     logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype, to_gradient: bool
 ) -> Tensor:
-    """Sum of -log p(target), computed in `dtype`. to_gradient: the logits become its gradient, p -
-    [is target].
+    """Return the sum of -log p(target), computed in `dtype`.
+
+    to_gradient: turn the logits into the sum's gradient, p - [is target], in place.
     """
     C, V = logits_CV.shape
     if csrc.takes(logits_CV) and dtype == torch.float32:
         return csrc.cross_entropy(logits_CV, targets_C, to_gradient).sum()
-    blocks = even_slices(
-        C, BLOCK * torch.get_num_threads() // V if logits_CV.device.type == "cpu" else C
-    )
+
+    # A processor's caches are small: it works on blocks of rows that fit. Other devices take all.
+    rows_at_once = C
+    if logits_CV.device.type == "cpu":
+        rows_at_once = BLOCK * torch.get_num_threads() // V
+    blocks = even_slices(C, rows_at_once)
     buffer = logits_CV.new_empty(blocks[0].stop, V, dtype=dtype)
     targets_C1 = targets_C[:, None]
     chosen_C1 = logits_CV.gather(-1, targets_C1).to(dtype)
     log_norm_C1 = torch.empty_like(chosen_C1)
     for rows in blocks:
+        # The largest logit is subtracted first, so that no exponential overflows.
         p = buffer[: rows.stop - rows.start].copy_(logits_CV[rows])
         largest = p.amax(dim=-1, keepdim=True)
         norm = p.sub_(largest).exp_().sum(dim=-1, keepdim=True)
         log_norm_C1[rows] = norm.log() + largest
         if to_gradient:
-            logits_CV[rows] = p.div_(norm).scatter_add_(
-                -1, targets_C1[rows], torch.full_like(norm, -1)
-            )
+            minus_one = torch.full_like(norm, -1)
+            logits_CV[rows] = p.div_(norm).scatter_add_(-1, targets_C1[rows], minus_one)
     return (log_norm_C1 - chosen_C1).sum()
 
 
 def sum_cross_entropy(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Sum over tokens of the nats of `targets` (B, L) given `inputs` (B, L), a scalar.
+    """Return the nats of `targets` (B, L) given `inputs` (B, L), summed over tokens: a scalar.
 
-    Never holds more than CHUNK logits, and no gradient for the head, which is frozen.
+    At most CHUNK logits exist at once, and the head, which is frozen, gets no gradient.
     """
     hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
     total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -92,7 +96,14 @@ def sum_cross_entropy(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _head(model: Any) -> Any:
-    """From hidden states to logits, with the cap that some families put on them."""
+    """Return what turns hidden states into logits, with the cap that some families put on them."""
     linear = model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)
-    return linear if cap is None else lambda h: torch.tanh(linear(h) / cap) * cap
+    if cap is None:
+        return linear
+    return lambda hidden: torch.tanh(linear(hidden) / cap) * cap
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Return a context in which matrix products are bfloat16 where `dtype` is."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)

@@ -1,88 +1,81 @@
-"""One client's training in a round: the whole of the bi-level method on one page (2409.13931,
-section 3 and alg. 1).
+"""This page is one client's training in a round: the bi-level method of 2409.13931 (algorithm 1).
 
-The lower level trains the experts on `train`, the upper level trains the router on `valid`, which
-stands for what the user wants. The two never touch: a step computes the gradient of its own group
-only, and leaves none behind.
+The lower level trains the experts on `train`. The upper level trains the router on `valid`, which
+stands for what the user wants. The two never touch: a step computes the gradient of its own level
+only, and leaves no gradient behind.
+
+Shapes: T tokens of a batch, L blocks, E experts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from comigs.client.loss import sum_cross_entropy
-from comigs.config import ClientSection
+from comigs.client.loss import autocast, sum_cross_entropy
+from comigs.client.state import TrainState
+from comigs.config import ClientSection, Config
 from comigs.data.batches import Batch
-from comigs.data.sampling import Group
+from comigs.data.sampling import Level
 from comigs.experts.attach import Attachment
 from comigs.experts.router import balance_loss
-from comigs.methods.method import Schedule
+from comigs.methods.method import Method, Schedule
 from comigs.slots import Slot
 
-OnStep = Callable[[Group, float], None]  # (level, nats per token) after each step
-BatchFn = Callable[
-    [Group, int], Batch
-]  # (level, how many batches it has had before) -> its next batch
-
-
-@dataclass
-class TrainState:
-    """What of a client changes while it trains.
-
-    tensors: every trainable tensor, float32. local_steps, router_steps: done so far, over the whole
-    run.
-    """
-
-    tensors: dict[Slot, Tensor]
-    optimizers: dict[Group, torch.optim.AdamW]
-    local_steps: int = 0
-    router_steps: int = 0
-
-    def group(self, group: Group) -> list[Tensor]:
-        """The tensors one level trains, in slot order; what is merged belongs to neither."""
-        return [
-            t
-            for slot, t in sorted(self.tensors.items())
-            if slot.role != "merged" and (slot.role == "router") == (group == "router")
-        ]
+BatchFn = Callable[[Level, int], Batch]  # (level, batches it has had so far) -> its next batch
+OnStep = Callable[[Level, float], None]  # (level, nats per token), told after each step
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The settings of a run that steps need.
+    """These are the settings of a run that its steps need.
 
-    total_steps: local steps of the whole run, for the cosine. missed: those before now for which
-    the client was not asked.
+    client: the config's [client]. total_steps: local steps of the whole run, for the cosine.
+    schedule: how the router learns (Method.schedule). missed: local steps of earlier rounds in
+    which the client was not asked.
     """
 
-    settings: ClientSection
+    client: ClientSection
     lr: float
     router_lr: float
     total_steps: int
     dtype: torch.dtype
-    schedule: Schedule = "alternating"  # of the router (Method.schedule)
+    schedule: Schedule = "alternating"
     missed: int = 0
 
-    def rate(self, group: Group, done: int) -> float:
-        """Learning rate after `done` own local steps: the router's constant; the experts' a cosine
-        over the run from lr to lr / 10.
+    def rate(self, level: Level, done: int) -> float:
+        """Return a level's learning rate after `done` local steps of the client.
+
+        The router's rate is constant. The experts' falls from lr to lr / 10 by a cosine over the
+        run.
         """
-        if group == "router":
+        if level == "router":
             return self.router_lr
         over = (done + self.missed) / self.total_steps
         return self.lr / 10 + (self.lr - self.lr / 10) * (1 + math.cos(math.pi * over)) / 2
 
 
+def settings_of(config: Config, method: Method, slots: Iterable[Slot]) -> ClientSection:
+    """Return [client] as a client with these slots trains by it.
+
+    Without phases of the router there is nothing to set a fold of train aside for.
+    """
+    has_router = any(slot.role == "router" for slot in slots)
+    if method.schedule != "joint" and has_router:
+        return config.client
+    return config.client.model_copy(update={"router_data": "valid"})
+
+
 @dataclass(frozen=True)
 class MethodHooks:
-    """What the method says about one round. trains(slot); penalty(): added to the loss of local
-    steps, or None.
+    """The hooks are what the method says about one round.
+
+    trains(slot): the slot learns in this round. penalty(): it is added to the loss of local steps.
     """
 
     trains: Callable[[Slot], bool] = lambda slot: True
@@ -90,9 +83,25 @@ class MethodHooks:
 
 
 @dataclass
+class Outcome:
+    """The outcome is what one step measured.
+
+    nats, balance: means over the batch's T tokens. shares_LE: for each piece of the batch, the sums
+    of the routing weights over its tokens; empty without a router.
+    """
+
+    tokens: int
+    nats: float = 0.0
+    balance: float = 0.0
+    shares_LE: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
 class RoundLog:
-    """What a round of one client measured: nats per token of each step, and the experts' mean
-    routing weights.
+    """The log is what a client's round measured.
+
+    train_losses, router_losses: nats per token of each step. share_sum_LE: the experts' routing
+    weights, summed over trained_tokens tokens; None without a router.
     """
 
     train_losses: list[float] = field(default_factory=list)
@@ -102,10 +111,20 @@ class RoundLog:
     learning_rate: float = 0.0
     trained_tokens: int = 0
 
+    def note(self, outcome: Outcome) -> None:
+        """Add a local step."""
+        self.train_losses.append(outcome.nats)
+        self.balance_losses.append(outcome.balance)
+        self.trained_tokens += outcome.tokens
+        for shares_LE in outcome.shares_LE:
+            before_LE = self.share_sum_LE
+            self.share_sum_LE = shares_LE if before_LE is None else before_LE + shares_LE
+
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss or gradient of a batch is NaN or infinite; nothing was stepped with it. batch: which
-    one.
+    """A batch's loss or gradient is NaN or infinite, and nothing was stepped with it.
+
+    batch: which batch it was, in words.
     """
 
     batch = ""
@@ -113,128 +132,134 @@ class NonFiniteLoss(ArithmeticError):
 
 def local_round(
     attachment: Attachment,
-    train_state: TrainState,
-    plan: StepSettings,
-    draw: BatchFn,
-    rules: MethodHooks,
+    state: TrainState,
+    settings: StepSettings,
+    next_batch: BatchFn,
+    hooks: MethodHooks,
     on_step: OnStep,
 ) -> RoundLog:
-    """`steps` local steps, and after every `router_every` of them (over the whole run) a phase of
-    router steps.
-    """
-    settings, log = plan.settings, RoundLog()
-    for _ in range(settings.steps):
-        log.learning_rate = plan.rate("experts", train_state.local_steps)
-        groups: tuple[Group, ...] = (
-            ("experts",) if plan.schedule == "alternating" else ("experts", "router")
-        )
-        with naming("train", train_state.local_steps):
-            loss = step(
-                attachment,
-                train_state,
-                plan,
-                groups,
-                draw("experts", train_state.local_steps),
-                rules,
-                log,
-            )
-        train_state.local_steps += 1
-        log.train_losses.append(loss)
-        on_step("experts", loss)
+    """Train a client for one round, and return what that measured.
 
-        phase_is_due = train_state.local_steps % settings.router_every == 0
-        if plan.schedule != "joint" and phase_is_due and train_state.group("router"):
-            for _ in range(settings.router_steps):
-                with naming(settings.router_data, train_state.router_steps):
-                    loss = step(
-                        attachment,
-                        train_state,
-                        plan,
-                        ("router",),
-                        draw("router", train_state.router_steps),
-                        rules,
-                    )
-                train_state.router_steps += 1
-                log.router_losses.append(loss)
-                on_step("router", loss)
+    The round has `client.steps` local steps. After every `client.router_every` of them, counted
+    over the whole run, the router has a phase of `client.router_steps` steps of its own. Raises
+    NonFiniteLoss.
+    """
+    log, client = RoundLog(), settings.client
+    # In the bi-level method train teaches the experts alone; rivals let it teach the router, too.
+    levels: tuple[Level, ...] = ("experts",)
+    if settings.schedule != "alternating":
+        levels = ("experts", "router")
+    has_phases = settings.schedule != "joint" and bool(state.of("router"))
+
+    for _ in range(client.steps):
+        # Lower level: the experts learn what the client's text says.
+        log.learning_rate = settings.rate("experts", state.local_steps)
+        with naming("train", state.local_steps):
+            batch = next_batch("experts", state.local_steps)
+            outcome = step(attachment, state, settings, hooks, levels, batch)
+        state.local_steps += 1
+        log.note(outcome)
+        on_step("experts", outcome.nats)
+
+        # Upper level: the router learns what the user wants, from experts that now stand still.
+        if not has_phases or state.local_steps % client.router_every:
+            continue
+        for _ in range(client.router_steps):
+            with naming(client.router_data, state.router_steps):
+                batch = next_batch("router", state.router_steps)
+                outcome = step(attachment, state, settings, hooks, ("router",), batch)
+            state.router_steps += 1
+            log.router_losses.append(outcome.nats)
+            on_step("router", outcome.nats)
     return log
 
 
 def step(
-    attachment: Attachment, train_state: TrainState, plan: StepSettings, groups: tuple[Group, ...], batch: Batch,
-    rules: MethodHooks, log: RoundLog | None = None,
-) -> float:  # fmt: skip
-    """One AdamW step of `groups` on one batch; returns the batch's mean nats per token.
+    attachment: Attachment,
+    state: TrainState,
+    settings: StepSettings,
+    hooks: MethodHooks,
+    levels: tuple[Level, ...],
+    batch: Batch,
+) -> Outcome:
+    """Take one AdamW step of these levels on one batch, and return what was measured.
 
-    Raises NonFiniteLoss before anything is stepped.
+    The loss is the mean cross-entropy in nats, plus `balance_coef` times the balance loss, plus the
+    method's penalty. Raises NonFiniteLoss before anything is stepped.
     """
-    settings = plan.settings
-    routed = (
-        "router" in train_state.optimizers
-        and "router" in groups
-        and experts_differ(train_state.tensors)
-    )
-    with gradients_for(train_state, groups, rules.trains, leaky=settings.leaky_gradients):
-        nats, balance_nats, tokens = 0.0, 0.0, batch[0].size
-        for inputs, targets in micro_batches(
-            batch, settings.micro_batch_size, attachment.model.device
-        ):
-            share = inputs.numel() / tokens
-            with autocast(plan.dtype, inputs.device):
-                cross_entropy = sum_cross_entropy(attachment.model, inputs, targets) / tokens
-                balance = mean_balance_loss(attachment, settings.generalist_share)
-            loss = cross_entropy + settings.balance_coef * balance * share
-            nats += float(cross_entropy.detach())
-            balance_nats += float(balance.detach()) * share
-            if not math.isfinite(nats):
-                raise NonFiniteLoss(f"the loss is {nats}")
-            if loss.requires_grad:  # a method may train nothing of a client in a round
-                loss.backward()
-            if log is not None:
-                _note_shares(log, attachment)
-        if rules.penalty is not None and "experts" in groups:
-            rules.penalty().backward()
-        # while experts are all equal the router's true gradient is zero, and AdamW would step on
-        # rounding noise
-        stepped = [group for group in groups if group == "experts" or routed]
-        for group in stepped:
-            norm = torch.nn.utils.get_total_norm(
-                [t.grad for t in train_state.group(group) if t.grad is not None]
-            )
+    with gradients_for(state, levels, hooks.trains):
+        # The gradient of the whole batch is gathered piece by piece, as memory allows.
+        outcome = accumulate(attachment, settings, batch)
+        if hooks.penalty is not None and "experts" in levels:
+            hooks.penalty().backward()
+
+        # While all experts are equal the router's true gradient is zero, and AdamW would make full
+        # steps of its rounding noise.
+        stepped: list[Level] = []
+        for level in levels:
+            if level == "experts" or (level in state.optimizers and experts_differ(state.tensors)):
+                stepped.append(level)
+
+        # Every level is checked before any is stepped, so that a bad batch changes nothing.
+        for level in stepped:
+            gradients = [tensor.grad for tensor in state.of(level) if tensor.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
             if not math.isfinite(norm):
                 raise NonFiniteLoss(f"the gradient's norm is {norm:g}")
-        for group in stepped:
-            optimizer = train_state.optimizers[group]
+        for level in stepped:
+            optimizer = state.optimizers[level]
             for param_group in optimizer.param_groups:
-                param_group["lr"] = plan.rate(group, train_state.local_steps)
+                param_group["lr"] = settings.rate(level, state.local_steps)
             optimizer.step()
-    if log is not None:
-        log.balance_losses.append(balance_nats)
-        log.trained_tokens += tokens
-    return nats
+    return outcome
+
+
+def accumulate(attachment: Attachment, settings: StepSettings, batch: Batch) -> Outcome:
+    """Add a batch's gradient to the tensors that collect one, and return what was measured.
+
+    Raises NonFiniteLoss.
+    """
+    client, outcome = settings.client, Outcome(tokens=batch[0].size)
+    pieces = micro_batches(batch, client.micro_batch_size, attachment.model.device)
+    for inputs, targets in pieces:
+        # Each piece counts by its tokens, so that the pieces' sum is the whole batch's mean.
+        part = inputs.numel() / outcome.tokens
+        with autocast(settings.dtype, inputs.device):
+            nats = sum_cross_entropy(attachment.model, inputs, targets) / outcome.tokens
+            balance = mean_balance_loss(attachment, client.generalist_share)
+        loss = nats + client.balance_coef * balance * part
+        outcome.nats += float(nats.detach())
+        outcome.balance += float(balance.detach()) * part
+        if not math.isfinite(outcome.nats):
+            raise NonFiniteLoss(f"the loss is {outcome.nats}")
+
+        # A method may train nothing of a client in a round; then there is nothing to go back to.
+        if loss.requires_grad:
+            loss.backward()
+        weights = [routing.weights_TE.detach().sum(dim=0) for routing in attachment.routings()]
+        if weights:
+            outcome.shares_LE.append(torch.stack(weights))
+    return outcome
 
 
 @contextlib.contextmanager
 def gradients_for(
-    train_state: TrainState, groups: tuple[Group, ...], trains: Callable[[Slot], bool], leaky: bool
+    state: TrainState, levels: tuple[Level, ...], trains: Callable[[Slot], bool]
 ) -> Iterator[None]:
-    """Only tensors of `groups` collect gradients inside, and none is left after.
+    """Let only the tensors of these levels collect gradients inside, and leave none behind.
 
-    leaky: as the authors' loop, all tensors collect and only the stepped groups' gradients are
-    dropped.
+    The authors' loop leaves the other level's gradients for its next step; ours must not
+    (docs/method.md).
     """
-    stepped = {id(t) for group in groups for t in train_state.group(group)}
-    for slot, tensor in train_state.tensors.items():
-        tensor.requires_grad_(
-            slot.role != "merged" and trains(slot) and (leaky or id(tensor) in stepped)
-        )
+    stepped = {id(tensor) for level in levels for tensor in state.of(level)}
+    for slot, tensor in state.tensors.items():
+        tensor.requires_grad_(id(tensor) in stepped and trains(slot))
     try:
         yield
     finally:
-        for tensor in train_state.tensors.values():
+        for tensor in state.tensors.values():
             tensor.requires_grad_(False)
-            if not leaky or id(tensor) in stepped:
-                tensor.grad = None
+            tensor.grad = None
 
 
 @contextlib.contextmanager
@@ -248,37 +273,27 @@ def naming(split: str, number: int) -> Iterator[None]:
 
 
 def experts_differ(tensors: Mapping[Slot, Tensor]) -> bool:
-    """False while every expert's B is zero, that is while all experts are the base's MLP."""
-    return any(
-        bool(t.any())
-        for s, t in tensors.items()
-        if s.matrix == "B" and s.role in ("generalist", "specialist")
-    )
+    """Return whether any expert's B has left zero, where every expert is the base's MLP."""
+    for slot, tensor in tensors.items():
+        if slot.matrix == "B" and slot.role in ("generalist", "specialist") and tensor.any():
+            return True
+    return False
 
 
 def mean_balance_loss(attachment: Attachment, generalist_share: float) -> Tensor:
-    """Mean over blocks, zero without a router."""
+    """Return the mean over blocks of the balance loss, a scalar; zero without a router."""
     terms = [balance_loss(routing, generalist_share) for routing in attachment.routings()]
-    return torch.stack(terms).mean() if terms else torch.zeros((), device=attachment.model.device)
+    if not terms:
+        return torch.zeros((), device=attachment.model.device)
+    return torch.stack(terms).mean()
 
 
 def micro_batches(
     batch: Batch, size: int | None, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batch in pieces of `size` windows (None: whole), on the device."""
+    """Yield the batch in pieces of `size` windows, or whole where `size` is None, on the device."""
     inputs, targets = batch
-    for start in range(0, len(inputs), size or len(inputs)):
-        rows = slice(start, start + (size or len(inputs)))
+    size = size or len(inputs)
+    for start in range(0, len(inputs), size):
+        rows = slice(start, start + size)
         yield torch.from_numpy(inputs[rows]).to(device), torch.from_numpy(targets[rows]).to(device)
-
-
-def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """bfloat16 matrix products where the run asks for them."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-def _note_shares(log: RoundLog, attachment: Attachment) -> None:
-    shares = [routing.weights_TE.detach().sum(dim=0) for routing in attachment.routings()]
-    if shares:
-        shares_LE = torch.stack(shares)
-        log.share_sum_LE = shares_LE if log.share_sum_LE is None else log.share_sum_LE + shares_LE

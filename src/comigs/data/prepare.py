@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +28,15 @@ class ClientData:
     train: tuple[TokenStore, ...]
     valid: tuple[TokenStore, ...]
     test: tuple[TokenStore, ...]
+
+
+def pooled(everyone: Iterable[ClientData]) -> ClientData:
+    """Return the text of several clients as one client's: split by split, all of their stores."""
+    stores: dict[str, list[TokenStore]] = {split: [] for split in SPLITS}
+    for data in everyone:
+        for split in SPLITS:
+            stores[split] += getattr(data, split)
+    return ClientData(**{split: tuple(found) for split, found in stores.items()})
 
 
 @dataclass(frozen=True)

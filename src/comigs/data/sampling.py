@@ -15,11 +15,11 @@ from comigs.data.prepare import ClientData
 from comigs.errors import UserError
 from comigs.seeds import generator
 
-Group = Literal["experts", "router"]
+Level = Literal["experts", "router"]  # the lower and the upper one
 
 
 def batch_for(
-    level: Group, number: int, local_steps: int, settings: ClientSection, length: int,
+    level: Level, number: int, local_steps: int, settings: ClientSection, length: int,
     random_for: Callable[[str, int], np.random.Generator], data: ClientData,
 ) -> Batch:  # fmt: skip
     """Batch `number` (from 0) of the level, after `local_steps` local steps of the run.

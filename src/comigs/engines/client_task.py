@@ -14,7 +14,7 @@ from comigs.client.client import Client
 from comigs.client.evaluate import Measurement
 from comigs.client.steps import RoundLog
 from comigs.config import Split
-from comigs.data.sampling import Group
+from comigs.data.sampling import Level
 from comigs.methods.method import Download, Upload
 from comigs.processes import peak_memory
 from comigs.server.protocol import Reply, Report, Task
@@ -44,11 +44,11 @@ def run_task(
     if task.train and client.is_trainer:
         began, step = time.perf_counter(), 0
 
-        def on_step(group: Group, nats: float) -> None:
+        def on_step(level: Level, nats: float) -> None:
             nonlocal step
-            step += group == "experts"
+            step += level == "experts"
             report({"kind": "step", "round": task.round, "client": client.name, "step": step,
-                    "level": group, "nats_per_token": nats})  # fmt: skip
+                    "level": level, "nats_per_token": nats})  # fmt: skip
 
         log = client.train(task.round, on_step)
         upload = client.send(task.round)

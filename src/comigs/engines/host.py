@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from comigs.bases.load import Base
-from comigs.client.client import Client
+from comigs.client.client import Client, Workplace
 from comigs.config import Config
 from comigs.data.prepare import ClientData
 from comigs.engines.base_evaluation_cache import base_figures
@@ -53,9 +53,8 @@ class ClientHost:
         path, state = f"clients/{name}", None
         if self.folder.holds(f"{path}/{STATE[0]}", staged):
             state = {part: self.folder.load(f"{path}/{part}", staged) for part in STATE}
-        client = Client(
-            name, self.config, self.method, self.base, self.attachment, self.data[name], state
-        )
+        place = Workplace(self.config, self.method, self.base, self.attachment)
+        client = Client(name, place, self.data[name], state)
         client.is_trainer = name in self.trainers
         if self.method.centralized and client.is_trainer:
             client.pool(list(self.data.values()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from comigs.bases.load import Base
-from comigs.client.client import settings_of
+from comigs.client.steps import settings_of
 from comigs.config import Config
 from comigs.data.prepare import ClientData
 from comigs.data.sampling import check_text

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from comigs.bases.load import Base
-from comigs.client.client import load_tensors
 from comigs.client.evaluate import Measurement, evaluate
+from comigs.client.state import load_tensors
 from comigs.data.corpus import TokenStore
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from comigs.bases.load import Base
-from comigs.client.client import Client, ClientState
+from comigs.client.client import Client
+from comigs.client.state import ClientState
 from comigs.config import Config
 from comigs.data.prepare import ClientData
 from comigs.errors import UserError

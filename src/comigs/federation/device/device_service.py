@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from comigs.bases.load import Base, load_base
-from comigs.client.client import Client
+from comigs.client.client import Client, Workplace
 from comigs.config import BaseSection, Config, Text, parse_config
 from comigs.data.prepare import ClientData, prepare_client
 from comigs.engines.client_task import run_task
@@ -106,7 +106,8 @@ class Trainer:
                 base.model, base.architecture, config.experts, summed=method.mixing == "sum"
             )
             stack.enter_context(attachment)
-            client = Client(self.device.name, config, method, base, attachment, data, run.state())
+            place = Workplace(config, method, base, attachment)
+            client = Client(self.device.name, place, data, run.state())
             if request.kind == "probe":
                 return _probe(request, tensors, run, client)
             return self._exchange(request, tensors, run, client)
