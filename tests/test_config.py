@@ -22,8 +22,7 @@ FULL = {
     "data": {"root": "/a b", "cache": "c", "sequence_length": 9, "distribution": "out", "valid_fraction": 0.2},
     "experts": {"generalists": 2, "specialists": 3, "rank": 4, "specialist_rank": 5, "attention_rank": 6,
                 "share_attention": False, "alpha": 8.5, "scaling": "lora", "top_k": 1},
-    "client": {"steps": 1, "batch_size": 2, "micro_batch_size": 1, "lr": 1e-3, "router_lr": 0.5, "betas": [0.1, 0.2],
-               "leaky_gradients": True},
+    "client": {"steps": 1, "batch_size": 2, "micro_batch_size": 1, "lr": 1e-3, "router_lr": 0.5, "betas": [0.1, 0.2]},
     "evaluation": {"every": 0, "splits": ["train", "valid"], "batch_size": 1},
     "participation": {"clients_per_round": 2, "min_clients": 2, "deadline": 60.5, "late": "discount",
                       "late_discount": 0.25, "max_failures": 1},
@@ -188,6 +187,24 @@ def test_messages_are_one_line():
     with pytest.raises(UserError) as error:
         parse_config({"clients": [ANN], "method": ["a\nb"]})
     assert "\n" not in str(error.value)
+
+
+def test_what_older_versions_wrote_and_is_no_more_is_read(tmp_path):
+    """A run of an older version goes on; one that used what is no more becomes no other run."""
+    tree = {"clients": [ANN], "client": {"steps": 3, "leaky_gradients": False}}
+    assert parse_config(tree) == parse_config({"clients": [ANN], "client": {"steps": 3}})
+    assert "leaky_gradients" in tree["client"]  # what was given is left as it is
+    path = tmp_path / "old.toml"
+    text = '[client]\nleaky_gradients = VALUE\n[[clients]]\nname = "ann"\ntext = "x"\n'
+    path.write_text(text.replace("VALUE", "false"))
+    assert "leaky" not in to_toml(load_config(path))
+    path.write_text(text.replace("VALUE", "true"))
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert str(error.value) == (
+        f"{path}: client.leaky_gradients: given true; this field is retired and can only be false; "
+        "leave it out"
+    )
 
 
 def test_the_page_is_up_to_date():

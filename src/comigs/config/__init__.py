@@ -1,28 +1,43 @@
-"""The one configuration tree: frozen, validated, read from TOML and written back into every run.
+"""The config is one tree: frozen, validated, read from TOML and written back into every run.
 
 Each field says its unit and what `None` means; docs/config.md is made from these texts
 (scripts/config_docs.py).
 """
 
+from comigs.config.clients import ClientEntry, ExpertShape, Text
+from comigs.config.rounds import EvaluationSection, ParticipationSection, UploadSection
 from comigs.config.sections import (
     SPLITS,
     BaseSection,
-    ClientEntry,
     ClientSection,
     DataSection,
-    EvaluationSection,
     ExpertsSection,
-    ParticipationSection,
     Section,
     Split,
-    Text,
-    UploadSection,
 )
 from comigs.config.toml import load_config, parse_config, read_toml, to_toml
-from comigs.config.tree import SECTIONS, VERSION, Config, ExpertShape, dotted
+from comigs.config.tree import SECTIONS, VERSION, Config, dotted
 
 __all__ = [
-    "SECTIONS", "SPLITS", "VERSION", "BaseSection", "ClientEntry", "ClientSection", "Config", "DataSection",
-    "EvaluationSection", "ExpertShape", "ExpertsSection", "ParticipationSection", "Section", "Split", "Text",
-    "UploadSection", "dotted", "load_config", "parse_config", "read_toml", "to_toml",
-]  # fmt: skip
+    "SECTIONS",
+    "SPLITS",
+    "VERSION",
+    "BaseSection",
+    "ClientEntry",
+    "ClientSection",
+    "Config",
+    "DataSection",
+    "EvaluationSection",
+    "ExpertShape",
+    "ExpertsSection",
+    "ParticipationSection",
+    "Section",
+    "Split",
+    "Text",
+    "UploadSection",
+    "dotted",
+    "load_config",
+    "parse_config",
+    "read_toml",
+    "to_toml",
+]

@@ -1,9 +1,11 @@
-"""The parts of a config, and every field they have, in its unit."""
+"""This module holds the sections of a config that say what a client is and how it trains.
+
+The descriptions of all fields are the user's manual (docs/config.md).
+"""
 
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -14,169 +16,206 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 class Section(BaseModel):
-    """A part of the tree: immutable, and unknown keys are refused."""
+    """A section is a part of the config: immutable, and unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BaseSection(Section):
-    """[base]: the frozen language model all clients share."""
+    """[base] says which frozen language model all clients share, and how it computes."""
 
     name: str = Field(
         "mini",
-        description="mini, smollm2-135m, tiny-gpt2, tiny-llama, a local folder (models/mine) or hub name",
+        description="The base is mini, smollm2-135m, tiny-gpt2, tiny-llama, a local folder "
+        "(models/mine) or a name on the Hugging Face hub.",
     )
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = Field(
         "auto",
-        description="of the frozen weights and of autocast; auto: bfloat16 where the device is fast at it",
+        description="The frozen weights and autocast have this type. auto is bfloat16 where the "
+        "device is fast at it, else float32.",
     )
     attention: Literal["auto", "eager", "sdpa"] = Field(
         "auto",
-        description="transformers' attention; auto: eager on a CPU, a quarter faster at 128 tokens, sdpa on a GPU",
+        description="transformers computes attention this way. auto is eager on a CPU, a quarter "
+        "faster there at 128 tokens, and sdpa on a GPU.",
     )
     device: str = Field(
-        "auto", description='"cpu", "cuda", "cuda:1", ...; auto: cuda where there is one'
+        "auto",
+        description='The base computes on "cpu", "cuda", "cuda:1", ...; auto is cuda where there '
+        "is one, else cpu.",
     )
     threads: int | None = Field(
         None,
         gt=0,
         le=1024,
-        description="CPU threads; None: as torch finds them (recorded; a resumed run uses the same)",
+        description="Each process uses this many CPU threads. None: as many as torch finds, or its "
+        "share of the cores where there are several workers. The run records the number, and a "
+        "resumed run uses it again.",
     )
 
 
 class DataSection(Section):
-    """[data]: how text becomes windows of tokens."""
+    """[data] says how text becomes windows of tokens."""
 
     root: Path = Field(
         Path("."),
-        description="folder that relative paths in `text` start from; default: the config file's",
+        description="Relative paths in `text` start from this folder, which itself starts from the "
+        "config file's.",
     )
     cache: Path = Field(
         Path(".cache/comigs"),
-        description="folder of the token stores, relative to the working folder",
+        description="Tokens are stored in this folder, relative to the working folder.",
     )
-    sequence_length: int = Field(128, ge=2, description="tokens per window")
+    sequence_length: int = Field(128, ge=2, description="A window has this many tokens.")
     distribution: Literal["in", "out"] = Field(
         "in",
-        description='"in": valid and test from the client\'s own text; "out": mixture of all clients\' valid and test',
+        description='"in": a client\'s valid and test come from its own text. "out": they are the '
+        "mixture of all clients' valid and test.",
     )
     valid_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of documents in valid where splits are made by hash"
+        0.1,
+        gt=0,
+        lt=1,
+        description="Where a hash splits the text, this share of documents is valid.",
     )
     test_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of documents in test where splits are made by hash"
+        0.1,
+        gt=0,
+        lt=1,
+        description="Where a hash splits the text, this share of documents is test.",
     )
     train_share: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="share of each client's train text that is used, from its start, in bytes",
+        description="This share of each client's train text is used, from its start, in bytes.",
     )
     valid_share: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="share of each client's valid text that is used, from its start, in bytes",
+        description="This share of each client's valid text is used, from its start, in bytes.",
     )
 
 
 class ExpertsSection(Section):
-    """[experts]: what every client trains. `clients` entries may differ."""
+    """[experts] says what every client trains; entries of `clients` may differ."""
 
     generalists: int | None = Field(
-        None, ge=0, description="experts averaged by the server; None: 1, but see specialists"
+        None,
+        ge=0,
+        description="A client has this many experts that the server averages. None: 1, but see "
+        "specialists.",
     )
     specialists: int | None = Field(
         None,
         ge=0,
-        description="experts that never leave their client; None: 1, but where no number of experts is given at all, "
-        "comigs has a single one of all ranks, which is averaged, beside the rest of the world",
+        description="A client has this many experts that never leave it. None: 1; but where the "
+        "config gives no number of experts at all, comigs has a single expert of all ranks, which "
+        "the server averages, beside the mean of the other clients' experts.",
     )
-    rank: int = Field(8, ge=1, description="LoRA rank of every expert")
+    rank: int = Field(8, ge=1, description="Every expert has this LoRA rank.")
     specialist_rank: int | None = Field(
-        None, ge=1, description="LoRA rank of the specialists; None: rank"
+        None, ge=1, description="Specialists have this LoRA rank. None: rank."
     )
     attention_rank: int | None = Field(
-        None, ge=1, description="LoRA rank on the attention linears; None: rank"
+        None, ge=1, description="LoRA on the attention linears has this rank. None: rank."
     )
     share_attention: bool = Field(
-        True, description="false: attention LoRA stays home (the all-specialist setting)"
+        True,
+        description="The server averages attention LoRA. false: it stays with its client (the "
+        "all-specialist setting).",
     )
-    alpha: float = Field(16.0, gt=0, description="LoRA alpha")
+    alpha: float = Field(16.0, gt=0, description="This is the alpha of LoRA.")
     scaling: Literal["rslora", "lora"] = Field(
-        "rslora", description="alpha / sqrt(rank) or alpha / rank"
+        "rslora",
+        description='A LoRA adds its product times alpha / sqrt(rank) ("rslora") or alpha / rank '
+        '("lora").',
     )
     strength: Literal["together", "each"] = Field(
         "together",
-        description='"each": every expert has that scale, as in the paper; "together": it is corrected so that experts '
-        "that share a token's weight act like one LoRA of all their ranks",
+        description='"each": every expert has that scale, as in the paper. "together": the scale '
+        "is corrected so that experts that share a token's weight act like one LoRA of all their "
+        "ranks.",
     )
     top_k: int = Field(
         2,
         ge=1,
-        description="experts used per token; a client with one expert has no router and no choice",
+        description="A token uses this many experts. A client with one expert has no router and no "
+        "choice.",
     )
     routing: Literal["token", "sequence", "client"] = Field(
         "token",
-        description='what weighs the experts: each "token"; the mean of the "sequence" up to the token; '
-        'or one free weight per expert and block for the whole "client"',
+        description='The experts are weighed by each "token"; by the mean of the "sequence" up to '
+        'the token; or by one free weight per expert and block for the whole "client".',
     )
     router_start: float = Field(
         0.02,
         ge=0,
-        description="standard deviation of the router's starting weights; 0: uniform mixing exactly",
+        description="The router's starting weights have this standard deviation. 0 mixes exactly "
+        "uniformly.",
     )
 
     def scale(self, rank: int) -> float:
-        """The factor before B @ A: alpha / sqrt(rank) ("rslora", 2312.03732) or alpha / rank
-        ("lora", 2106.09685).
+        """Return the factor before B @ A for a LoRA of this rank.
+
+        It is alpha / sqrt(rank) ("rslora", 2312.03732) or alpha / rank ("lora", 2106.09685).
         """
         return self.alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
 
 class ClientSection(Section):
-    """[client]: how every client trains in a round (the defaults are the paper's)."""
+    """[client] says how every client trains in a round; the defaults are the paper's."""
 
-    steps: int = Field(10, ge=1, description="local steps per round")
-    batch_size: int = Field(64, ge=1, description="windows per step")
+    steps: int = Field(10, ge=1, description="A client takes this many local steps in a round.")
+    batch_size: int = Field(64, ge=1, description="A step learns from this many windows.")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="windows at once in memory; None: batch_size"
+        None, ge=1, description="This many windows are in memory at once. None: batch_size."
     )
     lr: float | None = Field(
         None,
         gt=0,
-        description="experts' peak rate, cosine to lr/10; None: 2e-3 GPT-2, 2e-4 Llama-like",
+        description="The experts' learning rate begins here and falls with a cosine to a tenth. "
+        "None: 2e-3 for GPT-2, 2e-4 for Llama-like bases.",
     )
-    router_lr: float | None = Field(None, gt=0, description="router's constant rate; None: lr")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW, on everything trained")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two decay rates")
+    router_lr: float | None = Field(
+        None, gt=0, description="The router's learning rate is constant. None: lr."
+    )
+    weight_decay: float = Field(
+        0.01, ge=0, description="AdamW decays everything trained by this much."
+    )
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="AdamW's two moments decay at these rates."
+    )
     router_every: int = Field(
         30,
         ge=1,
-        description="a client's local steps between router phases, counted over all its rounds (tau)",
+        description="A router phase follows each time after this many local steps of a client, "
+        "counted over all its rounds (tau).",
     )
     router_steps: int = Field(
-        10, ge=0, description="router steps in a phase, each on a batch of router_data"
+        10,
+        ge=0,
+        description="A router phase has this many steps, each on a batch of router_data.",
     )
     router_data: Literal["valid", "train", "crossfit"] = Field(
         "valid",
-        description='what the router learns from: "valid"; "train"; or "crossfit", a fold of train that the experts '
-        "did not see since the last router phase (for clients without validation text)",
+        description='The router learns from "valid", from "train", or by "crossfit" from a fold of '
+        "train that the experts did not see since the last router phase (for clients without "
+        "validation text).",
     )
     folds: int = Field(
-        4, ge=2, description="parts of train in crossfit; each phase leaves out the next one"
+        4,
+        ge=2,
+        description="crossfit cuts train into this many parts; each phase leaves out the next one.",
     )
-    balance_coef: float = Field(0.01, ge=0, description="weight of the balance loss")
+    balance_coef: float = Field(0.01, ge=0, description="The balance loss has this weight.")
     generalist_share: float = Field(
         0.5,
         ge=0,
         lt=1,
-        description="load that the balance loss gives the first generalist; 0: equal",
-    )
-    leaky_gradients: bool = Field(
-        False,
-        description="reproduce the authors' loop, in which one level's gradients leak into the other's next step",
+        description="The balance loss gives the first generalist this share of the load. 0: an "
+        "equal share.",
     )
 
     @field_validator("betas")
@@ -184,123 +223,4 @@ class ClientSection(Section):
     def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= b < 1 for b in value):
             raise ValueError("both must be in [0, 1)")
-        return value
-
-
-class EvaluationSection(Section):
-    """[evaluation]: what is measured during the run. Test is always measured after the last
-    download.
-    """
-
-    every: int = Field(1, ge=0, description="rounds between evaluations during the run; 0: none")
-    splits: tuple[Split, ...] = Field(("valid",), description="splits evaluated during the run")
-    batch_size: int = Field(32, ge=1, description="windows at once")
-
-
-class ParticipationSection(Section):
-    """[participation]: who is asked in a round, how long it waits, and what becomes of who does not
-    answer.
-    """
-
-    clients_per_round: int | None = Field(
-        None,
-        ge=1,
-        description="clients asked in a round, drawn anew each round by the seed; None: all",
-    )
-    min_clients: int = Field(
-        1,
-        ge=1,
-        description="usable uploads a round needs; with fewer, those that are missing are asked again",
-    )
-    deadline: float = Field(
-        3600, gt=0, description="seconds a round waits for uploads (engine flower)"
-    )
-    late: Literal["drop", "discount"] = Field(
-        "drop",
-        description='what becomes of an upload that comes in after its round: "drop"; "discount": its step counts in '
-        "the round in which it comes in, times late_discount",
-    )
-    late_discount: float = Field(0.5, gt=0, le=1, description="factor of a late upload's step")
-    max_failures: int = Field(
-        3,
-        ge=1,
-        description="times in a row that a client is asked and nothing usable comes, after which it is left out for "
-        "the rest of the run",
-    )
-
-
-class UploadSection(Section):
-    """[upload]: how uploads travel, which of them count, and how they become one."""
-
-    format: Literal["float32", "bfloat16", "int8"] = Field(
-        "float32",
-        description="of the numbers that travel; downloads are bfloat16 where uploads are not float32",
-    )
-    merge: Literal["mean", "trimmed", "median"] = Field(
-        "mean",
-        description='how methods that average uploads do it, number by number: "mean"; "trimmed": the mean without '
-        'the largest and smallest; "median"',
-    )
-    trim: float = Field(
-        0.25,
-        ge=0,
-        lt=0.5,
-        description="share of uploads cut at either end where merge is trimmed, rounded down",
-    )
-    max_norm: float | None = Field(
-        None,
-        gt=0,
-        description="largest length of the step from the download to the upload (from the common start where a tensor "
-        "was in no download); None: any",
-    )
-    max_norm_ratio: float = Field(
-        10.0,
-        gt=1,
-        description="the same as a multiple of the median length of the round's uploads, where there are 3 or more; "
-        "1e30: any",
-    )
-
-
-class Text(Section):
-    """A client's text with its splits given, each as "source:argument" or a path."""
-
-    train: str = Field(description="what the experts learn from")
-    valid: str = Field(description="what the router learns from")
-    test: str = Field(description="what the result is measured on, and nothing else")
-
-
-class ClientEntry(Section):
-    """[[clients]]: one client; what is None is taken from [experts]."""
-
-    name: str = Field(
-        description="letters, digits, '.', '_' and '-'; also the name of its folder in the run"
-    )
-    text: str | Text | None = Field(
-        None,
-        description='"source:argument" or a path, split by hash; or {train = ..., valid = ..., test = ...}; '
-        "None: it is on the client's own device (engine flower)",
-    )
-    specialists: int | None = Field(
-        None, ge=0, description="number of specialists; None: experts.specialists"
-    )
-    rank: int | None = Field(
-        None, ge=1, description="LoRA rank of this client's experts; None: experts.rank"
-    )
-    specialist_rank: int | None = Field(
-        None, ge=1, description="rank of its specialists; None: experts.specialist_rank, else rank"
-    )
-    weight: float | None = Field(
-        None,
-        gt=0,
-        description="how much it counts where a method weighs clients by their text; None: its train tokens "
-        "in-process, and 1 in a federation, where no client's own claim counts",
-    )
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_a_file_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
-            raise ValueError(
-                "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
-            )
         return value

@@ -1,7 +1,8 @@
-"""A config from a TOML file and back, with every mistake in one line."""
+"""This module reads a config from TOML and writes it back, with every mistake in one line."""
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,9 +16,13 @@ from comigs.config.tree import SECTIONS, VERSION, Config
 from comigs.errors import UserError, nearest
 from comigs.files import folder_or_name
 
+RETIRED = {  # a field that older versions wrote into runs -> the only value it may still have
+    "client.leaky_gradients": False,
+}
+
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a TOML file, apply `key=value` overrides, validate.
+    """Return the config of a TOML file, with `key=value` overrides applied and everything checked.
 
     Raises UserError with one line for whatever is wrong.
     """
@@ -25,6 +30,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     tree = read_toml(path)
     for override in overrides:
         _apply(tree, override)
+
+    # what depends on where the file lies is made to mean the same from everywhere
     tree.setdefault("name", path.stem)
     data, base = tree.setdefault("data", {}), tree.get("base")
     if isinstance(data, dict):
@@ -35,7 +42,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def read_toml(path: Path, what: str = "config") -> dict[str, Any]:
-    """A TOML file as plain values. Raises UserError."""
+    """Return a TOML file as plain values. what: what the file is, for the UserErrors raised."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -49,13 +56,17 @@ def read_toml(path: Path, what: str = "config") -> dict[str, Any]:
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
-    """Validate a tree of plain values. Raises UserError: the field, what was given, what is
-    allowed.
+    """Return the config that a tree of plain values is.
+
+    Raises UserError that says the field, what was given and what is allowed. source: what the tree
+    was read from, which begins the line.
     """
+    tree = _without_retired(tree, source)
     version = tree.get("version", VERSION)
     if isinstance(version, int) and version > VERSION:
         raise UserError(
-            f"{source}: version: written for config format {version}, this comigs reads up to {VERSION}; upgrade comigs"
+            f"{source}: version: written for config format {version}, "
+            f"this comigs reads up to {VERSION}; upgrade comigs"
         )
     try:
         return Config.model_validate(tree)
@@ -63,15 +74,30 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
         raise UserError(f"{source}: {one_line(error, tree, SECTIONS)}") from None
 
 
+def _without_retired(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Drop the fields that are no more. Raises UserError where one asks for what is no more."""
+    kept = dict(tree)
+    for field, value in RETIRED.items():
+        name, _, key = field.partition(".")
+        section = kept.get(name)
+        if not isinstance(section, Mapping) or key not in section:
+            continue
+        if section[key] != value:
+            raise UserError(
+                f"{source}: {field}: given {json.dumps(section[key], default=str)}; "
+                f"this field is retired and can only be {json.dumps(value)}; leave it out"
+            )
+        kept[name] = {other: given for other, given in section.items() if other != key}
+    return kept
+
+
 def to_toml(config: Config) -> str:
-    """The config as TOML; reading it back gives an equal config."""
+    """Write the config as TOML; reading that gives an equal config."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value`; clients are addressed by name or position:
-    `clients.fr.rank=4`.
-    """
+    """Set one `section.key=value`, a client's by its name or position: `clients.fr.rank=4`."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {override}: expected KEY=VALUE, for example client.steps=20")
@@ -79,30 +105,32 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string
+
+    # a section that the file leaves out is made on the way to the key
     *parents, last = key.strip().split(".")
     node: Any = tree
-    for depth, part in enumerate(parents):
-        if isinstance(node, list):
-            found = [
-                n
-                for i, n in enumerate(node)
-                if isinstance(n, dict) and part in (n.get("name"), str(i))
-            ]
-            if not found:
-                names = [str(n.get("name")) for n in node if isinstance(n, dict)]
-                known = ", ".join(names)
-                raise UserError(
-                    f'--set {override}: no client "{part}"; there are: {known}.{nearest(part, names)}'
-                )
-            node = found[0]
-        else:
-            node = node.setdefault(part, {})
+    for depth, part in enumerate(parents, start=1):
+        node = _entry(node, part, override) if isinstance(node, list) else node.setdefault(part, {})
         if not isinstance(node, dict | list):
             raise UserError(
-                f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section"
+                f"--set {override}: {'.'.join(parents[:depth])} is a value, not a section"
             )
     if isinstance(node, list):
         raise UserError(
             f"--set {override}: say which field of the client, for example {key}.rank=4"
         )
     node[last] = value
+
+
+def _entry(clients: list[Any], part: str, override: str) -> Any:
+    """Return the first of the [[clients]] with that name or position. Raises UserError for none."""
+    names = []
+    for position, entry in enumerate(clients):
+        if isinstance(entry, dict):
+            names.append(str(entry.get("name")))
+            if part in (entry.get("name"), str(position)):
+                return entry
+    raise UserError(
+        f'--set {override}: no client "{part}"; '
+        f"there are: {', '.join(names)}.{nearest(part, names)}"
+    )

@@ -1,69 +1,78 @@
-"""The whole config, and what must fit together in it."""
+"""This module holds the whole config, and what must fit together in it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from comigs.config.clients import ClientEntry, ExpertShape, Text
+from comigs.config.rounds import EvaluationSection, ParticipationSection, UploadSection
 from comigs.config.sections import (
     BaseSection,
-    ClientEntry,
     ClientSection,
     DataSection,
-    EvaluationSection,
     ExpertsSection,
-    ParticipationSection,
     Section,
-    Text,
-    UploadSection,
 )
 from comigs.errors import UserError, nearest
-from comigs.slots import expert_parts
 
 VERSION = 1
 
 
 class Config(Section):
-    """A whole run: what, on what, with which settings."""
+    """A config says all of a run: what is run, on what, with which settings."""
 
-    version: int = Field(VERSION, ge=1, le=VERSION, description="of this file's format")
+    version: int = Field(
+        VERSION, ge=1, le=VERSION, description="This file is written in this version of the format."
+    )
     name: str = Field(
         "run",
-        description="of the run, and of its folder in `runs`; default: the config file's, without .toml",
+        description="The run is called so, and its folder in `runs`. Default: the name of the "
+        "config file, without .toml.",
     )
-    seed: int = Field(42, ge=0, description="the one seed everything random comes from")
+    seed: int = Field(42, ge=0, description="Everything random comes from this one seed.")
     method: str = Field(
-        "comigs", description="a file of comigs/methods, or package.module of your own"
+        "comigs",
+        description="The method is a file of comigs/methods, or package.module of your own.",
     )
-    rounds: int = Field(20, ge=1, description="exchanges with the server")
+    rounds: int = Field(20, ge=1, description="Clients exchange with the server this many times.")
     workers: int = Field(
         1,
         ge=1,
-        description="processes that clients of a round are spread over, each with its base, CPU threads or GPU",
+        description="The clients of a round are spread over this many processes, each with its own "
+        "base and its own CPU threads or GPU.",
     )
     base: BaseSection = Field(
-        BaseSection(), description="the frozen language model all clients share"
+        BaseSection(), description="[base] says which frozen language model all clients share."
     )
-    data: DataSection = Field(DataSection(), description="how text becomes windows of tokens")
-    experts: ExpertsSection = Field(ExpertsSection(), description="what every client trains")
-    client: ClientSection = Field(ClientSection(), description="how every client trains in a round")
+    data: DataSection = Field(
+        DataSection(), description="[data] says how text becomes windows of tokens."
+    )
+    experts: ExpertsSection = Field(
+        ExpertsSection(), description="[experts] says what every client trains."
+    )
+    client: ClientSection = Field(
+        ClientSection(), description="[client] says how every client trains in a round."
+    )
     evaluation: EvaluationSection = Field(
-        EvaluationSection(), description="what is measured during the run"
+        EvaluationSection(), description="[evaluation] says what is measured during the run."
     )
     participation: ParticipationSection = Field(
         ParticipationSection(),
-        description="who is asked in a round, and what becomes of who does not answer",
+        description="[participation] says who is asked, and what becomes of who does not answer.",
     )
     upload: UploadSection = Field(
-        UploadSection(), description="how uploads travel, are checked and become one"
+        UploadSection(), description="[upload] says how uploads travel, are checked and become one."
     )
     options: Mapping[str, bool | int | float | str] = Field(
-        {}, description="settings of the method's own; `comigs list methods` shows them"
+        {}, description="These settings are the method's own; `comigs list methods` shows them."
     )
-    clients: tuple[ClientEntry, ...] = Field(description="who takes part, one [[clients]] each")
+    clients: tuple[ClientEntry, ...] = Field(
+        description="Each [[clients]] is one client that takes part."
+    )
 
     @field_validator("name")
     @classmethod
@@ -74,6 +83,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        # each client must be one of its own, with something to train
         if not self.clients:
             raise ValueError(
                 'clients: none; write at least one [[clients]] with name = "..." and text = "..."'
@@ -82,14 +92,17 @@ class Config(Section):
         for client in self.clients:
             if client.name.lower() in seen:
                 raise ValueError(
-                    f'clients: the name "{client.name}" is given twice; names must differ (case aside)'
+                    f'clients: the name "{client.name}" is given twice; '
+                    "names must differ (case aside)"
                 )
             seen.add(client.name.lower())
-            shape = self.shape_of(client)
-            if shape.num_experts == 0:
+            if self.shape_of(client).num_experts == 0:
                 raise ValueError(
-                    f"clients.{client.name}: 0 experts; give it at least one (experts.generalists or specialists)"
+                    f"clients.{client.name}: 0 experts; give it at least one "
+                    "(experts.generalists or specialists)"
                 )
+
+        # as many must answer as can be asked, and train must not be left without text
         self._check_participation()
         if self.data.valid_fraction + self.data.test_fraction >= 1:
             raise ValueError(
@@ -98,37 +111,43 @@ class Config(Section):
         return self
 
     def _check_participation(self) -> None:
+        # a number of clients is measured against those that it is a part of
         p, clients = self.participation, len(self.clients)
         if p.clients_per_round is not None and p.clients_per_round > clients:
             raise ValueError(
-                f"participation.clients_per_round: given {p.clients_per_round}, but there are {clients} clients; "
-                f"allowed: 1 to {clients}"
+                f"participation.clients_per_round: given {p.clients_per_round}, "
+                f"but there are {clients} clients; allowed: 1 to {clients}"
             )
         asked = p.clients_per_round or clients
         if p.min_clients > asked:
             raise ValueError(
-                f"participation.min_clients: given {p.min_clients}, but {asked} clients are asked in a round; "
-                f"allowed: 1 to {asked}"
+                f"participation.min_clients: given {p.min_clients}, "
+                f"but {asked} clients are asked in a round; allowed: 1 to {asked}"
             )
+
+        # given weights and counted tokens are no common measure
         weighed = [c.name for c in self.clients if c.weight is not None]
-        if weighed and (missing := [c.name for c in self.clients if c.weight is None]):
+        missing = [c.name for c in self.clients if c.weight is None]
+        if weighed and missing:
             raise ValueError(
-                f"clients.{missing[0]}.weight: missing, but {weighed[0]} has one; give every client a weight or none"
+                f"clients.{missing[0]}.weight: missing, but {weighed[0]} has one; "
+                "give every client a weight or none"
             )
 
     @property
     def numbers_experts(self) -> bool:
-        """Whether it says how many experts, or how large specialists, there are; else a method may
-        choose.
+        """Whether the config says how many experts there are or how large specialists are.
+
+        Where it does not, a method may choose.
         """
-        e = self.experts
-        of_clients = (n for c in self.clients for n in (c.specialists, c.specialist_rank))
-        return any(
-            n is not None for n in (e.generalists, e.specialists, e.specialist_rank, *of_clients)
-        )
+        parts: tuple[ExpertsSection | ClientEntry, ...] = (self.experts, *self.clients)
+        for part in parts:
+            if part.specialists is not None or part.specialist_rank is not None:
+                return True
+        return self.experts.generalists is not None
 
     def shape_of(self, client: ClientEntry) -> ExpertShape:
-        """The experts of one client, its exceptions applied to the defaults."""
+        """Return the experts of one client: the defaults, and its exceptions to them."""
         e = self.experts
         rank = client.rank or e.rank
         specialists = e.specialists if client.specialists is None else client.specialists
@@ -141,7 +160,7 @@ class Config(Section):
         )
 
     def client_named(self, name: str) -> ClientEntry:
-        """The entry of that name. Raises UserError naming the clients there are."""
+        """Return the entry of that name. Raises UserError that names the clients there are."""
         for client in self.clients:
             if client.name == name:
                 return client
@@ -151,39 +170,22 @@ class Config(Section):
         )
 
 
-class ExpertShape(Section):
-    """How many experts one client has, and their ranks.
-
-    rest: whether the rest of the world is beside them, of `rank`; the router is wholly "open" to
-    it, or "gated".
-    """
-
-    generalists: int
-    specialists: int
-    others: Literal["none", "open", "gated"] = "none"
-    rank: int
-    specialist_rank: int
-    attention_rank: int
-
-    @property
-    def num_experts(self) -> int:
-        return self.generalists + self.specialists + (self.others != "none")
-
-    @property
-    def parts(self) -> list[str]:
-        """Their names, in the router's order."""
-        return expert_parts(self.generalists, self.specialists, self.others != "none")
-
-
 SECTIONS: Mapping[str, type[BaseModel]] = {
-    "": Config, "base": BaseSection, "data": DataSection, "experts": ExpertsSection, "client": ClientSection,
-    "evaluation": EvaluationSection, "participation": ParticipationSection, "upload": UploadSection,
-    "clients": ClientEntry, "text": Text,
-}  # fmt: skip
+    "": Config,
+    "base": BaseSection,
+    "data": DataSection,
+    "experts": ExpertsSection,
+    "client": ClientSection,
+    "evaluation": EvaluationSection,
+    "participation": ParticipationSection,
+    "upload": UploadSection,
+    "clients": ClientEntry,
+    "text": Text,
+}
 
 
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each leaf of a tree by its path, as --set names it: "client.lr"."""
+    """Give each leaf of a tree with its path as --set names it, as ("client.lr", 2e-3)."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from dotted(value, f"{prefix}{key}.")

@@ -1,0 +1,95 @@
+"""This module holds the sections of a config that say what happens around the clients' training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from comigs.config.sections import Section, Split
+
+
+class EvaluationSection(Section):
+    """[evaluation] says what is measured during the run.
+
+    Test is always measured after the last download.
+    """
+
+    every: int = Field(
+        1, ge=0, description="Clients' models are evaluated every so many rounds. 0: never."
+    )
+    splits: tuple[Split, ...] = Field(
+        ("valid",), description="These splits are evaluated during the run."
+    )
+    batch_size: int = Field(
+        32, ge=1, description="An evaluation has this many windows in memory at once."
+    )
+
+
+class ParticipationSection(Section):
+    """[participation] says who is asked in a round, and what becomes of who does not answer."""
+
+    clients_per_round: int | None = Field(
+        None,
+        ge=1,
+        description="This many clients are asked in a round, drawn anew each round by the seed. "
+        "None: all.",
+    )
+    min_clients: int = Field(
+        1,
+        ge=1,
+        description="A round needs this many usable uploads; with fewer, the clients that are "
+        "missing are asked again.",
+    )
+    deadline: float = Field(
+        3600,
+        gt=0,
+        description="A round waits this many seconds for uploads (engine flower).",
+    )
+    late: Literal["drop", "discount"] = Field(
+        "drop",
+        description='An upload that comes in after its round is dropped ("drop"), or its step '
+        'counts in the round in which it comes in, times late_discount ("discount").',
+    )
+    late_discount: float = Field(
+        0.5, gt=0, le=1, description="The step of a late upload is multiplied by this factor."
+    )
+    max_failures: int = Field(
+        3,
+        ge=1,
+        description="A client that is asked this many times in a row and sends nothing usable is "
+        "left out from then on.",
+    )
+
+
+class UploadSection(Section):
+    """[upload] says how uploads travel, which of them count, and how they become one."""
+
+    format: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32",
+        description="The numbers of an upload travel in this format; downloads travel as bfloat16 "
+        "unless it is float32.",
+    )
+    merge: Literal["mean", "trimmed", "median"] = Field(
+        "mean",
+        description='Methods that average uploads take, number by number, the "mean"; the mean '
+        'without the largest and smallest ("trimmed"); or the "median".',
+    )
+    trim: float = Field(
+        0.25,
+        ge=0,
+        lt=0.5,
+        description="A trimmed merge cuts this share of uploads at either end, rounded down.",
+    )
+    max_norm: float | None = Field(
+        None,
+        gt=0,
+        description="The step from a download to its upload may have this length at most; the step "
+        "starts from the common start where a tensor was in no download. None: any length.",
+    )
+    max_norm_ratio: float = Field(
+        10.0,
+        gt=1,
+        description="The step may be at most this many times as long as the median of the round's "
+        "uploads, where there are 3 or more. 1e30: any length.",
+    )
