@@ -117,17 +117,17 @@ def peft_lora(rank: int) -> Callable[[Base], Run]:
 def naive_forward(mixture: Mixture, x: torch.Tensor) -> torch.Tensor:
     """Every expert a full MLP forward pass."""
     x_TD = x.reshape(-1, x.shape[-1])
-    weights_TE = mixture._routing_weights(x).to(x.dtype).expand(len(x_TD), -1)
+    weights_TE = mixture.routing_weights(x).to(x.dtype).expand(len(x_TD), -1)
     y_TD = torch.zeros_like(x_TD)
     act = getattr(mixture.mlp, mixture.architecture.activation)
-    for e, expert in enumerate(mixture.experts):
+    for e, expert in enumerate(mixture.bound.experts):
 
         def adapted(site: str, h: torch.Tensor, expert: Any = expert) -> torch.Tensor:
             low, B = (
                 torch.nn.functional.linear(h, expert.A[site].to(h.dtype)),
                 expert.scale * expert.B[site],
             )
-            return mixture._frozen(site, h) + torch.nn.functional.linear(low, B.to(h.dtype))
+            return mixture.frozen_linear(site, h) + torch.nn.functional.linear(low, B.to(h.dtype))
 
         up = adapted("up", x_TD)
         hidden = act(adapted("gate", x_TD)) * up if "gate" in mixture.inputs else act(up)

@@ -117,10 +117,10 @@ def test_binding_moves_references_and_copies_nothing(base):
         held = {
             id(t)
             for m in attachment.mixtures
-            for e in m.experts
+            for e in m.bound.experts
             for t in (*e.A.values(), *e.B.values())
         }
-        held |= {id(m.W_ED) for m in attachment.mixtures}
+        held |= {id(m.bound.W_ED) for m in attachment.mixtures}
         held |= {
             id(t)
             for adapted in attachment.attention

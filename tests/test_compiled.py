@@ -12,7 +12,7 @@ import torch
 from comigs.experts import csrc, hidden_c, hidden_torch
 from comigs.experts.activation import GELU, SILU, by_autograd
 from comigs.experts.hidden import mixed_hidden
-from comigs.experts.layer import Layer
+from comigs.experts.hidden_layer import HiddenLayer, HiddenSettings, Wanted
 
 pytestmark = pytest.mark.skipif(csrc.library() is None, reason="no C compiler")
 
@@ -54,11 +54,13 @@ def layer(
         torch.randn(R, I) / 4,
     )
     frozen = [torch.randn(T, I).to(dtype) for _ in range(products)]
-    return Layer(act, ranks, learns or [True] * E, top_k / E, weights, low, B, A, frozen)
+    settings = HiddenSettings(act, ranks, learns or [True] * E, top_k)
+    return HiddenLayer(settings, weights, low, B, A, frozen)
 
 
 def in_float64(given):
-    return Layer(*given[:4], *(t.double() for t in given[4:8]), [f.double() for f in given.frozen])
+    settings, *tensors, frozen = given
+    return HiddenLayer(settings, *(t.double() for t in tensors), [f.double() for f in frozen])
 
 
 def distance(found, exact):
@@ -76,9 +78,9 @@ def assert_equals_pytorch(given, wanted=(True,) * 4):
     assert distance(low, exact_low) < 1e-6
 
     grad_mixed, grad_low = torch.randn_like(mixed), torch.randn_like(low)
-    *found, frozen = hidden_c.backward(given, grad_mixed, grad_low, wanted)
+    *found, frozen = hidden_c.backward(given, grad_mixed, grad_low, Wanted(*wanted))
     *expected, exact_frozen = hidden_torch.backward(
-        exact, grad_mixed.double(), grad_low.double(), wanted
+        exact, grad_mixed.double(), grad_low.double(), Wanted(*wanted)
     )
     assert [t is not None for t in found] == [t is not None for t in expected] == list(wanted)
     assert all(distance(*pair) < rounded for pair in zip(frozen, exact_frozen, strict=True))
@@ -137,7 +139,7 @@ def test_the_same_to_the_bit_every_time_with_any_number_of_threads(threads):
     torch.set_num_threads(threads)
     try:
         mixed, low = hidden_c.forward(given)
-        runs = [hidden_c.backward(given, mixed, low, (True,) * 4) for _ in range(3)]
+        runs = [hidden_c.backward(given, mixed, low, Wanted(*[True] * 4)) for _ in range(3)]
     finally:
         torch.set_num_threads(before)
     for other in runs[1:]:
@@ -157,8 +159,7 @@ def test_the_same_to_the_bit_every_time_with_any_number_of_threads(threads):
 )
 def test_what_c_does_not_take_pytorch_does(given):
     assert not hidden_c.takes(given)
-    top_k = round(given.used * len(given.ranks))
-    mixed, _ = mixed_hidden(*given[:3], top_k, *given[4:])
+    mixed, _ = mixed_hidden(given)
     assert distance(mixed, hidden_torch.forward(in_float64(given))[0]) < 1e-6
 
 

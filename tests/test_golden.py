@@ -76,7 +76,7 @@ def test_gradients_equal_the_authors(case):
     if attachment.routings():  # the authors' balance term reads the block's output
         terms = [
             balance_loss(
-                route(out.flatten(0, 1) @ mixture.W_ED.T, config["topk_exp"]),
+                route(out.flatten(0, 1) @ mixture.bound.W_ED.T, config["topk_exp"]),
                 config["expert0_importance"],
             )
             for out, mixture in zip(outputs, attachment.mixtures, strict=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from comigs.experts.router import balance_loss, opened, route, routing_inputs
+from comigs.experts.router import balance_loss, route, route_gated, routing_inputs
 from tests import naive
 from tests.conftest import attach, random_tensors, shape_of, tiny
 
@@ -173,7 +173,7 @@ def test_routing_in_the_model_stays_float32_under_autocast():
 @pytest.mark.parametrize(("num_experts", "top_k"), [(2, 2), (3, 2), (4, 2), (4, 4)])
 def test_a_router_that_is_partly_open_mixes_the_weights_of_two(num_experts, top_k, share):
     logits = random_logits(num_experts)
-    weights = opened(logits, top_k, torch.tensor([share])).weights_TE
+    weights = route_gated(logits, top_k, torch.tensor([share])).weights_TE
     behind = np.append(np.zeros(num_experts - 1), -np.log(9))
     expected = share * numpy_weights(logits.numpy() + behind, top_k)
     alone = np.ones((len(logits), 1))  # the only one has all the weight
@@ -185,5 +185,5 @@ def test_a_router_that_is_partly_open_mixes_the_weights_of_two(num_experts, top_
 
 
 def test_the_rest_of_the_world_starts_with_a_tenth_of_the_weight():
-    weights = opened(torch.zeros(3, 2), 2, torch.ones(1)).weights_TE
+    weights = route_gated(torch.zeros(3, 2), 2, torch.ones(1)).weights_TE
     np.testing.assert_allclose(weights.numpy(), np.tile([0.9, 0.1], (3, 1)), atol=1e-6)

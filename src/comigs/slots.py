@@ -14,6 +14,8 @@ Role = Literal["generalist", "specialist", "rest", "router", "attention", "updat
 SPELLING = re.compile(
     r"(0|[1-9][0-9]*)\.(\w+)\.([gs](?:0|[1-9][0-9]*)|rest|router|attention|update|merged)\.([ABW])"
 )
+OTHERS: Literal["rest"] = "rest"
+"""The part that holds the others' generalist. Stored files call it the "rest" (of the world)."""
 
 
 @dataclass(frozen=True, order=True)
@@ -52,7 +54,7 @@ class Slot:
     @property
     def is_frozen(self) -> bool:
         """Whether no method trains the tensor: what is merged, the others, and a router's gate."""
-        return self.role in ("merged", "rest") or self.is_gate
+        return self.role in ("merged", OTHERS) or self.is_gate
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.site}.{self.part}.{self.matrix}"
@@ -73,4 +75,4 @@ Shapes = Mapping[Slot, tuple[int, ...]]
 def expert_parts(generalists: int, specialists: int, others: bool = False) -> list[str]:
     """Return the parts of a client's experts in the router's order; the others' are the last one."""
     parts = [f"g{i}" for i in range(generalists)] + [f"s{i}" for i in range(specialists)]
-    return [*parts, "rest"] if others else parts
+    return [*parts, OTHERS] if others else parts

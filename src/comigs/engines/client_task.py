@@ -104,9 +104,11 @@ def evaluated(
 def _shares(
     client: Client, shares_LE: list[list[float]] | None, adopted: float | None
 ) -> dict[str, Any]:
-    rest, generalists = client.shape.others != "none", client.shape.generalists
+    others, generalists = client.shape.others != "none", client.shape.generalists
     shared = (
-        None if shares_LE is None else [e[-1] if rest else sum(e[:generalists]) for e in shares_LE]
+        None
+        if shares_LE is None
+        else [e[-1] if others else sum(e[:generalists]) for e in shares_LE]
     )
     return {
         "generalist_share_by_layer": shared,

@@ -1,3 +1,1 @@
-"""LoRA experts, router and mixture, put on a frozen base from outside and taken off without a
-trace.
-"""
+"""This room holds LoRA experts, routers and mixtures, put on a frozen base from outside."""

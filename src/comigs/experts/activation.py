@@ -1,11 +1,9 @@
-"""Activations as the mixture needs them: in place, and in the backward pass value and slope
-together.
+"""This module holds activations as the mixture needs them: in place, value and slope together.
 
-SiLU and GELU's tanh form are both x * s with s = sigmoid(q(x)), where q = x and q = sqrt(8 / pi) (x
-+ 0.044715 x^3), so their slope is s + x s (1 - s) q'(x). Spelled out for CPUs, where PyTorch
-computes the tanh of a GELU one number at a
-time: this takes a third of that. On other devices, and for other activations, what is there is
-used.
+SiLU and GELU's tanh form are both x * s with s = sigmoid(q(x)), where q = x and
+q = sqrt(8 / pi) (x + 0.044715 x^3), so their slope is s + x s (1 - s) q'(x). They are spelled out
+for CPUs, where PyTorch computes the tanh of a GELU one number at a time: this takes a third of
+that. On other devices, and for other activations, what is there is used.
 """
 
 from __future__ import annotations
@@ -26,11 +24,11 @@ CUBE = 0.044715
 
 @dataclass(frozen=True)
 class Activation:
-    """An element-wise f. value(x, spare): x becomes f(x). value_and_slope(x, slope, spare): and
-    slope f'(x).
+    """An activation is an element-wise f.
 
-    All are of one shape; what `slope` and `spare` held is lost. in_c: its number in hidden.c, where
-    it is there.
+    `value(x, spare)` turns x into f(x); `value_and_slope(x, slope, spare)` also writes f'(x) into
+    `slope`. All are of one shape, and what `slope` and `spare` held is lost. `in_c` is the
+    activation's number in hidden.c, or None.
     """
 
     value: Callable[[Tensor, Tensor], object]
@@ -39,7 +37,7 @@ class Activation:
 
 
 def activation_of(module: Any, device: torch.device) -> Activation:
-    """The activation that an MLP of `transformers` holds."""
+    """Return the activation that an MLP of `transformers` holds."""
     name = type(module).__name__
     if name in SPELLED_OUT and device.type == "cpu":
         return SPELLED_OUT[name]
@@ -47,7 +45,7 @@ def activation_of(module: Any, device: torch.device) -> Activation:
 
 
 def by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
-    """Any element-wise function."""
+    """Return any element-wise function as an activation."""
 
     def value_and_slope(x: Tensor, slope: Tensor, spare: Tensor) -> None:
         with torch.enable_grad():
@@ -60,7 +58,7 @@ def by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
 
 
 def _root_plus(square: Tensor, factor: float, out: Tensor) -> Tensor:
-    """ROOT * (1 + factor * x^2) in one pass."""
+    """Write ROOT * (1 + factor * x^2) into `out` in one pass, and return it."""
     return torch.add(torch.tensor(ROOT, dtype=square.dtype), square, alpha=factor * ROOT, out=out)
 
 
@@ -89,8 +87,6 @@ def _silu_and_slope(x: Tensor, slope: Tensor, spare: Tensor) -> None:
 
 SILU, GELU = Activation(_silu, _silu_and_slope, in_c=0), Activation(_gelu, _gelu_and_slope, in_c=1)
 SPELLED_OUT = {"NewGELUActivation": GELU, "GELUTanh": GELU, "SiLUActivation": SILU}
+# Without this, transformers' NewGELUActivation would be six kernels.
 _TANH_GELU = partial(F.gelu, approximate="tanh")
-FUSED = {
-    "NewGELUActivation": _TANH_GELU,
-    "GELUTanh": _TANH_GELU,
-}  # the first is spelled out in six kernels otherwise
+FUSED = {"NewGELUActivation": _TANH_GELU, "GELUTanh": _TANH_GELU}

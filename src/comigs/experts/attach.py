@@ -1,5 +1,4 @@
-"""Experts put on a frozen base from outside, pointed at any client's tensors, and taken off leaving
-it identical.
+"""This module puts experts on a frozen base from outside, and takes them off leaving it identical.
 
 The base stays an untouched `transformers` model: its own forward pass and `generate()` with KV
 cache run through the mixtures. One attachment serves all clients of a process: `bind` moves
@@ -8,7 +7,7 @@ references, it copies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,28 +15,32 @@ from torch import Tensor, nn
 from comigs.bases.base import Architecture, linear_size
 from comigs.config import ExpertShape, ExpertsSection
 from comigs.experts.lora import LoraLinear
-from comigs.experts.mixture import Expert, Mixture
+from comigs.experts.mixture import BlockExperts, Expert, Mixture
 from comigs.experts.router import Routing
 from comigs.methods import lowrank
-from comigs.slots import Slot, expert_parts
+from comigs.slots import OTHERS, Slot, expert_parts
+
+Dims = tuple[int, ...]
 
 
 class Attachment:
-    """Mixtures in place of every MLP and LoRA on every attention linear of `model`. Use as a
-    context, or `detach()`.
+    """An attachment is a mixture in place of every MLP, and LoRA on every attention linear.
+
+    It is on `model` until `detach()`, or until it ends as a context. Where `summed`, a client's
+    experts are one expert, whose LoRA is the sum of theirs.
     """
 
     def __init__(
         self, model: Any, architecture: Architecture, settings: ExpertsSection, summed: bool = False
     ) -> None:
-        """summed: a client's experts are one expert, whose LoRA is the sum of theirs."""
         self.model = model
-        self.summed = summed
         self.architecture = architecture
         self.settings = settings
-        self._undo: list[tuple[nn.Module, str, nn.Module]] = []
+        self.summed = summed
         self.mixtures: list[Mixture] = []
         self.attention: list[dict[str, LoraLinear]] = []
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        # Modules are replaced on the model itself, and remembered, so that `detach` can undo it.
         for block in model.get_submodule(architecture.blocks):
             mixture = Mixture(block.get_submodule(architecture.mlp), architecture)
             self._replace(block, architecture.mlp, mixture)
@@ -51,118 +54,120 @@ class Attachment:
     def _replace(self, block: nn.Module, path: str, new: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         owner = block.get_submodule(parent)
-        self._undo.append((owner, name, getattr(owner, name)))
+        self._replaced.append((owner, name, getattr(owner, name)))
         setattr(owner, name, new)
 
     def slot_shapes(
         self, shape: ExpertShape, routed: bool, merges: bool = False
-    ) -> dict[Slot, tuple[int, ...]]:
-        """Every tensor of a client with these experts.
+    ) -> dict[Slot, Dims]:
+        """Return the shape of every tensor of a client with these experts, by its slot.
 
-        routed: with a router, where it has a choice. merges: with a frozen change of every adapted
-        linear.
+        Where `routed`, a client that has a choice has a router. Where it `merges`, it has a frozen
+        change of every adapted linear.
         """
-        shapes: dict[Slot, tuple[int, ...]] = {}
+        shapes: dict[Slot, Dims] = {}
+        sizes: dict[tuple[int, str], tuple[int, int]] = {}
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
+            # Each expert adapts every linear of the MLP, and attention has one LoRA for all.
+            for site, name in self.architecture.mlp_linears().items():
+                sizes[layer, site] = linear_size(getattr(mixture.mlp, name))
             for part in shape.parts:
-                for site, name in self.architecture.mlp_linears().items():
-                    size = linear_size(getattr(mixture.mlp, name))
-                    shapes |= _pair(
-                        layer,
-                        site,
-                        part,
-                        shape.specialist_rank if part.startswith("s") else shape.rank,
-                        size,
-                    )
+                rank = shape.specialist_rank if part.startswith("s") else shape.rank
+                for site in self.architecture.mlp_linears():
+                    shapes |= _pair(layer, site, part, rank, sizes[layer, site])
             for site, lora in adapted.items():
-                shapes |= _pair(
-                    layer, site, "attention", shape.attention_rank, linear_size(lora.linear)
-                )
+                sizes[layer, site] = linear_size(lora.linear)
+                rank = shape.attention_rank
+                shapes |= _pair(layer, site, "attention", rank, sizes[layer, site])
+            # A single expert leaves a router nothing to choose.
             if routed and shape.num_experts > 1:
-                width = linear_size(getattr(mixture.mlp, self.architecture.up))[0]
-                width = 1 if self.settings.routing == "client" else width
+                width = 1 if self.settings.routing == "client" else sizes[layer, "up"][0]
                 shapes[Slot(layer, "mlp", "router", "W")] = (shape.num_experts, width)
                 if shape.others == "gated":
                     shapes[Slot(layer, "mlp", "router", "B")] = (1,)
         if merges:
-            sizes = {(s.layer, s.site): dims for s, dims in shapes.items() if s.matrix == "A"}
-            outs = {(s.layer, s.site): dims[0] for s, dims in shapes.items() if s.matrix == "B"}
-            shapes |= {Slot(*at, "merged", "W"): (outs[at], dims[1]) for at, dims in sizes.items()}
+            for (layer, site), (width_in, width_out) in sizes.items():
+                shapes[Slot(layer, site, "merged", "W")] = (width_out, width_in)
         return shapes
 
     def bind(self, tensors: Mapping[Slot, Tensor]) -> None:
-        """Point the mixtures at a client's tensors; what they hold decides experts, ranks and
-        routing.
-        """
-        has = {
-            role: {s.part for s in tensors if s.role == role}
-            for role in ("generalist", "specialist", "rest")
-        }
-        parts = expert_parts(len(has["generalist"]), len(has["specialist"]), bool(has["rest"]))
-        sites = list(self.architecture.mlp_linears())
+        """Point the mixtures at a client's tensors, which decide experts, ranks and routing."""
+        names = {slot.part for slot in tensors if slot.role in ("generalist", "specialist", OTHERS)}
+        generalists = sum(name.startswith("g") for name in names)
+        specialists = sum(name.startswith("s") for name in names)
+        # All blocks have the same experts, in the order in which a router's rows are.
+        parts = expert_parts(generalists, specialists, OTHERS in names)
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
-            router = tensors.get(Slot(layer, "mlp", "router", "W"))
-            strength = self._strength(len(parts) - len(has["rest"]), routed=router is not None)
-            mixture.summed = self.summed
-            mixture.experts = [
-                Expert(
-                    {site: tensors[Slot(layer, site, part, "A")] for site in sites},
-                    {site: tensors[Slot(layer, site, part, "B")] for site in sites},
-                    strength * self.settings.scale(len(tensors[Slot(layer, sites[0], part, "A")])),
-                )
-                for part in parts
-            ]
-            mixture.merged = {
-                site: tensors[slot]
-                for site in sites
-                if (slot := Slot(layer, site, "merged", "W")) in tensors
-            }
-            mixture.routed_by = self.settings.routing
-            mixture.W_ED = router
-            mixture.open = tensors.get(Slot(layer, "mlp", "router", "B"))
-            mixture.top_k = self.settings.top_k
-            mixture.routing = None
+            mixture.bind(self._block_experts(tensors, layer, parts))
             for site, lora in adapted.items():
-                lora.A, lora.B = (
-                    tensors.get(Slot(layer, site, "attention", "A")),
-                    tensors.get(Slot(layer, site, "attention", "B")),
-                )
+                lora.A = tensors.get(Slot(layer, site, "attention", "A"))
+                lora.B = tensors.get(Slot(layer, site, "attention", "B"))
                 lora.merged = tensors.get(Slot(layer, site, "merged", "W"))
                 if lora.A is not None:
                     lora.scale = self.settings.scale(len(lora.A))
 
-    def _strength(self, num_experts: int, routed: bool) -> float:
-        """Of each of a client's own experts. The rest of the world is no part of its budget, and
-        not always asked.
+    def _block_experts(
+        self, tensors: Mapping[Slot, Tensor], layer: int, parts: Sequence[str]
+    ) -> BlockExperts:
+        sites = self.architecture.mlp_linears()
+        router = tensors.get(Slot(layer, "mlp", "router", "W"))
+        strength = self._strength(parts, routed=router is not None)
+        # A strength is part of the scale, so that the mixture knows one factor of an expert only.
+        experts, merged = [], {}
+        for part in parts:
+            A = {site: tensors[Slot(layer, site, part, "A")] for site in sites}
+            B = {site: tensors[Slot(layer, site, part, "B")] for site in sites}
+            experts.append(Expert(A, B, strength * self.settings.scale(len(A["down"]))))
+        for site in sites:
+            slot = Slot(layer, site, "merged", "W")
+            if slot in tensors:
+                merged[site] = tensors[slot]
+        return BlockExperts(
+            experts=experts,
+            summed=self.summed,
+            merged=merged,
+            W_ED=router,
+            gate=tensors.get(Slot(layer, "mlp", "router", "B")),
+            top_k=self.settings.top_k,
+            routed_by=self.settings.routing,
+        )
+
+    def _strength(self, parts: Sequence[str], routed: bool) -> float:
+        """Return the factor of each expert's scale.
+
+        The others' expert is no part of a client's budget, and not always asked.
         """
-        sharing = min(self.settings.top_k, num_experts) if routed else num_experts
-        together = self.settings.strength == "together" and sharing > 1
-        return lowrank.joint_strength(sharing, self.summed) if together else 1.0
+        sharing = len(parts) - parts.count(OTHERS)
+        if routed:
+            sharing = min(self.settings.top_k, sharing)
+        if self.settings.strength != "together" or sharing <= 1:
+            return 1.0
+        return lowrank.joint_strength(sharing, self.summed)
 
     def unbind(self) -> None:
-        """Point at nobody's tensors: the base alone."""
+        """Point at nobody's tensors, which leaves the base alone."""
         self.bind({})
 
     def routings(self) -> list[Routing]:
-        """Each block's decision in the last forward pass; empty without a router."""
+        """Return each block's decision in the last forward pass; nothing without a router."""
         return [m.routing for m in self.mixtures if m.routing is not None]
 
     def detach(self) -> None:
         """Put the base's own modules back, as if nothing had ever been attached."""
-        while self._undo:
-            owner, name, original = self._undo.pop()
+        while self._replaced:
+            owner, name, original = self._replaced.pop()
             setattr(owner, name, original)
 
     def __enter__(self) -> Attachment:
+        """Return the attachment, which is on the model already."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Take the experts off."""
         self.detach()
 
 
-def _pair(
-    layer: int, site: str, part: str, rank: int, size: tuple[int, int]
-) -> dict[Slot, tuple[int, ...]]:
+def _pair(layer: int, site: str, part: str, rank: int, size: tuple[int, int]) -> dict[Slot, Dims]:
     return {
         Slot(layer, site, part, "A"): (rank, size[0]),
         Slot(layer, site, part, "B"): (size[1], rank),

@@ -1,13 +1,13 @@
-"""The hidden layer of all experts as one autograd function that recomputes instead of storing.
+"""This module computes the hidden layer of all experts, and recomputes it instead of storing it.
 
 Plain autograd would keep about five (T, I) tensors per expert and block for the backward pass. This
 keeps the frozen products only, which all experts share, and rebuilds each expert's hidden layer
-from them when its turn comes: in C where it can be (`in_c`), else in PyTorch (`chunks`).
+from them when its turn comes: in C where it can be (hidden_c.py), else in PyTorch
+(hidden_torch.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,55 +16,64 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from comigs.experts import hidden_c, hidden_torch
-from comigs.experts.activation import Activation
-from comigs.experts.layer import Layer
+from comigs.experts.hidden_layer import HiddenLayer, HiddenSettings, Wanted
+
+
+def mixed_hidden(layer: HiddenLayer) -> tuple[Tensor, Tensor]:
+    """Return the mixed hidden layer, sum_e w_e h_e (T, I), and the experts' inputs to B of `down`.
+
+    These inputs, (w_e h_e) @ A_e^T of each expert, are beside each other: (T, R).
+    """
+    with torch.autocast(layer.weights_TE.device.type, enabled=False):
+        mixed: tuple[Tensor, Tensor] = MixedHidden.apply(  # type: ignore[no-untyped-call]
+            layer.settings,
+            layer.weights_TE,
+            layer.low_TSR,
+            layer.B_SRI,
+            layer.A_RI,
+            *layer.frozen,
+        )
+    return mixed
 
 
 class MixedHidden(torch.autograd.Function):
-    """A layer -> (sum_e w_e h_e (T, I), all experts' (w_e h_e) @ A_e^T (T, R)). Call through
-    `mixed_hidden`.
-    """
+    """The autograd function behind `mixed_hidden`. It saves the tensors that the layer is given."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        act: Activation,
-        ranks: Sequence[int],
-        learns: Sequence[bool],
-        used: float,
-        *tensors: Tensor,
+        settings: HiddenSettings,
+        weights_TE: Tensor,
+        low_TSR: Tensor,
+        B_SRI: Tensor,
+        A_RI: Tensor,
+        *frozen: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.settings = (act, ranks, learns, used)
-        ctx.save_for_backward(*tensors)
-        layer = Layer._make((*ctx.settings, *tensors[:4], tensors[4:]))
-        mixed: tuple[Tensor, Tensor] = _way(layer).forward(layer)
+        ctx.settings = settings
+        ctx.save_for_backward(weights_TE, low_TSR, B_SRI, A_RI, *frozen)
+        layer = HiddenLayer(settings, weights_TE, low_TSR, B_SRI, A_RI, frozen)
+        mixed: tuple[Tensor, Tensor] = _module_for(layer).forward(layer)
         return mixed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layer = Layer._make((*ctx.settings, *ctx.saved_tensors[:4], ctx.saved_tensors[4:]))
-        *found, frozen = _way(layer).backward(layer, *grads, ctx.needs_input_grad[4:8])
-        return (None, None, None, None, *found, *frozen)
-
-
-def _way(layer: Layer) -> ModuleType:
-    return hidden_c if hidden_c.takes(layer) else hidden_torch
-
-
-def mixed_hidden(
-    act: Activation, ranks: Sequence[int], learns: Sequence[bool], top_k: int, weights_TE: Tensor, low_TSR: Tensor,
-    B_SRI: Tensor, A_RI: Tensor, frozen: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mixed hidden layer (T, I), and the experts' weighted low-rank inputs to `down` beside each
-    other (T, R).
-
-    As layer.py says. top_k: so many of a token's weights are not zero; the others have no gradient.
-    """
-    # elsewhere, to ask which tokens are an expert's would make the processor wait for the device
-    used = min(1.0, top_k / len(ranks)) if weights_TE.device.type == "cpu" else 1.0
-    with torch.autocast(weights_TE.device.type, enabled=False):
-        mixed: tuple[Tensor, Tensor] = MixedHidden.apply(  # type: ignore[no-untyped-call]
-            act, ranks, learns, used, weights_TE, low_TSR, B_SRI, A_RI, *frozen
+    def backward(ctx: Any, grad_mixed_TI: Tensor, grad_low_TR: Tensor) -> tuple[Tensor | None, ...]:
+        weights_TE, low_TSR, B_SRI, A_RI, *frozen = ctx.saved_tensors
+        layer = HiddenLayer(ctx.settings, weights_TE, low_TSR, B_SRI, A_RI, frozen)
+        _settings, weights, low, B, A, *_frozen = ctx.needs_input_grad
+        wanted = Wanted(weights_TE=weights, low_TSR=low, B_SRI=B, A_RI=A)
+        found = _module_for(layer).backward(layer, grad_mixed_TI, grad_low_TR, wanted)
+        return (
+            None,  # to the settings, which are no tensor
+            found.weights_TE,
+            found.low_TSR,
+            found.B_SRI,
+            found.A_RI,
+            *found.frozen,
         )
-    return mixed
+
+
+def _module_for(layer: HiddenLayer) -> ModuleType:
+    if hidden_c.takes(layer):
+        return hidden_c
+    return hidden_torch

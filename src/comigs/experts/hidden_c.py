@@ -1,21 +1,21 @@
-"""The hidden layer of all experts in C (compiled/hidden.c): on CPUs, in float32, for the usual
-models' activations.
+"""This module computes the hidden layer of all experts in C (csrc/hidden.c).
+
+It does so on CPUs, in float32, for the activations of the usual models.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from ctypes import POINTER, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
 from comigs.experts import csrc
-from comigs.experts.layer import Gradients, Layer
+from comigs.experts.hidden_layer import Gradients, HiddenLayer, Wanted
 
-LANES = 16  # hidden.c's: I is a multiple
-LARGEST_RANK = 256  # hidden.c's
+LANES = 16  # as in hidden.c, which takes an I that is a multiple of it
+LARGEST_RANK = 256  # as in hidden.c
 
 
 class _Expert(ctypes.Structure):
@@ -24,32 +24,33 @@ class _Expert(ctypes.Structure):
     _fields_ = (("from", c_int64), ("rank", c_int64), ("learns", c_int64))
 
 
-class _Layer(ctypes.Structure):
+class _Call(ctypes.Structure):
     """hidden.c's `layer`."""
 
     _fields_ = (
         *((name, c_int64) for name in ("T", "I", "R", "E", "S", "half", "act", "all", "threads")),
-        ("frozen", c_void_p * 2), ("grad_frozen", c_void_p * 2),
+        ("frozen", c_void_p * 2),
+        ("grad_frozen", c_void_p * 2),
         *((name, c_void_p) for name in ("weights", "low", "B", "A", "mixed", "out_low")),
         *((name, c_void_p) for name in ("grad_weights", "grad_low", "grad_B", "grad_A")),
         ("experts", POINTER(_Expert)),
-    )  # fmt: skip
+    )
 
 
-def takes(layer: Layer) -> bool:
-    """Whether it is compiled, and for such a layer."""
+def takes(layer: HiddenLayer) -> bool:
+    """Return whether hidden.c is compiled, and written for such a layer."""
     frozen = layer.frozen[0]
     return (
         csrc.takes(frozen)
         and layer.weights_TE.dtype == torch.float32
-        and layer.act.in_c is not None
+        and layer.settings.act.in_c is not None
         and frozen.shape[1] % LANES == 0
-        and max(layer.ranks) <= LARGEST_RANK
+        and max(layer.settings.ranks) <= LARGEST_RANK
     )
 
 
-def forward(layer: Layer) -> tuple[Tensor, Tensor]:
-    """As `chunks.forward`."""
+def forward(layer: HiddenLayer) -> tuple[Tensor, Tensor]:
+    """Return what `hidden_torch.forward` returns."""
     layer = _contiguous(layer)
     mixed_TI = torch.empty_like(layer.frozen[0])
     low_TR = layer.weights_TE.new_zeros(len(mixed_TI), len(layer.A_RI))
@@ -58,64 +59,80 @@ def forward(layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    layer: Layer, grad_mixed_TI: Tensor, grad_low_TR: Tensor, wanted: Sequence[bool]
+    layer: HiddenLayer, grad_mixed_TI: Tensor, grad_low_TR: Tensor, wanted: Wanted
 ) -> Gradients:
-    """As `chunks.backward`. Each thread sums up its own tokens; the sums are added in the threads'
-    order.
-    """
-    layer, grad_mixed_TI, grad_low_TR = (
-        _contiguous(layer),
-        grad_mixed_TI.contiguous(),
-        grad_low_TR.contiguous(),
-    )
-    threads = torch.get_num_threads()
-    frozen = [torch.empty_like(f_TI) for f_TI in layer.frozen]
-    per_token, summed = (layer.weights_TE, layer.low_TSR), (layer.B_SRI, layer.A_RI)
-    shapes = [*(t.shape for t in per_token), *((threads, *t.shape) for t in summed)]
-    weights, low, B, A = (
-        layer.A_RI.new_zeros(shape) if is_wanted else None
-        for shape, is_wanted in zip(shapes, wanted, strict=True)
-    )
+    """Return what `hidden_torch.backward` returns."""
+    layer = _contiguous(layer)
+    grad_mixed_TI, grad_low_TR = grad_mixed_TI.contiguous(), grad_low_TR.contiguous()
     call = _call(layer, grad_mixed_TI, grad_low_TR)
-    call.grad_weights, call.grad_low, call.grad_B, call.grad_A = map(_at, (weights, low, B, A))
-    for s, grad in enumerate(frozen):
-        call.grad_frozen[s] = _at(grad)
+
+    # Each token's gradients are written by the thread that works on it.
+    weights_TE = _zeros(layer.weights_TE, wanted.weights_TE)
+    low_TSR = _zeros(layer.low_TSR, wanted.low_TSR)
+    frozen = [torch.empty_like(f_TI) for f_TI in layer.frozen]
+    # What is a sum over tokens is summed by each thread (N of them) over its own, so that no
+    # thread waits, and afterwards over threads in their order, so that it is the same every time.
+    threads = call.threads
+    B_NSRI = _zeros(layer.B_SRI.expand(threads, *layer.B_SRI.shape), wanted.B_SRI)
+    A_NRI = _zeros(layer.A_RI.expand(threads, *layer.A_RI.shape), wanted.A_RI)
+
+    call.grad_weights, call.grad_low = _address(weights_TE), _address(low_TSR)
+    call.grad_B, call.grad_A = _address(B_NSRI), _address(A_NRI)
+    for s, grad_TI in enumerate(frozen):
+        call.grad_frozen[s] = _address(grad_TI)
     csrc.call("backward", ctypes.byref(call))
-    return Gradients(
-        weights,
-        low,
-        None if B is None else B.sum(dim=0),
-        None if A is None else A.sum(dim=0),
-        frozen,
+    return Gradients(weights_TE, low_TSR, _total(B_NSRI), _total(A_NRI), frozen)
+
+
+def _zeros(like: Tensor, wanted: bool) -> Tensor | None:
+    return like.new_zeros(like.shape) if wanted else None
+
+
+def _total(parts: Tensor | None) -> Tensor | None:
+    return None if parts is None else parts.sum(dim=0)
+
+
+def _contiguous(layer: HiddenLayer) -> HiddenLayer:
+    return HiddenLayer(
+        layer.settings,
+        layer.weights_TE.contiguous(),
+        layer.low_TSR.contiguous(),
+        layer.B_SRI.contiguous(),
+        layer.A_RI.contiguous(),
+        [f_TI.contiguous() for f_TI in layer.frozen],
     )
 
 
-def _contiguous(layer: Layer) -> Layer:
-    tensors = (layer.weights_TE, layer.low_TSR, layer.B_SRI, layer.A_RI)
-    weights_TE, low_TSR, B_SRI, A_RI = (t.contiguous() for t in tensors)
-    frozen = [f_TI.contiguous() for f_TI in layer.frozen]
-    return layer._replace(
-        weights_TE=weights_TE, low_TSR=low_TSR, B_SRI=B_SRI, A_RI=A_RI, frozen=frozen
-    )
-
-
-def _call(layer: Layer, mixed_TI: Tensor, low_TR: Tensor) -> _Layer:
-    """Points to the tensors, which must outlive it."""
-    numbers = zip(layer.rows(), layer.ranks, layer.learns, strict=True)
-    experts = (_Expert * len(layer.ranks))(
-        *(_Expert(rows.start, rank, learns) for rows, rank, learns in numbers)
-    )
+def _call(layer: HiddenLayer, mixed_TI: Tensor, low_TR: Tensor) -> _Call:
+    """Return what hidden.c is given. It points to the tensors, which must outlive it."""
+    settings = layer.settings
+    experts = (_Expert * len(settings.ranks))()
+    for e, (ranks, learns) in enumerate(zip(layer.ranks(), settings.learns, strict=True)):
+        experts[e] = _Expert(ranks.start, settings.ranks[e], learns)
+    # The fields' meaning is in hidden.c; numbers come first there, then addresses.
     T, S, R = layer.low_TSR.shape
-    call = _Layer(
-        T=T, I=mixed_TI.shape[1], R=R, E=len(experts), S=S, half=mixed_TI.dtype == torch.bfloat16,
-        act=layer.act.in_c, all=layer.used == 1, threads=torch.get_num_threads(), weights=_at(layer.weights_TE),
-        low=_at(layer.low_TSR), B=_at(layer.B_SRI), A=_at(layer.A_RI), mixed=_at(mixed_TI), out_low=_at(low_TR),
+    call = _Call(
+        T=T,
+        I=mixed_TI.shape[1],
+        R=R,
+        E=len(experts),
+        S=S,
+        half=mixed_TI.dtype == torch.bfloat16,
+        act=settings.act.in_c,
+        all=layer.used == 1,
+        threads=torch.get_num_threads(),
+        weights=_address(layer.weights_TE),
+        low=_address(layer.low_TSR),
+        B=_address(layer.B_SRI),
+        A=_address(layer.A_RI),
+        mixed=_address(mixed_TI),
+        out_low=_address(low_TR),
         experts=experts,
-    )  # fmt: skip
+    )
     for s, f_TI in enumerate(layer.frozen):
-        call.frozen[s] = _at(f_TI)
+        call.frozen[s] = _address(f_TI)
     return call
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()

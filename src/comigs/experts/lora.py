@@ -1,4 +1,4 @@
-"""LoRA on one attention linear: not routed, one per linear."""
+"""This module holds the LoRA on one attention linear: not routed, one per linear."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from torch.nn import functional as F
 
 
 class LoraLinear(nn.Module):
-    """`y = linear(x) + scale * x @ A^T @ B^T`; holds no tensor of its own, `A` and `B` are pointed
-    at a client's.
+    """A linear with a LoRA computes `y = linear(x) + scale * x @ A^T @ B^T`.
 
-    x (..., in), A (R, in), B (out, R), y (..., out). merged: a frozen change (out, in) of the
-    linear, or None.
+    It holds no tensor of its own: `A` (R, in) and `B` (out, R) are pointed at a client's. x is
+    (..., in), y (..., out). `merged` is a frozen change (out, in) of the linear, or None.
     """
 
     def __init__(self, linear: nn.Module) -> None:

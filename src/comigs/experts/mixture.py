@@ -1,5 +1,4 @@
-"""The mixture: one frozen MLP, several LoRA experts, one router. The heart of the method and of its
-speed.
+"""This module holds the mixture, the heart of the method and of its speed.
 
 T tokens, D model width, I MLP width, E experts, R LoRA rank. Expert e is the frozen MLP with its
 own LoRA on each of the MLP's linears, and y_T = sum_e w_TE[e] * MLP_e(x_T). All experts share the
@@ -14,7 +13,8 @@ implementation).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -24,115 +24,143 @@ from torch.nn import functional as F
 from comigs.bases.base import Architecture
 from comigs.experts.activation import activation_of
 from comigs.experts.hidden import mixed_hidden
-from comigs.experts.router import Routing, opened, route, routing_inputs
+from comigs.experts.hidden_layer import HiddenLayer, HiddenSettings
+from comigs.experts.router import Routing, route, route_gated, routing_inputs
 
 
 class Expert(NamedTuple):
-    """One expert's LoRA in one block: site -> A (R, in), site -> B (out, R), and its scaling."""
+    """An expert is LoRA in one block: site -> A (R, in), site -> B (out, R), and its scaling."""
 
-    A: dict[str, Tensor]
-    B: dict[str, Tensor]
+    A: Mapping[str, Tensor]
+    B: Mapping[str, Tensor]
     scale: float
+
+    @property
+    def rank(self) -> int:
+        """The rank R."""
+        return len(self.A["down"])
+
+    @property
+    def learns(self) -> bool:
+        """Whether any of the expert's tensors wants a gradient."""
+        return any(t.requires_grad for t in (*self.A.values(), *self.B.values()))
+
+
+@dataclass(frozen=True)
+class BlockExperts:
+    """This record holds what one client has in one block, and how tokens choose among it.
+
+    Where there are no `experts`, the frozen MLP works alone. `summed` says that the experts are a
+    single one, whose LoRA is the sum of theirs. `merged` maps a site to a frozen change (out, in)
+    of that linear. `W_ED` is the router; without one, every expert weighs 1/E. `gate` (1,) is how
+    far the router is open to the last expert; None: it is to all. `top_k` experts are used by a
+    token. `routed_by` is ExpertsSection.routing.
+    """
+
+    experts: Sequence[Expert] = ()
+    summed: bool = False
+    merged: Mapping[str, Tensor] = field(default_factory=dict)
+    W_ED: Tensor | None = None
+    gate: Tensor | None = None
+    top_k: int = 1
+    routed_by: str = "token"
 
 
 class Mixture(nn.Module):
-    """Takes the place of a block's MLP. Holds no tensor of its own: `experts` and `W_ED` are
-    pointed at a client's.
+    """A mixture takes the place of a block's MLP and holds no tensor of its own.
 
-    experts empty: the frozen MLP alone. W_ED None: every expert weighs 1/E (uniform mixing; E = 1:
-    weight 1).
-    summed: the experts are a single one, whose LoRA is the sum of theirs.
-    open: (1,), how far the router is open to the last expert; None: it is to all.
-    merged: site -> a frozen change (out, in) of that linear. routed_by: ExpertsSection.routing.
-    routing: the decision of the last forward pass, None without a router.
+    `bound` is the client that it works for; `bind` changes it. `inputs` are the sites that read x.
+    `routing` is the decision of the last forward pass, None without a router.
     """
 
     def __init__(self, mlp: nn.Module, architecture: Architecture) -> None:
         super().__init__()
         self.mlp = mlp
         self.architecture = architecture
-        self.act = activation_of(
-            getattr(mlp, architecture.activation), next(mlp.parameters()).device
-        )
+        device = next(mlp.parameters()).device
+        self.act = activation_of(getattr(mlp, architecture.activation), device)
         self.inputs = [site for site in architecture.mlp_linears() if site != "down"]
-        self.experts: Sequence[Expert] = ()
-        self.summed = False
-        self.W_ED: Tensor | None = None
-        self.open: Tensor | None = None
-        self.merged: dict[str, Tensor] = {}
-        self.top_k = 1
-        self.routed_by = "token"
+        self.bound = BlockExperts()
         self.routing: Routing | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.experts:
-            return self.mlp(x)  # type: ignore[no-any-return]
-        x_TD = x.reshape(-1, x.shape[-1])
-        frozen = [self._frozen(site, x_TD) for site in self.inputs]
-        dtype = torch.promote_types(
-            frozen[0].dtype, torch.float32
-        )  # of all that is trained and element-wise
-        weights_TE = self._routing_weights(x).to(dtype).expand(len(x_TD), -1)
+    def bind(self, client: BlockExperts) -> None:
+        """Point the mixture at this client."""
+        self.bound = client
+        self.routing = None
 
+    def forward(self, x: Tensor) -> Tensor:
+        own, x_TD = self.bound, x.reshape(-1, x.shape[-1])
+        if not own.experts:
+            return self.mlp(x)  # type: ignore[no-any-return]
+        # Everything that is trained, and everything element-wise, is computed in float32 or more.
+        frozen = [self.frozen_linear(site, x_TD) for site in self.inputs]
+        dtype = torch.promote_types(frozen[0].dtype, torch.float32)
+        weights_TE = self.routing_weights(x).to(dtype).expand(len(x_TD), -1)
+
+        # The experts' A's are below each other, so that one product serves all experts and inputs.
         scales_R = torch.cat(
-            [x_TD.new_full(e.A["down"].shape[:1], e.scale, dtype=dtype) for e in self.experts]
+            [x_TD.new_full((expert.rank,), expert.scale, dtype=dtype) for expert in own.experts]
         )
         low = F.linear(x_TD, self._stacked_a(self.inputs).to(x.dtype)).to(dtype)
-        low_TSR = low.unflatten(1, (len(frozen), -1)) * scales_R
-        B_SRI = torch.cat([e.B[site].T for site in self.inputs for e in self.experts]).to(dtype)
+        B_SRI = torch.cat([e.B[site].T for site in self.inputs for e in own.experts]).to(dtype)
         mixed_TI, low_TR = mixed_hidden(
-            self.act, *self._ranks(), self._used(), weights_TE,
-            low_TSR, B_SRI.unflatten(0, (len(frozen), -1)), self._stacked_a(["down"]).to(dtype), frozen,
-        )  # fmt: skip
-        y_TD = self._frozen("down", mixed_TI)
-        if (
-            self.W_ED is not None and self.top_k == 1
-        ):  # weights sum to less than 1, and so does the bias
-            y_TD = self._rescale_bias(y_TD, weights_TE).to(y_TD.dtype)
-        B_DR = torch.cat([e.B["down"] for e in self.experts], dim=1)
-        return torch.addmm(y_TD, (low_TR * scales_R).to(y_TD.dtype), B_DR.T.to(y_TD.dtype)).view(
-            x.shape
+            HiddenLayer(
+                settings=self._hidden_settings(),
+                weights_TE=weights_TE,
+                low_TSR=low.unflatten(1, (len(frozen), -1)) * scales_R,
+                B_SRI=B_SRI.unflatten(0, (len(frozen), -1)),
+                A_RI=self._stacked_a(["down"]).to(dtype),
+                frozen=frozen,
+            )
         )
 
-    def _stacked_a(self, sites: Sequence[str]) -> Tensor:
-        """A's of all experts below each other, one site's after another's."""
-        return torch.cat([e.A[site] for site in sites for e in self.experts])
+        # `down` is linear, so that its frozen part, too, is one product for all experts.
+        y_TD = self.frozen_linear("down", mixed_TI)
+        bias = getattr(self.mlp, self.architecture.down).bias
+        if own.W_ED is not None and own.top_k == 1 and bias is not None:
+            # Weights that sum to less than 1 leave as much less of the bias.
+            y_TD = (y_TD + (weights_TE.sum(dim=-1, keepdim=True) - 1) * bias).to(y_TD.dtype)
+        B_DR = torch.cat([expert.B["down"] for expert in own.experts], dim=1)
+        low_TR = (low_TR * scales_R).to(y_TD.dtype)
+        return torch.addmm(y_TD, low_TR, B_DR.T.to(y_TD.dtype)).view(x.shape)
 
-    def _ranks(self) -> tuple[list[int], list[bool]]:
-        """Of each that a token may choose; and whether it learns."""
-        ranks = [len(e.A["down"]) for e in self.experts]
-        learns = [
-            any(t.requires_grad for t in (*e.A.values(), *e.B.values())) for e in self.experts
-        ]
-        return ([sum(ranks)], [any(learns)]) if self.summed else (ranks, learns)
+    def routing_weights(self, x: Tensor) -> Tensor:
+        """Return the weights (T, E) of x (..., L, D), or (1, E) without a router.
 
-    def _routing_weights(self, x: Tensor) -> Tensor:
-        """x (..., L, D) -> (T, E), or (1, E) without a router; keeps the decision in `routing`, for
-        loss and record.
+        The decision is kept in `routing`, for loss and record.
         """
-        if self.W_ED is None:
+        own = self.bound
+        if own.W_ED is None:
             self.routing = None
-            E = 1 if self.summed else len(self.experts)
+            E = 1 if own.summed else len(own.experts)
             return torch.full((1, E), 1 / E, device=x.device)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # a choice between experts deserves full precision
-            logits_TE = F.linear(routing_inputs(x.to(self.W_ED.dtype), self.routed_by), self.W_ED)
-            if self.open is None:
-                self.routing = route(logits_TE, self.top_k)
+        # A choice between experts deserves full precision.
+        with torch.autocast(x.device.type, enabled=False):
+            read = routing_inputs(x.to(own.W_ED.dtype), own.routed_by)
+            logits_TE = F.linear(read, own.W_ED)
+            if own.gate is None:
+                self.routing = route(logits_TE, own.top_k)
             else:
-                self.routing = opened(logits_TE, self.top_k, self.open)
+                self.routing = route_gated(logits_TE, own.top_k, own.gate)
         return self.routing.weights_TE
 
-    def _used(self) -> int:
-        """Experts that a token uses."""
-        return len(self.experts) if self.W_ED is None else self.top_k
-
-    def _frozen(self, site: str, x: Tensor) -> Tensor:
+    def frozen_linear(self, site: str, x: Tensor) -> Tensor:
+        """Return what the frozen linear of a site makes of x, with what was merged into it."""
         linear = getattr(self.mlp, self.architecture.mlp_linears()[site])
         y: Tensor = linear(x)
-        return y + F.linear(x, self.merged[site].to(x.dtype)) if site in self.merged else y
+        if site not in self.bound.merged:
+            return y
+        return y + F.linear(x, self.bound.merged[site].to(x.dtype))
 
-    def _rescale_bias(self, y_TD: Tensor, weights_TE: Tensor) -> Tensor:
-        bias = getattr(self.mlp, self.architecture.down).bias
-        return y_TD if bias is None else y_TD + (weights_TE.sum(dim=-1, keepdim=True) - 1) * bias
+    def _stacked_a(self, sites: Sequence[str]) -> Tensor:
+        """Return the A's of all experts below each other, one site's after another's."""
+        return torch.cat([e.A[site] for site in sites for e in self.bound.experts])
+
+    def _hidden_settings(self) -> HiddenSettings:
+        own = self.bound
+        ranks = [expert.rank for expert in own.experts]
+        learns = [expert.learns for expert in own.experts]
+        if own.summed:
+            ranks, learns = [sum(ranks)], [any(learns)]
+        used = len(ranks) if own.W_ED is None else own.top_k
+        return HiddenSettings(self.act, ranks, learns, used)

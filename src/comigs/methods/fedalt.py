@@ -24,6 +24,7 @@ from comigs.methods.method import (
     require_equal,
     shares_all,
 )
+from comigs.slots import OTHERS
 
 
 def method(config: Config) -> Method:
@@ -38,7 +39,7 @@ def method(config: Config) -> Method:
         paper="2503.11880",
         weights="equal, without the client itself",
         shares=shares_all,
-        receives=lambda slot: slot.role in ("rest", "attention"),
+        receives=lambda slot: slot.role in (OTHERS, "attention"),
         aggregate=aggregate,
         shape=beside_others("open"),
         schedule="joint",

@@ -43,7 +43,7 @@ from comigs.config import Config, ExpertShape, Section, UploadSection
 from comigs.config.errors import one_line
 from comigs.errors import UserError, nearest
 from comigs.methods import lowrank
-from comigs.slots import Slot
+from comigs.slots import OTHERS, Slot
 
 Tensors = Mapping[Slot, Tensor]
 Upload = Tensors
@@ -337,7 +337,7 @@ def beside_others(router: Literal["open", "gated"]) -> Callable[[ExpertShape], E
 def others_of(tensors: Tensors) -> dict[Slot, Tensor]:
     """The only generalist as the rest of the world."""
     return {
-        replace(slot, part="rest"): tensor
+        replace(slot, part=OTHERS): tensor
         for slot, tensor in tensors.items()
         if slot.role == "generalist"
     }

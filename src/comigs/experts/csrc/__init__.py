@@ -1,9 +1,8 @@
-"""What is written in C, for CPUs: the hidden layer of all experts, and cross-entropy
-(docs/decisions/0012).
+"""This module compiles and calls what is written in C, for CPUs (docs/decisions/0012).
 
-Compiled for this machine when first wanted, by the C compiler that is there ($CC, else cc), and
-kept in the cache folder. Without a compiler, or with COMIGS_COMPILED=0, PyTorch does the same more
-slowly.
+In C are the hidden layer of all experts, and cross-entropy. They are compiled for this machine
+when first wanted, by the C compiler that is there ($CC, else cc), and kept in the cache folder.
+Without a compiler, or with COMIGS_COMPILED=0, PyTorch does the same more slowly.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -26,24 +25,16 @@ from torch import Tensor
 from comigs.files import cache_folder
 
 HERE = Path(__file__).parent
-FLAGS = (
-    "-std=gnu11",
-    "-O3",
-    "-march=native",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fPIC",
-    "-shared",
-)
+FLAGS = shlex.split("-std=gnu11 -O3 -march=native -ffp-contract=fast -fno-math-errno -fPIC -shared")
 
 
 def way(device: torch.device) -> Literal["C", "PyTorch"]:
-    """What experts and cross-entropy are worked out in, for a run's record."""
+    """Return what experts and cross-entropy are computed in, for a run's record."""
     return "C" if device.type == "cpu" and library() is not None else "PyTorch"
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether C is there, and for numbers of this dtype and device."""
+    """Return whether C is there, and for numbers of this dtype and device."""
     return (
         tensor.device.type == "cpu"
         and tensor.dtype in (torch.float32, torch.bfloat16)
@@ -52,10 +43,10 @@ def takes(tensor: Tensor) -> bool:
 
 
 def cross_entropy(logits_CV: Tensor, targets_C: Tensor, to_gradient: bool) -> Tensor:
-    """-log p(target) (C,) in float32. to_gradient: the logits become its gradient, p - [is target].
+    """Return -log p(target) (C,) in float32.
 
-    logits_CV: contiguous, of a dtype that `takes` allows. Raises IndexError for a target that is no
-    column.
+    Where `to_gradient`, the logits become the gradient of that, p - [is target]. The logits are
+    contiguous and of a dtype that `takes` allows. Raises IndexError for a target that is no column.
     """
     C, V = logits_CV.shape
     lowest, highest = (int(target) for target in torch.aminmax(targets_C))
@@ -63,32 +54,30 @@ def cross_entropy(logits_CV: Tensor, targets_C: Tensor, to_gradient: bool) -> Te
         raise IndexError(f"targets from {lowest} to {highest}, but logits have {V} columns")
     nats_C, targets_C = torch.empty(C), targets_C.contiguous()
     sizes = (C, V, logits_CV.dtype == torch.bfloat16, to_gradient, torch.get_num_threads())
-    at = (logits_CV.data_ptr(), targets_C.data_ptr(), nats_C.data_ptr())
-    call("cross_entropy", *map(ctypes.c_int64, sizes), *map(ctypes.c_void_p, at))
+    addresses = (logits_CV.data_ptr(), targets_C.data_ptr(), nats_C.data_ptr())
+    call("cross_entropy", *map(ctypes.c_int64, sizes), *map(ctypes.c_void_p, addresses))
     return nats_C
 
 
 def call(function: str, *arguments: Any) -> None:
-    """One that is in C, where `library` is there."""
+    """Call a C function of `library`, which must be there."""
     getattr(library(), function)(*arguments)
 
 
 def library() -> ctypes.CDLL | None:
-    """For this machine; None where it is switched off or cannot be compiled."""
+    """Return the library for this machine; None where there is none."""
     made = attempt()
     return made if isinstance(made, ctypes.CDLL) else None
 
 
 @cache
 def attempt() -> ctypes.CDLL | str:
-    """The library, or why there is none, in a few words."""
+    """Return the library, or why there is none, in a few words."""
     if os.environ.get("COMIGS_COMPILED") == "0":
         return "COMIGS_COMPILED is 0"
     compiler, problem = shlex.split(os.environ.get("CC", "cc")), ""
-    for flags in (
-        [*FLAGS, "-fopenmp"],
-        [*FLAGS],
-    ):  # without OpenMP, as Apple's compiler is, with one thread
+    # A compiler without OpenMP, as Apple's is, makes a library with one thread.
+    for flags in ([*FLAGS, "-fopenmp"], FLAGS):
         try:
             return ctypes.CDLL(str(_compiled(compiler, flags)))
         except FileNotFoundError:
@@ -99,30 +88,31 @@ def attempt() -> ctypes.CDLL | str:
 
 
 def _compiled(compiler: Sequence[str], flags: Sequence[str]) -> Path:
-    """In the cache folder under a name that says what it was made from, for and by. Raises OSError,
-    SubprocessError.
+    """Return the compiled file in the cache folder, compiling it where it is not there.
+
+    Its name says what it was made from, for and by. Raises OSError and SubprocessError.
     """
-    sources = [str(path) for path in sorted(HERE.glob("*.c"))]
     texts = [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.[ch]"))]
-    what = "\0".join([*texts, *compiler, *flags, *_processor()])
-    file = cache_folder() / "compiled" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
+    made_from = "\0".join([*texts, *compiler, *flags, *_processor()])
+    key = hashlib.sha256(made_from.encode()).hexdigest()[:16]
+    file = cache_folder() / "compiled" / f"{key}.so"
     if not file.exists():
+        # It is compiled beside its place and moved there, for other processes may look for it.
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             made = Path(folder) / file.name
+            sources = [str(path) for path in sorted(HERE.glob("*.c"))]
             command = [*compiler, *flags, *sources, "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             os.replace(made, file)
     return file
 
 
-def _processor() -> Iterator[str]:
-    """What -march=native depends on: a home folder may be on several machines."""
-    yield platform.machine()
-    yield platform.node()
-    cpuinfo = Path("/proc/cpuinfo")
+def _processor() -> list[str]:
+    """Return what -march=native depends on: a home folder may be on several machines."""
+    cpuinfo, kinds = Path("/proc/cpuinfo"), set[str]()
     if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        yield from sorted(
-            {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-        )
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith(("model name", "flags", "Features")):
+                kinds.add(line)
+    return [platform.machine(), platform.node(), *sorted(kinds)]
