@@ -1,18 +1,22 @@
-"""Train steps and evaluations side by side: ours, plain peft LoRA, a naive mixture, and the frozen
-base alone.
+"""Train steps and evaluations are timed side by side: ours, plain peft LoRA, a naive mixture, and
+the frozen base alone.
 
-    python benchmarks/step.py [--base mini] [--batch 8] [--length 128] [--repeats 7] [--dtype
-    bfloat16] [--out FILE]
+    python benchmarks/step.py [--base mini] [--batch 8] [--length 128] [--repeats 7]
+                              [--dtype bfloat16] [--only TEXT...] [--out FILE]
 
-A  peft LoRA of rank 8E on all attention and MLP linears: as many trained parameters as E experts of
-rank 8 B  a naive mixture: every expert a full MLP forward pass, as research code does it
+A  peft LoRA of rank 8E on all attention and MLP linears: as many trained parameters as E experts
+   of rank 8
+B  a naive mixture: every expert is a full MLP forward pass, as research code does it
 C  ours, with K of E experts per token
 D  the frozen base alone: forward, and forward with backward to its input, a bound that no LoRA
-method can beat
+   method can beat
 
-Every variant runs in its own process (its peak memory is its own) and the processes take turns step
-by step, so that noise of the machine meets all alike. Only ratios travel between machines; each is
-a median of ratios within a turn.
+Every variant runs in its own process, so that its peak memory is its own. The processes take turns
+step by step, so that noise of the machine meets all alike. As many take turns at once as fit into
+the free memory: where not all fit, variants of equal E sit together, the reference (the first
+variant) sits in every sitting, and ratios across sittings are taken through it. Only ratios travel
+between machines; each is a median of ratios within a turn.
+
 The machine's limit is what a large matrix product reaches, here and now; a variant's share of it
 counts only the operations that a step of the frozen base needs.
 """
@@ -22,12 +26,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import statistics
 import time
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -45,6 +52,7 @@ from comigs.processes import peak_memory
 from comigs.runs.environment import environment
 
 RANK = 8
+MARGIN = 1.15  # free memory that a new variant must leave beyond the largest one's peak
 Run = Callable[[Any, Any], object]
 GOALS = [  # train tokens per second of one over those of another, at least
     ("C E=2 K=2", "A rank 16", 1.0),
@@ -212,31 +220,32 @@ def finish(base: Base) -> None:
 
 
 def worker(name: str, options: argparse.Namespace, pipe: Any) -> None:
-    """Time one step whenever asked; at the end report the peak memory."""
+    """Tell the peak memory after a warm-up, time one step whenever asked, and end with the peak."""
     if options.threads:
         torch.set_num_threads(options.threads)
     base = load(options)
     run = VARIANTS[name](base)
     x, y = sample(options, base)
-    run(x, y)  # warm-up
+    run(x, y)
     finish(base)
-    pipe.send(None)
+    pipe.send(peak(base))
     while pipe.recv():
         start = time.perf_counter()
         run(x, y)
         finish(base)
         pipe.send(time.perf_counter() - start)
-    pipe.send(torch.cuda.max_memory_allocated() if base.device.type == "cuda" else peak_memory())
+    pipe.send(peak(base))
 
 
-def limit(options: argparse.Namespace, pipe: Any) -> None:
-    """Time a large matrix product whenever asked; sends operations per second."""
+def limit(name: str, options: argparse.Namespace, pipe: Any) -> None:
+    """Time a large matrix product whenever asked, and send operations per second."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    base, size = load(options), 2048 if options.device == "cpu" else 8192
+    base = load(options)
+    size = 2048 if options.device == "cpu" else 8192
     a, b = (torch.randn(size, size, device=base.device).to(base.dtype) for _ in range(2))
     a @ b
-    pipe.send(None)
+    pipe.send(peak(base))
     while pipe.recv():
         times = []
         for _ in range(3):
@@ -248,9 +257,79 @@ def limit(options: argparse.Namespace, pipe: Any) -> None:
     pipe.send(0)
 
 
+def peak(base: Base) -> int:
+    """Return the most bytes that this process has held, on the device where it computes."""
+    if base.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return peak_memory()
+
+
+def free_memory(options: argparse.Namespace) -> int:
+    """Return the bytes that further processes may take, on the device where they compute."""
+    if options.device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def experts_of(name: str) -> int:
+    """Return how many experts a variant's parameters are enough for, which says how large it is."""
+    rank, experts = re.search(r"rank (\d+)", name), re.search(r"E=(\d+)", name)
+    if rank:
+        return int(rank[1]) // RANK
+    return int(experts[1]) if experts else 0
+
+
+class Sitting:
+    """A sitting is the processes that take turns at one time: the limit, and some variants."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.pipes: dict[str, Any] = {}
+        self.largest = 0
+        self._seat("limit", limit)
+
+    def _seat(self, name: str, target: Callable[..., None]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes[name], theirs = context.Pipe()
+        process = context.Process(target=target, args=(name, self.options, theirs), daemon=True)
+        process.start()
+        self.largest = max(self.largest, self.pipes[name].recv())
+
+    def takes(self, names: list[str]) -> bool:
+        """Return whether these variants were seated, or there was no memory for all of them.
+
+        Variants come from the largest on, so no new one is larger than the largest seated so far.
+        """
+        new = [name for name in names if name not in self.pipes]
+        has_room = free_memory(self.options) > MARGIN * self.largest * len(new)
+        if len(self.pipes) > 1 and not has_room:
+            return False
+        for name in new:
+            self._seat(name, worker)
+        return True
+
+    def times(self, repeats: int) -> dict[str, list[float]]:
+        """Let all take turns, and return each one's seconds; of the limit, operations a second."""
+        seen: dict[str, list[float]] = {name: [] for name in self.pipes}
+        for _ in range(repeats):
+            for name, pipe in self.pipes.items():
+                pipe.send(True)
+                seen[name].append(pipe.recv())
+        return seen
+
+    def end(self) -> dict[str, int]:
+        """End all processes, and return each one's peak memory in bytes."""
+        peaks = {}
+        for name, pipe in self.pipes.items():
+            pipe.send(False)
+            peaks[name] = pipe.recv()
+        return peaks
+
+
 def operations(base: Base, tokens: int, length: int, train: bool) -> float:
-    """Of a step or an evaluation of the frozen base: 2 a parameter and token, attention; as many
-    backward.
+    """Return the operations of a step or an evaluation of the frozen base.
+
+    They are two for each parameter and token, attention's, and in training as many backward.
     """
     config, embedding = base.model.config, base.model.get_input_embeddings().weight.numel()
     matrices = sum(p.numel() for p in base.model.parameters() if p.dim() == 2)
@@ -279,66 +358,80 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
-    names = [
-        name for name in VARIANTS if not options.only or any(text in name for text in options.only)
-    ]
-    context = multiprocessing.get_context("spawn")
-    pipes = {}
-    for name in (*names, "limit"):
-        pipes[name], theirs = context.Pipe()
-        target, given = (
-            (limit, (options, theirs)) if name == "limit" else (worker, (name, options, theirs))
+    names = [n for n in VARIANTS if not options.only or any(text in n for text in options.only)]
+    if not names:
+        parser.error(f"--only: no variant holds {options.only}; there are: {', '.join(VARIANTS)}")
+    sittings, peaks = [], {}
+    waiting = sorted(names, key=experts_of, reverse=True)
+    groups = [list(group) for _, group in groupby(waiting, key=experts_of)]
+    while groups:
+        # The reference comes last: it is none of the largest, after which others are not larger.
+        sitting = Sitting(options)
+        while groups and sitting.takes([*groups[0], names[0]]):
+            groups.pop(0)
+        seated = [name for name in sitting.pipes if name != "limit"]
+        Console(stderr=True).print(
+            f"{len(seated)} of {len(names)} variants take turns: {', '.join(seated)}", style="dim"
         )
-        context.Process(target=target, args=given, daemon=True).start()
-        pipes[name].recv()
-    seen: dict[str, list[float]] = {name: [] for name in pipes}
-    for _ in range(options.repeats):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            seen[name].append(pipe.recv())
-    peaks = {name: (pipe.send(False), pipe.recv())[1] for name, pipe in pipes.items()}
-    write(options, seen, peaks, names)
+        sittings.append(sitting.times(options.repeats))
+        peaks |= sitting.end()
+    write(options, sittings, peaks, names)
 
 
-def ratio(one: list[float], other: list[float]) -> float:
-    """How many times as fast one is as the other: the median over turns."""
-    return statistics.median(b / a for a, b in zip(one, other, strict=True))
+def ratio(sittings: list[dict[str, list[float]]], one: str, other: str, reference: str) -> float:
+    """Return how many times as fast one variant is as another: the median over turns.
+
+    Where the two never sat together, the reference that sat with each stands between them.
+    """
+    for seen in sittings:
+        if one in seen and other in seen:
+            return statistics.median(b / a for a, b in zip(seen[one], seen[other], strict=True))
+    over_reference = ratio(sittings, one, reference, reference)
+    return over_reference / ratio(sittings, other, reference, reference)
 
 
 def write(
-    options: argparse.Namespace, seen: dict[str, list[float]], peaks: dict[str, int], names: list[str]
-) -> None:  # fmt: skip
-    """The table of variants, the goals, and the JSON file."""
+    options: argparse.Namespace,
+    sittings: list[dict[str, list[float]]],
+    peaks: dict[str, int],
+    names: list[str],
+) -> None:
+    """Print the table of variants and the goals, and write the JSON file."""
     base, tokens, first = load(options), options.batch * options.length, names[0]
     dtype = str(base.dtype).removeprefix("torch.")
     size = f"{options.base}, {options.batch} x {options.length} tokens, {dtype}, {base.device}"
-    table = Table(title=f"{size}; limit {statistics.median(seen['limit']) / 1e9:,.0f} GFLOP/s")
+    top = statistics.median(limit for seen in sittings for limit in seen["limit"])
+    together = "all at once" if len(sittings) == 1 else f"{len(sittings)} sittings"
+    table = Table(title=f"{size}; limit {top / 1e9:,.0f} GFLOP/s; {together}")
     for column in ("variant", "s", "tokens/s", f"over {first}", "share of limit", "peak MB"):
         table.add_column(column, justify="left" if column == "variant" else "right")
+
     rows: dict[str, dict[str, float]] = {}
     for name in names:
+        seen = next(seen for seen in sittings if name in seen)
         needed = operations(base, tokens, options.length, train=not name.startswith("evaluate"))
-        share = statistics.median(
-            needed / s / top for s, top in zip(seen[name], seen["limit"], strict=True)
-        )
-        median = statistics.median(seen[name])
+        turns = zip(seen[name], seen["limit"], strict=True)
+        seconds, over = statistics.median(seen[name]), ratio(sittings, name, first, first)
+        share = statistics.median(needed / s / limit for s, limit in turns)
         rows[name] = {
-            "seconds": median, "tokens_per_second": tokens / median, f"over {first}": ratio(seen[name], seen[first]),
-            "share_of_limit": share, "peak_bytes": peaks[name],
-        }  # fmt: skip
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            f"over {first}": over,
+            "share_of_limit": share,
+            "peak_bytes": peaks[name],
+        }
         table.add_row(
-            name, f"{median:.3f}", f"{tokens / median:,.0f}", f"{ratio(seen[name], seen[first]):.2f}", f"{share:.0%}",
+            name, f"{seconds:.3f}", f"{tokens / seconds:,.0f}", f"{over:.2f}", f"{share:.0%}",
             f"{peaks[name] / 1e6:,.0f}",
         )  # fmt: skip
     console, goals = Console(width=100), []
     console.print(table)
     for one, other, least in GOALS:
-        if one in seen and other in seen:
-            got = ratio(seen[one], seen[other])
+        if one in names and other in names:
+            got = ratio(sittings, one, other, first)
             goals.append({"variant": one, "over": other, "goal": least, "ratio": got})
-            console.print(
-                f"{one} over {other}: {got:.2f}, goal {least}{'' if got >= least else ': missed'}"
-            )
+            verdict = "" if got >= least else ": missed"
+            console.print(f"{one} over {other}: {got:.2f}, goal {least}{verdict}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         made_with = {k: v for k, v in environment(base, {}).items() if k not in ("command", "data")}
@@ -346,7 +439,7 @@ def write(
             "setting": size,
             "variants": rows,
             "goals": goals,
-            "seconds": seen,
+            "sittings": sittings,
             "environment": made_with,
         }
         options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
