@@ -300,7 +300,7 @@ class Sitting:
 
         Variants come from the largest on, so no new one is larger than the largest seated so far.
         """
-        new = [name for name in names if name not in self.pipes]
+        new = [name for name in dict.fromkeys(names) if name not in self.pipes]
         has_room = free_memory(self.options) > MARGIN * self.largest * len(new)
         if len(self.pipes) > 1 and not has_room:
             return False
