@@ -126,7 +126,7 @@ class ExpertsSection(Section):
         description="The server averages attention LoRA. false: it stays with its client (the "
         "all-specialist setting).",
     )
-    alpha: float = Field(16.0, gt=0, description="This is the alpha of LoRA.")
+    alpha: float = Field(16.0, gt=0, description="Every LoRA is scaled with this alpha.")
     scaling: Literal["rslora", "lora"] = Field(
         "rslora",
         description='A LoRA adds its product times alpha / sqrt(rank) ("rslora") or alpha / rank '
@@ -175,7 +175,7 @@ class ClientSection(Section):
     lr: float | None = Field(
         None,
         gt=0,
-        description="The experts' learning rate begins here and falls with a cosine to a tenth. "
+        description="The experts' learning rate has this peak and falls with a cosine to a tenth. "
         "None: 2e-3 for GPT-2, 2e-4 for Llama-like bases.",
     )
     router_lr: float | None = Field(

@@ -1,6 +1,5 @@
-"""`comigs sweep`: every combination of an experiment's axes and seeds, each a run of its own
-(docs/sweep.md).
+"""`comigs sweep` runs every combination of an experiment's axes and seeds (docs/sweep.md).
 
-file (what is written) -> plan (the runs, all of them checked) -> run (processes of `comigs run` and
-`comigs resume`).
+spec (what the file says) -> plan (the runs, all of them checked) -> run (processes of `comigs run`
+and `comigs resume`).
 """

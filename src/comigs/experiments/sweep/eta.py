@@ -26,9 +26,9 @@ class Eta:
         self.starts: list[float] = []  # seconds of processes besides training and measuring
 
     def learn(self, run: Run, state: RunState, here: bool = True) -> None:
-        """Take in what a run, finished or not, has recorded; a run without a whole round says nothing.
+        """Take in what a run, finished or not, has recorded in its whole rounds.
 
-        here: the run's time was spent in this sweep.
+        here: the time was spent in this sweep.
         """
         if state.round > 0 and state.seconds > 0:
             whole = state.seconds * run.config.rounds / state.round

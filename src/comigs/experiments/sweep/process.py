@@ -29,9 +29,10 @@ def start(
 
 
 class Child:
-    """One command that runs. threads: CPU threads it may use; None: as torch finds them.
+    """A child is one `comigs` command that runs.
 
-    errors: all that it wrote to stderr, once it has ended.
+    threads: the CPU threads that it may use; None: as torch finds them. errors: all that it wrote
+    to stderr, once it has ended.
     """
 
     def __init__(self, words: list[str], threads: int | None = None) -> None:
@@ -44,29 +45,30 @@ class Child:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it began."""
+        """Seconds since the command began."""
         return time.monotonic() - self.began
 
     def ended(self) -> bool:
-        """It runs no more."""
+        """Return whether the command runs no more."""
         if self._process.poll() is None:
             return False
         self._collect()
         return True
 
     def wait(self) -> None:
-        """Until it has ended."""
+        """Wait until the command has ended."""
         self._process.wait()
         self._collect()
 
     def stop(self) -> None:
-        """As Ctrl-C would: a run keeps its whole rounds. Not SIGINT, which shells make background
-        jobs ignore.
+        """Ask the command to end, as Ctrl-C would: a run keeps its whole rounds.
+
+        SIGINT would not do, as shells make background jobs ignore it.
         """
         self._process.terminate()
 
     def kill(self) -> None:
-        """At once; a run folder bears it."""
+        """End the command at once; a run folder bears it."""
         self._process.kill()
 
     def _collect(self) -> None:
@@ -76,7 +78,7 @@ class Child:
             self._errors.close()
 
     def problem(self) -> str:
-        """Why it failed, in one line, once it has ended; "" where it did not."""
+        """Return why the ended command failed, in one line; "" where it did not."""
         code = self._process.returncode
         if code == 0:
             return ""

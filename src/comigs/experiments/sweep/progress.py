@@ -9,7 +9,7 @@ from comigs import text as f
 from comigs.experiments.sweep.eta import Eta
 from comigs.experiments.sweep.plan import Plan, Run
 from comigs.experiments.sweep.process import Child
-from comigs.experiments.sweep.state import progress
+from comigs.experiments.sweep.state import state_of
 from comigs.runs.folder import RunFolder
 
 Say = Callable[[str], None]
@@ -37,7 +37,7 @@ class Progress:
             self.eta.learn(run, self.states[run.label], here=False)
 
     def left(self) -> str:
-        """Return how long all takes from now, as 'about 5 h'; '' where nothing has been timed yet."""
+        """Return how long all takes from now, as 'about 5 h'; '' where nothing is timed yet."""
         todo = [(run, self.states[run.label], 0.0) for run in self.waiting]
         todo += [(run, self.states[run.label], child.elapsed) for run, child in self.running]
         seconds = self.eta.left(todo, self.jobs)
@@ -73,7 +73,7 @@ class Progress:
         """Say how much time is left once a run has a whole round, and return whether one has."""
         for run, _ in self.running:
             if (run.path / "checkpoint.json").is_file():
-                self.eta.learn(run, progress(run.path))
+                self.eta.learn(run, state_of(run.path))
         left = self.left()
         if left:
             self.say(f"{left} left")
@@ -85,7 +85,7 @@ class Progress:
         if problem:
             self.failed[run.label] = problem
         else:
-            state = progress(run.path)
+            state = state_of(run.path)
             self.eta.learn(run, state)
             if child is not None:
                 self.eta.learn_start(self.states[run.label], state, child.elapsed)

@@ -1,6 +1,4 @@
-"""Run what a plan leaves to do, some runs at once, each a process of its own, with a line for each
-that ends.
-"""
+"""This module runs what a plan leaves to do, some runs at once, each a process of its own."""
 
 from __future__ import annotations
 
@@ -24,115 +22,124 @@ LOG = "sweep.log"  # in the sweep's folder: all that failed runs had to say
 
 def show(plan: Plan, jobs: int, say: Say) -> None:
     """Say what `run_sweep` would do."""
-    board = Progress(plan, jobs, say)
-    board.announce()
-    board.list_runs()
+    progress = Progress(plan, jobs, say)
+    progress.announce()
+    progress.list_runs()
 
 
 def run_sweep(plan: Plan, jobs: int, say: Say, again: str) -> dict[str, str]:
-    """Do all that is left of a plan; returns why runs failed, by label.
+    """Do all that is left of a plan, and return why runs failed, by label.
 
-    again: the command to go on with. Raises UserError before the first run starts where text or
-    base are unusable, and Stopped after Ctrl-C, once all processes have ended.
+    jobs: runs at once. again: the command to go on with. Raises UserError before the first run
+    starts where text or base are unusable, and Stopped after Ctrl-C, once all processes have ended.
     """
-    board = Progress(plan, jobs, say, again)
-    board.announce()
-    with _stopping(board):
-        _check_texts(board)
+    progress = Progress(plan, jobs, say, again)
+    progress.announce()
+    with _stopping(progress):
+        # what is wrong for everybody is said before the first of many hours
+        _check_texts(progress)
         write_copy(plan)
-        known = bool(board.left())
-        while board.waiting or board.running:
-            while board.waiting and len(board.running) < jobs:
-                _begin(board, board.waiting.popleft())
+
+        # a run that ends makes room for the next one, whichever of them it was
+        estimated = bool(progress.left())
+        while progress.waiting or progress.running:
+            while progress.waiting and len(progress.running) < jobs:
+                _begin(progress, progress.waiting.popleft())
             time.sleep(POLL)
-            for run, child in [pair for pair in board.running if pair[1].ended()]:
-                board.running.remove((run, child))
-                problem = child.problem()
-                if problem:
-                    _log(plan, child)
-                board.ended(run, child, problem)
-            known = known or board.first_estimate()
-    return board.failed
+            for run, child in list(progress.running):
+                if child.ended():
+                    progress.running.remove((run, child))
+                    if child.problem():
+                        _log(plan, child)
+                    progress.ended(run, child, child.problem())
+            estimated = estimated or progress.first_estimate()
+    return progress.failed
 
 
 def threads(run: Run, jobs: int) -> int | None:
-    """CPU threads of a run's process where the machine is shared; None: its config says, or it has
-    it for itself.
+    """Return the CPU threads of a run's process, one of `jobs` on this machine.
+
+    None: as torch finds them, for a run that has the machine for itself and whose config says
+    nothing.
     """
     if jobs == 1 or run.config.base.threads is not None:
         return run.config.base.threads
     return max(1, cpus() // (jobs * run.config.workers))
 
 
-def _begin(board: Progress, run: Run) -> None:
-    """Start or resume a run, unless somebody else works on it, has finished it or put something
-    there meanwhile.
-    """
+def _begin(progress: Progress, run: Run) -> None:
+    """Start or resume a run, or say why not."""
+    # meanwhile somebody else may have put something there or finished the run
     try:
         state = look(run.path, run.config)
     except UserError as error:
-        board.ended(run, None, str(error))
+        progress.ended(run, None, str(error))
         return
-    board.states[run.label] = state
+    progress.states[run.label] = state
     if state.finished:
-        board.ended(run, None, "")
+        progress.ended(run, None, "")
         return
+
+    # or works on it just now: it may be done by the time all others are
     if busy(run.path):
-        if run.label in board.deferred:
-            board.ended(
-                run,
-                None,
-                f"another process is working on it; when it is done, go on with: {board.again}",
-            )
-        else:
-            board.deferred.add(run.label)
-            board.waiting.append(run)
+        if run.label not in progress.deferred:
+            progress.deferred.add(run.label)
+            progress.waiting.append(run)
+            return
+        problem = f"another process is working on it; when it is done, go on with: {progress.again}"
+        progress.ended(run, None, problem)
         return
-    own = threads(run, board.jobs)
-    new = [*run.words("run", own), "--quiet", "--out", str(run.path)]
-    words = ["resume", str(run.path), "--quiet"] if state.begun else new
-    board.running.append((run, Child(words, own)))
+
+    own = threads(run, progress.jobs)
+    if state.begun:
+        words = ["resume", str(run.path), "--quiet"]
+    else:
+        words = [*run.words("run", own), "--quiet", "--out", str(run.path)]
+    progress.running.append((run, Child(words, own)))
 
 
-def _check_texts(board: Progress) -> None:
-    """Prepare each text once, before any run: what is wrong with it is said now, and no two runs
-    tokenise it at once.
+def _check_texts(progress: Progress) -> None:
+    """Prepare each text once before any run, so that no two runs tokenise it at once.
 
-    A run to resume checks for itself that its text is what it was.
+    A run to resume checks for itself that its text is what it was. Raises UserError.
     """
-    runs = one_per_text([run for run in board.waiting if not board.states[run.label].begun])
+    runs = one_per_text([r for r in progress.waiting if not progress.states[r.label].begun])
     if runs:
-        board.say(f"preparing {f.plural(len(runs), 'text')}")
+        progress.say(f"preparing {f.plural(len(runs), 'text')}")
     for run in runs:
         child = Child(run.words("prepare"))
-        board.running.append((run, child))  # to be stopped like a run
+        progress.running.append((run, child))  # to be stopped like a run
         child.wait()
-        board.running.clear()
+        progress.running.clear()
         if child.problem():
-            raise UserError(f"{board.plan.file}: {run.label}: {child.problem()}")
+            raise UserError(f"{progress.plan.file}: {run.label}: {child.problem()}")
 
 
 @contextmanager
-def _stopping(board: Progress) -> Iterator[None]:
-    """Leave no process behind, whatever ends us; a second Ctrl-C kills them. A closed terminal
-    counts as Ctrl-C.
+def _stopping(progress: Progress) -> Iterator[None]:
+    """Leave no process behind, whatever ends the context.
+
+    A second Ctrl-C kills the processes. Raises Stopped after Ctrl-C.
     """
-    stopped = Stopped(f"every whole round of every run is kept; go on with: {board.again}")
+    stopped = Stopped(f"every whole round of every run is kept; go on with: {progress.again}")
+
+    # a closed terminal counts as Ctrl-C, but not under nohup
     before = signal.getsignal(signal.SIGHUP)
-    if before == signal.SIG_DFL:  # not under nohup
+    if before == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
         raise stopped from None
     finally:
+        # all are asked first: they end their rounds side by side
         try:
-            for _, child in board.running:
+            for _, child in progress.running:
                 child.stop()
-            for _, child in board.running:
+            for _, child in progress.running:
                 child.wait()
         except KeyboardInterrupt:
-            for _, child in board.running:
+            for _, child in progress.running:
                 child.kill()
             raise stopped from None
         finally:

@@ -1,5 +1,6 @@
-"""What is in a run's folder already: nothing, this run up to some round, or something that must not
-be touched.
+"""This module tells what is in a run's folder already.
+
+That is nothing, or this run up to some round, or something that must not be touched.
 """
 
 from __future__ import annotations
@@ -20,24 +21,16 @@ from comigs.files import ELSEWHERE, require_free
 from comigs.runs.folder import TIMINGS, RunFolder
 from comigs.text import plural
 
-PLACES = (
-    "version",
-    "name",
-    "base.threads",
-    "workers",
-    "data.root",
-    "data.cache",
-)  # where and how fast, not what
-LEFT_TO_US = {
-    "base.dtype": "auto",
-    "base.device": "auto",
-}  # field -> what says so; a run has what was found
+# fields that say where and how fast a run is, not what it is
+PLACES = ("version", "name", "base.threads", "workers", "data.root", "data.cache")
+AUTO = ("base.dtype", "base.device")  # a run has what was found where its config says "auto"
 
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run is. round: the last whole one. seconds: of training and measuring, up to
-    there.
+    """A state says how far a run is.
+
+    round: the last whole one. seconds: of all clients' training and measuring up to there.
     """
 
     round: int = 0
@@ -47,37 +40,48 @@ class RunState:
 
     @property
     def word(self) -> str:
-        """As `comigs sweep` calls it."""
-        return "done" if self.finished else "to resume" if self.begun else "new"
+        """The state in the words of `comigs sweep`."""
+        if self.finished:
+            return "done"
+        return "to resume" if self.begun else "new"
 
 
 def look(path: Path, config: Config) -> RunState:
-    """How far the run of `config` at `path` is. Raises UserError where something else is there."""
+    """Return how far the run of `config` at `path` is.
+
+    Raises UserError where something else is there.
+    """
+    # what is no run, or one that this version cannot read, is somebody's
     if not os.path.lexists(path):
         require_free(path)
         return RunState()
     if not (path / "checkpoint.json").is_file() or not (path / "config.toml").is_file():
         raise UserError(
-            f"{path}: exists and is no run folder; nothing was changed. Move it away, or {ELSEWHERE}"
+            f"{path}: exists and is no run folder; nothing was changed. "
+            f"Move it away, or {ELSEWHERE}"
         )
     try:
         there = RunFolder.open(path).config()
-    except UserError as error:  # damaged, or of a version with other fields
+    except UserError as error:
         raise UserError(f"{error}; nothing was changed. Move {path} away, or {ELSEWHERE}") from None
+
+    # a run of another config would be compared as if it had this one
     different = list(differences(config, there))
     if different:
-        field, wanted, there = different[0]
-        more = f" (and {plural(len(different) - 1, 'other field')})" if len(different) > 1 else ""
+        field, wanted, found = different[0]
+        more = f" (and {plural(len(different) - 1, 'other field')})" if different[1:] else ""
         raise UserError(
-            f"{path}: a run with another config is there: {field} is {there} in it and {wanted} in this sweep{more}; "
+            f"{path}: a run with another config is there: "
+            f"{field} is {found} in it and {wanted} in this sweep{more}; "
             f"nothing was changed. Move it away, or {ELSEWHERE}"
         )
-    return progress(path)
+    return state_of(path)
 
 
-def progress(path: Path) -> RunState:
-    """How far a run is that is known to be the right one. Raises UserError where it is damaged or
-    none.
+def state_of(path: Path) -> RunState:
+    """Return how far a run is that is known to be the right one.
+
+    Raises UserError where it is damaged, or no run.
     """
     last = RunFolder.open(path).checkpoint()
     finished = last.finished and (path / "summary.json").is_file()
@@ -85,7 +89,7 @@ def progress(path: Path) -> RunState:
 
 
 def busy(path: Path) -> bool:
-    """Another process works on this run."""
+    """Return whether another process works on this run."""
     try:
         with (path / ".lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,8 +100,8 @@ def busy(path: Path) -> bool:
     return False
 
 
-def differences(wanted: Config, there: Config) -> Iterator[tuple[str, Any, Any]]:
-    """Each field that would make it another run: its name, as wanted, as there.
+def differences(wanted: Config, there: Config) -> Iterator[tuple[str, str, str]]:
+    """Give each field that would make it another run: its name, as wanted, as there.
 
     What a config leaves to us is filled in in a run, and is no difference; nor are paths that mean
     the same.
@@ -105,7 +109,7 @@ def differences(wanted: Config, there: Config) -> Iterator[tuple[str, Any, Any]]
     one, other = _fields(wanted), _fields(there)
     for field in dict.fromkeys((*one, *other)):
         a, b = one.get(field), other.get(field)
-        if field in PLACES or (a == LEFT_TO_US.get(field, ...)) or a == b:
+        if field in PLACES or (field in AUTO and a == "auto") or a == b:
             continue
         if field == "client.lr" and a is None and b in _default_rates():
             continue
@@ -119,20 +123,15 @@ def _shown(value: Any) -> str:
 
 
 def _default_rates() -> set[float]:
-    """Learning rates that a run gets where its config gives none; which one depends on the base's
-    family.
-    """
-    from comigs.bases.load import (
-        modules,  # imports transformers, and is needed only where a run is there already
-    )
+    """Return the learning rates that runs get whose configs give none: one for each base family."""
+    # it imports transformers, and is needed only where a run is there already
+    from comigs.bases.load import modules
 
-    return {
-        module.ARCHITECTURE.lr for module in modules().values() if hasattr(module, "ARCHITECTURE")
-    }
+    return {m.ARCHITECTURE.lr for m in modules().values() if hasattr(m, "ARCHITECTURE")}
 
 
 def _fields(config: Config) -> dict[str, Any]:
-    """Every field by its path, clients by their names, text by the files it means."""
+    """Return every field by its path, clients by their names, text by the files it means."""
     tree = config.model_dump(mode="json")
     tree["clients"] = {client["name"]: client for client in tree["clients"]}
     fields = dict(dotted(tree))
@@ -143,21 +142,21 @@ def _fields(config: Config) -> dict[str, Any]:
 
 
 def _meant(text: str, root: Path) -> str:
-    """`text` with its path, where it has one, whole: the same files from whatever root."""
+    """Return `text` with its path, where it has one, whole: the same files from whatever root."""
     name, _, argument = text.partition(":")
     if name not in source_names() or not argument:
         return str(resolve(text, root).resolve())
     path = resolve(argument, root)
-    return f"{name}:{path.resolve() if path.exists() else argument}"
+    return f"{name}:{path.resolve()}" if path.exists() else text
 
 
 def _seconds(file: Path, length: int) -> float:
-    """Of all clients in all committed rounds; 0 where it cannot be read, as it is for estimates
-    only.
+    """Return the seconds of all clients in all committed rounds.
+
+    They are for estimates only: what cannot be read counts as 0.
     """
     try:
-        return sum(
-            float(json.loads(line)["seconds"]) for line in file.read_bytes()[:length].splitlines()
-        )
+        lines = file.read_bytes()[:length].splitlines()
+        return sum(float(json.loads(line)["seconds"]) for line in lines)
     except (OSError, ValueError, LookupError, TypeError):
         return 0.0
