@@ -37,8 +37,8 @@ from comigs.federation.operator.folder import Federation
 from comigs.federation.operator.run import check, resume
 from comigs.federation.operator.server import require_free_port
 from comigs.federation.security import pki
-from comigs.federation.security.private_files import held, sole
 from comigs.federation.supervisor import Supervisor, keep, wait_until
+from comigs.processes import is_locked, locked
 from comigs.runs.folder import RunFolder
 from tests.runs import TINY, copied_run, finished, refused, write_text
 
@@ -290,11 +290,11 @@ def test_flower_runs_quietly_with_its_own_home_only(tmp_path, monkeypatch):
 
 
 def test_a_lock_has_one_holder(tmp_path):
-    with sole(tmp_path / "lock", "taken"):
-        assert held(tmp_path / "lock")
-        with pytest.raises(UserError, match="taken"), sole(tmp_path / "lock", "taken"):
+    with locked(tmp_path / "lock", "taken"):
+        assert is_locked(tmp_path / "lock")
+        with pytest.raises(UserError, match="taken"), locked(tmp_path / "lock", "taken"):
             pass
-    assert not held(tmp_path / "lock")
+    assert not is_locked(tmp_path / "lock")
 
 
 def test_a_taken_port_is_named():
@@ -328,7 +328,7 @@ def test_a_run_needs_a_running_server(federation, tmp_path):
 def test_what_devices_cannot_do_is_refused_before_anything_runs(
     federation, tmp_path, overrides, word
 ):
-    with sole(federation.lock, ""):
+    with locked(federation.lock, ""):
         assert problem(
             check, load_config(config_file(tmp_path), overrides), federation.path
         ).startswith(word)
@@ -336,7 +336,7 @@ def test_what_devices_cannot_do_is_refused_before_anything_runs(
 
 def test_every_client_must_be_invited_and_registered(federation, bundle, tmp_path):
     config = load_config(config_file(tmp_path))
-    with sole(federation.lock, ""):
+    with locked(federation.lock, ""):
         assert '"ann" is not registered yet' in problem(check, config, federation.path)
         federation.change_clients(
             lambda c: c.update(ann=c["ann"].model_copy(update={"node_id": 1}))
@@ -347,7 +347,7 @@ def test_every_client_must_be_invited_and_registered(federation, bundle, tmp_pat
 def test_devices_that_pinned_another_app_are_not_sent_this_one(federation, bundle, tmp_path):
     entry = federation.clients()["ann"].model_copy(update={"node_id": 1})
     federation.change_clients(lambda clients: clients.update(ann=entry, bob=entry))
-    with sole(federation.lock, ""):
+    with locked(federation.lock, ""):
         assert "another app bundle" in problem(
             check, load_config(config_file(tmp_path)), federation.path
         )
@@ -484,7 +484,7 @@ def test_a_device_says_at_once_what_is_wrong(federation, bundle, tmp_path):
     assert stat.S_IMODE(home.stat().st_mode) == 0o700 and modes(home) <= {0o600, 0o644}
     bob = admin.invite(federation.path, "bob", tmp_path / "bob.toml")
     assert 'belongs to "ann"' in problem(join, bob, Owner(text, home), print)
-    with sole(home / ".lock", ""):
+    with locked(home / ".lock", ""):
         assert "runs already" in problem(join, file, Owner(text, home), print)
     home.chmod(0o750)
     assert "chmod 700" in problem(join, file, Owner(text, home), print)
@@ -532,7 +532,8 @@ def test_a_program_says_itself_what_people_should_know(tmp_path):
     (tmp_path / "told.py").write_text(
         f"def main():\n    print('one line')\n    raise SystemExit({os.EX_NOPERM})\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
     with Supervisor(tmp_path / "log", environment, tmp_path) as children:
         children.start("told", ["told:main"])
         assert problem(wait_until, lambda: False, "told", children) == "one line"

@@ -8,10 +8,8 @@ run folder. A worker ends with the main process, however that ends. No pickle.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import socket
-import subprocess
 import sys
 import threading
 import traceback
@@ -30,7 +28,7 @@ from comigs.engines.upload_store import StoredUpload, UploadStore
 from comigs.errors import UserError
 from comigs.files import command
 from comigs.methods.method import Upload, load_method
-from comigs.processes import cpus
+from comigs.processes import Child, cpus
 from comigs.runs.folder import RunFolder
 from comigs.server.protocol import Event, Reply, Report, Task
 
@@ -164,12 +162,13 @@ class Worker:
         self._number, self._folder, self._spool, self._report = number, folder, store, report
         self._socket, theirs = socket.socketpair()
         with theirs:
-            words = [str(folder.path), str(number), device, str(theirs.fileno())]
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "comigs.engines.workers", *words],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2,  # what libraries print is no answer
-                start_new_session=True,  # a Ctrl-C reaches it through us only
-            )  # fmt: skip
+            self._process = Child(
+                "comigs.engines.workers:main",
+                [str(folder.path), str(number), device, str(theirs.fileno())],
+                grace=0,  # it leaves the run alone as soon as this process is gone
+                pass_fds=[theirs.fileno()],
+                stdout=2,  # what libraries print is no answer
+            )
         self._lines = self._socket.makefile("rw", encoding="utf-8")
 
     def exchange(self, name: str, task: Task, download: str | None) -> Reply:
@@ -276,17 +275,10 @@ def main() -> None:
     """RUN NUMBER DEVICE FILE-DESCRIPTOR: be a worker until the socket closes."""
     path, number, device, descriptor = sys.argv[1:]
     lines = socket.socket(fileno=int(descriptor)).makefile("rw", encoding="utf-8")
-    asked = queue.SimpleQueue[Line]()
-
-    def listen() -> None:
-        for line in lines:
-            asked.put(json.loads(line))
-        os._exit(0)  # the main process has ended: leave its run alone
-
-    threading.Thread(target=listen, daemon=True).start()
     desk: _Desk | None = None
-    while question := asked.get():
+    for line in lines:
         try:
+            question = json.loads(line)
             if desk is None:
                 folder = RunFolder.open(Path(path))
                 folder.follow()
@@ -296,7 +288,3 @@ def main() -> None:
             if not isinstance(problem, (UserError, torch.OutOfMemoryError)):
                 traceback.print_exc()
             _say(lines, {"kind": "problem", "type": type(problem).__name__, "text": str(problem)})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,5 @@
-"""Programs that run as long as we do: they end with us however we end, and none is restarted behind
-anybody's back.
+"""This module runs the programs of a federation's server or of a device. They end with this
+process however it ends, all end when one does, and none is restarted behind anybody's back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import queue
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -22,37 +21,27 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from comigs.errors import UserError
-from comigs.federation.parent_watchdog import GRACE
 from comigs.federation.security.private_files import make_private
+from comigs.processes import GRACE, Child
 
-TETHER = [sys.executable, "-P", "-m", "comigs.federation.parent_watchdog"]
 LOG_BYTES, OLD_LOGS = 5_000_000, 2  # of one program
 START_SECONDS = 120  # for a program to be ready, on a busy machine, too
-PATIENCE = 10  # seconds for a clean end
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 OnLine = Callable[[str], None]
 
 
-@dataclass
-class Child:
-    """A program that was started. last: its newest lines of output."""
+@dataclass(frozen=True)
+class Program:
+    """A program that was started. `last` holds its newest lines of output."""
 
     name: str
-    process: subprocess.Popen[str]
+    process: Child
     last: deque[str] = field(default_factory=lambda: deque(maxlen=20))
-
-    def stop(self) -> None:
-        """Ask it to end, and make it end."""
-        self.process.terminate()
-        try:
-            self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
 
 
 class Supervisor:
-    """Use as a context: all have ended when it does. The output of each goes to
-    `folder`/NAME.log.
+    """A supervisor holds programs; use it as a context, at whose end all of them have ended. The
+    output of each goes to `folder`/NAME.log.
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str], working_folder: Path) -> None:
@@ -60,66 +49,72 @@ class Supervisor:
         self._folder = folder
         self._environment = environment
         self._working_folder = working_folder
-        self._running: list[tuple[Child, threading.Thread]] = []
-        self._ended: queue.Queue[Child] = queue.Queue()
+        self._running: list[tuple[Program, threading.Thread]] = []
+        self._ended: queue.Queue[Program] = queue.Queue()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child, waiter in reversed(self._running):
-            child.stop()
+        # Who was started last needs the others, and so ends first.
+        for program, waiter in reversed(self._running):
+            program.process.stop()
             waiter.join()
 
-    def start(self, name: str, words: list[str], on_line: OnLine | None = None) -> Child:
-        """Start a program (see tether.py). on_line: gets each line it prints."""
-        process = subprocess.Popen(
-            [*TETHER, *words], cwd=self._working_folder, env=dict(self._environment), text=True, errors="replace",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C reaches it through us only
-        )  # fmt: skip
-        child = Child(name, process)
-        reader = threading.Thread(target=self._read, args=(child, on_line), daemon=True)
-        waiter = threading.Thread(target=self._wait, args=(child, reader), daemon=True)
-        self._running.append((child, waiter))
+    def start(self, name: str, words: list[str], on_line: OnLine | None = None) -> Program:
+        """Start what `words` begin with (see Child), with the rest of them; return the program.
+
+        on_line: called with each line that the program prints.
+        """
+        process = Child(
+            words[0],
+            words[1:],
+            GRACE,
+            cwd=self._working_folder,
+            env=dict(self._environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        program = Program(name, process)
+        reader = threading.Thread(target=self._read, args=(program, on_line), daemon=True)
+        waiter = threading.Thread(target=self._wait, args=(program, reader), daemon=True)
+        self._running.append((program, waiter))
         reader.start()
         waiter.start()
-        return child
+        return program
 
-    def ended(self, timeout: float) -> Child | None:
-        """A program that has ended, waiting for one at most `timeout` seconds."""
+    def ended(self, timeout: float) -> Program | None:
+        """Return a program that has ended, or None where none does within `timeout` seconds."""
         try:
             return self._ended.get(timeout=timeout)
         except queue.Empty:
             return None
 
-    def _read(self, child: Child, on_line: OnLine | None) -> None:
+    def _read(self, program: Program, on_line: OnLine | None) -> None:
         log = RotatingFileHandler(
-            self._folder / f"{child.name}.log", maxBytes=LOG_BYTES, backupCount=OLD_LOGS
+            self._folder / f"{program.name}.log", maxBytes=LOG_BYTES, backupCount=OLD_LOGS
         )
-        assert child.process.stdout is not None
-        with closing(log), child.process.stdout as lines:
+        assert program.process.stdout is not None
+        with closing(log), program.process.stdout as lines:
             for raw in lines:
                 line = COLOR.sub("", raw.rstrip())
-                child.last.append(line)
-                log.emit(logging.LogRecord(child.name, logging.INFO, "", 0, line, (), None))
+                program.last.append(line)
+                log.emit(logging.LogRecord(program.name, logging.INFO, "", 0, line, (), None))
                 if on_line is not None:
                     on_line(line)
 
-    def _wait(self, child: Child, reader: threading.Thread) -> None:
-        child.process.wait()
-        _end_group(child.process.pid)
+    def _wait(self, program: Program, reader: threading.Thread) -> None:
+        program.process.wait()
+        _end_session(program.process.pid)
         reader.join(1)  # its last words; its own children may hold the pipe for longer
-        assert child.process.stdin is not None
-        child.process.stdin.close()
-        self._ended.put(child)
+        self._ended.put(program)
 
 
-def _end_group(leader: int) -> None:
-    """What a program started and left behind, as Flower its apps, which try for minutes to reach
-    who is gone.
+def _end_session(leader: int) -> None:
+    """End what a program started and left behind, as Flower leaves its apps, which try for minutes
+    to reach who is gone.
     """
-    with suppress(ProcessLookupError, PermissionError):  # nobody of it is left
+    with suppress(ProcessLookupError, PermissionError):  # nobody of the session is left
         end = time.monotonic() + GRACE
         while time.monotonic() < end:
             os.killpg(leader, 0)
@@ -127,32 +122,31 @@ def _end_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-def problem(gone: Child) -> UserError:
-    """Why a program has ended, which none should. Its last line is for people where it says so with
-    EX_NOPERM.
+def problem(gone: Program) -> UserError:
+    """Return why a program has ended, which none should. Its last line is for people where it says
+    so with EX_NOPERM.
     """
     said = next((line for line in reversed(gone.last) if line.strip()), "nothing")
-    if gone.process.returncode == os.EX_NOPERM:
+    code = gone.process.returncode
+    if code == os.EX_NOPERM:
         return UserError(said)
-    return UserError(
-        f"{gone.name} ended with code {gone.process.returncode}, so all is stopped. It said last: {said}"
-    )
+    return UserError(f"{gone.name} ended with code {code}, so all is stopped. It said last: {said}")
 
 
 def wait_until(
-    ready: Callable[[], bool], name: str, children: Supervisor, seconds: float = START_SECONDS
+    ready: Callable[[], bool], name: str, programs: Supervisor, seconds: float = START_SECONDS
 ) -> None:
-    """Until a program is ready. Raises UserError where one ends, or it takes too long."""
+    """Wait until a program is ready. Raises UserError where one ends, or it takes too long."""
     end = time.monotonic() + seconds
     while not ready():
-        if (gone := children.ended(timeout=0.2)) is not None:
+        if (gone := programs.ended(timeout=0.2)) is not None:
             raise problem(gone)
         if time.monotonic() > end:
             raise UserError(f"{name}: not ready after {seconds:.0f} s; look into its log")
 
 
-def keep(children: Supervisor) -> NoReturn:
-    """Until a program ends. Raises UserError."""
-    while (gone := children.ended(timeout=3600)) is None:
+def keep(programs: Supervisor) -> NoReturn:
+    """Wait until a program ends, and raise UserError."""
+    while (gone := programs.ended(timeout=3600)) is None:
         pass
     raise problem(gone)

@@ -12,7 +12,6 @@ to the run from the next commit on; files of clients that were idle stay as they
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +32,7 @@ from torch import Tensor
 from comigs.config import Config, load_config, to_toml
 from comigs.errors import UserError
 from comigs.files import command, require_free, write_whole, writing
+from comigs.processes import locked
 
 Tensors = Mapping[str, Tensor]
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
@@ -123,13 +123,9 @@ class RunFolder:
         return cls(path)
 
     def __enter__(self) -> Self:
+        taken = f"{self.path}: another process is working on this run; wait for it or stop it"
         with self._writing():
-            lock = self._lock.enter_context((self.path / ".lock").open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(f"{self.path}: another process is working on this run; wait for it or stop it") from None
+            self._lock.enter_context(locked(self.path / ".lock", taken))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,25 +7,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from typing import IO
 
-# -P: the working folder is not searched for modules, as for the `comigs` script itself
-PYTHON = [sys.executable, "-P", "-m", "comigs"]
+from comigs import processes
 
 
-def start(
-    words: list[str], environment: dict[str, str], errors: IO[bytes]
-) -> subprocess.Popen[bytes]:
-    """Begin `comigs WORDS`, away from the terminal: a Ctrl-C reaches it through us only, and
-    once.
-    """
-    return subprocess.Popen(
-        [*PYTHON, *words], env=environment, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-    )  # fmt: skip
+def start(words: list[str], environment: dict[str, str], errors: IO[bytes]) -> processes.Child:
+    """Start `comigs WORDS`. It goes on where this process is killed."""
+    quiet = subprocess.DEVNULL
+    return processes.Child("comigs", words, env=environment, stdout=quiet, stderr=errors)
 
 
 class Child:

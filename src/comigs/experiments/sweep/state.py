@@ -5,7 +5,6 @@ That is nothing, or this run up to some round, or something that must not be tou
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from comigs.data.files import resolve
 from comigs.data.sources import source_names
 from comigs.errors import UserError
 from comigs.files import ELSEWHERE, require_free
+from comigs.processes import is_locked
 from comigs.runs.folder import TIMINGS, RunFolder
 from comigs.text import plural
 
@@ -90,14 +90,7 @@ def state_of(path: Path) -> RunState:
 
 def busy(path: Path) -> bool:
     """Return whether another process works on this run."""
-    try:
-        with (path / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return is_locked(path / ".lock")
 
 
 def differences(wanted: Config, there: Config) -> Iterator[tuple[str, str, str]]:

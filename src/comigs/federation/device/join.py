@@ -20,9 +20,10 @@ from comigs.federation.bundle import Bundle, read_bundle, write_bundle
 from comigs.federation.device.connectivity import check_server
 from comigs.federation.operator import flwr_cli
 from comigs.federation.operator.server import free_port
-from comigs.federation.security.private_files import make_private, sole, write_private
+from comigs.federation.security.private_files import make_private, write_private
 from comigs.federation.supervisor import Supervisor, keep, wait_until
 from comigs.files import command, folder_or_name, writing
+from comigs.processes import locked
 
 Say = Callable[[str], None]
 
@@ -47,7 +48,7 @@ def join(file: Path, owner: Owner, say: Say) -> None:
     bundle, text = read_bundle(file), text_of(owner.text)
     home = (owner.home or Path.home() / ".comigs" / bundle.federation / bundle.client).absolute()
     make_private(home)
-    with sole(home / ".lock", f"{home}: in use: this client runs already"):
+    with locked(home / ".lock", f"{home}: in use: this client runs already"):
         _unpack(bundle, home)
         check_server(bundle)
         device = {

@@ -8,7 +8,6 @@ torch: it hands the bytes to the resident trainer and its answer back.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from comigs.federation.device.trainer_socket import ask
 from comigs.federation.flower.grid import envelope, failure, opened
-
-GRACE = 5.0  # seconds for a clean end, once whoever started us is gone
+from comigs.processes import GRACE, end_with_parent
 
 server = ServerApp()
 client = ClientApp()
@@ -30,7 +28,7 @@ def main(grid: Grid, context: Context) -> None:
     """A run, from its last commit to its end. run_config: "run-folder" and "federation", paths on
     the server.
     """
-    end_with_starter()
+    _end_with_superexec()
     from comigs.federation.flower.server import (
         go_on,  # torch, which the ClientApp in this file must not wait for
     )
@@ -47,7 +45,7 @@ def train(message: Message, context: Context) -> Message:
     """Every request goes to the trainer, whose socket is node_config["trainer"]. Of an error only
     its type leaves.
     """
-    end_with_starter()
+    _end_with_superexec()
     try:
         reply = envelope(ask(Path(str(context.node_config["trainer"])), opened(message.content)))
     except Exception as error:
@@ -55,18 +53,10 @@ def train(message: Message, context: Context) -> Message:
     return Message(reply, reply_to=message)
 
 
-def end_with_starter() -> None:
+def _end_with_superexec() -> None:
     """End this process soon after the SuperExec that started it.
 
     Flower only interrupts it, and its threads then try for ten minutes and more to reach a server
     that is gone, while nobody else may go on with the run.
     """
-    starter = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == starter:
-            time.sleep(0.5)
-        time.sleep(GRACE)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent(os.getppid(), before=lambda: time.sleep(GRACE))

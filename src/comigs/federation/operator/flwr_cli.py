@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ import tomli_w
 
 from comigs.errors import UserError
 from comigs.federation.operator.folder import Entry, Federation
-from comigs.federation.parent_watchdog import END
 from comigs.federation.security.private_files import make_private, write_private
+from comigs.processes import call
 
 QUIET = {  # nobody is told that we run, and nothing is fetched
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -30,6 +31,7 @@ QUIET = {  # nobody is told that we run, and nothing is fetched
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 PACE = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}  # seconds; Flower's own is 1
+END = "\x1e"  # ASCII's record separator
 CONNECTION = "federation"  # our name in Flower's config.toml
 APP = {  # all of the app that is sent to devices: which functions of the installed comigs to call, and no code
     "project": {
@@ -193,14 +195,27 @@ def ask(federation: Federation, *lines: list[str]) -> list[dict[str, Any]]:
 def _flwr(folder: Path, home: Path, lines: list[list[str]]) -> list[str]:
     """What each line prints. One process for all: to import Flower takes two seconds."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", "from comigs.federation.parent_watchdog import call_each; call_each()"],
-        input=json.dumps([["flwr", *line] for line in lines]), cwd=folder, env=environment(home), text=True,
+        [sys.executable, "-P", "-m", "comigs.federation.operator.flwr_cli"],
+        input=json.dumps(lines),
+        cwd=folder,
+        env=environment(home),
+        text=True,
         capture_output=True,
-    )  # fmt: skip
+    )
     *said, rest = done.stdout.split(END)
     if len(said) != len(lines):
         raise UserError(f"Flower's command line failed: {_last_line(rest + done.stderr)}")
     return said
+
+
+def call_each() -> None:
+    """Call Flower's command line for each line of words, which come as JSON on the standard input,
+    and print END after the output of each.
+    """
+    for words in json.load(sys.stdin):
+        with suppress(SystemExit):
+            call("flwr", words)
+        print(END, flush=True)
 
 
 def _last_line(text: str) -> str:
@@ -208,3 +223,7 @@ def _last_line(text: str) -> str:
         (line.strip(" │╰╭─╯╮") for line in reversed(text.splitlines()) if line.strip(" │╰╭─╯╮")),
         "no answer",
     )
+
+
+if __name__ == "__main__":
+    call_each()

@@ -6,7 +6,6 @@ clients.json | runs.json superexec.secret state.db flwr/ of Flower | log/
 
 from __future__ import annotations
 
-import fcntl
 import json
 import secrets
 import tempfile
@@ -23,8 +22,9 @@ from comigs.config import Section, read_toml
 from comigs.config.errors import one_line
 from comigs.errors import UserError, nearest
 from comigs.federation.security import pki
-from comigs.federation.security.private_files import held, make_private, write_private
+from comigs.federation.security.private_files import make_private, write_private
 from comigs.files import command, writing
+from comigs.processes import is_locked, locked
 
 ALWAYS = (
     "127.0.0.1",
@@ -138,7 +138,7 @@ class Federation:
     @property
     def running(self) -> bool:
         """Its server runs, on this machine."""
-        return held(self.lock)
+        return is_locked(self.lock)
 
     def require_running(self) -> None:
         """Raises UserError where the server does not run."""
@@ -197,8 +197,7 @@ class Federation:
         """Read, change and write clients.json, one process at a time. What `change` raises leaves
         it as it was.
         """
-        with (self.path / ".clients.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self.path / ".clients.lock"):
             clients = self.clients()
             change(clients)
             self._write_json(

@@ -16,8 +16,8 @@ from comigs.errors import UserError
 from comigs.federation.operator import flwr_cli
 from comigs.federation.operator.folder import Federation
 from comigs.federation.security import pki
-from comigs.federation.security.private_files import sole
 from comigs.federation.supervisor import OnLine, Supervisor, keep, wait_until
+from comigs.processes import locked
 
 Say = Callable[[str], None]
 LOOPBACK = {
@@ -33,7 +33,7 @@ def serve(path: Path, say: Say) -> None:
     """
     federation = Federation.open(path)
     settings = federation.settings
-    with sole(federation.lock, f"{path}: its server is running already"):
+    with locked(federation.lock, f"{path}: its server is running already"):
         require_free_port(settings.listen, settings.port)
         if federation.certify():
             say("made a new server certificate")

@@ -1,11 +1,8 @@
-"""Secrets on the disk, and folders that one process at a time may use."""
+"""This module writes secrets to the disk, where nobody but their owner can read them."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from comigs.errors import UserError
@@ -13,7 +10,7 @@ from comigs.files import write_whole, writing
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file whole that only its owner can read. Raises OSError."""
+    """Write a whole file that only its owner can read. Raises OSError."""
 
     def write(unfinished: Path) -> None:
         unfinished.touch(mode=0o600)
@@ -23,8 +20,8 @@ def write_private(path: Path, text: str) -> None:
 
 
 def make_private(folder: Path) -> None:
-    """A folder that only its owner can open. Raises UserError where it cannot be made or is open to
-    others.
+    """Make a folder that only its owner can open. Raises UserError where it cannot be made or is
+    open to others.
     """
     with writing(folder, "choose another folder"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -32,25 +29,3 @@ def make_private(folder: Path) -> None:
             raise UserError(
                 f"{folder}: open to other users of this machine; close it with: chmod 700 {folder}"
             )
-
-
-@contextmanager
-def sole(lock: Path, problem: str) -> Iterator[None]:
-    """Be the only one who holds this lock file. Raises UserError(problem) where another process
-    does.
-    """
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(problem) from None
-        yield
-
-
-def held(lock: Path) -> bool:
-    """A process holds this lock file."""
-    try:
-        with sole(lock, "held"):
-            return False
-    except UserError:
-        return True
