@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from comigs.client.balance import batch_densities, mean_balance_loss
 from comigs.client.loss import autocast, sum_cross_entropy
 from comigs.client.state import TrainState
 from comigs.config import ClientSection, Config
 from comigs.data.batches import Batch
 from comigs.data.sampling import Level
 from comigs.experts.attach import Attachment
-from comigs.experts.router import balance_loss
 from comigs.methods.method import Method, Schedule
 from comigs.slots import Slot
 
@@ -220,13 +220,14 @@ def accumulate(attachment: Attachment, settings: StepSettings, batch: Batch) -> 
     Raises NonFiniteLoss.
     """
     client, outcome = settings.client, Outcome(tokens=batch[0].size)
-    pieces = micro_batches(batch, client.micro_batch_size, attachment.model.device)
+    pieces = list(micro_batches(batch, client.micro_batch_size, attachment.model.device))
+    densities = batch_densities(attachment, pieces, settings.dtype)
     for inputs, targets in pieces:
         # Each piece counts by its tokens, so that the pieces' sum is the whole batch's mean.
         part = inputs.numel() / outcome.tokens
         with autocast(settings.dtype, inputs.device):
             nats = sum_cross_entropy(attachment.model, inputs, targets) / outcome.tokens
-            balance = mean_balance_loss(attachment, client.generalist_share)
+            balance = mean_balance_loss(attachment, client.generalist_share, densities)
         loss = nats + client.balance_coef * balance * part
         outcome.nats += float(nats.detach())
         outcome.balance += float(balance.detach()) * part
@@ -278,14 +279,6 @@ def experts_differ(tensors: Mapping[Slot, Tensor]) -> bool:
         if slot.matrix == "B" and slot.role in ("generalist", "specialist") and tensor.any():
             return True
     return False
-
-
-def mean_balance_loss(attachment: Attachment, generalist_share: float) -> Tensor:
-    """Return the mean over blocks of the balance loss, a scalar; zero without a router."""
-    terms = [balance_loss(routing, generalist_share) for routing in attachment.routings()]
-    if not terms:
-        return torch.zeros((), device=attachment.model.device)
-    return torch.stack(terms).mean()
 
 
 def micro_batches(

@@ -88,6 +88,11 @@ class Mixture(nn.Module):
         self.bound = client
         self.routing = None
 
+    @property
+    def chooses(self) -> bool:
+        """Whether a token uses some of the experts only."""
+        return self.bound.W_ED is not None and len(self.bound.experts) > self.bound.top_k
+
     def forward(self, x: Tensor) -> Tensor:
         own, x_TD = self.bound, x.reshape(-1, x.shape[-1])
         if not own.experts:

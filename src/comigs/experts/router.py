@@ -80,11 +80,14 @@ def routing_inputs(x_BLD: Tensor, routed_by: str) -> Tensor:
     return x_BLD.reshape(-1, x_BLD.shape[-1])
 
 
-def balance_loss(routing: Routing, generalist_share: float) -> Tensor:
+def balance_loss(
+    routing: Routing, generalist_share: float, density_E: Tensor | None = None
+) -> Tensor:
     """Return the load balance of one block, a scalar: E^2 * mean_e(p_e * density_e * factor_e).
 
-    `generalist_share` is the load wanted on the first expert; 0 asks for an equal load on all. The
-    loss is constant where K = E = 2.
+    `generalist_share` is the load wanted on the first expert; 0 asks for an equal load on all.
+    `density_E` is the share of choices that fall on each expert; None: of these tokens' choices.
+    The loss is constant where K = E = 2.
     """
     num_experts = routing.logits_TE.shape[-1]
     # p is the weight that experts get. It has a gradient, and so moves the router.
@@ -93,10 +96,11 @@ def balance_loss(routing: Routing, generalist_share: float) -> Tensor:
     else:
         p_E = routing.logits_TE.masked_fill(~routing.selected_TE, 0.0).softmax(dim=-1).mean(dim=0)
     # Density is how often they are chosen. It has no gradient, and says which p costs most.
-    density_E = routing.selected_TE.to(p_E.dtype).mean(dim=0) / routing.top_k
+    if density_E is None:
+        density_E = routing.selected_TE.to(p_E.dtype).mean(dim=0) / routing.top_k
     # With these factors, the loss is lowest where the first expert has the share that is wanted.
     factor_E = torch.ones_like(p_E)
     if generalist_share > 0:
         factor_E[0] = 1 / (generalist_share * num_experts)
         factor_E[1:] = (num_experts - 1) / ((1 - generalist_share) * num_experts)
-    return num_experts**2 * (p_E * density_E * factor_E).mean()
+    return num_experts**2 * (p_E * density_E.to(p_E) * factor_E).mean()

@@ -1,0 +1,58 @@
+"""A batch has one balance loss, whatever pieces it is worked on in.
+
+A block's loss multiplies an expert's density, the share of the batch's choices that fall on it, by
+the mean weight it is given. Density has no gradient, but it is the whole batch's: where the batch
+comes in pieces, it must be known before the first piece goes backward.
+
+L blocks, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from comigs.client.loss import autocast
+from comigs.experts.attach import Attachment
+from comigs.experts.router import balance_loss
+
+Pieces = Sequence[tuple[Tensor, Tensor]]  # inputs and targets (windows, length) of each
+
+
+def batch_densities(
+    attachment: Attachment, pieces: Pieces, dtype: torch.dtype
+) -> list[Tensor] | None:
+    """Return each block's density (E,) over all pieces, by a forward pass without gradients.
+
+    None: one piece knows its own density, and where every token uses all experts it is 1 / E.
+    """
+    if len(pieces) == 1 or not any(mixture.chooses for mixture in attachment.mixtures):
+        return None
+    chosen: list[Tensor] = []
+    tokens = sum(inputs.numel() for inputs, _ in pieces)
+    for inputs, _ in pieces:
+        with torch.no_grad(), autocast(dtype, inputs.device):
+            attachment.model.base_model(input_ids=inputs, use_cache=False)
+        counts = [r.selected_TE.sum(dim=0).double() / r.top_k for r in attachment.routings()]
+        chosen = [a + b for a, b in zip(chosen, counts, strict=True)] if chosen else counts
+    return [counts_E / tokens for counts_E in chosen]
+
+
+def mean_balance_loss(
+    attachment: Attachment, generalist_share: float, densities: list[Tensor] | None = None
+) -> Tensor:
+    """Return the mean over blocks of the last forward pass's balance loss, a scalar.
+
+    It is zero without a router. densities: of the whole batch, where it has several pieces; the
+    mean of the pieces' losses, each by its tokens, is then the whole batch's.
+    """
+    routings = attachment.routings()
+    if not routings:
+        return torch.zeros((), device=attachment.model.device)
+    given: Sequence[Tensor | None] = densities or [None] * len(routings)
+    terms = []
+    for routing, density_E in zip(routings, given, strict=True):
+        terms.append(balance_loss(routing, generalist_share, density_E))
+    return torch.stack(terms).mean()
