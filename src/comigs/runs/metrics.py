@@ -10,13 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from comigs.config import Split
 
-Figure = Annotated[
-    float, Field(ge=-1e100, le=1e100)
-]  # of any model, but their sums and means stay finite
+Figure = Annotated[float, Field(ge=-1e100, le=1e100)]  # of any model, but their sums and means stay finite
 Count = Annotated[int, Field(ge=0, le=10**15)]
-Weight = Annotated[
-    float, Field(ge=-0.01, le=1.01)
-]  # a mean of routing weights, with what rounding makes of it
+Weight = Annotated[float, Field(ge=-0.01, le=1.01)]  # a mean of routing weights, with what rounding makes of it
 Perplexity = Annotated[float, Field(ge=0, le=1.1e304)]  # exp(700), the most that is ever said
 
 

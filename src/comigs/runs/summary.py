@@ -60,7 +60,5 @@ def _figures(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Means over clients, each client counting once."""
-    mean = {
-        name: sum(row[name] for row in rows) / len(rows) for name in FIGURES if name != "tokens"
-    }
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in FIGURES if name != "tokens"}
     return mean | {"perplexity_of_mean": math.exp(min(mean["nats_per_token"], 700))}

@@ -43,11 +43,7 @@ class Fields:
     def integer(self, name: str) -> int:
         """A whole number that must be there."""
         value = self.values.get(name)
-        return (
-            value
-            if isinstance(value, int) and not isinstance(value, bool)
-            else self._refuse(name, "a whole number")
-        )
+        return value if isinstance(value, int) and not isinstance(value, bool) else self._refuse(name, "a whole number")
 
     def optional_integer(self, name: str) -> int | None:
         """A whole number or None."""

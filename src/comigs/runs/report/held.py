@@ -28,10 +28,7 @@ def held_by_role(run_folder: Path) -> dict[str, Amount]:
     """Role -> what all clients together hold by now; empty where there is no such file."""
     totals: dict[str, Amount] = defaultdict(Amount)
     for client in sorted((run_folder / "clients").glob("*")):
-        files = [
-            *sorted(client.glob("round-*.experts.safetensors")),
-            *client.glob("personal.safetensors"),
-        ]
+        files = [*sorted(client.glob("round-*.experts.safetensors")), *client.glob("personal.safetensors")]
         for name, amount in _header(files[-1]).items() if files else ():
             try:
                 totals[Slot.parse(name).role] += amount
@@ -50,11 +47,7 @@ def _header(path: Path) -> dict[str, Amount]:
             if length > path.stat().st_size:
                 raise ValueError("header longer than the file")
             header = json.loads(file.read(length))
-        offsets = {
-            name: tensor["data_offsets"]
-            for name, tensor in header.items()
-            if name != "__metadata__"
-        }
+        offsets = {name: tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"}
         return {name: Amount(1, end - start) for name, (start, end) in offsets.items()}
     except FileNotFoundError:
         return {}  # a live run has just replaced it by the next round's

@@ -192,9 +192,7 @@ def read_run(folder: str | Path) -> Run:
             Warned(f.integer("round"), f.optional_text("client"), f.text("sign"), f.text("message"))
             for f in of["warning"]
         ),
-        absent=tuple(
-            Absent(f.integer("round"), f.text("client"), f.text("reason")) for f in of["absent"]
-        ),
+        absent=tuple(Absent(f.integer("round"), f.text("client"), f.text("reason")) for f in of["absent"]),
         timings=tuple(map(_timing, timings)),
         summary=_summary(_object(summary)) if summary.exists() else None,
     )
@@ -204,9 +202,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: missing; is {path.parent} the folder of a run that has started?"
-        ) from None
+        raise UserError(f"{path}: missing; is {path.parent} the folder of a run that has started?") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
@@ -260,24 +256,17 @@ def _train(f: Fields) -> Train:
         trained_parameters=f.optional_integer("trained_parameters"),
         uploaded_bytes=f.integer("uploaded_bytes"),
         downloaded_bytes=f.integer("downloaded_bytes"),
-        uploaded_by_role=_by_role(f.section("uploaded_by_role"))
-        if f.has("uploaded_by_role")
-        else None,
+        uploaded_by_role=_by_role(f.section("uploaded_by_role")) if f.has("uploaded_by_role") else None,
     )
 
 
 def _router_tokens(f: Fields) -> int:
     """Batches of both levels are of one size."""
-    return (
-        f.integer("router_steps") * f.integer("trained_tokens") // max(1, f.integer("local_steps"))
-    )
+    return f.integer("router_steps") * f.integer("trained_tokens") // max(1, f.integer("local_steps"))
 
 
 def _by_role(f: Fields) -> dict[str, dict[str, int]]:
-    return {
-        role: {name: f.section(role).integer(name) for name in ("slots", "bytes")}
-        for role in f.values
-    }
+    return {role: {name: f.section(role).integer(name) for name in ("slots", "bytes")} for role in f.values}
 
 
 def _evaluation(f: Fields) -> Evaluation:
@@ -293,11 +282,7 @@ def _evaluation(f: Fields) -> Evaluation:
 
 
 def _timing(f: Fields) -> Timing:
-    seconds, speed, memory = (
-        f.number("seconds"),
-        f.number("tokens_per_second"),
-        f.optional_integer("peak_memory_bytes"),
-    )
+    seconds, speed, memory = f.number("seconds"), f.number("tokens_per_second"), f.optional_integer("peak_memory_bytes")
     return Timing(f.integer("round"), f.optional_text("client"), seconds, speed, memory)
 
 
