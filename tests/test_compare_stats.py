@@ -7,9 +7,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from comigs.experiments.compare.stats import paired, spread, two_sided
+from comigs.experiments.compare import student
+from comigs.experiments.compare.student import Paired, spread, two_sided
 
 # Critical values of Student's t, two-sided: NIST/SEMATECH e-Handbook 1.3.6.7.2
 TABLE = {  # freedom -> t at p = 0.10, 0.05, 0.02, 0.01, 0.002
@@ -62,6 +64,12 @@ def test_spread_divides_by_n_minus_1_and_has_none_of_one() -> None:
     alone = spread([2.0])
     assert alone is not None and alone.sd is None
     assert spread([]) is None
+
+
+def paired(a: dict[int, dict[str, float]], b: dict[int, dict[str, float]]) -> Paired | None:
+    """Compare seed -> client -> value."""
+    one, other = (pd.DataFrame.from_dict(runs, orient="index") for runs in (a, b))
+    return student.paired(one, other)
 
 
 def random_runs(

@@ -31,6 +31,7 @@ ONLY = {  # a third-party module -> where it may be imported
     "transformers": ("bases/", "personal/"),
     "matplotlib": ("runs/report/plots.py", "experiments/compare/plots.py"),
     "flwr": ("federation/flower",),
+    "pandas": ("experiments/compare/",),
     "typer": ("app/cli.py", "app/cli_federation.py"),
     "rich": ("app/console.py",),
 }

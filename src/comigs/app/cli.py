@@ -18,6 +18,7 @@ import typer
 from comigs.app import cli_federation
 from comigs.app.exit import exit_code, finish
 from comigs.errors import UserError
+from comigs.text import plural
 
 if TYPE_CHECKING:
     from comigs.app.console import Console
@@ -276,17 +277,36 @@ def compare(
     metric: Annotated[
         str, typer.Option(metavar="METRIC", help="perplexity, nats_per_token or bits_per_byte.")
     ] = "perplexity",
+    pack: Annotated[
+        bool,
+        typer.Option(
+            "--pack",
+            help="Instead: keep the runs as three files, which compare and sweep read as well.",
+        ),
+    ] = False,
 ) -> None:
     """Compare finished runs over seeds: tables, paired tests, plots, one page. Other data is kept
     apart.
     """
     from comigs.app.console import Console
-    from comigs.experiments.compare.compared import compare_runs
-    from comigs.experiments.compare.write import write_comparison
+
+    console = Console()
+    if pack:
+        from comigs.experiments.compare.pack import pack_runs
+
+        folder, number = pack_runs(runs, out)
+        console.result(f"packed: {folder}, {plural(number, 'run')}; run folders stay as they are")
+        return
+    try:
+        from comigs.experiments.compare.compared import compare_runs
+        from comigs.experiments.compare.write import write_comparison
+    except ModuleNotFoundError as error:
+        if error.name != "pandas":
+            raise
+        raise UserError("comigs compare needs pandas: pip install 'comigs[compare]'") from None
 
     compared = compare_runs(runs, metric, baseline)
     written = write_comparison(compared, out)
-    console = Console()
     for title, table in compared.tables(brief=True):
         console.table(table, title)
     for note in compared.notes:

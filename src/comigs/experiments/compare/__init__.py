@@ -1,5 +1,5 @@
-"""Many runs into tables with spread, paired differences and plots.
+"""Many runs as tables with spread, paired differences and plots.
 
-find (runs on disk) -> groups (datasets and settings) -> figures (with stats, baseline, costs) ->
-tables, points, notes -> compared (all of it) -> page, texts, plots -> write.
+discover (runs on disk) -> settings (what is compared with what, and against which baseline) ->
+statistics (one tidy frame, and the figures over it) -> caveats, tables, plots -> page, export.
 """

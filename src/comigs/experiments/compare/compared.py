@@ -1,5 +1,5 @@
-"""Many run folders in, one comparison out: what is compared with what, and what has to be said
-about it.
+"""This module makes one comparison of many run folders: what is compared with what, and what has to
+be said about it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from comigs.errors import UserError
 from comigs.experiments.compare import tables
 from comigs.experiments.compare.baseline import Baseline, baseline_named
 from comigs.experiments.compare.caveats import notes, remarks
-from comigs.experiments.compare.discover import Found, Sweep, find_runs
+from comigs.experiments.compare.discover import Sweep, find_runs
 from comigs.experiments.compare.settings import Dataset, group
 from comigs.experiments.compare.statistics import Comparison, compare, metric_named
 from comigs.files import command
@@ -35,18 +35,15 @@ class Compared:
     paths: tuple[Path, ...]
 
     def tables(self, brief: bool = False) -> list[tuple[str, Table]]:
-        """Every table under its name. brief: those for a terminal."""
+        """Return every table with its name. brief: only those for a terminal."""
         c = self.comparison
         shown = [("All datasets", tables.combined_table(c))] if len(c.datasets) > 1 else []
         for results in c.datasets:
-            name = results.name
+            name, clients = results.name, f"test {tables.WORDS[c.metric]} of each client"
             shown.append((name, tables.main_table(c, results, brief)))
             if not brief:
-                metric = tables.WORDS[c.metric]
                 shown.append((f"{name}: other measures", tables.score_table(c, results)))
-                shown.append(
-                    (f"{name}: test {metric} of each client", tables.client_scores(c, results))
-                )
+                shown.append((f"{name}: {clients}", tables.client_scores(c, results)))
                 shown.append((f"{name}: costs per client", tables.cost_table(results)))
         return shown if brief else [*shown, ("Settings", tables.settings_table(c))]
 
@@ -57,21 +54,25 @@ def compare_runs(
     """Read every run in or below `paths` and compare the finished ones.
 
     baseline: the name of a setting, or the method of only one; None: the sweep's own, else "local"
-    where there is one.
-    Raises UserError.
+    where there is one. Raises UserError.
     """
     chosen = metric_named(metric)
     found = find_runs(paths)
-    finished = [one for one in found if one.run.summary is not None]
-    unfinished = [one.run for one in found if one.run.summary is None]
+    finished = [one for one in found if one.run.finished]
+    unfinished = [one.run for one in found if not one.run.finished]
     if not finished:
-        raise UserError(
-            f"{unfinished[0].folder}: no run here is finished; go on with: {command('resume', unfinished[0].folder)}"
-        )
+        go_on = command("resume", unfinished[0].folder)
+        raise UserError(f"{unfinished[0].folder}: no run here is finished; go on with: {go_on}")
+
+    # A sweep gives title and baseline only where all runs are its own.
+    sweep = found[0].sweep
+    if any(one.sweep is not sweep for one in found):
+        sweep = None
     datasets = group(finished)
-    sweep = _only_sweep(found)
     comparison = compare(datasets, chosen, _baseline(baseline, sweep, datasets))
-    title = sweep.name if sweep else f.plural(len(comparison.settings), "setting") + " compared"
+    title = f"{f.plural(len(comparison.settings), 'setting')} compared"
+    if sweep is not None:
+        title = sweep.name
     said = notes(comparison, datasets, unfinished)
     if baseline is None and sweep and sweep.baseline and comparison.baseline is None:
         said.insert(0, f'the sweep\'s baseline "{sweep.baseline}" has no finished run here yet')
@@ -81,14 +82,12 @@ def compare_runs(
 def _baseline(
     given: str | None, sweep: Sweep | None, datasets: Sequence[Dataset]
 ) -> Baseline | None:
+    """Return the baseline: as given, else the sweep's, else local, which nobody asked for and may
+    not be there.
+    """
     if given is not None:
         return baseline_named(given, datasets)
     try:
         return baseline_named(sweep.baseline if sweep and sweep.baseline else "local", datasets)
-    except UserError:  # nobody asked for it here
+    except UserError:
         return None
-
-
-def _only_sweep(found: Sequence[Found]) -> Sweep | None:
-    sweeps = [one.sweep for one in found]
-    return sweeps[0] if all(sweep is sweeps[0] for sweep in sweeps) else None

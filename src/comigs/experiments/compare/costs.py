@@ -1,19 +1,21 @@
-"""What a setting costs beside its quality: parameters, tokens, bytes, speed, memory."""
+"""This module says what a setting costs beside its quality: parameters, tokens, bytes, speed and
+memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+
+import pandas as pd
 
 from comigs.experiments.compare.settings import Setting
-from comigs.runs.report.read import ClientSummary
 
 
 @dataclass(frozen=True)
 class Range:
-    """Mean over clients and seeds, and the least and the most."""
+    """The mean over clients and seeds, and the least and the most."""
 
     mean: float
     low: float
@@ -22,7 +24,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Costs:
-    """Per client; None: not recorded. Bytes are per round, tokens of the whole run.
+    """Costs are per client; None: not recorded. Bytes are per round, tokens of the whole run.
 
     trained_parameters is of the `training` clients that train any (one model for all is trained by
     one of `clients`); tokens and bytes count every client. router_tokens: those of router steps,
@@ -47,42 +49,42 @@ class Costs:
         return self.trained_parameters.mean if self.trained_parameters else None
 
 
-def ratio(value: float | None, reference: float | None) -> float | None:
-    """How many times the reference; None where either is unknown or the reference is 0."""
-    return value / reference if value is not None and reference else None
+def ratios(own: Costs, other: Costs | None) -> tuple[float | None, float | None]:
+    """Return how many times the baseline's trained parameters and trained tokens a setting has;
+    None where either is unknown or the baseline has none.
+    """
+    parameters = tokens = None
+    if other and own.parameters is not None and other.parameters:
+        parameters = own.parameters / other.parameters
+    if other and other.trained_tokens:
+        tokens = own.trained_tokens / other.trained_tokens
+    return parameters, tokens
 
 
-def costs(setting: Setting) -> Costs:
-    """Of all runs of a setting."""
+def costs(setting: Setting, own: pd.DataFrame) -> Costs:
+    """Return the costs of all runs of a setting. own: a row for each client of each of them."""
     runs = list(setting.runs.values())
-    clients = [c for run in runs if run.summary for c in run.summary.clients.values()]
-    parameters = [c.trained_parameters for c in clients if c.trained_parameters is not None]
-    timings = [t for run in runs for t in run.timings if t.client is not None]
-    speeds = [t.tokens_per_second for t in timings if t.tokens_per_second]
-    memory = [t.peak_memory_bytes for t in timings if t.peak_memory_bytes is not None]
     rounds = max(1, runs[0].config.rounds)
-    train = [line for run in runs for line in run.train]
+    # One model for all is trained by one client; the others' zeros are no parameters.
+    parameters = own["trained_parameters"].dropna().tolist()
+    trained = [p for p in parameters if p > 0]
+    # Speed is of client and round; the server's own rows have none.
+    lines = [row for run in runs for row in run.rounds if row["client"] is not None]
+    speeds = [speed for row in lines if (speed := row.get("tokens_per_second"))]
     return Costs(
-        trained_parameters=_range([p for p in parameters if p] or parameters),
-        training=sum(p > 0 for p in parameters) // len(runs),
-        clients=len(clients) // len(runs),
-        trained_tokens=sum(t.trained_tokens for t in train) / len(clients),
-        router_tokens=sum(t.router_tokens for t in train) / len(clients),
-        uploaded=_bytes(clients, "uploaded_bytes", rounds),
-        downloaded=_bytes(clients, "downloaded_bytes", rounds),
+        trained_parameters=_range(trained or parameters),
+        training=len(trained) // len(runs),
+        clients=len(own) // len(runs),
+        trained_tokens=sum(own["trained_tokens"]) / len(own),
+        router_tokens=sum(own["router_tokens"]) / len(own),
+        uploaded=_range([b / rounds for b in own["uploaded_bytes"]]) or Range(0, 0, 0),
+        downloaded=_range([b / rounds for b in own["downloaded_bytes"]]) or Range(0, 0, 0),
         tokens_per_second=fmean(speeds) if speeds else None,
-        peak_memory_bytes=max(memory, default=None),
-        weights=runs[0].summary.weights if runs[0].summary else None,
+        peak_memory_bytes=max(own["peak_memory_bytes"].dropna(), default=None),
+        weights=own["weights"].iloc[0],
     )
 
 
-def _bytes(
-    clients: Sequence[ClientSummary],
-    which: Literal["uploaded_bytes", "downloaded_bytes"],
-    rounds: int,
-) -> Range:
-    return _range([getattr(c, which) / rounds for c in clients]) or Range(0, 0, 0)
-
-
 def _range(values: Sequence[float]) -> Range | None:
+    """Return the mean, the least and the most, and None where there is no value."""
     return Range(fmean(values), min(values), max(values)) if values else None

@@ -1,4 +1,6 @@
-"""Run folders below the given folders, and where a sweep has put each of them."""
+"""This module finds the runs below folders, as run folders and in packed form, and says where a
+sweep has put each of them.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from comigs.errors import UserError
-from comigs.runs.report.read import Run, read_run
+from comigs.experiments.packed import RunData, is_packed, read_packed, read_run_folder
 
 SWEEP = "sweep.toml"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep's sweep.toml says; axes: axis -> its values (they name the folders), in
-    order.
+    """A sweep is what its sweep.toml says. axes: axis -> its values, in order; they name the
+    folders of the runs.
     """
 
     folder: Path
@@ -29,37 +31,47 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Found:
-    """A run and its value on each axis of the sweep it belongs to; `place` is None outside a
+    """A run has a value on each axis of the sweep that it belongs to; `place` is None outside a
     sweep.
     """
 
-    run: Run
+    run: RunData
     place: Mapping[str, str] | None = None
     sweep: Sweep | None = None
 
 
 def find_runs(paths: Sequence[Path]) -> list[Found]:
-    """Every run in or below `paths`, each once: in a sweep's own order, else in order of the
-    folders' names.
+    """Return every run in or below `paths`, each once: in a sweep's own order, else in the order of
+    the folders' names. A run that is there as a folder and in packed form is read from its folder.
 
     Raises UserError for a path without any run, and for a run that cannot be read.
     """
-    folders: dict[Path, Path] = {}  # resolved -> as given
+    # Whole paths tell whether two ways lead to one run; people see the way that they gave.
+    folders: dict[Path, Path] = {}
+    packed: dict[Path, RunData] = {}
     for path in paths:
-        below = _run_folders(path)
-        if not below:
+        below, homes = _run_folders(path)
+        inside = [run for home in homes for run in read_packed(home)]
+        inside = [run for run in inside if run.folder.resolve().is_relative_to(path.resolve())]
+        if not below and not inside:
             raise UserError(f"{path}: {_why_none(path)}")
         folders.update({folder.resolve(): folder for folder in reversed(below)})
-    sweeps = {
-        parent: _read_sweep(parent) for parent in {p for folder in folders for p in folder.parents}
-    }
-    found = [_place(_read(shown), resolved, sweeps) for resolved, shown in sorted(folders.items())]
-    return sorted(found, key=_order)  # stable: folders' order outside sweeps
+        packed.update({run.folder.resolve(): run for run in inside})
+
+    # A sweep.toml may lie in any folder above a run.
+    known = sorted(folders.keys() | packed.keys())
+    parents = {parent for place in known for parent in place.parents}
+    sweeps = {parent: _read_sweep(parent) for parent in parents}
+    found = []
+    for place in known:
+        run = read_run_folder(folders[place]) if place in folders else packed[place]
+        found.append(_placed(run, place, sweeps))
+    return sorted(found, key=_order)  # stable: the order of folders outside sweeps
 
 
 def common_folder(paths: Sequence[Path]) -> Path:
-    """The deepest folder that holds all `paths` and is no run itself: where a comparison of them
-    belongs.
+    """Return the deepest folder that holds all `paths` and is no run itself: where a comparison of
+    them belongs.
     """
     common = Path(os.path.commonpath([os.path.abspath(path) for path in paths]))
     common = common.parent if is_run(common) else common
@@ -67,22 +79,30 @@ def common_folder(paths: Sequence[Path]) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has started here."""
+    """Return whether a run has started here."""
     return (folder / "config.toml").is_file() and (folder / "metrics.jsonl").is_file()
 
 
-def _run_folders(path: Path) -> list[Path]:
-    """Without looking into runs and hidden folders (a run that is being made is hidden)."""
+def _run_folders(path: Path) -> tuple[list[Path], list[Path]]:
+    """Return the run folders in or below a path, and the folders in, below or above it that hold
+    packed runs.
+    """
     runs = []
+    homes = [parent for parent in path.parents if is_packed(parent)]
     for place, inside, _ in os.walk(path):
-        if is_run(Path(place)):
-            runs.append(Path(place))
+        folder = Path(place)
+        if is_packed(folder):
+            homes.append(folder)
+        # Nothing is in a run but the run, and a run that is being made is hidden.
+        if is_run(folder):
+            runs.append(folder)
             inside.clear()
         inside[:] = sorted(name for name in inside if not name.startswith("."))
-    return runs
+    return runs, homes
 
 
 def _why_none(path: Path) -> str:
+    """Return why there is no run at a path."""
     if not path.exists():
         return "no such folder"
     if not path.is_dir():
@@ -90,63 +110,49 @@ def _why_none(path: Path) -> str:
     return "no run in it, nor below it (a run folder has a config.toml and a metrics.jsonl)"
 
 
-def _read(folder: Path) -> Run:
-    run = read_run(folder)
-    clients = {client.name for client in run.config.clients}
-    if run.summary is not None and run.summary.clients.keys() != clients:
-        known = ", ".join(run.summary.clients) or "none"
-        raise UserError(
-            f"{folder / 'summary.json'}: clients: {known}; the run's config has {', '.join(sorted(clients))}"
-        )
-    return run
-
-
 def _read_sweep(folder: Path) -> Sweep | None:
+    """Return the sweep whose folder this is; None where it is no sweep's."""
     path = folder / SWEEP
     if not path.is_file():
         return None
+    problems = (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, AttributeError, TypeError)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
         if not isinstance(tree.get("axes", {}), dict):
             return None  # some other tool's
         axes = {str(axis): tuple(values) for axis, values in tree.get("axes", {}).items()}
-        return Sweep(
-            folder, str(tree.get("name", folder.name)), _baseline(tree.get("baseline")), axes
-        )
-    except (
-        OSError,
-        UnicodeDecodeError,
-        tomllib.TOMLDecodeError,
-        AttributeError,
-        TypeError,
-    ) as error:
+        name = str(tree.get("name", folder.name))
+        return Sweep(folder, name, _baseline(tree.get("baseline")), axes)
+    except problems as error:
         raise UserError(f"{path}: cannot be read as a sweep: {error}") from None
 
 
 def _baseline(value: Any) -> str | None:
-    """A value of an axis, or several, as a text."""
-    parts = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    )
+    """Return a value of an axis, or several, as a text."""
+    parts = [value]
+    if isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, list):
+        parts = value
     return "/".join(map(str, parts)) if value else None
 
 
-def _place(run: Run, folder: Path, sweeps: Mapping[Path, Sweep | None]) -> Found:
-    """The folders between sweep and run are its values on the axes, in their order; the last one is
-    the seed's.
+def _placed(run: RunData, folder: Path, sweeps: Mapping[Path, Sweep | None]) -> Found:
+    """Return a run with its place in a sweep. The folders between sweep and run are its values on
+    the axes, in their order; the last one is the seed's.
     """
     sweep = next((s for parent in folder.parents if (s := sweeps[parent])), None)
-    if sweep:
-        values = folder.relative_to(sweep.folder).parts[:-1]
-        fits = len(values) == len(sweep.axes)
-        if fits and all(
-            v in allowed for v, allowed in zip(values, sweep.axes.values(), strict=True)
-        ):
-            return Found(run, dict(zip(sweep.axes, values, strict=True)), sweep)
-    return Found(run)
+    if sweep is None:
+        return Found(run)
+    values = folder.relative_to(sweep.folder).parts[:-1]
+    allowed = list(sweep.axes.values())
+    if len(values) != len(allowed) or any(v not in a for v, a in zip(values, allowed, strict=True)):
+        return Found(run)
+    return Found(run, dict(zip(sweep.axes, values, strict=True)), sweep)
 
 
 def _order(found: Found) -> tuple[int, ...]:
+    """Return the place of a run in its sweep as numbers."""
     if found.sweep is None or found.place is None:
         return ()
     return tuple(found.sweep.axes[axis].index(value) for axis, value in found.place.items())

@@ -1,89 +1,122 @@
-"""The comparison as text files: Markdown, LaTeX (booktabs) and CSV."""
+"""This module writes the comparison as text: Markdown, LaTeX (booktabs) and CSV."""
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from comigs.experiments.compare.costs import Costs, Range, ratio
-from comigs.experiments.compare.statistics import METRICS, Comparison, Results, Row
-from comigs.experiments.compare.stats import Spread
+from comigs.experiments.compare.costs import Costs, Range, ratios
+from comigs.experiments.compare.statistics import Comparison, Results, Row
+from comigs.experiments.compare.student import Spread
 from comigs.experiments.compare.tables import perplexity_change
+from comigs.experiments.csv_file import Row as Line
+from comigs.experiments.csv_file import to_csv
+from comigs.experiments.packed import METRICS
 from comigs.text import Table
 
-_TEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "[": "{[}", "]": "{]}",
-    "\N{PLUS-MINUS SIGN}": r"$\pm$", "\N{MULTIPLICATION SIGN}": r"$\times$", "\N{EN DASH}": "--",
-}  # fmt: skip
+TEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "[": "{[}",
+    "]": "{]}",
+    "\N{PLUS-MINUS SIGN}": r"$\pm$",
+    "\N{MULTIPLICATION SIGN}": r"$\times$",
+    "\N{EN DASH}": "--",
+}
 MARKS = "Best **bold**, second best *italic*."
 
 
+def markdown(title: str, parts: Sequence[tuple[str, Table]], notes: Sequence[str]) -> str:
+    """Return the whole Markdown file: what to know first, then each table under its name."""
+    listed = "".join(f"- {_plain(note)}\n" for note in notes)
+    tables = "".join(f"\n## {_plain(name)}\n\n{markdown_table(table)}" for name, table in parts)
+    return f"# {_plain(title)}\n\n{listed}{tables}\n{MARKS}\n"
+
+
 def markdown_table(table: Table) -> str:
-    """With the best bold and the second best italic."""
-    align = ["---" if i < table.names else "---:" for i in range(len(table.headers))]
-    rows = [
-        [_marked(cell, (r, c), table) for c, cell in enumerate(row)]
-        for r, row in enumerate(table.rows)
-    ]
-    closing = [[_plain(cell) for cell in table.last]] if table.last else []
-    lines = [[_plain(h) for h in table.headers], align, *rows, *closing]
+    """Return a table with the best bold and the second best italic."""
+    numbers = len(table.headers) - table.names
+    lines = [list(map(_plain, table.headers)), ["---"] * table.names + ["---:"] * numbers]
+    for r, row in enumerate(table.rows):
+        cells = []
+        for c, cell in enumerate(row):
+            mark = "**" * ((r, c) in table.best) or "*" * ((r, c) in table.second)
+            cells.append(f"{mark}{_plain(cell)}{mark}")
+        lines.append(cells)
+    if table.last:
+        lines.append(list(map(_plain, table.last)))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def latex_table(table: Table, caption: str, label: str) -> str:
-    """A floating table in booktabs, the best bold, the second best underlined."""
-    rows = [
-        " & ".join(_tex_cell(cell, (r, c), table) for c, cell in enumerate(row))
-        for r, row in enumerate(table.rows)
-    ]
-    body = [*(f"{row} \\\\" for row in rows)]
+    """Return a floating table in booktabs, the best bold, the second best underlined."""
+    body = []
+    for r, row in enumerate(table.rows):
+        cells = list(map(tex, row))
+        for c, cell in enumerate(cells):
+            if (r, c) in table.best:
+                cells[c] = rf"\textbf{{{cell}}}"
+            elif (r, c) in table.second:
+                cells[c] = rf"\underline{{{cell}}}"
+        body.append(" & ".join(cells) + r" \\")
     if table.last:
         body += [r"\midrule", " & ".join(map(tex, table.last)) + r" \\"]
-    return "\n".join([
-        r"\begin{table}[t]", r"\centering", rf"\caption{{{tex(caption)}}}",
-        rf"\label{{tab:{re.sub(r'[^A-Za-z0-9]+', '-', label).strip('-').lower()}}}",
-        rf"\begin{{tabular}}{{{'l' * table.names}{'r' * (len(table.headers) - table.names)}}}", r"\toprule",
-        " & ".join(map(tex, table.headers)) + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
-        r"\end{table}", "",
-    ])  # fmt: skip
+
+    # A label is a word: only letters, digits and hyphens.
+    word = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-").lower()
+    columns = "l" * table.names + "r" * (len(table.headers) - table.names)
+    lines = [r"\begin{table}[t]", r"\centering", rf"\caption{{{tex(caption)}}}"]
+    lines += [rf"\label{{tab:{word}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines += [" & ".join(map(tex, table.headers)) + r" \\", r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}", r"\end{table}", ""])
 
 
 def tex(text: str) -> str:
-    """Any text as LaTeX shows it; a minus before a digit is a minus."""
-    escaped = "".join(_TEX.get(c, c) for c in text)
+    """Return any text as LaTeX shows it; a minus before a digit is a minus."""
+    escaped = "".join(TEX.get(c, c) for c in text)
     return re.sub(r"(?<![\w.])([-+])(?=\d)", r"$\1$", escaped)
 
 
 def settings_csv(comparison: Comparison) -> str:
-    """One row per setting and dataset, full precision; empty: not measured."""
-    return _csv(
-        _setting_row(comparison, results, row)
-        for results in comparison.datasets
-        for row in results.rows
-    )
+    """Return one row per setting and dataset, full precision; empty: not measured."""
+    lines = []
+    for results in comparison.datasets:
+        lines += [_setting(comparison, results, row) for row in results.rows]
+    return to_csv(lines)
 
 
 def runs_csv(comparison: Comparison) -> str:
-    """One row per run and client, full precision; bytes and tokens are of the whole run."""
-    return _csv(
-        line
-        for results in comparison.datasets
-        for row in results.rows
-        for line in _run_rows(results, row)
-    )
+    """Return one row per run and client, full precision; bytes and tokens are of the whole run."""
+    lines = []
+    for results in comparison.datasets:
+        for row in results.rows:
+            for run in row.setting.runs.values():
+                head = _head(results, row) | {"seed": run.config.seed}
+                folder = {"folder": str(run.folder)}
+                lines += [head | _client(folder, client) for client in run.clients]
+    return to_csv(lines)
 
 
-def _setting_row(comparison: Comparison, results: Results, row: Row) -> dict[str, Any]:
-    line: dict[str, Any] = {
-        "dataset": results.name,
-        "setting": row.setting.name,
-        "method": row.setting.method,
-    }
-    line["seeds"] = " ".join(map(str, row.setting.runs))
+def _head(results: Results, row: Row) -> Line:
+    """Return what a line is about."""
+    setting = row.setting
+    return {"dataset": results.name, "setting": setting.name, "method": setting.method}
+
+
+def _setting(comparison: Comparison, results: Results, row: Row) -> Line:
+    """Return the line of a setting: its scores, differences, costs and fields."""
+    line = _head(results, row) | {"seeds": " ".join(map(str, row.setting.runs))}
     for metric in METRICS:
         line |= _spread(f"test_{metric}", row.scores[metric])
     line |= _spread("test_perplexity_of_mean", row.perplexity_of_mean)
@@ -92,112 +125,67 @@ def _setting_row(comparison: Comparison, results: Results, row: Row) -> dict[str
     return line | {name: value for name, value in row.setting.fields.items() if name != "method"}
 
 
-def _difference(comparison: Comparison, row: Row) -> dict[str, Any]:
+def _difference(comparison: Comparison, row: Row) -> Line:
+    """Return the cells of a difference to the baseline, all empty where there is none."""
     d = row.difference
+    if d is None:
+        names = ("common_seeds", "perplexity_change", "p", "better_pairs", "pairs")
+        empty = {"difference_in": None, **_spread("difference", None)}
+        return empty | dict.fromkeys(names)
     in_nats = comparison.scale == "nats_per_token"
     return {
-        "difference_in": comparison.scale if d else None,
-        **_spread("difference", d.difference if d else None),
-        "common_seeds": d.difference.n if d else None,
-        "perplexity_change": perplexity_change(d) if d and in_nats else None,
-        "p": d.p if d else None,
-        "better_pairs": d.better if d else None,
-        "pairs": d.pairs if d else None,
+        "difference_in": comparison.scale,
+        **_spread("difference", d.difference),
+        "common_seeds": d.difference.n,
+        "perplexity_change": perplexity_change(d) if in_nats else None,
+        "p": d.p,
+        "better_pairs": d.better,
+        "pairs": d.pairs,
     }
 
 
-def _costs(costs: Costs, baseline: Costs | None) -> dict[str, Any]:
-    """ratio: to the baseline's."""
+def _costs(own: Costs, other: Costs | None) -> Line:
+    """Return the cells of costs. ratio: to the baseline's."""
+    parameters, tokens = ratios(own, other)
     return {
-        **_range("trained_parameters", costs.trained_parameters),
-        "trained_parameters_ratio": ratio(
-            costs.parameters, baseline.parameters if baseline else None
-        ),
-        "training_clients": costs.training,
-        "clients": costs.clients,
-        "trained_tokens": costs.trained_tokens,
-        "trained_tokens_ratio": ratio(
-            costs.trained_tokens, baseline.trained_tokens if baseline else None
-        ),
-        "router_tokens": costs.router_tokens,
-        **_range("uploaded_bytes_per_round", costs.uploaded),
-        **_range("downloaded_bytes_per_round", costs.downloaded),
-        "tokens_per_second": costs.tokens_per_second,
-        "peak_memory_bytes": costs.peak_memory_bytes,
-        "weights": costs.weights,
+        **_range("trained_parameters", own.trained_parameters),
+        "trained_parameters_ratio": parameters,
+        "training_clients": own.training,
+        "clients": own.clients,
+        "trained_tokens": own.trained_tokens,
+        "trained_tokens_ratio": tokens,
+        "router_tokens": own.router_tokens,
+        **_range("uploaded_bytes_per_round", own.uploaded),
+        **_range("downloaded_bytes_per_round", own.downloaded),
+        "tokens_per_second": own.tokens_per_second,
+        "peak_memory_bytes": own.peak_memory_bytes,
+        "weights": own.weights,
     }
 
 
-def _run_rows(results: Results, row: Row) -> Iterable[dict[str, Any]]:
-    for seed, run in row.setting.runs.items():
-        for name, client in run.summary.clients.items() if run.summary else ():
-            line: dict[str, Any] = {
-                "dataset": results.name,
-                "setting": row.setting.name,
-                "method": row.setting.method,
-            }
-            line |= {"seed": seed, "client": name, "folder": str(run.folder)}
-            for which, score in (("test", client.test), ("base_test", client.base_test)):
-                line |= {f"{which}_{metric}": getattr(score, metric) for metric in METRICS}
-            line["test_tokens"] = client.test.tokens
-            line["trained_parameters"] = client.trained_parameters
-            trained = [t for t in run.train if t.client == name]
-            line["trained_tokens"] = sum(t.trained_tokens for t in trained)
-            line["router_tokens"] = sum(t.router_tokens for t in trained)
-            yield line | {
-                "uploaded_bytes": client.uploaded_bytes,
-                "downloaded_bytes": client.downloaded_bytes,
-            }
-
-
-def _csv(rows: Iterable[dict[str, Any]]) -> str:
-    lines = list(rows)
-    file = io.StringIO()
-    writer = csv.DictWriter(
-        file, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(lines)
-    return file.getvalue()
+def _client(head: Line, row: Line) -> Line:
+    """Return the cells of one client of a run."""
+    line = {"client": row["client"], **head}
+    for which in ("test", "base_test"):
+        line |= {f"{which}_{metric}": row[f"{which}_{metric}"] for metric in METRICS}
+    for name in ("test_tokens", "trained_parameters", "trained_tokens", "router_tokens"):
+        line[name] = row[name]
+    return line | {name: row[name] for name in ("uploaded_bytes", "downloaded_bytes")}
 
 
 def _spread(name: str, value: Spread | None) -> dict[str, Any]:
-    return {
-        f"{name}_mean": value.mean if value else None,
-        f"{name}_sd": value.sd if value else None,
-    }
+    """Return the cells of a mean over seeds."""
+    mean, sd = (value.mean, value.sd) if value else (None, None)
+    return {f"{name}_mean": mean, f"{name}_sd": sd}
 
 
 def _range(name: str, value: Range | None) -> dict[str, Any]:
-    return (
-        {name: value.mean, f"{name}_min": value.low, f"{name}_max": value.high}
-        if value
-        else {name: None}
-    )
+    """Return the cells of a mean over clients."""
+    if value is None:
+        return {name: None}
+    return {name: value.mean, f"{name}_min": value.low, f"{name}_max": value.high}
 
 
 def _plain(cell: str) -> str:
+    """Return any text as Markdown shows it."""
     return re.sub(r"([|*_`<\\])", r"\\\1", cell)
-
-
-def _marked(cell: str, place: tuple[int, int], table: Table) -> str:
-    mark = "**" if place in table.best else "*" if place in table.second else ""
-    return f"{mark}{_plain(cell)}{mark}"
-
-
-def _tex_cell(cell: str, place: tuple[int, int], table: Table) -> str:
-    mark = (
-        r"\textbf{%s}"
-        if place in table.best
-        else r"\underline{%s}"
-        if place in table.second
-        else "%s"
-    )
-    return mark % tex(cell)
-
-
-def markdown(title: str, parts: Sequence[tuple[str, Table]], notes: Sequence[str]) -> str:
-    """The whole file: what to know first, then each table under its name."""
-    listed = "".join(f"- {_plain(note)}\n" for note in notes)
-    tables = "".join(f"\n## {_plain(name)}\n\n{markdown_table(table)}" for name, table in parts)
-    return f"# {_plain(title)}\n\n{listed}{tables}\n{MARKS}\n"

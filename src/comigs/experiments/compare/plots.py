@@ -1,5 +1,5 @@
-"""The comparison's plots: as inline SVG for the page, and as one figure with a panel per dataset
-for a paper.
+"""This module draws the comparison: as inline SVG for the page, and as one figure with a panel per
+dataset for a paper.
 """
 
 from __future__ import annotations
@@ -18,19 +18,43 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from comigs import text as f
-from comigs.experiments.compare.points import Mark, Panel, Track
+from comigs.experiments.compare.statistics import Comparison, Row, mean_by_round
+from comigs.experiments.compare.student import Spread
+from comigs.experiments.compare.tables import WORDS
 from comigs.runs.report.plots import COLOUR, MAX_COLOURS, bare, svg
 
+PLOTS = ("by-round", "by-bytes", "by-parameters")
 SHAPES = "os^Dvp*X"  # matplotlib's; a shape for each eight colours
 GLYPHS = "●■▲◆▼⬟★✖"  # the same for people
-_DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
-_WIDE, _HIGH = 3.5, 2.7  # inches of a panel: a paper's column
-_ACROSS = 3  # panels in a row
+DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
+WIDE, HIGH = 3.5, 2.7  # inches of a panel: a paper's column
+ACROSS = 3  # panels in a row
+
+
+@dataclass(frozen=True)
+class Series:
+    """A setting in one panel: its points, by x. `number` is the setting's place among all settings
+    of the comparison, which gives colour and shape.
+    """
+
+    name: str
+    number: int
+    points: tuple[tuple[float, Spread], ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One dataset in one plot."""
+
+    title: str
+    series: tuple[Series, ...]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """What is drawn: panels, what the axes say, and how x is written. log: y may be logarithmic."""
+    """What is drawn: panels, what the axes say, and how x is written. Settings are lines by round,
+    and single points by any cost. log: y may be logarithmic.
+    """
 
     name: str
     panels: tuple[Panel, ...]
@@ -39,55 +63,110 @@ class Plot:
     ticks: Literal["round", "size", "count"]
     log: bool = False
 
+    @property
+    def lines(self) -> bool:
+        """Whether settings are lines."""
+        return self.ticks == "round"
+
+
+def all_plots(c: Comparison) -> list[Plot]:
+    """Return the three plots, without those that have nothing to show."""
+    metric = WORDS[c.metric]
+
+    def scored(row: Row, cost: float | None) -> Sequence[tuple[float, Spread]]:
+        score = row.scores[c.metric]
+        return [(cost, score)] if score and cost is not None else []
+
+    # By round is on the valid text; what a run came to is on test.
+    curves = _panels(c, 1, lambda row: list(mean_by_round(row.setting, c.metric).items()))
+    by_bytes = _panels(c, 2, lambda row: scored(row, _uploaded(row)))
+    by_parameters = _panels(c, 2, lambda row: scored(row, row.costs.parameters))
+    log, test = c.metric == "perplexity", f"test {metric}"
+    made = [
+        Plot(PLOTS[0], curves, "round", f"valid {metric}", "round", log),
+        Plot(PLOTS[1], by_bytes, "uploaded per client", test, "size"),
+        Plot(PLOTS[2], by_parameters, "trained parameters", test, "count"),
+    ]
+    return [plot for plot in made if plot.panels]
+
 
 def panel_svg(plot: Plot, panel: Panel) -> str:
-    """One panel for the page, in the page's own colours, without legend."""
+    """Return one panel for the page, in the page's own colours, without legend."""
     figure = Figure(figsize=(4.6, 3.0), layout="constrained")
     _draw(figure.add_subplot(), plot, panel, COLOUR)
-    return svg(figure, f"{plot.y} by {plot.x}, {panel.title}. {_told(panel)}")
+    return svg(figure, f"{plot.y} by {plot.x}, {panel.title}. {_told(plot, panel)}")
 
 
 def figure_file(
     plot: Plot, settings: Sequence[str], colours: Mapping[str, str], kind: Literal["svg", "pdf"]
 ) -> bytes:
-    """All panels with a legend, fonts inside; equal input gives equal bytes."""
-    across = min(_ACROSS, len(plot.panels))
+    """Return all panels with a legend as a file, fonts inside; equal input gives equal bytes."""
+    # Room for the panels, and below them for the lines of the legend.
+    across = min(ACROSS, len(plot.panels))
     down = math.ceil(len(plot.panels) / across)
     legend = math.ceil(len(settings) / (2 * across)) * 0.19 + 0.1
-    figure = Figure(figsize=(_WIDE * across, _HIGH * down + legend), layout="constrained")
+    figure = Figure(figsize=(WIDE * across, HIGH * down + legend), layout="constrained")
     for number, panel in enumerate(plot.panels):
         axes = figure.add_subplot(down, across, number + 1)
         _draw(axes, plot, panel, colours)
         if len(plot.panels) > 1:
             axes.set_title(panel.title, fontsize=9, color=colours["--ink"], loc="left")
-    line = bool(plot.panels[0].tracks)
-    keys = [
-        Line2D([], [], label=name, **_look(i, colours, line)) for i, name in enumerate(settings)
-    ]
+
+    # The legend names all settings of the comparison, whichever panel has them.
+    looks = [_look(number, colours, plot.lines) for number in range(len(settings))]
+    keys = [Line2D([], [], label=n, **look) for n, look in zip(settings, looks, strict=True)]
     figure.legend(
-        handles=keys, loc="outside lower center", ncols=2 * across, frameon=False, fontsize=8,
-        labelcolor=colours["--ink"], handlelength=2.2, columnspacing=1.2,
-    )  # fmt: skip
+        handles=keys,
+        loc="outside lower center",
+        ncols=2 * across,
+        frameon=False,
+        fontsize=8,
+        labelcolor=colours["--ink"],
+        handlelength=2.2,
+        columnspacing=1.2,
+    )
+
+    # Neither a date nor a random name may make equal figures differ.
     file = io.BytesIO()
+    metadata = {"Date" if kind == "svg" else "CreationDate": None}
     with mpl.rc_context({"svg.hashsalt": plot.name, "svg.fonttype": "path", "pdf.fonttype": 42}):
-        figure.savefig(
-            file, format=kind, metadata={"Date": None} if kind == "svg" else {"CreationDate": None}
-        )
+        figure.savefig(file, format=kind, metadata=metadata)
     return file.getvalue()
 
 
 def key(number: int) -> tuple[str, str]:
-    """How the page writes a setting's mark: a CSS variable and a character."""
+    """Return how the page writes a setting's mark: a CSS variable and a character."""
     return f"--client-{number % MAX_COLOURS}", GLYPHS[number // MAX_COLOURS % len(GLYPHS)]
 
 
+def _panels(
+    c: Comparison, least: int, points: Callable[[Row], Sequence[tuple[float, Spread]]]
+) -> tuple[Panel, ...]:
+    """Return a panel for each dataset that has at least so many settings to show."""
+    panels = []
+    for results in c.datasets:
+        series = []
+        for row in results.rows:
+            if own := points(row):
+                name = row.setting.name
+                series.append(Series(name, c.settings.index(name), tuple(own)))
+        if len(series) >= least:
+            panels.append(Panel(results.name, tuple(series)))
+    return tuple(panels)
+
+
+def _uploaded(row: Row) -> float:
+    """Return the bytes that a client has uploaded over the whole run."""
+    return row.costs.uploaded.mean * next(iter(row.setting.runs.values())).config.rounds
+
+
 def _draw(axes: Axes, plot: Plot, panel: Panel, colours: Mapping[str, str]) -> None:
+    """Draw a panel into its axes."""
     bare(axes, colours)
-    for track in panel.tracks:
-        _track(axes, track, colours)
-    for mark in panel.marks:
-        _mark(axes, mark, colours)
-    if plot.ticks != "round":
+    for series in panel.series:
+        draw = _line if plot.lines else _mark
+        draw(axes, series, colours)
+    if not plot.lines:
         _cost_axis(axes, panel, f.size if plot.ticks == "size" else f.count)
     if plot.log:
         _log_axis(axes, panel)
@@ -95,43 +174,49 @@ def _draw(axes: Axes, plot: Plot, panel: Panel, colours: Mapping[str, str]) -> N
     axes.set_ylabel(plot.y, fontsize=9, color=colours["--muted"])
 
 
-def _track(axes: Axes, track: Track, colours: Mapping[str, str]) -> None:
-    """A line, and around it one standard deviation to each side."""
-    rounds, spreads = [r for r, _ in track.points], [s for _, s in track.points]
-    look = _look(track.number, colours, True)
+def _line(axes: Axes, series: Series, colours: Mapping[str, str]) -> None:
+    """Draw a line, and around it one standard deviation to each side."""
+    rounds, spreads = [r for r, _ in series.points], [s for _, s in series.points]
+    look = _look(series.number, colours, True)
     if len(rounds) > 25:
         look |= {"marker": None}
     axes.plot(rounds, [s.mean for s in spreads], clip_on=False, zorder=3, **look)
     if all(s.sd is not None for s in spreads):
-        low, high = ([s.mean + side * (s.sd or 0) for s in spreads] for side in (-1, 1))
+        low = [s.mean - (s.sd or 0) for s in spreads]
+        high = [s.mean + (s.sd or 0) for s in spreads]
         axes.fill_between(rounds, low, high, color=look["color"], alpha=0.16, linewidth=0)
 
 
-def _mark(axes: Axes, mark: Mark, colours: Mapping[str, str]) -> None:
-    """A point, with one standard deviation up and down."""
-    look = _look(mark.number, colours, False)
+def _mark(axes: Axes, series: Series, colours: Mapping[str, str]) -> None:
+    """Draw a point, with one standard deviation up and down."""
+    ((x, y),) = series.points
+    look = _look(series.number, colours, False)
     drawn: ErrorbarContainer = axes.errorbar(
-        mark.x, mark.y.mean, yerr=mark.y.sd, capsize=2, elinewidth=1, capthick=1, zorder=3, **look
+        x, y.mean, yerr=y.sd, capsize=2, elinewidth=1, capthick=1, zorder=3, **look
     )
     for part in (drawn[0], *drawn[1]):
         part.set_clip_on(False)
 
 
 def _look(number: int, colours: Mapping[str, str], line: bool) -> dict[str, Any]:
-    """Settings are told apart by colour, and from the ninth on by shape and dashes as well."""
+    """Return how a setting looks. Settings are told apart by colour, and from the ninth on by shape
+    and dashes as well.
+    """
     beyond = number // MAX_COLOURS
     return {
         "color": colours[f"--client-{number % MAX_COLOURS}"],
         "marker": SHAPES[beyond % len(SHAPES)],
         "markersize": 3.5 if line else 6,
-        "linestyle": _DASHES[beyond % len(_DASHES)] if line else "none",
+        "linestyle": DASHES[beyond % len(DASHES)] if line else "none",
         "linewidth": 1.6,
     }
 
 
 def _cost_axis(axes: Axes, panel: Panel, text: Callable[[float | None], str]) -> None:
-    """From 0, so that equal budgets look equal; logarithmic above 0 where they are far apart."""
-    costs = [mark.x for mark in panel.marks]
+    """Begin the axis at 0, so that equal budgets look equal; make it logarithmic above 0 where they
+    are far apart.
+    """
+    costs = [series.points[0][0] for series in panel.series]
     least, most = min((x for x in costs if x), default=1.0), max(costs) or 1.0
     if most / least > 30:
         axes.set_xscale("symlog", linthresh=least, linscale=0.5)
@@ -144,8 +229,8 @@ def _cost_axis(axes: Axes, panel: Panel, text: Callable[[float | None], str]) ->
 
 
 def _log_axis(axes: Axes, panel: Panel) -> None:
-    """Logarithmic where the values span more than a factor of two: first rounds fall far."""
-    values = [s.mean for track in panel.tracks for _, s in track.points]
+    """Make y logarithmic where it spans more than a factor of two: first rounds fall far."""
+    values = [s.mean for series in panel.series for _, s in series.points]
     if min(values) > 0 and max(values) / min(values) > 2:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 5, 7)))
@@ -154,11 +239,14 @@ def _log_axis(axes: Axes, panel: Panel) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _told(panel: Panel) -> str:
-    """For those who cannot see the plot."""
-    ends = [(t.name, *t.points[0], *t.points[-1]) for t in panel.tracks]
-    lines = [
-        f"{name}: {a.mean:.4g} at round {i}, {b.mean:.4g} at round {j}."
-        for name, i, a, j, b in ends
-    ]
-    return " ".join([*lines, *(f"{m.name}: {m.y.mean:.4g} at {m.x:,.0f}." for m in panel.marks)])
+def _told(plot: Plot, panel: Panel) -> str:
+    """Return a panel in words, for those who cannot see it."""
+    lines = []
+    for series in panel.series:
+        (x, first), (end, last) = series.points[0], series.points[-1]
+        if plot.lines:
+            said = f"{first.mean:.4g} at round {x}, {last.mean:.4g} at round {end}"
+        else:
+            said = f"{first.mean:.4g} at {x:,.0f}"
+        lines.append(f"{series.name}: {said}.")
+    return " ".join(lines)

@@ -1,42 +1,27 @@
-"""Which runs belong together: runs on the same text are a dataset, runs that differ only in their
-seed a setting.
+"""This module says which runs belong together: runs on the same text are a dataset, and runs that
+differ only in their seed are a setting.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import pandas as pd
 
 from comigs.config import SPLITS, Config, Split, dotted
 from comigs.errors import UserError
 from comigs.experiments.compare.discover import Found
-from comigs.runs.report.read import Run
-
-Fields = Mapping[str, Any]  # dotted name -> value
-_SAME = (
-    "base.attention",
-    "base.device",
-    "base.threads",
-    "client.micro_batch_size",
-    "evaluation",
-    "workers",
-)  # how
-_NAMES = ("version", "name", "seed", "data.root", "data.cache")
-_DATA = (
-    "base.name",
-    "data.distribution",
-    "data.sequence_length",
-    "data.valid_fraction",
-    "data.test_fraction",
-)
-_NOUNS = {"base.name": ""}  # speaks for itself
+from comigs.experiments.compare.fields import DATA, Fields, fields_of, in_words, varying, words
+from comigs.experiments.packed import RunData
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ in nothing but their seed.
+    """A setting is runs that differ in nothing but their seed.
 
     fields: what its config says where the comparison's runs differ. place: its value on each axis
     that tells settings apart, in words: the sweep's axes, else those fields.
@@ -46,101 +31,116 @@ class Setting:
     method: str
     fields: Fields
     place: Mapping[str, str]
-    runs: Mapping[int, Run]  # by seed
+    runs: Mapping[int, RunData]  # by seed
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Settings that were trained and measured on the same text, base and windows, so that their
-    figures compare.
+    """A dataset is settings that were trained and measured on the same text, base and windows, so
+    that their figures compare.
     """
 
     name: str
     settings: tuple[Setting, ...]
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RunData]:
         """All runs of all settings."""
         return [run for setting in self.settings for run in setting.runs.values()]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Group:
-    """The runs of one setting while its name is not known yet."""
+    """The runs of one setting while its name is not known yet. dataset: the dataset's number."""
 
+    dataset: int
     fields: Fields
     found: list[Found] = field(default_factory=list)
 
     @property
     def place(self) -> Fields:
+        """Its value on each axis of the sweep."""
         return self.found[0].place or {}
 
     @property
     def config(self) -> Config:
+        """The config of its first run."""
         return self.found[0].run.config
 
 
 def group(found: Sequence[Found]) -> tuple[Dataset, ...]:
-    """Finished runs into datasets and settings. Raises UserError for two runs of the same setting
-    and seed.
+    """Return finished runs as datasets of settings. Raises UserError for two runs of the same
+    setting and seed.
     """
-    by_data: list[tuple[_Data, dict[Hashable, _Group]]] = []
-    placed = (
-        all(f.place is not None for f in found) and len({tuple(f.place or ()) for f in found}) == 1
-    )
-    for f in found:
-        fields = fields_of(f.run.config)
-        own = tuple((f.place or {}).values()) if placed else ()
-        data = data_of(f.run)
-        groups = next((groups for known, groups in by_data if known.joined_by(data)), None)
-        if groups is None:
-            groups = {}
-            by_data.append((data, groups))
-        groups.setdefault((own, json.dumps(fields, sort_keys=True)), _Group(fields)).found.append(f)
-    datasets = [list(groups.values()) for _, groups in by_data]
-    differing = varying([[g.fields for g in groups] for groups in datasets])
-    axes = varying([[g.place for g in groups] for groups in datasets]) if placed else []
-    names = _setting_names(datasets, differing, axes, placed)
-    titles = _dataset_names(datasets, placed)
-    return tuple(
-        Dataset(
-            title,
-            tuple(
-                _setting(g, names[id(g)], differing, axes)
-                for g in _sorted(groups, differing, placed)
-            ),
-        )
-        for title, groups in zip(titles, datasets, strict=True)
-    )
+    # A sweep's words name things only where every run has its place on the same axes.
+    axes_of = {tuple(one.place or ()) for one in found}
+    placed = len(axes_of) == 1 and all(one.place is not None for one in found)
+    groups = _groups(found, placed)
+    by_dataset: list[list[_Group]] = [[] for _ in range(groups[-1].dataset + 1)]
+    for g in groups:
+        by_dataset[g.dataset].append(g)
+
+    # Settings differ within a dataset; what differs between datasets only is the dataset's.
+    home = [g.dataset for g in groups]
+    fields = in_words([g.fields for g in groups])
+    places = in_words([g.place for g in groups] if placed else [{} for _ in groups])
+    differing, axes = varying(fields, home), varying(places, home)
+    names = _setting_names(groups, fields, places[axes], placed or "method" in differing)
+    titles = _dataset_names(by_dataset, places.drop(columns=axes))
+
+    datasets = []
+    for title, members in zip(titles, by_dataset, strict=True):
+        ordered = members if placed else _sorted(members, differing)
+        settings = [_setting(g, names[groups.index(g)], differing, axes) for g in ordered]
+        datasets.append(Dataset(title, tuple(settings)))
+    return tuple(datasets)
 
 
-def fields_of(config: Config) -> Fields:
-    """Every field that makes a setting, by its dotted name: not seed, text, base or where things
-    lie.
+def text_of(run: RunData) -> dict[str, dict[str, Any]]:
+    """Return client -> split -> what env.json says of its text, or the config where that says
+    nothing; without the number of its tokens, which not every run knows.
     """
-    tree = config.model_dump(mode="json")
-    tree["clients"] = {
-        c["name"]: {k: v for k, v in c.items() if k not in ("name", "text")}
-        for c in tree["clients"]
-    }
-    flat = dict(dotted(tree))
-    return {name: value for name, value in flat.items() if not _of(name, (*_SAME, *_NAMES, *_DATA))}
+    data = run.environment.get("data")
+    texts: dict[str, dict[str, Any]] = {}
+    if not isinstance(data, Mapping) or not data:
+        for client in run.config.clients:
+            entry = client.model_dump(mode="json", include={"text"})
+            texts[client.name] = dict.fromkeys(SPLITS, entry)
+        return texts
+    for name, own in data.items():
+        texts[name] = {}
+        for split, facts in own.items():
+            texts[name][split] = {k: v for k, v in facts.items() if k != "tokens"}
+    return texts
 
 
-@dataclass
 class _Data:
-    """What must be equal for figures to be comparable.
+    """What must be equal for the figures of runs to be comparable.
 
     measured: base, clients, test text, length of windows. learnt: split -> the text that is learnt
     from, of splits that are used whole: a run that uses a share of it (data.train_share) is another
     setting on the same data.
     """
 
-    measured: str
-    learnt: dict[Split, str]
+    def __init__(self, run: RunData) -> None:
+        config, texts = run.config, text_of(run)
+        of = {}
+        for split in SPLITS:
+            own = {name: text.get(split) for name, text in texts.items()}
+            of[split] = json.dumps(own, sort_keys=True)
+        base = run.environment.get("base_fingerprint", config.base.name)
+        windows = [config.data.distribution, config.data.sequence_length]
+        self.measured = json.dumps([base, of["test"], *windows])
+        self.learnt: dict[Split, str] = {}
+        if config.data.train_share == 1:
+            self.learnt["train"] = of["train"]
+        if config.data.valid_share == 1:
+            self.learnt["valid"] = of["valid"]
 
     def joined_by(self, other: _Data) -> bool:
-        """Whether the other's run belongs here; remembers what it says of the text."""
+        """Return whether the other's run belongs here, and then remember what it says of the
+        text.
+        """
         both = self.learnt.keys() & other.learnt.keys()
         if self.measured != other.measured or any(self.learnt[s] != other.learnt[s] for s in both):
             return False
@@ -148,176 +148,122 @@ class _Data:
         return True
 
 
-def data_of(run: Run) -> _Data:
-    """The text, base and windows of a run; from its config where env.json does not say."""
-    config, environment = run.config, run.environment
-    texts = text_of(run)
-    of = {
-        split: json.dumps({name: own.get(split) for name, own in texts.items()}, sort_keys=True)
-        for split in SPLITS
-    }
-    fingerprint = environment.get("base_fingerprint", config.base.name)
-    measured = [fingerprint, of["test"], config.data.distribution, config.data.sequence_length]
-    whole: dict[Split, bool] = {
-        "train": config.data.train_share == 1,
-        "valid": config.data.valid_share == 1,
-    }
-    return _Data(
-        json.dumps(measured), {split: of[split] for split, is_whole in whole.items() if is_whole}
-    )
-
-
-def text_of(run: Run) -> dict[str, dict[str, Any]]:
-    """Client -> split -> what env.json says of its text, or the config where that says nothing.
-
-    Not how many tokens it has, which not every run knows.
+def _groups(found: Sequence[Found], placed: bool) -> list[_Group]:
+    """Return the runs of each setting, dataset by dataset. placed: a sweep's axes tell settings
+    apart, too.
     """
-    data = run.environment.get("data")
-    if not isinstance(data, Mapping) or not data:
-        entries = {c.name: c.model_dump(mode="json", include={"text"}) for c in run.config.clients}
-        return {name: dict.fromkeys(SPLITS, entry) for name, entry in entries.items()}
-    return {
-        client: {
-            split: {k: v for k, v in facts.items() if k != "tokens"} for split, facts in own.items()
-        }
-        for client, own in data.items()
-    }
-
-
-def taken_as_equal(runs: Iterable[Run]) -> dict[str, list[str]]:
-    """Fields in which runs differ though they count as the same setting: name -> the values, in
-    words.
-    """
-    flat = [dict(dotted(run.config.model_dump(mode="json"))) for run in runs]
-    names = dict.fromkeys(name for one in flat for name in one if _of(name, _SAME))
-    values = {name: list(dict.fromkeys(words(one.get(name)) for one in flat)) for name in names}
-    return {name: known for name, known in values.items() if len(known) > 1}
-
-
-def varying(groups: Sequence[Sequence[Fields]]) -> list[str]:
-    """Names of the fields that differ within at least one group, in order of appearance."""
-    names = dict.fromkeys(name for members in groups for fields in members for name in fields)
-    return [
-        n
-        for n in names
-        if any(len({words(fields.get(n)) for fields in members}) > 1 for members in groups)
-    ]
-
-
-def words(value: Any) -> str:
-    """A field's value as people write it."""
-    if value is None:
-        return "none"
-    if isinstance(value, str):
-        return " ".join(value.split())
-    return repr(value).removesuffix(".0") if isinstance(value, float) else json.dumps(value)
+    known: list[_Data] = []
+    groups: dict[Hashable, _Group] = {}
+    for one in found:
+        # The first dataset that the run fits into is its own.
+        data = _Data(one.run)
+        number = next((n for n, kind in enumerate(known) if kind.joined_by(data)), len(known))
+        if number == len(known):
+            known.append(data)
+        fields = fields_of(one.run.config)
+        own = tuple((one.place or {}).values()) if placed else ()
+        # Values that read the same are the same.
+        said = {name: words(value) for name, value in fields.items()}
+        key = number, own, json.dumps(said, sort_keys=True)
+        groups.setdefault(key, _Group(number, fields)).found.append(one)
+    return sorted(groups.values(), key=lambda g: g.dataset)
 
 
 def _setting(g: _Group, name: str, differing: Sequence[str], axes: Sequence[str]) -> Setting:
-    runs: dict[int, Run] = {}
-    for f in g.found:
-        seed = f.run.config.seed
+    """Return a group as a setting. Raises UserError where it has two runs of one seed."""
+    runs: dict[int, RunData] = {}
+    for one in g.found:
+        seed = one.run.config.seed
         if seed in runs:
             raise UserError(
-                f"{runs[seed].folder} and {f.run.folder}: the same setting ({name}) with the same seed, {seed}; "
-                "leave one out"
+                f"{runs[seed].folder} and {one.run.folder}: the same setting ({name}) "
+                f"with the same seed, {seed}; leave one out"
             )
-        runs[seed] = f.run
+        runs[seed] = one.run
     fields = {n: g.fields.get(n) for n in differing}
-    place = (
-        {axis: g.place[axis] for axis in axes}
-        if axes
-        else {n: words(value) for n, value in fields.items()}
-    )
+    place = {axis: g.place[axis] for axis in axes}
+    if not axes:
+        place = {n: words(value) for n, value in fields.items()}
     return Setting(name, g.config.method, fields, place, dict(sorted(runs.items())))
 
 
 def _setting_names(
-    datasets: Sequence[Sequence[_Group]],
-    differing: Sequence[str],
-    axes: Sequence[str],
-    placed: bool,
-) -> dict[int, str]:
-    """By a group's id: the sweep's words for it, else its method; and what sets it apart from
-    others so called.
+    groups: Sequence[_Group], fields: pd.DataFrame, places: pd.DataFrame, with_method: bool
+) -> list[str]:
+    """Return a name for each group: the sweep's words for it, else its method, and what sets it
+    apart from others so called.
     """
-    every = [g for groups in datasets for g in groups]
-    with_method = placed or "method" in differing
-    first = {
-        id(g): ", ".join(g.place[a] for a in axes) or (g.config.method if with_method else "")
-        for g in every
-    }
-    names = {}
-    for g in every:
-        alike = [[h for h in groups if first[id(h)] == first[id(g)]] for groups in datasets]
-        apart = varying([[h.fields for h in members] for members in alike])
-        if len(apart) > 1:  # what is as always need not be said
+    differing = varying(fields, [g.dataset for g in groups])
+    short = [name.rpartition(".")[2] for name in differing]
+    first = []
+    for g, own in zip(groups, places.to_numpy(), strict=True):
+        first.append(", ".join(own) or (g.config.method if with_method else ""))
+
+    names = []
+    for number, g in enumerate(groups):
+        alike = [n for n, other in enumerate(first) if other == first[number]]
+        apart = varying(fields.loc[alike], [groups[n].dataset for n in alike])
+        # What is as always need not be said.
+        if len(apart) > 1:
             usual = fields_of(Config(clients=g.config.clients))
-            apart = [n for n in apart if words(g.fields.get(n)) != words(usual.get(n))]
-        names[id(g)] = ", ".join(
-            filter(None, [first[id(g)], *(_short(n, differing, g) for n in apart)])
-        )
-        names[id(g)] = names[id(g)] or g.config.method
+            apart = [n for n in apart if fields.at[number, n] != words(usual.get(n))]
+        parts = [first[number]]
+        for name in apart:
+            # Fields of two sections may have one name.
+            last = name.rpartition(".")[2]
+            shown = last if short.count(last) == 1 else name
+            parts.append(f"{shown}={fields.at[number, name]}")
+        names.append(", ".join(filter(None, parts)) or g.config.method)
     return names
 
 
-def _short(name: str, all_names: Sequence[str], g: _Group) -> str:
-    """rank=8; with the section where another section's field has the same name."""
-    last = name.rpartition(".")[2]
-    unique = sum(n.rpartition(".")[2] == last for n in all_names) == 1
-    return f"{last if unique else name}={words(g.fields.get(name))}"
-
-
-def _dataset_names(datasets: Sequence[Sequence[_Group]], placed: bool) -> list[str]:
-    """The sweep's words for them, else the runs' name, and whatever of _DATA sets datasets of one
-    name apart.
+def _dataset_names(datasets: Sequence[Sequence[_Group]], places: pd.DataFrame) -> list[str]:
+    """Return the sweep's words for datasets, else the runs' name, and whatever of DATA sets
+    datasets of one name apart. places: a group's value on each axis that no dataset is told apart
+    by inside.
     """
-    places = [groups[0].place for groups in datasets]
-    inside = varying([[g.place for g in groups] for groups in datasets])
-    fixed = [axis for axis in places[0] if axis not in inside] if placed else []
-    apart = [
-        axis for axis in fixed if len(datasets) == 1 or len({place[axis] for place in places}) > 1
-    ]
-    names = [", ".join(place[axis] for axis in apart) for place in places]
+    firsts = [members[0] for members in datasets]
+    order = [g for members in datasets for g in members]
+    own = places.loc[[order.index(g) for g in firsts]]
+    if len(datasets) > 1:
+        own = own[varying(own, [0] * len(own))]
+    names = [", ".join(row) for row in own.to_numpy()]
     if not all(names):
-        names = [groups[0].config.name for groups in datasets]
-    flat = [dict(dotted(groups[0].config.model_dump(mode="json"))) for groups in datasets]
-    alike = {
-        name: [fields for n, fields in zip(names, flat, strict=True) if n == name] for name in names
-    }
-    differ = {
-        name: [n for n in varying([members]) if n in _DATA] for name, members in alike.items()
-    }
-    names = [
-        ", ".join(
-            [
-                name,
-                *(
-                    f"{_NOUNS.get(n, n.rpartition('.')[2] + '=')}{words(fields[n])}"
-                    for n in differ[name]
-                ),
-            ]
-        )
-        for name, fields in zip(names, flat, strict=True)
-    ]
-    return [
-        f"{n} ({names[:i].count(n) + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)
-    ]
+        names = [g.config.name for g in firsts]
+
+    # Two datasets of one name differ in their data, or get a number.
+    flat = in_words([dict(dotted(g.config.model_dump(mode="json"))) for g in firsts])
+    titles: list[str] = []
+    for number, name in enumerate(names):
+        alike = [n for n, other in enumerate(names) if other == name]
+        parts = [name]
+        for apart in varying(flat.loc[alike], [0] * len(alike)):
+            if apart in DATA:
+                # The name of a base speaks for itself.
+                noun = "" if apart == "base.name" else f"{apart.rpartition('.')[2]}="
+                parts.append(f"{noun}{flat.at[number, apart]}")
+        titles.append(", ".join(parts))
+    counts = Counter(titles)
+    numbered = []
+    for n, title in enumerate(titles):
+        again = f" ({titles[:n].count(title) + 1})"
+        numbered.append(title + again * (counts[title] > 1))
+    return numbered
 
 
-def _sorted(groups: Sequence[_Group], differing: Sequence[str], placed: bool) -> Sequence[_Group]:
-    """A sweep's own order; else by method as found, then by the values, numbers by size."""
-    if placed:
-        return groups
+def _sorted(groups: Sequence[_Group], differing: Sequence[str]) -> list[_Group]:
+    """Return the settings of a dataset by method as found, then by their values, numbers by
+    size.
+    """
     methods = list(dict.fromkeys(g.config.method for g in groups))
 
     def key(g: _Group) -> tuple[Any, ...]:
-        values = [g.fields.get(name) for name in differing if name != "method"]
-        numbers = [(0, v, "") if isinstance(v, int | float) else (1, 0, words(v)) for v in values]
+        numbers: list[tuple[int, float, str]] = []
+        for value in [g.fields.get(name) for name in differing if name != "method"]:
+            if isinstance(value, int | float):
+                numbers.append((0, value, ""))
+            else:
+                numbers.append((1, 0, words(value)))
         return (methods.index(g.config.method), *numbers)
 
     return sorted(groups, key=key)
-
-
-def _of(name: str, fields: Sequence[str]) -> bool:
-    return any(name == f or name.startswith(f"{f}.") for f in fields)

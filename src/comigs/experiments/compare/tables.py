@@ -1,4 +1,6 @@
-"""The comparison's tables as rows of text, for the terminal, the page, Markdown and LaTeX."""
+"""This module makes the comparison's tables as rows of text, for the terminal, the page, Markdown
+and LaTeX.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from comigs import text as f
-from comigs.experiments.compare.costs import Range, ratio
-from comigs.experiments.compare.settings import Setting, words
+from comigs.experiments.compare.costs import Range, ratios
+from comigs.experiments.compare.fields import words
+from comigs.experiments.compare.settings import Setting
 from comigs.experiments.compare.statistics import (
-    METRICS,
     Comparison,
     Results,
-    Row,
     mean_difference,
     ranks,
 )
-from comigs.experiments.compare.stats import Paired, Spread
+from comigs.experiments.compare.student import Paired, Spread
+from comigs.experiments.packed import METRICS
 from comigs.text import Table
 
 WORDS = {"perplexity": "perplexity", "nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
@@ -26,8 +28,8 @@ BASE = "untouched base"
 
 @dataclass(frozen=True)
 class Column:
-    """A header, a cell per row and one for the closing row. values: what the best two are found by;
-    low is good.
+    """A column has a header, a cell per row and one for the closing row. values: what the best two
+    are found by; low is good.
     """
 
     header: str
@@ -37,52 +39,44 @@ class Column:
 
 
 def main_table(comparison: Comparison, results: Results, brief: bool = False) -> Table:
-    """One row per setting: the score, the difference to the baseline, what it costs. brief: without
-    costs.
+    """Return one row per setting: the score, the difference to the baseline, what it costs. brief:
+    without costs.
     """
     rows, metric = results.rows, comparison.metric
-    columns = [Column("setting", [r.setting.name for r in rows], BASE)]
-    columns.append(Column("seeds", [str(len(r.setting.runs)) for r in rows]))
-    columns.append(
-        _scores(
-            f"test {WORDS[metric]}", [r.scores[metric] for r in rows], getattr(results.base, metric)
-        )
-    )
+    scores = [r.scores[metric] for r in rows]
+    columns = [_names(results), Column("seeds", [str(len(r.setting.runs)) for r in rows])]
+    columns.append(_scores(f"test {WORDS[metric]}", scores, results.base[metric]))
     if any(r.baseline for r in rows):
         columns += _differences(comparison, results)
-    return _table(columns if brief else [*columns, *_costs(results)[:2]], results.same_seeds)
+    if not brief:
+        columns += _costs(results)[:2]
+    return _table(columns, results.same_seeds)
 
 
 def score_table(comparison: Comparison, results: Results) -> Table:
-    """One row per setting: the measures that the main table does not have."""
-    rows, base = results.rows, results.base
-    columns = [Column("setting", [r.setting.name for r in rows], BASE)]
-    columns += [
-        _scores(f"test {WORDS[metric]}", [r.scores[metric] for r in rows], getattr(base, metric))
-        for metric in METRICS
-        if metric != comparison.metric
-    ]
-    columns.append(
-        _scores(
-            "exp of mean nats/token", [r.perplexity_of_mean for r in rows], base.perplexity_of_mean
-        )
-    )
+    """Return one row per setting: the measures that the main table does not have."""
+    columns = [_names(results)]
+    for metric in METRICS:
+        if metric != comparison.metric:
+            scores = [r.scores[metric] for r in results.rows]
+            columns.append(_scores(f"test {WORDS[metric]}", scores, results.base[metric]))
+    of_mean = [r.perplexity_of_mean for r in results.rows]
+    columns.append(_scores("exp of mean nats/token", of_mean, results.base["perplexity_of_mean"]))
     return _table(columns, results.same_seeds)
 
 
 def client_scores(comparison: Comparison, results: Results) -> Table:
-    """One row per setting, one column per client."""
-    columns = [Column("setting", [r.setting.name for r in results.rows], BASE)]
+    """Return one row per setting, one column per client."""
+    metric = comparison.metric
+    columns = [_names(results)]
     for client in results.clients:
-        base = getattr(results.base_of[client], comparison.metric)
-        columns.append(
-            _scores(client, [r.clients[client][comparison.metric] for r in results.rows], base)
-        )
+        scores = [r.clients[client][metric] for r in results.rows]
+        columns.append(_scores(client, scores, results.base_of[client][metric]))
     return _table(columns, results.same_seeds)
 
 
 def cost_table(results: Results) -> Table:
-    """One row per setting: parameters, tokens, bytes, and speed and memory where they were
+    """Return one row per setting: parameters, tokens, bytes, and speed and memory where they were
     recorded.
     """
     costs = [r.costs for r in results.rows]
@@ -97,103 +91,107 @@ def cost_table(results: Results) -> Table:
 
 
 def combined_table(comparison: Comparison) -> Table:
-    """One row per setting, one column per dataset; then its mean rank, and its mean difference to
-    the baseline.
+    """Return one row per setting, one column per dataset; then its mean rank, and its mean
+    difference to the baseline.
     """
     names, metric = comparison.settings, comparison.metric
     columns = [Column("setting", names, BASE)]
     for results in comparison.datasets:
-        rows = [results.row(name) for name in names]
-        columns.append(
-            _scores(
-                results.name,
-                [r.scores[metric] if r else None for r in rows],
-                getattr(results.base, metric),
-            )
-        )
+        scores = {row.setting.name: row.scores[metric] for row in results.rows}
+        known = [scores.get(name) for name in names]
+        columns.append(_scores(results.name, known, results.base[metric]))
+
+    # Ranks compare datasets whose figures are of different size.
     rank = [ranks(comparison).get(name) for name in names]
-    columns.append(
-        Column("mean rank", [f.NONE if r is None else f"{r:.1f}" for r in rank], values=rank)
-    )
+    cells = [f.spread(value, None, 1) for value in rank]
+    columns.append(Column("mean rank", cells, values=rank))
     if comparison.baseline is not None:
-        means = [mean_difference(comparison, name) for name in names]
-        references = {r.setting.name for d in comparison.datasets for r in d.rows if r.is_baseline}
-        cells = [
-            "baseline" if name in references else f.signed(mean, None, 4)
-            for name, mean in zip(names, means, strict=True)
-        ]
+        every = [row for results in comparison.datasets for row in results.rows]
+        references = {row.setting.name for row in every if row.is_baseline}
+        cells = []
+        for name in names:
+            mean = f.signed(mean_difference(comparison, name), None, 4)
+            cells.append("baseline" if name in references else mean)
         columns.append(Column(f"mean difference in {WORDS[comparison.scale]}", cells))
     return _table(columns, comparison.same_seeds)
 
 
 def settings_table(comparison: Comparison) -> Table:
-    """What each setting's config says wherever settings of the comparison differ; on any dataset
-    (clients.NAME...).
+    """Return what each setting's config says wherever settings of the comparison differ; on any
+    dataset (clients.NAME...).
     """
     by_name: dict[str, list[Setting]] = {}
     for results in comparison.datasets:
         for row in results.rows:
             by_name.setdefault(row.setting.name, []).append(row.setting)
-    names = list(
-        dict.fromkeys(
-            n for same in by_name.values() for s in same for n in s.fields if n != "method"
-        )
-    )
-    rows = [
-        (name, same[0].method, *(_said(same, n) for n in names)) for name, same in by_name.items()
-    ]
+    every = [setting for same in by_name.values() for setting in same]
+    names = list(dict.fromkeys(n for setting in every for n in setting.fields if n != "method"))
+
+    # One setting may have another value for the clients of each dataset.
+    rows = []
+    for name, same in by_name.items():
+        cells = [name, same[0].method]
+        for field in names:
+            values = [s.fields[field] for s in same if s.fields.get(field) is not None]
+            cells.append(", ".join(dict.fromkeys(map(words, values))) or f.NONE)
+        rows.append(tuple(cells))
     return Table(("setting", "method", *names), tuple(rows), names=2)
 
 
-def _said(same: Sequence[Setting], name: str) -> str:
-    known = dict.fromkeys(words(s.fields[name]) for s in same if s.fields.get(name) is not None)
-    return ", ".join(known) or f.NONE
-
-
-def _differences(comparison: Comparison, results: Results) -> list[Column]:
-    """To the baseline, over the seeds that both have."""
-    rows = results.rows
-    spreads = [r.difference.difference if r.difference else None for r in rows]
-    known = [s for s in spreads if s]
-    places = max(3, f.places([s.mean for s in known], [s.sd for s in known])) if known else 3
-
-    def column(header: str, cell: Callable[[Paired], str]) -> Column:
-        return Column(header, [cell(r.difference) if r.difference else f.NONE for r in rows])
-
-    cells = ["baseline" if r.is_baseline else _signed(r, places) for r in rows]
-    columns = [
-        Column(f"{WORDS[comparison.scale]} against baseline", cells),
-        column("p", lambda d: f.probability(d.p)),
-        column("better in", lambda d: f"{d.better} of {d.pairs}"),
-    ]
-    if comparison.scale == "nats_per_token":
-        columns.insert(1, column("perplexity change", lambda d: f.change(perplexity_change(d))))
-    if any(r.difference and r.difference.difference.n != len(r.setting.runs) for r in rows):
-        columns.append(column("common seeds", lambda d: str(d.difference.n)))
-    return columns
-
-
 def perplexity_change(paired: Paired) -> float:
-    """A difference in nats per token as a fraction of the baseline's perplexity (of the mean
+    """Return a difference in nats per token as a fraction of the baseline's perplexity (of the mean
     loss).
     """
     return math.expm1(min(paired.difference.mean, 700))
 
 
+def _names(results: Results) -> Column:
+    """Return the column that says which setting a row is of."""
+    return Column("setting", [r.setting.name for r in results.rows], BASE)
+
+
+def _differences(comparison: Comparison, results: Results) -> list[Column]:
+    """Return the columns of differences to the baseline, over the seeds that both have."""
+    rows = results.rows
+    known = [r.difference.difference for r in rows if r.difference]
+    places = max(3, f.places([s.mean for s in known], [s.sd for s in known])) if known else 3
+
+    def column(header: str, cell: Callable[[Paired], str]) -> Column:
+        cells = [f.NONE] * len(rows)
+        for number, row in enumerate(rows):
+            if row.difference:
+                cells[number] = cell(row.difference)
+        return Column(header, cells)
+
+    # The baseline itself has no difference, and says what it is.
+    by = column("", lambda d: f.signed(d.difference.mean, d.difference.sd, places)).cells
+    marked = ["baseline" * row.is_baseline or cell for row, cell in zip(rows, by, strict=True)]
+    columns = [Column(f"{WORDS[comparison.scale]} against baseline", marked)]
+    if comparison.scale == "nats_per_token":
+        columns.append(column("perplexity change", lambda d: f.change(perplexity_change(d))))
+    columns.append(column("p", lambda d: f.probability(d.p)))
+    columns.append(column("better in", lambda d: f"{d.better} of {d.pairs}"))
+    if any(r.difference and r.difference.difference.n != len(r.setting.runs) for r in rows):
+        columns.append(column("common seeds", lambda d: str(d.difference.n)))
+    return columns
+
+
 def _costs(results: Results) -> list[Column]:
-    """Trained parameters and uploads first: the two that belong beside every score."""
+    """Return the columns of costs. Trained parameters and uploads are first: the two that belong
+    beside every score.
+    """
+    parameters, tokens = [], []
+    for row in results.rows:
+        own = row.costs
+        of_parameters, of_tokens = ratios(own, row.baseline_costs)
+        said = _range(own.trained_parameters, f.count) + _times(of_parameters)
+        if 0 < own.training < own.clients:
+            said += f", {own.training} of {own.clients} clients"
+        parameters.append(said)
+        tokens.append(f.count(own.trained_tokens) + _times(of_tokens))
+
+    # What routers learn from is no budget of the experts, and most have no such steps.
     costs = [r.costs for r in results.rows]
-    budgets = [r.baseline_costs for r in results.rows]
-    parameters = [
-        _range(c.trained_parameters, f.count)
-        + _against(c.parameters, b.parameters if b else None)
-        + (f", {c.training} of {c.clients} clients" if 0 < c.training < c.clients else "")
-        for c, b in zip(costs, budgets, strict=True)
-    ]
-    tokens = [
-        f.count(c.trained_tokens) + _against(c.trained_tokens, b.trained_tokens if b else None)
-        for c, b in zip(costs, budgets, strict=True)
-    ]
     columns = [
         Column("trained parameters", parameters),
         Column("upload / round", [_range(c.uploaded, f.size) for c in costs]),
@@ -205,48 +203,42 @@ def _costs(results: Results) -> list[Column]:
     return columns
 
 
-def _against(value: float | None, reference: float | None) -> str:
-    """How many times the baseline's budget, where it is not equal."""
-    times = ratio(value, reference)
-    return "" if times is None or times == 1 else f" ({f.ratio(times)})"
+def _times(ratio: float | None) -> str:
+    """Return how many times the baseline's budget, where it is not equal."""
+    return "" if ratio is None or ratio == 1 else f" ({f.ratio(ratio)})"
 
 
 def _range(values: Range | None, text: Callable[[float | None], str]) -> str:
-    """The mean, and the least and most where they are told apart."""
+    """Return the mean, and the least and most where they are told apart."""
     if values is None:
         return f.NONE
     low, high = text(values.low), text(values.high)
-    return text(values.mean) + (f" [{low} to {high}]" if low != high else "")
+    return text(values.mean) + f" [{low} to {high}]" * (low != high)
 
 
 def _scores(header: str, spreads: Sequence[Spread | None], base: float | None = None) -> Column:
+    """Return a column of scores over seeds, all with the same decimals."""
     known = [s for s in spreads if s]
     places = f.places([s.mean for s in known], [s.sd for s in known])
-    cells = [f.spread(s.mean, s.sd, places) if s else f.NONE for s in spreads]
-    return Column(
-        header,
-        cells,
-        "" if base is None else f.spread(base, None, places),
-        [s.mean if s else None for s in spreads],
-    )
-
-
-def _signed(row: Row, places: int) -> str:
-    difference = row.difference.difference if row.difference else None
-    return f.signed(difference.mean, difference.sd, places) if difference else f.NONE
+    cells, values = [], []
+    for s in spreads:
+        cells.append(f.spread(s.mean, s.sd, places) if s else f.NONE)
+        values.append(s.mean if s else None)
+    last = "" if base is None else f.spread(base, None, places)
+    return Column(header, cells, last, values)
 
 
 def _table(columns: Sequence[Column], mark: bool) -> Table:
+    """Return columns as a table. mark: find the best and second best of each column."""
     best: set[tuple[int, int]] = set()
     second: set[tuple[int, int]] = set()
     for number, column in enumerate(columns):
-        levels = (
-            sorted({v for v in column.values if v is not None})
-            if mark and len(column.values) > 1
-            else []
-        )
+        # Nobody is the best of one.
+        levels = sorted({v for v in column.values if v is not None})[:2]
+        if not mark or len(column.values) < 2:
+            levels = []
         for row, value in enumerate(column.values):
-            if value is not None and value in levels[:2]:
+            if value is not None and value in levels:
                 (best if value == levels[0] else second).add((row, number))
     last = tuple(c.last for c in columns)
     return Table(

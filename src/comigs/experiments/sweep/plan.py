@@ -13,6 +13,7 @@ from pathlib import Path
 
 from comigs.config import Config, load_config
 from comigs.errors import UserError, nearest
+from comigs.experiments.packed import is_packed, read_packed
 from comigs.experiments.sweep.spec import Sweep, read_sweep, to_toml
 from comigs.experiments.sweep.state import RunState, look
 from comigs.files import ELSEWHERE, write_whole, writing
@@ -91,7 +92,12 @@ def read_plan(file: Path, out: Path | None = None, only: list[str] | None = None
     if not chosen:
         given = " --only ".join(only or [])
         raise UserError(f'--only {given}: in no run\'s path; one is "{runs[0].label}"')
-    states = {run.label: look(run.path, run.config) for run in chosen}
+
+    # runs that were packed have no folder any more
+    packed = {}
+    if is_packed(folder):
+        packed = {run.folder: run for run in read_packed(folder)}
+    states = {run.label: look(run.path, run.config, packed.get(run.path)) for run in chosen}
     return Plan(file, folder, sweep, tuple(chosen), states)
 
 

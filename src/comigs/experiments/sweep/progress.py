@@ -10,7 +10,6 @@ from comigs.experiments.sweep.eta import Eta
 from comigs.experiments.sweep.plan import Plan, Run
 from comigs.experiments.sweep.process import Child
 from comigs.experiments.sweep.state import state_of
-from comigs.runs.folder import RunFolder
 
 Say = Callable[[str], None]
 
@@ -64,7 +63,7 @@ class Progress:
                 details.append(f"round {state.round} of {run.config.rounds}")
             seconds = self.eta.left([(run, state, 0.0)], 1)
             if state.finished:
-                details.append(perplexity(run))
+                details.append(f"perplexity {f.perplexity(state.perplexity)}")
             elif seconds is not None:
                 details.append(f.duration(seconds, "about"))
             self.say(f"{run.label:{self.width}}  {state.word:9}  {'  '.join(details)}".rstrip())
@@ -94,15 +93,10 @@ class Progress:
         # then the line: which of how many, the result, how long it took, how long it goes on
         over = sum(s.finished for s in self.states.values()) + len(self.failed)
         parts = [f"[{over}/{len(self.plan.runs)}] {run.label:{self.width}}"]
-        parts.append(f"failed: {problem}" if problem else perplexity(run))
+        result = f"perplexity {f.perplexity(self.states[run.label].perplexity)}"
+        parts.append(f"failed: {problem}" if problem else result)
         if child is not None and not problem:
             parts.append(f.duration(child.elapsed, "clock"))
         if (self.waiting or self.running) and (left := self.left()):
             parts.append(f"left {left}")
         self.say("  ".join(parts))
-
-
-def perplexity(run: Run) -> str:
-    """Return the result of a finished run in words: the clients' mean perplexity on test."""
-    result = RunFolder.open(run.path).summary()["mean"]["test"]["perplexity"]
-    return f"perplexity {f.perplexity(result)}"

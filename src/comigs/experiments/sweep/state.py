@@ -10,12 +10,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from comigs.config import Config, dotted
 from comigs.data.files import resolve
 from comigs.data.sources import source_names
 from comigs.errors import UserError
+from comigs.experiments.packed import RunData
 from comigs.files import ELSEWHERE, require_free
 from comigs.processes import is_locked
 from comigs.runs.folder import TIMINGS, RunFolder
@@ -31,12 +33,14 @@ class RunState:
     """A state says how far a run is.
 
     round: the last whole one. seconds: of all clients' training and measuring up to there.
+    perplexity: of a finished run, the clients' mean on test.
     """
 
     round: int = 0
     begun: bool = False
     finished: bool = False
     seconds: float = 0.0
+    perplexity: float | None = None
 
     @property
     def word(self) -> str:
@@ -46,11 +50,17 @@ class RunState:
         return "to resume" if self.begun else "new"
 
 
-def look(path: Path, config: Config) -> RunState:
-    """Return how far the run of `config` at `path` is.
+def look(path: Path, config: Config, packed: RunData | None = None) -> RunState:
+    """Return how far the run of `config` at `path` is. packed: the run that was there, in packed
+    form; a run folder goes before it.
 
     Raises UserError where something else is there.
     """
+    # a run in packed form is finished, if it is this run at all
+    if not os.path.lexists(path) and packed is not None:
+        _require_same(path, config, packed.config)
+        return _packed_state(packed)
+
     # what is no run, or one that this version cannot read, is somebody's
     if not os.path.lexists(path):
         require_free(path)
@@ -64,8 +74,12 @@ def look(path: Path, config: Config) -> RunState:
         there = RunFolder.open(path).config()
     except UserError as error:
         raise UserError(f"{error}; nothing was changed. Move {path} away, or {ELSEWHERE}") from None
+    _require_same(path, config, there)
+    return state_of(path)
 
-    # a run of another config would be compared as if it had this one
+
+def _require_same(path: Path, config: Config, there: Config) -> None:
+    """Raise UserError where another run is there: it would be compared as if it had this config."""
     different = list(differences(config, there))
     if different:
         field, wanted, found = different[0]
@@ -75,7 +89,14 @@ def look(path: Path, config: Config) -> RunState:
             f"{field} is {found} in it and {wanted} in this sweep{more}; "
             f"nothing was changed. Move it away, or {ELSEWHERE}"
         )
-    return state_of(path)
+
+
+def _packed_state(run: RunData) -> RunState:
+    """Return the state of a run in packed form."""
+    seconds = sum(row["seconds"] or 0.0 for row in run.rounds)
+    scores = [row["test_perplexity"] for row in run.clients if row["test_perplexity"] is not None]
+    perplexity = fmean(scores) if scores else None
+    return RunState(run.config.rounds, True, True, seconds, perplexity)
 
 
 def state_of(path: Path) -> RunState:
@@ -85,7 +106,10 @@ def state_of(path: Path) -> RunState:
     """
     last = RunFolder.open(path).checkpoint()
     finished = last.finished and (path / "summary.json").is_file()
-    return RunState(last.round, True, finished, _seconds(path / TIMINGS, last.timings_bytes))
+    seconds, perplexity = _seconds(path / TIMINGS, last.timings_bytes), None
+    if finished:
+        perplexity = RunFolder.open(path).summary()["mean"]["test"]["perplexity"]
+    return RunState(last.round, True, finished, seconds, perplexity)
 
 
 def busy(path: Path) -> bool:

@@ -97,10 +97,12 @@ def _pictures(run: Run) -> dict[str, Any]:
     }
 
 
-def render(template: str, **values: Any) -> str:
-    """A template of this folder with the style sheet in it, as HTML; values are escaped."""
+def render(template: str, folder: Path = HERE, **values: Any) -> str:
+    """Return a template of a folder, with this folder's frame and style sheet, as HTML; values are
+    escaped.
+    """
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader([folder, HERE]), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     return environment.get_template(template).render(style=style, **values)

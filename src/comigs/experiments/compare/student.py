@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+import pandas as pd
+
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over `n` seeds and their standard deviation (divided by n - 1; None with one seed)."""
+    """A mean over `n` seeds and their standard deviation (divided by n - 1; None with one seed)."""
 
     mean: float
     sd: float | None
@@ -21,7 +23,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Paired:
-    """A setting minus the baseline, over the seeds both have: below 0 is better than the baseline.
+    """A setting minus the baseline, over the seeds that both have: below 0 is better than the
+    baseline.
 
     difference: of the clients' mean, seed by seed. p: two-sided paired t-test over these seeds;
     None below 2 seeds or where all differences are equal. better: in how many of the (seed, client)
@@ -35,52 +38,58 @@ class Paired:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """None where there is no value."""
+    """Return the mean and deviation of values, and None where there is no value."""
     if not values:
         return None
     return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
-def paired(
-    setting: dict[int, dict[str, float]], baseline: dict[int, dict[str, float]]
-) -> Paired | None:
-    """Compare seed -> client -> value (the same clients everywhere). None where no seed is common.
+def mean_over_clients(table: pd.DataFrame) -> pd.Series:
+    """Return the mean of each row, which is of clients; exact, so that equal runs are equal."""
+    return pd.Series(list(map(fmean, table.to_numpy().tolist())), table.index, dtype=float)
+
+
+def paired(setting: pd.DataFrame, baseline: pd.DataFrame) -> Paired | None:
+    """Compare two tables of seeds and the same clients. None where no seed is common.
 
     The seed is the unit: clients of one run share a server and are no independent repeats, so they
     are only counted.
     """
-    seeds = [seed for seed in setting if seed in baseline]
-    each = [
-        [setting[seed][name] - baseline[seed][name] for name in setting[seed]] for seed in seeds
-    ]
-    difference = spread([fmean(of_seed) for of_seed in each])
+    seeds = setting.index.intersection(baseline.index)
+    each = setting.loc[seeds] - baseline.loc[seeds]
+    difference = spread(mean_over_clients(each).tolist())
     if difference is None:
         return None
-    pairs = [d for of_seed in each for d in of_seed]
-    return Paired(difference, _p_value(difference), sum(d < 0 for d in pairs), len(pairs))
+    better = int((each < 0).to_numpy().sum())
+    return Paired(difference, _p_value(difference), better, each.size)
 
 
 def _p_value(difference: Spread) -> float | None:
-    """Of the hypothesis that the mean difference is 0."""
+    """Return the p of differences, and None where they have no distribution: one alone, or all
+    equal to the bit.
+    """
     mean, sd, n = difference.mean, difference.sd, difference.n
-    if sd is None or sd <= 1e-12 * abs(
-        mean
-    ):  # differences that are equal to the bit have no distribution
+    if sd is None or sd <= 1e-12 * abs(mean):
         return None
     return two_sided(mean / (sd / math.sqrt(n)), n - 1)
 
 
 def two_sided(t: float, freedom: int) -> float:
-    """P(|T| >= |t|) of Student's t with `freedom` >= 1 degrees of freedom (a whole number).
+    """Return P(|T| >= |t|) of Student's t with `freedom` >= 1 degrees of freedom (a whole number).
 
     The finite sums of Abramowitz & Stegun 26.7.3 and 26.7.4; absolute error about 1e-15.
     """
     angle = math.atan(abs(t) / math.sqrt(freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
-    first = 3 if freedom % 2 else 2
-    term = total = (cosine if freedom % 2 else 1.0) if freedom > 1 else 0.0
-    for k in range(first, freedom - 1, 2):
+    # The sums of odd degrees begin with the cosine, those of even ones with 1.
+    odd = freedom % 2 == 1
+    term = total = 0.0
+    if freedom > 1:
+        term = total = cosine if odd else 1.0
+    for k in range(3 if odd else 2, freedom - 1, 2):
         term *= cosine**2 * (k - 1) / k
         total += term
-    within = 2 / math.pi * (angle + sine * total) if freedom % 2 else sine * total
+    within = sine * total
+    if odd:
+        within = 2 / math.pi * (angle + sine * total)
     return min(1.0, max(0.0, 1 - within))
