@@ -52,7 +52,7 @@ def test_a_run_from_python(tmp_path, monkeypatch):
     before = files(Path("elsewhere"))
     assert comigs.resume("elsewhere").path == Path("elsewhere")
     assert files(Path("elsewhere")) == before
-    assert comigs.prepare(config).keys() == {"ann", "bob"}
+    assert set(comigs.prepare(config).names) == {"ann", "bob"}
 
 
 def test_what_was_left_to_us_is_written_down():

@@ -24,7 +24,7 @@ def two_clients(root: Path, **data: object) -> Config:
 
 def prepare_all(*arguments: Any) -> dict[str, ClientData]:
     """Everything looked at, and so tokenised."""
-    return dict(prepare(*arguments))
+    return prepare(*arguments).load_all()
 
 
 def all_texts(data: ClientData) -> list[str]:
@@ -44,7 +44,7 @@ def test_all_text_arrives_once_at_its_own_client(tmp_path: Path) -> None:
 
 def test_evaluation_reads_the_whole_test_text(tmp_path: Path) -> None:
     config = two_clients(tmp_path)
-    (store,) = prepare(config, ByteEncoder())["ana"].test
+    (store,) = prepare(config, ByteEncoder()).load("ana").test
     seen = np.concatenate(
         [t.ravel() for _, t in evaluation_windows([store], config.data.sequence_length, 4)]
     )
@@ -55,12 +55,12 @@ def test_evaluation_reads_the_whole_test_text(tmp_path: Path) -> None:
 def test_nothing_is_tokenised_before_it_is_looked_at(tmp_path: Path) -> None:
     lines, encoder = list[str](), ByteEncoder()
     data = prepare(two_clients(tmp_path), encoder, lines.append)
-    assert list(data) == ["ana", "bob"] and len(data) == 2
+    assert data.names == ("ana", "bob")
     assert encoder.num_calls == 0 and lines == [] and not (tmp_path / "cache").exists()
-    bob = data["bob"]
+    bob = data.load("bob")
     assert {line.partition(":")[0] for line in lines} == {"bob"} and len(lines) == 3
     assert len(list((tmp_path / "cache").iterdir())) == 3
-    again = data["bob"]
+    again = data.load("bob")
     assert len(lines) == 3  # said once
     assert [s.folder for split in SPLITS for s in getattr(again, split)] == [
         s.folder for split in SPLITS for s in getattr(bob, split)
@@ -83,13 +83,13 @@ def test_what_is_known_before_tokenising_is_what_the_stores_hold(
                 (t.text_sha256, t.num_bytes, t.num_documents) for t in getattr(outline, split)
             ] == [
                 (s.text_sha256, s.num_bytes, s.num_documents)
-                for s in getattr(prepared[name], split)
+                for s in getattr(prepared.load(name), split)
             ]
 
 
 def test_a_share_of_the_text_is_its_first_bytes(tmp_path: Path) -> None:
-    whole = prepare(two_clients(tmp_path), ByteEncoder())["ana"]
-    part = prepare(two_clients(tmp_path, train_share=0.4), ByteEncoder())["ana"]
+    whole = prepare(two_clients(tmp_path), ByteEncoder()).load("ana")
+    part = prepare(two_clients(tmp_path, train_share=0.4), ByteEncoder()).load("ana")
     text = "".join(texts_in(whole.train[0])).encode()
     cut = text[: round(0.4 * len(text))].decode(errors="ignore")
     assert "".join(texts_in(part.train[0])) == cut
@@ -110,7 +110,7 @@ def test_no_text_is_held_in_memory(tmp_path: Path) -> None:
         data = prepare(config, ByteEncoder())
         data.outlines()
         assert tracemalloc.get_traced_memory()[0] < 200_000
-        ana = data["ana"]
+        ana = data.load("ana")
         assert tracemalloc.get_traced_memory()[0] < 200_000
         assert sum(s.num_bytes for s in (*ana.train, *ana.valid, *ana.test)) > 7_000_000
     finally:
@@ -163,7 +163,7 @@ def test_out_of_distribution(tmp_path: Path) -> None:
 
 def test_one_client_alone(tmp_path: Path) -> None:
     config = two_clients(tmp_path)
-    everything = prepare(config, ByteEncoder())["bob"]
+    everything = prepare(config, ByteEncoder()).load("bob")
     for path in (tmp_path / "ana").iterdir():
         path.unlink()  # a device has nobody else's text
     alone = prepare_client(config, "bob", ByteEncoder())

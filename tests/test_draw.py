@@ -13,10 +13,10 @@ import pytest
 
 from comigs.app import api
 from comigs.config import ClientSection, parse_config
-from comigs.data.batches import fold_windows
+from comigs.data.batches import Fold, fold_windows
 from comigs.data.corpus import TokenStore
 from comigs.data.prepare import ClientData, prepare
-from comigs.data.sampling import batch_for, check_text
+from comigs.data.sampling import BatchSource, check_text
 from comigs.errors import Stopped, UserError
 from comigs.seeds import generator
 from tests.conftest import run_config, same, start_engine
@@ -66,7 +66,7 @@ def test_windows_of_a_fold_are_all_windows_wholly_inside_or_outside_it(num_token
         draws = 400 * len(possible)
         random = np.random.default_rng(fold)
         windows = drawn(
-            *fold_windows([store(num_tokens)], random, draws, LENGTH, fold, folds, inside)
+            *fold_windows([store(num_tokens)], random, draws, LENGTH, Fold(fold, folds, inside))
         )
         assert (np.diff(windows, axis=1) == 1).all() and windows.shape == (draws, LENGTH + 1)
         starts, counts = np.unique(windows[:, 0], return_counts=True)
@@ -77,7 +77,7 @@ def test_windows_of_a_fold_are_all_windows_wholly_inside_or_outside_it(num_token
 def test_every_text_of_a_mixture_is_as_likely_and_has_its_own_folds():
     stores = [store(60), store(400, first=1000), store(100, first=5000)]
     windows = drawn(
-        *fold_windows(stores, np.random.default_rng(0), 3000, LENGTH, 1, 4, inside=True)
+        *fold_windows(stores, np.random.default_rng(0), 3000, LENGTH, Fold(1, 4, inside=True))
     )
     counts = [
         ((windows >= s.tokens[0]) & (windows <= s.tokens[-1])).all(axis=1).sum() for s in stores
@@ -96,7 +96,7 @@ def test_the_routers_fold_is_the_one_its_experts_did_not_see_since_the_last_phas
     )
     text = store(200)
     data = ClientData((text,), (), ())  # no valid at all
-    draw = partial(batch_for, settings=settings, length=LENGTH, random_for=random_for, data=data)
+    draw = BatchSource(data, settings, LENGTH, random_for).batch
     left_out, number = [], 0
     for phase in range(9):
         seen = set()
@@ -193,7 +193,10 @@ def test_a_router_taught_by_train_never_reads_valid(tmp_path, source):
 @pytest.mark.parametrize("source", ["valid", "train", "crossfit"])
 def test_experts_draw_the_same_batches_whatever_the_router_learns_from_but_for_the_fold(source):
     data = ClientData((store(200),), (store(60, first=500),), ())
-    draw = partial(batch_for, length=LENGTH, random_for=random_for, data=data)
+
+    def draw(level, number, local_steps, settings):
+        return BatchSource(data, settings, LENGTH, random_for).batch(level, number, local_steps)
+
     plain = draw("experts", 5, 5, ClientSection(batch_size=8))
     mine = draw("experts", 5, 5, ClientSection(batch_size=8, router_data=source))
     assert np.array_equal(plain[0], mine[0]) == (source != "crossfit")
@@ -222,8 +225,9 @@ def test_a_fold_may_be_as_short_as_one_window_and_no_shorter():
         data = ClientData((store(500), store(3 * (LENGTH + 1) + extra)), (), ())
         check_text("ada", data, settings, LENGTH)
         for step in range(3):
-            batch_for("experts", step, step, settings, LENGTH, random_for, data)
-            batch_for("router", step, step + 1, settings, LENGTH, random_for, data)
+            source = BatchSource(data, settings, LENGTH, random_for)
+            source.batch("experts", step, step)
+            source.batch("router", step, step + 1)
     short = ClientData((store(500), store(3 * (LENGTH + 1) - 1)), (), ())
     with pytest.raises(UserError) as raised:
         check_text("ada", short, settings, LENGTH)
@@ -284,8 +288,8 @@ def test_a_share_of_a_split_is_its_beginning_and_nothing_else_changes(tmp_path, 
     everything, part = (prepare(config, ByteEncoder()) for config in (whole, less))
     for name in ("ada", "bob"):
         for other in {"train", "valid", "test"} - {split}:
-            assert folders(part[name], other) == folders(everything[name], other)
-        (cut,), (full,) = getattr(part[name], split), getattr(everything[name], split)
+            assert folders(part.load(name), other) == folders(everything.load(name), other)
+        (cut,), (full,) = getattr(part.load(name), split), getattr(everything.load(name), split)
         assert cut.num_bytes == round(share * full.num_bytes)
         assert cut.num_tokens < full.num_tokens
         assert np.array_equal(cut.tokens[:-1], full.tokens[: cut.num_tokens - 1])

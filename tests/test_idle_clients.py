@@ -195,9 +195,9 @@ def test_at_the_end_everybody_has_a_model_of_its_own(tmp_path):
 
 def test_the_text_of_a_client_is_tokenised_when_it_is_first_asked(tmp_path, monkeypatch):
     config, looks = sampled(tmp_path, rounds=1), []
-    look = Texts.__getitem__
+    look = Texts.load
     monkeypatch.setattr(
-        Texts, "__getitem__", lambda texts, name: (looks.append(name), look(texts, name))[1]
+        Texts, "load", lambda texts, name: (looks.append(name), look(texts, name))[1]
     )
     lines, seen = [], []
 

@@ -55,7 +55,7 @@ def run(
     require_text(config)
     base, config = load(config, say)
     data = read_texts(config, base, report, say)
-    known = data if everybody_trains(config) else data.outlines()
+    known = data.load_all() if everybody_trains(config) else data.outlines()
     with attached(config, base) as (attachment, shapes):
         require_memory(memory_needed(config, base, shapes, attachment), base.device)
     with RunFolder.create(path, config, environment(base, known)) as folder, _going_on(folder):
@@ -109,7 +109,7 @@ def prepare(config: Config, say: Say = ignore) -> Texts:
     load_method(config)
     base, config = load(config)
     data = prepare_data(config, base.encoder, say)
-    for client in data.values():  # a look at a client's text tokenises it
+    for client in data.load_all().values():  # loading a client's text tokenises it
         for split in SPLITS:
             for store in getattr(client, split):
                 store.verify()
@@ -166,7 +166,7 @@ def evaluate(
     results = {}
     for name in names:
         with closing(PersonalModel(folder, name, base)) as model:
-            stores = getattr(data[name], split)
+            stores = getattr(data.load(name), split)
             results[name] = {
                 "base": model.evaluate(stores, untouched_base=True).figures(),
                 "personal": model.evaluate(stores).figures(),

@@ -36,7 +36,7 @@ def dry_run(config: Config, report: Report = ignore, say: Say = ignore) -> tuple
         require_memory(needed, base.device)
         report({"kind": "note", "message": "timing two steps"})
         pace = measured_pace(config, base, shapes, attachment)
-    store = next(iter(data.values())).train[0]
+    store = data.load(data.names[0]).train[0]
     seconds = run_seconds(config, method, pace, data.outlines(), store.num_tokens / store.num_bytes)
     tokens = config.client.batch_size * config.data.sequence_length
     return _plan_table(config, base), [

@@ -32,7 +32,7 @@ from comigs.client.steps import (
 from comigs.config import Config, Split
 from comigs.data.batches import Batch, evaluation_windows
 from comigs.data.prepare import ClientData, pooled
-from comigs.data.sampling import Level, batch_for, check_text, probe_windows
+from comigs.data.sampling import BatchSource, Level, check_text, probe_windows
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
@@ -292,5 +292,5 @@ class Client:
     def _next_batch(self, level: Level, number: int) -> Batch:
         settings, length = self.step_settings.client, self.config.data.sequence_length
         random = partial(generator, self.config.seed, "batch", self.name)
-        done = self.train_state.local_steps
-        return batch_for(level, number, done, settings, length, random, self.text)
+        source = BatchSource(self.text, settings, length, random)
+        return source.batch(level, number, self.train_state.local_steps)

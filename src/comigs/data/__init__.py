@@ -1,3 +1,1 @@
-"""Text to windows of tokens: sources -> documents -> splits of clients -> token stores on disk ->
-batches.
-"""
+"""This room turns text into windows of tokens: sources, documents, splits, stores, batches."""

@@ -1,10 +1,9 @@
-"""Token stores: documents as one stream of token ids in a file that is mapped into memory, never
-read whole.
+"""This module holds token stores: documents as one stream of token ids in a file.
 
-The stream is SEP doc1 SEP doc2 SEP ... docN SEP. Every token but the first is predicted once, and
-each document is predicted from its own separator on. A store is a folder `<cache>/<key>/` with
-tokens.bin and meta.json; the key is a hash of the text and the tokenizer, so a store is never out
-of date, only unused.
+A store is mapped into memory, never read whole. The stream is SEP doc1 SEP doc2 SEP ... docN SEP.
+Every token but the first is predicted once, and each document is predicted from its own separator
+on. A store is a folder `<cache>/<key>/` with tokens.bin and meta.json; the key is a hash of the
+text and the tokenizer, so a store is never out of date, only unused.
 """
 
 from __future__ import annotations
@@ -27,27 +26,27 @@ CHECKED = 1 << 16  # bytes at each end of the token file that are checked whenev
 
 
 class Encoder(Protocol):
-    """A tokenizer, as far as data needs to know it."""
+    """An encoder is a tokenizer, as far as data needs to know it."""
 
     @property
     def id(self) -> str:
-        """Hash of everything that decides the encoding: equal ids encode alike."""
+        """A hash of everything that decides the encoding: equal ids encode alike."""
 
     @property
     def vocabulary_size(self) -> int:
-        """All ids are below it."""
+        """A number above all ids."""
 
     @property
     def separator(self) -> int:
-        """Id put before each document and at the end."""
+        """The id put before each document and at the end."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, with no special token added."""
+        """Return the ids of each text, with no special token added."""
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """One split of one client as tokens.
+    """A token store is one split of one client as tokens.
 
     tokens: (num_tokens,) read-only, memory-mapped; uint16, or uint32 for vocabularies above 65,536.
     num_bytes: of the text in UTF-8, for bits per byte. text_sha256: of the documents, in order.
@@ -63,33 +62,33 @@ class TokenStore:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the stream, separators included."""
+        """The number of tokens in the stream, separators included."""
         return len(self.tokens)
 
     @property
     def num_predicted(self) -> int:
-        """Tokens that are predicted, each once: all but the first separator."""
+        """The number of tokens that are predicted, each once: all but the first separator."""
         return len(self.tokens) - 1
 
     def verify(self) -> None:
         """Compare the whole token file with its sha256. Raises UserError where it differs."""
-        if file_sha256(self.folder / TOKENS) != self.tokens_sha256:
+        with (self.folder / TOKENS).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.tokens_sha256:
             raise _damaged(self.folder)
 
 
 def store_folder(cache: Path, text_sha256: str, encoder: Encoder) -> Path:
-    """Where the store of this text and this tokenizer is, or will be."""
-    key = hashlib.sha256(
-        f"{FORMAT}\n{encoder.id}\n{encoder.separator}\n{text_sha256}".encode()
-    ).hexdigest()
-    return cache / key[:32]
+    """Return where the store of this text and this tokenizer is, or will be."""
+    made_from = f"{FORMAT}\n{encoder.id}\n{encoder.separator}\n{text_sha256}"
+    return cache / hashlib.sha256(made_from.encode()).hexdigest()[:32]
 
 
 def open_store(folder: Path) -> TokenStore:
-    """Map a store that was built before; checks sizes and both ends of the file, not every byte
-    (see `verify`).
+    """Map a store that was built before, and return it.
 
-    Raises UserError saying what to delete if it is damaged.
+    Sizes and both ends of the file are checked, not every byte (see `verify`). Raises UserError
+    saying what to delete where the store is damaged.
     """
     path = folder / TOKENS
     try:
@@ -107,23 +106,18 @@ def open_store(folder: Path) -> TokenStore:
         )
     except PermissionError as error:
         raise UserError(f"{error.filename}: no permission to read this token store") from None
+    # Whatever else is wrong, also what JSON is missing, has one cure.
     except (OSError, ValueError, KeyError, TypeError):
         raise _damaged(folder) from None
 
 
 def ends_sha256(path: Path) -> str:
-    """sha256 of the first and last bytes of a file; all of it where it is small."""
+    """Return the sha256 of the first and last bytes of a file; of all where it is small."""
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(CHECKED))
         file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - CHECKED))
         digest.update(file.read(CHECKED))
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a whole file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _damaged(folder: Path) -> UserError:

@@ -1,4 +1,4 @@
-"""The unit of text: what is put into a split as a whole, and how it is told apart from another."""
+"""This module holds the document: what is put into a split as a whole, and how it is compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHUNK = 1 << 18  # characters of a document worked on at once
 
 @dataclass(frozen=True)
 class Document:
-    """One text, the smallest thing that is in train, valid or test.
+    """A document is one text, the smallest thing that is in train, valid or test.
 
     name: where it comes from, for messages.
     key: what decides its split where splits are made by hash; None: its text. A source gives a key
@@ -25,10 +25,10 @@ class Document:
 
 
 def chunks(text: str, size: int = CHUNK) -> Iterator[str]:
-    """The text in pieces of at most `size` characters, cut after a line, else before a space, else
-    anywhere.
+    """Yield the text in pieces of at most `size` characters.
 
-    Before a space, because most tokenizers glue a space to the word behind it.
+    A cut is after a line, else before a space, else anywhere. It is before a space because most
+    tokenizers glue a space to the word behind it.
     """
     start = 0
     while len(text) - start > size:
@@ -44,8 +44,9 @@ def chunks(text: str, size: int = CHUNK) -> Iterator[str]:
 
 
 def text_digest(text: str) -> bytes:
-    """sha256 (32 bytes) of the exact text in UTF-8. Raises UnicodeEncodeError for half a surrogate
-    pair.
+    """Return the sha256 (32 bytes) of the exact text in UTF-8.
+
+    Raises UnicodeEncodeError for half a surrogate pair.
     """
     digest = hashlib.sha256()
     for piece in chunks(text):
@@ -54,7 +55,7 @@ def text_digest(text: str) -> bytes:
 
 
 def content_digest(text: str) -> bytes:
-    """16 bytes that are equal for texts that differ only in white space."""
+    """Return 16 bytes that are equal for texts that differ only in white space."""
     digest = hashlib.sha256()
     for piece in chunks(text):
         digest.update(" ".join([*piece.split(), ""]).encode())

@@ -1,4 +1,4 @@
-"""Reading what a user names: whatever goes wrong becomes one line about that file."""
+"""This module reads what a user names: whatever goes wrong becomes one line about that file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def resolve(argument: str, root: Path) -> Path:
-    """The path an argument names: absolute, from a home folder (`~`), or relative to `root`. Raises
-    UserError.
+    """Return the path of an argument: absolute, from a home folder (`~`), or relative to `root`.
+
+    Raises UserError where a home folder is nobody's.
     """
     try:
         return root / Path(argument).expanduser()
@@ -35,20 +36,18 @@ def reading(path: Path) -> Iterator[None]:
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise UserError(f"{path}: not a whole gzip file; copy or compress it again") from None
     except OSError as error:
-        raise UserError(
-            f"{error.filename or path}: cannot be read: {error.strerror or error}"
-        ) from None
+        why = error.strerror or error
+        raise UserError(f"{error.filename or path}: cannot be read: {why}") from None
 
 
 def decode(raw: bytes, where: str, offset: int = 0) -> str:
-    """UTF-8 to text, without a byte order mark at the start of the file.
+    """Return UTF-8 as text, without a byte order mark at the start of the file.
 
-    where: the file, for the message. offset: bytes of the file before `raw`.
+    `where` names the file in a message; `offset` bytes of it come before `raw`. Raises UserError.
     """
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}); save the file as UTF-8"
-        ) from None
+        place = f"byte {offset + error.start} (0x{raw[error.start]:02x})"
+        raise UserError(f"{where}: not UTF-8 at {place}; save the file as UTF-8") from None
     return text.removeprefix(BYTE_ORDER_MARK) if offset == 0 else text

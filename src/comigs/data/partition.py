@@ -1,7 +1,7 @@
-"""Documents to clients and splits, without leaks: no text is in two splits or at two clients.
+"""This module assigns documents to clients and splits, without leaks.
 
-One pass over a source keeps about 70 bytes per document and none of its text; tokenising is a
-second pass, and only where the tokens are not there yet.
+No text is in two splits or at two clients. One pass over a source keeps about 70 bytes per document
+and none of its text; tokenizing is a second pass, and only where the tokens are not there yet.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,28 +26,35 @@ MIN_DOCUMENTS = 3  # one for each split
 REPEATED = len(SPLITS)  # the "split" of a document whose text came before
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What one pass over a source found, one entry per document.
+class Scan(NamedTuple):
+    """A scan is what one pass over a source found, with one entry per document.
 
     texts: sha256 of the exact text. contents: digest of the text, white space aside. sizes: bytes
-    in UTF-8.
-    splits: index into SPLITS, or REPEATED.
+    in UTF-8. shares: what decides the split by hash.
+    """
+
+    texts: NDArray[np.bytes_]
+    contents: NDArray[np.bytes_]
+    sizes: NDArray[np.int64]
+    shares: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A listing is a source and the split of each of its documents.
+
+    `splits` holds for each document an index into SPLITS, or REPEATED.
     """
 
     spec: str
     root: Path
-    texts: NDArray[np.bytes_]
-    contents: NDArray[np.bytes_]
-    sizes: NDArray[np.int64]
+    scan: Scan
     splits: NDArray[np.uint8]
 
     def read(self) -> Iterator[tuple[int, Document]]:
-        """The source again, each document with its entry in `splits`; repeated ones are left
-        out.
-        """
+        """Read the source again; yield each document that is not repeated, with its split."""
         for number, document in enumerate(_documents(self.spec, self.root)):
-            # a source that grew since the first pass: the store's check of its text will say so
+            # A source that grew since the first pass: the store's check of its text will say so.
             split = int(self.splits[number]) if number < len(self.splits) else 0
             if split != REPEATED:
                 yield split, document
@@ -55,45 +62,47 @@ class Listing:
 
 @dataclass(frozen=True)
 class Partition:
-    """The documents of one client by split."""
+    """A partition is the documents of one client by split."""
 
     client: str
     listings: tuple[Listing, ...]
 
     def read(self, splits: Collection[Split]) -> Iterator[tuple[Split, Document]]:
-        """The documents of these splits, in one pass over each source that has any."""
+        """Yield the documents of these splits, in one pass over each source that has any."""
+        wanted = [SPLITS.index(split) for split in splits]
         with named(self.client):
             for listing in self.listings:
-                if any((listing.splits == SPLITS.index(split)).any() for split in splits):
+                if np.isin(listing.splits, wanted).any():
                     for index, document in listing.read():
-                        if SPLITS[index] in splits:
+                        if index in wanted:
                             yield SPLITS[index], document
 
     def text_sha256(self, split: Split) -> str:
-        """Hash of the split's texts, in order."""
+        """Return the hash of the split's texts, in order."""
         return hashlib.sha256(self._of(split, "texts").tobytes()).hexdigest()
 
     def contents(self, split: Split) -> NDArray[np.bytes_]:
-        """(num_documents,) digests of the split's texts, white space aside."""
+        """Return (num_documents,) digests of the split's texts, white space aside."""
         return self._of(split, "contents")
 
     def num_bytes(self, split: Split) -> int:
-        """Of the split's texts, in UTF-8."""
+        """Return the bytes of the split's texts in UTF-8."""
         return int(self._of(split, "sizes").sum())
 
     def num_documents(self, split: Split) -> int:
-        """In the split."""
+        """Return the number of documents in the split."""
         return len(self._of(split, "sizes"))
 
     @property
     def num_repeated(self) -> int:
-        """Documents left out because the same text came before in the same source."""
+        """How many documents are left out, as their text came before in the same source."""
         return sum(int((listing.splits == REPEATED).sum()) for listing in self.listings)
 
     def _of(self, split: Split, field: str) -> NDArray[Any]:
-        return np.concatenate(
-            [getattr(li, field)[li.splits == SPLITS.index(split)] for li in self.listings]
-        )
+        chosen = []
+        for listing in self.listings:
+            chosen.append(getattr(listing.scan, field)[listing.splits == SPLITS.index(split)])
+        return np.concatenate(chosen)
 
 
 def partition(entry: ClientEntry, data: DataSection) -> Partition:
@@ -109,28 +118,41 @@ def partition(entry: ClientEntry, data: DataSection) -> Partition:
         listings = []
         for index, split in enumerate(SPLITS):
             spec = getattr(entry.text, split)
-            texts, contents, sizes, _ = _scan(spec, data.root)
-            if not len(texts):
+            scan = _scan(spec, data.root)
+            if not len(scan.texts):
                 raise UserError(f'text.{split} = "{spec}": there is no text in it')
-            splits = np.where(_first_of_each(contents), index, REPEATED).astype(np.uint8)
-            listings.append(Listing(spec, data.root, texts, contents, sizes, splits))
+            # A text that repeats an earlier one of its split would count twice.
+            splits = np.where(_first_of_each(scan.contents), index, REPEATED).astype(np.uint8)
+            listings.append(Listing(spec, data.root, scan, splits))
         return Partition(entry.name, tuple(listings))
+
+
+def _list_by_hash(spec: str, data: DataSection) -> Listing:
+    scan = _scan(spec, data.root)
+    first = _first_of_each(scan.contents)
+    if first.sum() < MIN_DOCUMENTS:
+        raise UserError(
+            f'text = "{spec}": {first.sum()} different documents, but splits by hash need '
+            f"{MIN_DOCUMENTS} or more; "
+            "give more files, or text = {train = ..., valid = ..., test = ...}"
+        )
+    splits = np.full(len(first), REPEATED, dtype=np.uint8)
+    splits[first] = split_by_hash(scan.shares[first], data.valid_fraction, data.test_fraction)
+    return Listing(spec, data.root, scan, splits)
 
 
 def split_by_hash(
     shares: NDArray[np.float64], valid_fraction: float, test_fraction: float
 ) -> NDArray[np.uint8]:
-    """(num_documents,) indices into SPLITS for documents with these shares (numbers in [0, 1) made
-    from their keys).
+    """Return (num_documents,) indices into SPLITS for documents with these shares.
 
-    Below test_fraction is test, the next valid_fraction is valid, the rest train: a document's
-    split depends on nothing but itself. Only where a split would be left empty does it get the
-    nearest document.
+    A share is a number in [0, 1) made from a document's key. Below test_fraction is test, the next
+    valid_fraction is valid, what is left is train: a document's split depends on nothing but
+    itself. Only where a split would be left empty does it get the nearest document.
     """
     num_test = int(np.clip((shares < test_fraction).sum(), 1, len(shares) - 2))
-    num_held_out = int(
-        np.clip((shares < test_fraction + valid_fraction).sum(), num_test + 1, len(shares) - 1)
-    )
+    below_train = (shares < test_fraction + valid_fraction).sum()
+    num_held_out = int(np.clip(below_train, num_test + 1, len(shares) - 1))
     order = np.argsort(shares, kind="stable")
     splits = np.full(len(shares), SPLITS.index("train"), dtype=np.uint8)
     splits[order[:num_held_out]] = SPLITS.index("valid")
@@ -139,28 +161,78 @@ def split_by_hash(
 
 
 def share(document: Document) -> float:
-    """A number in [0, 1) that depends only on the document's key, or its text where it has none."""
+    """Return a number in [0, 1) made from the document's key, or its text where it has none."""
     digest = text_digest(document.text if document.key is None else document.key)
-    return float(
-        int.from_bytes(digest[:6]) / 2**48
-    )  # 48 bits: exact in a float, and always below 1
+    # 48 bits are exact in a float, and so the number is always below 1.
+    return float(int.from_bytes(digest[:6]) / 2**48)
+
+
+def _scan(spec: str, root: Path) -> Scan:
+    texts, contents, sizes, shares = bytearray(), bytearray(), array("q"), array("d")
+    for document in _documents(spec, root):
+        try:
+            texts += text_digest(document.text)
+            contents += content_digest(document.text)
+            sizes.append(sum(len(piece.encode()) for piece in chunks(document.text)))
+            shares.append(share(document))
+        # Half a surrogate pair has no UTF-8. It is in the text, or in the name that is the key.
+        except UnicodeEncodeError:
+            broken_name = any("\ud800" <= character <= "\udfff" for character in document.name)
+            cure = "rename it" if broken_name else "write it anew"
+            raise UserError(
+                f"{document.name!a}: not valid Unicode (half a surrogate pair); {cure}"
+            ) from None
+    return Scan(
+        np.frombuffer(texts, "S32"),
+        np.frombuffer(contents, "S16"),
+        np.frombuffer(sizes, np.int64),
+        np.frombuffer(shares, np.float64),
+    )
+
+
+def _documents(spec: str, root: Path) -> Iterator[Document]:
+    """Yield the documents of a source that have any text."""
+    for document in open_source(spec, root):
+        if document.text and not document.text.isspace():
+            yield document
+
+
+def _first_of_each(contents: NDArray[np.bytes_]) -> NDArray[np.bool_]:
+    first = np.zeros(len(contents), dtype=bool)
+    first[np.unique(contents, return_index=True)[1]] = True
+    return first
 
 
 def check_disjoint(partitions: Sequence[Partition]) -> None:
-    """Raise UserError, naming both places, if a text is in two splits or at two clients."""
+    """Refuse a text in two splits or at two clients. Raises UserError, naming both places."""
     places = [(part, split) for part in partitions for split in SPLITS]
     digests = [part.contents(split) for part, split in places]
     everything = np.concatenate(digests)
-    owners = np.repeat(np.arange(len(places)), [len(d) for d in digests])
+    # Sorted, equal digests are neighbours.
     order = np.argsort(everything, kind="stable")
     same = np.flatnonzero(everything[order][1:] == everything[order][:-1])
     if len(same):
+        owners = np.repeat(np.arange(len(places)), [len(d) for d in digests])
         pair = order[same[0] : same[0] + 2]
         where = " and ".join(_where(places[owners[i]], bytes(everything[i])) for i in pair)
         more = f" (and {len(same) - 1} more such pairs)" if len(same) > 1 else ""
         raise UserError(
-            f"the same text is in {where}{more}; a document may be in one split of one client: remove one"
+            f"the same text is in {where}{more}; "
+            "a document may be in one split of one client: remove one"
         )
+
+
+def _where(place: tuple[Partition, Split], digest: bytes) -> str:
+    """Return a text's place in words. The source is read again to find the document's name.
+
+    numpy hands out the digest without zero bytes at its end.
+    """
+    (part, split), name = place, "?"
+    for _, document in part.read([split]):
+        if content_digest(document.text).rstrip(b"\0") == digest:
+            name = document.name
+            break
+    return f'client "{part.client}" {split} ("{name}")'
 
 
 @contextmanager
@@ -170,71 +242,3 @@ def named(client: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f'client "{client}": {error}') from None
-
-
-def _list_by_hash(spec: str, data: DataSection) -> Listing:
-    texts, contents, sizes, shares = _scan(spec, data.root)
-    first = _first_of_each(contents)
-    if first.sum() < MIN_DOCUMENTS:
-        raise UserError(
-            f'text = "{spec}": {first.sum()} different documents, but splits by hash need {MIN_DOCUMENTS} or more; '
-            "give more files, or text = {train = ..., valid = ..., test = ...}"
-        )
-    splits = np.full(len(texts), REPEATED, dtype=np.uint8)
-    splits[first] = split_by_hash(shares[first], data.valid_fraction, data.test_fraction)
-    return Listing(spec, data.root, texts, contents, sizes, splits)
-
-
-def _scan(
-    spec: str, root: Path
-) -> tuple[NDArray[np.bytes_], NDArray[np.bytes_], NDArray[np.int64], NDArray[np.float64]]:
-    """Digests of the texts, of their contents, their sizes, and the shares, of all documents of a
-    source.
-    """
-    texts, contents, sizes, shares = bytearray(), bytearray(), array("q"), array("d")
-    for document in _documents(spec, root):
-        try:
-            texts += text_digest(document.text)
-            contents += content_digest(document.text)
-            sizes.append(sum(len(piece.encode()) for piece in chunks(document.text)))
-            shares.append(share(document))
-        except UnicodeEncodeError:
-            cure = "write it anew" if _is_unicode(document.name) else "rename it"
-            raise UserError(
-                f"{document.name!a}: not valid Unicode (half a surrogate pair); {cure}"
-            ) from None
-    return (
-        np.frombuffer(texts, "S32"), np.frombuffer(contents, "S16"),
-        np.frombuffer(sizes, np.int64), np.frombuffer(shares, np.float64),
-    )  # fmt: skip
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _documents(spec: str, root: Path) -> Iterator[Document]:
-    """The documents of a source that have any text."""
-    return (
-        document
-        for document in open_source(spec, root)
-        if document.text and not document.text.isspace()
-    )
-
-
-def _first_of_each(contents: NDArray[np.bytes_]) -> NDArray[np.bool_]:
-    first = np.zeros(len(contents), dtype=bool)
-    first[np.unique(contents, return_index=True)[1]] = True
-    return first
-
-
-def _where(place: tuple[Partition, Split], digest: bytes) -> str:
-    """A place of a text in words; reads the source again to find the document's name.
-
-    digest: as numpy hands it out, without zero bytes at its end.
-    """
-    part, split = place
-    names = (
-        d.name for _, d in part.read([split]) if content_digest(d.text).rstrip(b"\0") == digest
-    )
-    return f'client "{part.client}" {split} ("{next(names, "?")}")'

@@ -1,12 +1,13 @@
-"""From a config to what clients train and are measured on."""
+"""This module leads from a config to what clients train and are measured on."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from comigs.config import SPLITS, Config, DataSection, Split
 from comigs.data.corpus import Encoder, TokenStore, open_store, store_folder
@@ -21,8 +22,10 @@ OFTEN = 100  # clients between two lines of progress
 
 @dataclass(frozen=True)
 class ClientData:
-    """The stores of one client's splits: one each in-distribution, all clients' valid and test
-    out-of-distribution.
+    """A client's data is the stores of its splits.
+
+    In-distribution, each split is one store; out-of-distribution, valid and test are those of all
+    clients.
     """
 
     train: tuple[TokenStore, ...]
@@ -41,7 +44,10 @@ def pooled(everyone: Iterable[ClientData]) -> ClientData:
 
 @dataclass(frozen=True)
 class SplitText:
-    """What is known of a split before it is tokenised. text_sha256: of its texts, in order."""
+    """A split's text is what is known of it before it is tokenized.
+
+    `text_sha256` is that of its texts, in order.
+    """
 
     text_sha256: str
     num_bytes: int
@@ -50,58 +56,18 @@ class SplitText:
 
 @dataclass(frozen=True)
 class Outline:
-    """As ClientData, before anything is tokenised."""
+    """An outline is as ClientData, before anything is tokenized."""
 
     train: tuple[SplitText, ...]
     valid: tuple[SplitText, ...]
     test: tuple[SplitText, ...]
 
 
-class Texts(Mapping[str, ClientData]):
-    """Data of all clients by name, in the config's order. A client's text is tokenised when it is
-    first looked at.
-
-    In between only hashes of the documents are held: no text, no tokens, no open file. A look
-    raises UserError for text that is too short, or was changed since.
-    """
-
-    def __init__(self, own: dict[str, _Own], distribution: str) -> None:
-        self._own, self._mixed = own, distribution == "out"
-
-    def __getitem__(self, name: str) -> ClientData:
-        own = self._own[name]
-        if not self._mixed:
-            return _client_data(own.stores())
-        return ClientData((own.stores()["train"],), *self._everybodys)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._own)
-
-    def __len__(self) -> int:
-        return len(self._own)
-
-    def outlines(self) -> dict[str, Outline]:
-        """What each client's data is made of; tokenises nothing."""
-        mixed = {
-            s: tuple(own.texts[s] for own in self._own.values()) for s in SPLITS[1:] if self._mixed
-        }
-        return {
-            n: Outline(*(mixed.get(s, (own.texts[s],)) for s in SPLITS))
-            for n, own in self._own.items()
-        }
-
-    @cached_property
-    def _everybodys(self) -> tuple[tuple[TokenStore, ...], tuple[TokenStore, ...]]:
-        stores = [own.stores() for own in self._own.values()]
-        return tuple(s["valid"] for s in stores), tuple(s["test"] for s in stores)
-
-
 def prepare(config: Config, encoder: Encoder, progress: Progress | None = None) -> Texts:
-    """Read all text once and look for leaks. Nothing is tokenised before it is looked at, or is in
-    the cache already.
+    """Read all text once and look for leaks. Nothing is tokenized before it is loaded.
 
-    progress: called with lines to show, then and later. Raises UserError for unusable text and for
-    text in two places.
+    `progress` is called with lines to show, then and later. Raises UserError for unusable text and
+    for text in two places.
     """
     require_text(config)
     partitions = []
@@ -110,45 +76,91 @@ def prepare(config: Config, encoder: Encoder, progress: Progress | None = None) 
             progress(f"reading text: {number:,} of {len(config.clients):,} clients")
         partitions.append(partition(entry, config.data))
     check_disjoint(partitions)
-    own = {part.client: _Own(part, config.data, encoder, progress) for part in partitions}
+    own = [ClientText(part, config.data, encoder, progress) for part in partitions]
     return Texts(own, config.data.distribution)
 
 
 def prepare_client(
     config: Config, name: str, encoder: Encoder, progress: Progress | None = None
 ) -> ClientData:
-    """Data of one client, for a device that has no other client's text.
+    """Return the data of one client, for a device that has no other client's text.
 
-    Checks for leaks between the client's own splits only. Raises UserError as `prepare` does, and
-    for data.distribution = "out", which needs everybody's text.
+    Only leaks between the client's own splits are looked for. Raises UserError as `prepare` does,
+    and for data.distribution = "out", which needs everybody's text.
     """
     entry = config.client_named(name)
     require_own_text_only(config)
     part = partition(entry, config.data)
     check_disjoint([part])
-    return _client_data(_Own(part, config.data, encoder, progress).stores())
+    return Texts([ClientText(part, config.data, encoder, progress)], "in").load(name)
 
 
 def require_own_text_only(config: Config) -> None:
-    """Raises UserError where a client needs the text of others."""
+    """Refuse a config in which a client needs the text of others. Raises UserError."""
     if config.data.distribution == "out":
         raise UserError(
-            'data.distribution: "out" mixes the text of all clients, and a device has only its own; use "in"'
+            'data.distribution: "out" mixes the text of all clients, '
+            'and a device has only its own; use "in"'
         )
 
 
 def require_text(config: Config) -> None:
-    """Raises UserError where a client's text is not here."""
+    """Refuse a config in which a client's text is not here. Raises UserError."""
     for client in config.clients:
         if client.text is None:
             raise UserError(
-                f"clients.{client.name}.text: missing; without --engine flower all text must be here. Give a path or "
-                "SOURCE:ARGUMENT; `comigs list` shows the sources"
+                f"clients.{client.name}.text: missing; without --engine flower all text must be "
+                "here. Give a path or SOURCE:ARGUMENT; `comigs list` shows the sources"
             )
 
 
-class _Own:
-    """One client's own text, and the way to its stores."""
+class Texts:
+    """The texts of all clients, in the config's order. `names` are the clients' names.
+
+    A client's text is tokenized when it is first loaded. In between only hashes of the documents
+    are held: no text, no tokens, no open file.
+    """
+
+    def __init__(self, own: Iterable[ClientText], distribution: str) -> None:
+        self._own = {text.part.client: text for text in own}
+        self._mixed = distribution == "out"
+        self.names = tuple(self._own)
+
+    def load(self, name: str) -> ClientData:
+        """Return a client's data, tokenizing what is not in the cache.
+
+        Raises UserError for text that is too short, or was changed since it was read.
+        """
+        stores = self._own[name].stores()
+        if self._mixed:
+            return ClientData((stores["train"],), *self._held_out_of_all)
+        return ClientData((stores["train"],), (stores["valid"],), (stores["test"],))
+
+    def load_all(self) -> dict[str, ClientData]:
+        """Return the data of all clients by name."""
+        return {name: self.load(name) for name in self.names}
+
+    def outlines(self) -> dict[str, Outline]:
+        """Return by name what each client's data is made of; nothing is tokenized."""
+        texts = {name: own.texts for name, own in self._own.items()}
+        valid_of_all = tuple(text["valid"] for text in texts.values())
+        test_of_all = tuple(text["test"] for text in texts.values())
+        found = {}
+        for name, text in texts.items():
+            if self._mixed:
+                found[name] = Outline((text["train"],), valid_of_all, test_of_all)
+            else:
+                found[name] = Outline((text["train"],), (text["valid"],), (text["test"],))
+        return found
+
+    @cached_property
+    def _held_out_of_all(self) -> tuple[tuple[TokenStore, ...], tuple[TokenStore, ...]]:
+        stores = [own.stores() for own in self._own.values()]
+        return tuple(s["valid"] for s in stores), tuple(s["test"] for s in stores)
+
+
+class ClientText:
+    """A client's own text leads to its stores."""
 
     def __init__(
         self, part: Partition, data: DataSection, encoder: Encoder, progress: Progress | None
@@ -157,53 +169,52 @@ class _Own:
 
     @cached_property
     def limits(self) -> dict[Split, int]:
-        """Bytes of the splits of which only the first part is used; a last document is cut."""
-        shares: dict[Split, float] = {
-            "train": self.data.train_share,
-            "valid": self.data.valid_share,
-        }
-        return {
-            split: round(share * self.part.num_bytes(split))
-            for split, share in shares.items()
-            if share < 1
-        }
+        """The bytes of the splits of which only the first part is used; a last document is cut."""
+        limits: dict[Split, int] = {}
+        if self.data.train_share < 1:
+            limits["train"] = round(self.data.train_share * self.part.num_bytes("train"))
+        if self.data.valid_share < 1:
+            limits["valid"] = round(self.data.valid_share * self.part.num_bytes("valid"))
+        return limits
 
     @cached_property
     def texts(self) -> dict[Split, SplitText]:
-        """What each split holds; read again only where a part of it is used."""
-        of, limits = self.part, self.limits
-        whole = {
-            s: SplitText(of.text_sha256(s), of.num_bytes(s), of.num_documents(s)) for s in SPLITS
-        }
-        return whole | {
-            split: _measured(text for _, text in self._read([split])) for split in limits
-        }
+        """What each split holds; text is read again only where a part of it is used."""
+        found, part = {}, self.part
+        for split in SPLITS:
+            if split in self.limits:
+                found[split] = _measured(text for _, text in self._read([split]))
+            else:
+                sha256, size = part.text_sha256(split), part.num_bytes(split)
+                found[split] = SplitText(sha256, size, part.num_documents(split))
+        return found
 
     def stores(self) -> dict[Split, TokenStore]:
-        """The stores; missing ones are built together, in one pass over the text."""
-        cache, name = self.data.cache, self.part.client
-        folders = {
-            split: store_folder(cache, text.text_sha256, self.encoder)
-            for split, text in self.texts.items()
-        }
+        """Return the store of each split; missing ones are built together, in one pass."""
+        folders: dict[Split, Path] = {}
+        for split in SPLITS:
+            sha256 = self.texts[split].text_sha256
+            folders[split] = store_folder(self.data.cache, sha256, self.encoder)
         missing = [split for split in SPLITS if not folders[split].exists()]
         stores = {split: open_store(folders[split]) for split in SPLITS if split not in missing}
-        with ExitStack() as stack, named(name):
-            writers = {
-                split: stack.enter_context(StoreWriter(folders[split], self.encoder))
-                for split in missing
-            }
+
+        # The writers are all open at once, so that a source with several splits is read once. What
+        # they have not committed is removed where anything fails.
+        with ExitStack() as stack, named(self.part.client):
+            writers = {}
+            for split in missing:
+                writers[split] = stack.enter_context(StoreWriter(folders[split], self.encoder))
             for split, text in self._read(missing):
                 writers[split].add(text)
             for split, writer in writers.items():
                 stores[split] = writer.commit(self.texts[split].text_sha256)
         for split in SPLITS:
-            _check_length(stores[split], name, split, self.data.sequence_length)
+            self._check_length(split, stores[split])
         self._tell(stores, missing)
         return stores
 
     def _read(self, splits: Collection[Split]) -> Iterator[tuple[Split, str]]:
-        """The texts of these splits, in one pass, up to their limits."""
+        """Yield the texts of these splits, in one pass, up to their limits."""
         left = dict(self.limits)
         for split, document in self.part.read(splits):
             if split not in left:
@@ -214,26 +225,34 @@ class _Own:
                 yield split, text
             left[split] -= len(raw)
 
-    def _tell(self, stores: dict[Split, TokenStore], tokenised: Collection[Split]) -> None:
-        """Lines of progress, the first time."""
+    def _check_length(self, split: Split, store: TokenStore) -> None:
+        """Refuse a split that is too short. Raises UserError.
+
+        Train and valid are drawn from in whole windows; test is read to its end, however short.
+        """
+        needed = 2 if split == "test" else self.data.sequence_length + 1
+        if store.num_tokens < needed:
+            raise UserError(
+                f'client "{self.part.client}": {split} has {store.num_tokens} tokens, '
+                f"but needs {needed} (data.sequence_length + 1); "
+                "give it more text or shorten the windows"
+            )
+
+    def _tell(self, stores: dict[Split, TokenStore], tokenized: Collection[Split]) -> None:
+        """Send lines of progress, the first time."""
         if self.progress is None:
             return
         name = self.part.client
         for split in SPLITS:
-            store, how = stores[split], "tokenised" if split in tokenised else "in the cache"
+            store, how = stores[split], "tokenised" if split in tokenized else "in the cache"
             self.progress(
                 f"{name}: {split}: {store.num_documents:,} documents, {store.num_bytes:,} bytes, "
                 f"{store.num_tokens:,} tokens ({how})"
             )
         if self.part.num_repeated:
-            self.progress(
-                f"{name}: left out {self.part.num_repeated:,} documents that repeat an earlier one"
-            )
+            repeated = f"{self.part.num_repeated:,} documents that repeat an earlier one"
+            self.progress(f"{name}: left out {repeated}")
         self.progress = None
-
-
-def _client_data(stores: dict[Split, TokenStore]) -> ClientData:
-    return ClientData(*((stores[split],) for split in SPLITS))
 
 
 def _measured(texts: Iterator[str]) -> SplitText:
@@ -242,13 +261,3 @@ def _measured(texts: Iterator[str]) -> SplitText:
         digest.update(text_digest(text))
         num_bytes, num_documents = num_bytes + len(text.encode()), num_documents + 1
     return SplitText(digest.hexdigest(), num_bytes, num_documents)
-
-
-def _check_length(store: TokenStore, client: str, split: Split, length: int) -> None:
-    """Train and valid are drawn from in whole windows; test is read to its end, however short."""
-    needed = 2 if split == "test" else length + 1
-    if store.num_tokens < needed:
-        raise UserError(
-            f'client "{client}": {split} has {store.num_tokens} tokens, but needs {needed} '
-            f"(data.sequence_length + 1); give it more text or shorten the windows"
-        )

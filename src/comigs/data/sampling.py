@@ -1,64 +1,70 @@
-"""Which text a step learns from: drawn from (seed, client, what for, number) alone, whatever was
-drawn before.
+"""This module says which text a step learns from.
+
+A batch is drawn from (seed, client, what for, number) alone, whatever was drawn before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from comigs.config import ClientSection, Config
-from comigs.data.batches import Batch, fold_windows, sample_windows
+from comigs.data.batches import Batch, Fold, fold_windows, sample_windows
 from comigs.data.prepare import ClientData
 from comigs.errors import UserError
 from comigs.seeds import generator
 
-Level = Literal["experts", "router"]  # the lower and the upper one
+Level = Literal["experts", "router"]  # the lower and the upper level of the bi-level method
 
 
-def batch_for(
-    level: Level, number: int, local_steps: int, settings: ClientSection, length: int,
-    random_for: Callable[[str, int], np.random.Generator], data: ClientData,
-) -> Batch:  # fmt: skip
-    """Batch `number` (from 0) of the level, after `local_steps` local steps of the run.
+@dataclass(frozen=True)
+class BatchSource:
+    """A batch source is what a client's batches are drawn from.
 
-    Cross-fitting: between two router phases the experts see train without one fold, which is then
-    the router's.
+    `length` is that of a window in tokens. `random_for` gives the generator of a purpose and a
+    number.
     """
-    source = "train" if level == "experts" else settings.router_data
-    label = "router train" if level == "router" and source == "train" else source
-    random = random_for(label, number)
-    if settings.router_data == "crossfit":
-        phases = local_steps // settings.router_every - (
-            level == "router"
-        )  # before the steps this batch belongs to
-        fold, inside = phases % settings.folds, level == "router"
-        return fold_windows(
-            data.train, random, settings.batch_size, length, fold, settings.folds, inside
-        )
-    return sample_windows(
-        data.train if source == "train" else data.valid, random, settings.batch_size, length
-    )
+
+    data: ClientData
+    settings: ClientSection
+    length: int
+    random_for: Callable[[str, int], np.random.Generator]
+
+    def batch(self, level: Level, number: int, local_steps: int) -> Batch:
+        """Return batch `number` (from 0) of a level, after `local_steps` local steps of the run."""
+        settings, is_router = self.settings, level == "router"
+        split = settings.router_data if is_router else "train"
+        purpose = "router train" if is_router and split == "train" else split
+        random = self.random_for(purpose, number)
+        if settings.router_data == "crossfit":
+            # Between two router phases the experts see train without one fold, which is then the
+            # router's. A router's batch comes after the steps of its phase, so it counts one less.
+            phase = local_steps // settings.router_every - is_router
+            fold = Fold(phase % settings.folds, settings.folds, inside=is_router)
+            return fold_windows(self.data.train, random, settings.batch_size, self.length, fold)
+        stores = self.data.train if split == "train" else self.data.valid
+        return sample_windows(stores, random, settings.batch_size, self.length)
 
 
 def probe_windows(
     config: Config, client: str, data: ClientData, round: int, num_windows: int
 ) -> list[Batch]:
-    """The sample of valid on which a client compares models in a round: the same for every
-    model.
-    """
+    """Return the sample of valid on which a client compares all models in a round."""
     random = generator(config.seed, "probe", client, round)
     return [sample_windows(data.valid, random, num_windows, config.data.sequence_length)]
 
 
 def check_text(client: str, data: ClientData, settings: ClientSection, length: int) -> None:
-    """Raises UserError where a fold of train would be shorter than one window."""
+    """Refuse a text whose folds would be shorter than one window. Raises UserError."""
     need, shortest = length + 1, min(store.num_tokens for store in data.train)
     if settings.router_data == "crossfit" and shortest // settings.folds < need:
         most = shortest // need
+        fewer = f"at most {most}, or " if most > 1 else ""
         raise UserError(
-            f"client.folds: given {settings.folds}, but client {client} has {shortest:,} tokens to train on; a fold "
-            f'needs {need} at least. Use {f"at most {most}, or " if most > 1 else ""}client.router_data = "train"'
+            f"client.folds: given {settings.folds}, but client {client} has {shortest:,} tokens to "
+            f"train on; a fold needs {need} at least. "
+            f'Use {fewer}client.router_data = "train"'
         )

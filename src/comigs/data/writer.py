@@ -1,4 +1,4 @@
-"""Building a token store: documents in, tokens out, with a bounded part of the text in memory."""
+"""This module builds a token store, with a bounded part of the text in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -24,13 +23,11 @@ from comigs.files import writing
 BATCH = 1 << 19  # characters handed to the tokenizer at once
 ADVICE = "free or allow it, or choose another folder with data.cache"
 UNFINISHED = ".building-"
-ABANDONED_AFTER = (
-    24 * 3600
-)  # seconds without a write after which another build removes an unfinished store
+ABANDONED_AFTER = 24 * 3600  # seconds without a write; then another build removes an unfinished one
 
 
 class StoreWriter:
-    """Writes a store in a folder of its own and moves it into place when it is whole.
+    """A store writer writes a store in a folder of its own, and moves the whole into place.
 
     The move is one rename: a kill at any moment leaves either the whole store or an unfinished
     folder that nobody opens, and of two processes building the same store one wins and both use it.
@@ -39,28 +36,23 @@ class StoreWriter:
     def __init__(self, folder: Path, encoder: Encoder) -> None:
         self._folder, self._encoder = folder, encoder
         self._dtype = np.dtype("<u2" if encoder.vocabulary_size <= 1 << 16 else "<u4")
-        self._pending: list[
-            tuple[str, bool]
-        ] = []  # pieces of text, and whether each starts a document
+        # Pieces of text that are not tokenized yet, and whether each starts a document.
+        self._pending: list[tuple[str, bool]] = []
         self._pending_characters = 0
         self._num_tokens = self._num_bytes = self._num_documents = 0
         self._text, self._tokens = hashlib.sha256(), hashlib.sha256()
         with writing(folder.parent, ADVICE):
             folder.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(folder.parent)
-            # readable by this user only, as private text can be read back from tokens
+            # Only this user may read the folder, as private text can be read back from tokens.
             self._unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
             self._file = (self._unfinished / TOKENS).open("wb")
 
     def __enter__(self) -> Self:
+        """Return the writer."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Remove what is unfinished."""
         with suppress(OSError):  # closing writes what is buffered, which fails on a full disk
             self._file.close()
@@ -70,20 +62,20 @@ class StoreWriter:
         """Append one document."""
         self._text.update(text_digest(text))
         self._num_documents += 1
-        first = True
+        starts_document = True
         for piece in chunks(text):
             self._num_bytes += len(piece.encode())
-            self._pending.append((piece, first))
+            self._pending.append((piece, starts_document))
             self._pending_characters += len(piece)
-            first = False
+            starts_document = False
             if self._pending_characters >= BATCH:
                 self._encode_pending()
 
     def commit(self, text_sha256: str) -> TokenStore:
         """Finish the file, move the store into place and open it.
 
-        text_sha256: of the text this store was to hold. Raises UserError where the text added
-        differs from it.
+        `text_sha256` is that of the text this store was to hold. Raises UserError where the text
+        added differs from it.
         """
         if self._text.hexdigest() != text_sha256:
             raise UserError("the text changed while it was being read; run again")
@@ -97,15 +89,13 @@ class StoreWriter:
             try:
                 os.replace(self._unfinished, self._folder)
             except OSError as error:
-                if error.errno not in (
-                    errno.ENOTEMPTY,
-                    errno.EEXIST,
-                ):  # else another process was first
+                # Where another process was first, its store is as good.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
         return open_store(self._folder)
 
     def _encode_pending(self) -> None:
-        """Tokenise and write the pieces collected so far."""
+        """Tokenize and write the pieces collected so far."""
         encoded = self._encoder.encode([piece for piece, _ in self._pending])
         with writing(self._folder.parent, ADVICE):
             for (_, starts_document), ids in zip(self._pending, encoded, strict=True):
@@ -129,6 +119,7 @@ class StoreWriter:
             "tokens_sha256": self._tokens.hexdigest(),
             "ends_sha256": ends_sha256(self._unfinished / TOKENS),
         }
+        # Not write_text: the file must be on the disk before the folder gets its name.
         with (self._unfinished / META).open("w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
             file.flush()

@@ -10,7 +10,7 @@ from dataclasses import replace
 from comigs.bases.load import Base
 from comigs.client.client import Client, Workplace
 from comigs.config import Config
-from comigs.data.prepare import ClientData
+from comigs.data.prepare import Texts
 from comigs.engines.base_evaluation_cache import base_figures
 from comigs.engines.client_task import run_task
 from comigs.engines.upload_store import UploadStore
@@ -33,7 +33,7 @@ class ClientHost:
     """
 
     def __init__(
-        self, config: Config, method: Method, base: Base, data: Mapping[str, ClientData], folder: RunFolder,
+        self, config: Config, method: Method, base: Base, data: Texts, folder: RunFolder,
         store: UploadStore, report: Report,
     ) -> None:  # fmt: skip
         """store: where uploads go."""
@@ -54,10 +54,10 @@ class ClientHost:
         if self.folder.holds(f"{path}/{STATE[0]}", staged):
             state = {part: self.folder.load(f"{path}/{part}", staged) for part in STATE}
         place = Workplace(self.config, self.method, self.base, self.attachment)
-        client = Client(name, place, self.data[name], state)
+        client = Client(name, place, self.data.load(name), state)
         client.is_trainer = name in self.trainers
         if self.method.centralized and client.is_trainer:
-            client.pool(list(self.data.values()))
+            client.pool(list(self.data.load_all().values()))
         return client
 
     def exchange(self, name: str, task: Task, download: Download) -> Reply:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from comigs.bases.load import Base
 from comigs.client.steps import settings_of
 from comigs.config import Config
-from comigs.data.prepare import ClientData
+from comigs.data.prepare import Texts
 from comigs.data.sampling import check_text
 from comigs.engines.host import ClientHost
 from comigs.engines.upload_store import UploadStore
@@ -29,7 +29,7 @@ class InProcess:
     """
 
     def __init__(
-        self, config: Config, method: Method, base: Base, data: Mapping[str, ClientData], folder: RunFolder,
+        self, config: Config, method: Method, base: Base, data: Texts, folder: RunFolder,
         report: Report,
     ) -> None:  # fmt: skip
         store = UploadStore(folder.scratch / "uploads")
@@ -42,7 +42,7 @@ class InProcess:
             for name, shapes in self.shapes.items():
                 check_text(
                     name,
-                    data[name],
+                    data.load(name),
                     settings_of(config, method, shapes),
                     config.data.sequence_length,
                 )

@@ -1,4 +1,4 @@
-"""A folder of .txt and .md files, or one such file: each file is a document."""
+"""This source is a folder of .txt and .md files, or one such file: each file is a document."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ SUFFIXES = (".txt", ".md")
 
 
 def load(argument: str, root: Path) -> Iterator[Document]:
-    """The files in the order of their paths; hidden files and folders are left out, links to
-    folders not followed.
+    """Yield the files in the order of their paths.
+
+    Hidden files and folders are left out, and links to folders not followed.
     """
     path = resolve(argument, root)
     found = False
@@ -34,7 +35,7 @@ def load(argument: str, root: Path) -> Iterator[Document]:
 
 
 def _files(path: Path) -> Iterator[tuple[Path, str]]:
-    """Each file with its path inside the folder."""
+    """Yield each file with its path inside the folder."""
     with reading(path):
         is_folder = S_ISDIR(path.stat().st_mode)
     if not is_folder:
@@ -44,6 +45,7 @@ def _files(path: Path) -> Iterator[tuple[Path, str]]:
         return
     with reading(path):
         for folder, inner, files in os.walk(path, onerror=_raise):
+            # os.walk goes on with what is left in `inner`, in that order.
             inner[:] = sorted(name for name in inner if not name.startswith("."))
             for name in sorted(files):
                 if name.lower().endswith(SUFFIXES) and not name.startswith("."):
@@ -52,5 +54,5 @@ def _files(path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _raise(error: OSError) -> None:
-    """os.walk would leave out a folder it may not read."""
+    """Raise the error, as os.walk would leave out a folder that it may not read."""
     raise error

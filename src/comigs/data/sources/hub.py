@@ -1,5 +1,6 @@
-"""A dataset of the `datasets` library: from its hub, or from a folder on this machine. Each row is
-a document.
+"""This source is a dataset of the `datasets` library: each row is a document.
+
+The dataset is from the library's hub, or from a folder on this machine.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from comigs.data.document import Document
 from comigs.data.files import resolve
 from comigs.errors import UserError
 
-SUMMARY = "hub:NAME[:CONFIG]:SPLIT: rows with a field `text` of a `datasets` dataset, by hub name or local folder"
+SUMMARY = (
+    "hub:NAME[:CONFIG]:SPLIT: rows with a field `text` of a `datasets` dataset, "
+    "by hub name or local folder"
+)
 VERSION = "as published"
 LICENSE = "as the dataset's card says"
 
 
 def load(argument: str, root: Path) -> Iterator[Document]:
-    """The rows in order, streamed: a hub dataset is read as it comes and not stored.
+    """Yield the rows in order, streamed: a hub dataset is read as it comes and not stored.
 
     NAME may be a folder written by `save_to_disk`, or one of data files; relative to `root`.
     """
@@ -26,17 +30,19 @@ def load(argument: str, root: Path) -> Iterator[Document]:
     for number, row in enumerate(_guarded(rows, argument)):
         if not isinstance(row.get("text"), str):
             raise UserError(
-                f"hub:{argument}: row {number} has no field `text`; fields there are: {', '.join(row)}"
+                f"hub:{argument}: row {number} has no field `text`; "
+                f"fields there are: {', '.join(row)}"
             )
         yield Document(row["text"], f"{argument}:{number}")
 
 
 def _open(argument: str, root: Path) -> Iterable[dict[str, Any]]:
-    """The dataset's rows, not read yet."""
+    """Return the dataset's rows, not read yet."""
     parts = argument.split(":")
     if len(parts) not in (2, 3) or not all(parts):
         raise UserError(f"hub:{argument}: expected hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT")
     name, *config, split = parts
+    # The library is an extra, and takes seconds to import.
     try:
         import datasets
     except ImportError:
@@ -44,29 +50,29 @@ def _open(argument: str, root: Path) -> Iterable[dict[str, Any]]:
             f"hub:{argument}: needs the `datasets` library; pip install 'comigs[hub]'"
         ) from None
     folder = resolve(name, root)
-    rows: Iterable[dict[str, Any]]
     try:
         if (folder / "state.json").exists():
             raise UserError(
-                f"hub:{argument}: {folder} is one dataset without splits; save a DatasetDict with a split per name"
+                f"hub:{argument}: {folder} is one dataset without splits; "
+                "save a DatasetDict with a split per name"
             )
-        if (folder / "dataset_dict.json").exists():
-            saved = datasets.load_from_disk(str(folder))
-            if split not in saved:
-                raise UserError(
-                    f'hub:{argument}: no split "{split}"; there are: {", ".join(saved)}'
-                )
-            rows = saved[split]
-        else:
+        if not (folder / "dataset_dict.json").exists():
             path = str(folder) if folder.is_dir() else name
-            rows = datasets.load_dataset(path, *config, split=split, streaming=True)
+            rows: Iterable[dict[str, Any]] = datasets.load_dataset(
+                path, *config, split=split, streaming=True
+            )
+            return rows
+        saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _user_error(argument, error) from None
+    if split not in saved:
+        raise UserError(f'hub:{argument}: no split "{split}"; there are: {", ".join(saved)}')
+    rows = saved[split]
     return rows
 
 
 def _guarded(rows: Iterable[dict[str, Any]], argument: str) -> Iterator[dict[str, Any]]:
-    """The rows; a download that fails on the way is one line, too."""
+    """Yield the rows. A download that fails on the way is one line, too."""
     iterator = iter(rows)
     while True:
         try:
@@ -79,7 +85,7 @@ def _guarded(rows: Iterable[dict[str, Any]], argument: str) -> Iterator[dict[str
 
 
 def _user_error(argument: str, error: Exception) -> UserError:
-    """The first line of the library's message, unless it is ours already."""
+    """Return the first line of the library's message, unless it is ours already."""
     if isinstance(error, UserError):
         return error
     message = str(error).strip().splitlines() or [type(error).__name__]

@@ -1,4 +1,4 @@
-"""JSON lines, plain or gzipped: each line is an object whose field `text` is a document."""
+"""This source is JSON lines, plain or gzipped: each line's field `text` is a document."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LICENSE = "as your file"
 
 
 def load(argument: str, root: Path) -> Iterator[Document]:
-    """The lines in order; empty lines are skipped."""
+    """Yield the lines in order; empty lines are skipped."""
     path = resolve(argument, root)
     offset = 0  # bytes before the line, uncompressed
     found = False
@@ -34,26 +34,28 @@ def load(argument: str, root: Path) -> Iterator[Document]:
 
 
 def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
+    if path.name.lower().endswith(".gz"):
+        return cast(BinaryIO, gzip.open(path))
+    return path.open("rb")
 
 
 def _text(line: str, where: str) -> str:
-    """The field `text` of one line."""
+    """Return the field `text` of one line."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    # JSON may be right and still more than Python's reader takes.
     except (ValueError, RecursionError):
         raise UserError(
             f"{where}: a number too long or lists too deep to be read; only `text` is used"
         ) from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: not an object with a field `text`")
-    text = value.get("text")
-    if not isinstance(text, str):
+    if "text" not in value:
         fields = ", ".join(value) or "none"
-        problem = (
-            "is not a string" if "text" in value else f"is missing; fields there are: {fields}"
-        )
-        raise UserError(f"{where}: the field `text` {problem}")
+        raise UserError(f"{where}: the field `text` is missing; fields there are: {fields}")
+    text = value["text"]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the field `text` is not a string")
     return text

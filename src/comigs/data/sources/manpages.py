@@ -1,6 +1,7 @@
-"""Debian manual pages installed on this machine, rendered to plain text: each page is a document.
+"""This source is the Debian manual pages installed on this machine, as plain text.
 
-A page's name decides its split, so a page is in the same split in all languages.
+Each page is a document. A page's name decides its split, so a page is in the same split in all
+languages.
 """
 
 from __future__ import annotations
@@ -37,25 +38,27 @@ PAGES_AT_ONCE = 64  # rendered ahead of the reader
 
 
 def load(argument: str, root: Path) -> Iterator[Document]:
-    """The pages of one language in the order of their paths; links and `.so` pages, which only
-    repeat, are left out.
+    """Yield the pages of one language in the order of their paths.
+
+    Links and `.so` pages, which only repeat, are left out.
     """
     folder = MAN_ROOT if argument == "en" else MAN_ROOT / argument
-    package = "manpages" if argument == "en" else f"manpages-{argument.lower().replace('_', '-')}"
-    valid_name = re.fullmatch(r"[A-Za-z][A-Za-z_@.]*", argument) is not None
-    pages = (
-        [p for p in sorted(folder.glob("man*/*")) if p.is_file() and not p.is_symlink()]
-        if valid_name
-        else []
-    )
+    pages = []
+    # A language such as ".." would name another folder.
+    if re.fullmatch(r"[A-Za-z][A-Za-z_@.]*", argument):
+        pages = sorted(p for p in folder.glob("man*/*") if p.is_file() and not p.is_symlink())
     if not pages:
+        language = argument.lower().replace("_", "-")
+        package = "manpages" if argument == "en" else f"manpages-{language}"
         raise UserError(
             f"manpages:{argument}: no manual pages in {folder}; try `apt-get install {package}`"
         )
     if shutil.which("groff") is None:
         raise UserError(
-            f"manpages:{argument}: groff, which renders them, is missing; `apt-get install groff-base`"
+            f"manpages:{argument}: groff, which renders them, is missing; "
+            "`apt-get install groff-base`"
         )
+    # Each page is a process of its own, so that threads are enough to use all cores.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(pages), PAGES_AT_ONCE):
             some = pages[start : start + PAGES_AT_ONCE]
@@ -66,13 +69,13 @@ def load(argument: str, root: Path) -> Iterator[Document]:
 
 
 def _render(page: Path) -> str:
-    """One page as plain text; '' for a page that only points to another."""
+    """Return one page as plain text; '' for a page that only points to another."""
     with reading(page):
         raw = page.read_bytes()
         source = gzip.decompress(raw) if page.suffix == ".gz" else raw
     if source.lstrip().startswith(b".so "):
         return ""
-    # groff's safe mode (its default) keeps a page from running commands or writing files
+    # groff's safe mode (its default) keeps a page from running commands or writing files.
     done = subprocess.run(
         GROFF, input=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
     )
@@ -80,7 +83,7 @@ def _render(page: Path) -> str:
 
 
 def _clean(rendered: str) -> str:
-    """Without header, footer, indentation, and the sections on people and licences."""
+    """Return a page without header, footer, indentation, and sections on people and licences."""
     lines = rendered.strip().splitlines()[1:-1]
     kept: list[str] = []
     dropping = False
