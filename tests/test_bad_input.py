@@ -220,14 +220,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_named_and_the_state_kept
 def test_a_loss_that_goes_wrong_later_keeps_the_last_good_round(config, capsys):
     from comigs.client.client import Client
 
-    draw = Client._draw
+    draw = Client._next_batch
 
     def drift_off(client, level, number):
         if client.name == "bob" and level == "experts" and number == 3:
             client.train_state.tensors[next(iter(client.train_state.tensors))].fill_(float("inf"))
         return draw(client, level, number)
 
-    with patch.object(Client, "_draw", drift_off):
+    with patch.object(Client, "_next_batch", drift_off):
         line = refused(capsys, "run", config)
     assert (
         "client bob: " in line

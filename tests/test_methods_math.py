@@ -939,7 +939,7 @@ def test_fdlora_finishes_once_with_weights_no_worse_on_valid_and_that_is_the_per
 
 def caught_gradients(client, round=1):
     """Train a round of one step; the gradients as AdamW got them, and the batch."""
-    caught, draw = {}, client._draw
+    caught, draw = {}, client._next_batch
     optimizer = client.train_state.optimizers["experts"]
     step, by_id = optimizer.step, {id(t): slot for slot, t in client.train_state.tensors.items()}
 
@@ -953,7 +953,7 @@ def caught_gradients(client, round=1):
         caught["batch"] = draw(level, number)
         return caught["batch"]
 
-    optimizer.step, client._draw = first_look, drawing
+    optimizer.step, client._next_batch = first_look, drawing
     client.train(round, QUIET)
     return caught["gradients"], caught["batch"]
 
