@@ -80,8 +80,8 @@ def lying(honest: Exchange, lie: str) -> Exchange:
 
 def perplexity_of_the_honest(folder: RunFolder) -> float:
     """Mean over the seven."""
-    clients = folder.summary()["clients"]
-    honest = [figures["test"]["perplexity"] for name, figures in clients.items() if name != LIAR]
+    clients = folder.summary().clients
+    honest = [figures.test.perplexity for name, figures in clients.items() if name != LIAR]
     assert len(honest) == 7
     return sum(honest) / len(honest)
 

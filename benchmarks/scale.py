@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from itertools import count, cycle, islice
 from pathlib import Path
@@ -92,13 +91,14 @@ def measure(path: Path, rounds_only: bool) -> dict[str, Any]:
     from comigs.app import api
     from comigs.errors import Stopped
     from comigs.processes import peak_memory
+    from comigs.runs.metrics import Event, Train, read_timings
 
     began = time.perf_counter()
     marks: dict[str, list[float]] = {}
 
-    def report(event: Mapping[str, Any]) -> None:
-        marks.setdefault(event["kind"], []).append(time.perf_counter() - began)
-        if rounds_only and event["kind"] == "server" and event["round"] == config.rounds:
+    def report(event: Event) -> None:
+        marks.setdefault(event.kind, []).append(time.perf_counter() - began)
+        if rounds_only and event.kind == "server" and event.round == config.rounds:
             raise KeyboardInterrupt
 
     config = load_config(path)
@@ -108,10 +108,12 @@ def measure(path: Path, rounds_only: bool) -> dict[str, Any]:
         folder = api.open_run(path.parent / "run")
     ended, peak = time.perf_counter() - began, peak_memory()
     first, rounds = marks["step"][0], marks["server"]
-    timings = [
-        json.loads(line) for line in (folder.path / "timings.jsonl").read_text().splitlines()
+    timings = folder.path / "timings.jsonl"
+    trained = [
+        line
+        for line in read_timings(timings.read_bytes(), str(timings))
+        if line.tokens_per_second is not None
     ]
-    trained = [line for line in timings if line["tokens_per_second"] is not None]
     return {
         "clients": len(folder.config().clients),
         "start_up_seconds": first,
@@ -119,12 +121,14 @@ def measure(path: Path, rounds_only: bool) -> dict[str, Any]:
             now - before for before, now in zip([first, *rounds], rounds, strict=False)
         ],
         "work_seconds": [
-            sum(t["seconds"] for t in trained if t["round"] == r + 1) for r in range(len(rounds))
+            sum(t.seconds for t in trained if t.round == r + 1) for r in range(len(rounds))
         ],
         "last_exchange_seconds": None if rounds_only else ended - rounds[-1],
-        "peak_round_bytes": max(line["peak_memory_bytes"] for line in trained),
+        "peak_round_bytes": max(line.peak_memory_bytes for line in trained),
         "peak_bytes": peak,
-        "parameters": max(line.get("trained_parameters", 0) for line in folder.metrics()),
+        "parameters": max(
+            line.trained_parameters for line in folder.metrics() if isinstance(line, Train)
+        ),
     }
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from comigs.app import api as api, load_config
 
 def report(event):
-    if event["kind"] == "step":
+    if event.kind == "step":
         os._exit(0)
 
 api.run(load_config(Path(sys.argv[1]), sys.argv[3:]), sys.argv[2], report)

@@ -147,4 +147,6 @@ def rounds_of(
 
 
 def lines_of(folder, kind):
-    return [line for line in folder.metrics() if line["kind"] == kind]
+    """The lines of a kind, as they are in the file."""
+    lines = [line.as_json() for line in folder.metrics()]
+    return [line for line in lines if line["kind"] == kind]

@@ -71,7 +71,7 @@ def killed_at(number: int, folder: Path, work: Callable[[], object]) -> bool:
 
     def harmed() -> None:
         sys.addaudithook(audit)
-        with patch("comigs.runs.folder.save_file", save_slowly), patch("os.fsync", fsync):
+        with patch("comigs.runs.checkpoint.save_file", save_slowly), patch("os.fsync", fsync):
             work()
 
     return in_child(harmed) == signal.SIGKILL

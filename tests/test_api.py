@@ -36,8 +36,8 @@ def test_a_run_from_python(tmp_path, monkeypatch):
     config = comigs.load_config(write_config(tmp_path), ["rounds=1"])
     folder = comigs.run(config, report=events.append, say=lines.append)
     assert folder.path == Path("runs/tiny")
-    assert folder.summary()["rounds"] == 1
-    assert {e["kind"] for e in events} == {
+    assert folder.summary().rounds == 1
+    assert {e.kind for e in events} == {
         "note",
         "step",
         "train",
@@ -45,7 +45,7 @@ def test_a_run_from_python(tmp_path, monkeypatch):
         "server",
         "download",
     }
-    assert folder.metrics() == [e for e in events if e["kind"] not in ("note", "step")]
+    assert folder.metrics() == [e for e in events if e.kind not in ("note", "step")]
     assert any(line == "run folder runs/tiny" for line in lines)
     assert comigs.run(config).path == Path("runs/tiny-2")
     assert comigs.run(config, "elsewhere").path == Path("elsewhere")
@@ -90,7 +90,7 @@ def test_runs_may_lie_behind_a_link(tmp_path, monkeypatch):
 
 def test_evaluate_gives_the_summarys_figures():
     run = finished() / "run"
-    summary = api.open_run(run).summary()["clients"]
+    summary = api.open_run(run).summary().as_json()["clients"]
     for name, result in api.evaluate(run).items():
         assert result["personal"]["nats_per_token"] == pytest.approx(
             summary[name]["test"]["nats_per_token"], abs=1e-6

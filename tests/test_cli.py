@@ -26,7 +26,9 @@ from comigs.app import cli
 from comigs.app.console import MANY, Console
 from comigs.config import parse_config
 from comigs.runs.folder import RunFolder
+from comigs.runs.metrics import RoundEnd, Step, Train, Warned
 from comigs.text import Table
+from tests.fake_engine import train_of
 from tests.runs import ENVIRONMENT, comigs, copied_run, finished, refused, write_config
 
 COMMANDS = (
@@ -215,18 +217,17 @@ class Screen(Console):
 def a_round(screen, number, clients, trained=True):
     for client in clients:
         for step in (1, 2):
-            screen.report({"kind": "step", "round": number, "client": client, "step": step, "level": "experts",
-                           "nats_per_token": 2.0})  # fmt: skip
+            screen.report(
+                Step(round=number, client=client, step=step, level="experts", nats_per_token=2.0)
+            )
     for client in clients:
-        screen.report(
-            {
-                "kind": "train",
-                "round": number,
-                "client": client,
-                "train_nats_per_token": 2.0 if trained else None,
-            }
-        )
-    screen.report({"kind": "server", "round": number, "drift": None})
+        screen.report(trained_line(number, client, 2.0 if trained else None))
+    screen.report(RoundEnd(round=number))
+
+
+def trained_line(number, client, nats):
+    moved = {"uploaded_bytes": 0, "downloaded_bytes": 0}
+    return Train(**train_of(number, client) | moved | {"train_nats_per_token": nats})
 
 
 def test_many_clients_are_one_line_a_round():
@@ -247,24 +248,8 @@ def test_a_round_in_which_nothing_was_trained():
 def test_warnings_are_whole_lines():
     screen = Screen(["ann"])
     message = "one expert takes over 97% of the weight " * 5
-    screen.report(
-        {
-            "kind": "warning",
-            "round": 1,
-            "client": "ann",
-            "sign": "collapsed-router",
-            "message": message,
-        }
-    )
-    screen.report(
-        {
-            "kind": "warning",
-            "round": 1,
-            "client": None,
-            "sign": "drifting-generalists",
-            "message": "m",
-        }
-    )
+    screen.report(Warned(round=1, client="ann", sign="collapsed-router", message=message))
+    screen.report(Warned(round=1, client=None, sign="drifting-generalists", message="m"))
     assert (
         screen.text
         == f"warning: collapsed-router: client ann: {message}\nwarning: drifting-generalists: m\n"
@@ -295,19 +280,10 @@ def test_time_left_counts_from_where_a_resumed_run_began(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("comigs.app.console.time.monotonic", lambda: now[0])
     screen = Screen(["ann"], rounds=9)
-    screen.report(
-        {
-            "kind": "step",
-            "round": 6,
-            "client": "ann",
-            "step": 1,
-            "level": "experts",
-            "nats_per_token": 1.0,
-        }
-    )
+    screen.report(Step(round=6, client="ann", step=1, level="experts", nats_per_token=1.0))
     now[0] += 30
-    screen.report({"kind": "train", "round": 6, "client": "ann", "train_nats_per_token": 1.0})
-    screen.report({"kind": "server", "round": 6, "drift": None})
+    screen.report(trained_line(6, "ann", 1.0))
+    screen.report(RoundEnd(round=6))
     assert (
         "round 6/9  about 2 min left\n" in screen.text
     )  # 30 s a round: three more, and the last exchange

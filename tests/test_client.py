@@ -301,7 +301,7 @@ def test_the_servers_folder_has_no_byte_of_specialists_routers_or_text(tmp_path)
 
     def look(event):
         """Called after each commit; the folders of the rounds before are deleted by then."""
-        if event["kind"] != "server":
+        if event.kind != "server":
             return
         for path in (out / "server").glob("*.safetensors"):
             raw = path.read_bytes()

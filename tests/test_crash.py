@@ -47,7 +47,7 @@ def test_killed_while_training(tmp_path, steps):
 
     def kill(event):
         nonlocal seen
-        seen += event["kind"] == "step"
+        seen += event.kind == "step"
         if seen == steps:
             kill_self()
 
@@ -74,9 +74,7 @@ def test_killed_while_measuring(tmp_path, evaluation):
                 tmp_path / "run",
             )
 
-    measured = len(
-        [x for x in RunFolder(finished() / "run").metrics() if x["kind"] == "evaluation"]
-    )
+    measured = len([x for x in RunFolder(finished() / "run").metrics() if x.kind == "evaluation"])
     if evaluation <= measured:
         assert in_child(harmed) == signal.SIGKILL
         resume_and_compare(tmp_path / "run")
@@ -114,7 +112,7 @@ def test_resuming_says_where_it_goes_on(tmp_path, capsys):
     path = tmp_path / "run"
 
     def kill(event):
-        if event["kind"] == "server":
+        if event.kind == "server":
             kill_self()
 
     assert in_child(lambda: api.run(settings(), path, report=kill)) == signal.SIGKILL

@@ -267,7 +267,7 @@ def test_a_crossfit_run_gone_on_with_equals_one_never_stopped(tmp_path):
     config = run_config(tmp_path, client={**settings, "lr": 5e-3}, rounds=3)
 
     def stop(event):
-        if event["kind"] == "step" and (event["round"], event["client"]) == (2, "bob"):
+        if event.kind == "step" and (event.round, event.client) == (2, "bob"):
             raise KeyboardInterrupt
 
     api.run(config, tmp_path / "whole")

@@ -102,16 +102,12 @@ def until(true, seconds=60):
 
 def absent(out):
     lines = RunFolder.open(out).metrics()
-    return [
-        (line["round"], line["client"], line["reason"])
-        for line in lines
-        if line["kind"] == "absent"
-    ]
+    return [(line.round, line.client, line.reason) for line in lines if line.kind == "absent"]
 
 
 def trained(out):
     lines = RunFolder.open(out).metrics()
-    return [(line["round"], line["client"]) for line in lines if line["kind"] == "train"]
+    return [(line.round, line.client) for line in lines if line.kind == "train"]
 
 
 def notes(out):
@@ -123,7 +119,8 @@ def test_the_server_app_runs_a_run(federation, tmp_path, undisturbed):
     federation.create(out, config)
     federation.go_on_as_app(out, federation.grid())
     assert equal(undisturbed(config), out, federation)
-    assert [e for e in events(out) if e["kind"] != "note"] == RunFolder.open(out).metrics()
+    written = [line.as_json() for line in RunFolder.open(out).metrics()]
+    assert [e for e in events(out) if e["kind"] != "note"] == written
     assert "round 1: 0 of 2 in, waiting for ada, bob (0 s)" in notes(out)
 
 
@@ -357,7 +354,7 @@ def test_what_travels_is_as_large_as_its_format(federation, tmp_path):
         ]
         sizes[format] = min(len(raw) for raw in answers) - 3000
     assert sizes["bfloat16"] < 0.6 * sizes["float32"] and sizes["int8"] < 0.45 * sizes["float32"]
-    personal = [RunFolder.open(tmp_path / f).metrics()[-1]["nats_per_token"] for f in sizes]
+    personal = [RunFolder.open(tmp_path / f).metrics()[-1].nats_per_token for f in sizes]
     assert personal == pytest.approx([personal[0]] * 3, rel=5e-3)
 
 
@@ -437,7 +434,7 @@ def test_whatever_a_liar_sends_is_named_left_out_and_the_run_goes_on(tmp_path):
         assert reason.startswith(why) and "\n" not in reason and "<script>" not in reason, what
     last = RunFolder.open(out).metrics()[-1]
     assert {name for round, name in trained(out) if round == rounds} == set(names)
-    assert last["kind"] == "evaluation" and last["nats_per_token"] < 8
+    assert last.kind == "evaluation" and last.nats_per_token < 8
 
 
 def test_a_run_goes_on_without_a_client_that_was_revoked(federation, tmp_path):

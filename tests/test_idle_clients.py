@@ -18,7 +18,7 @@ from comigs.client.client import Client
 from comigs.data.prepare import Texts, prepare
 from comigs.errors import UserError
 from comigs.runs.folder import RunFolder
-from comigs.server.rounds import Task
+from comigs.server.protocol import Task
 from tests.conftest import copy_of, run_config, same, start_engine
 from tests.kills import in_child, kill_self, killed_at
 from tests.runs import outcome
@@ -158,15 +158,15 @@ def test_a_round_costs_files_for_those_that_were_asked_only(tmp_path):
     path = tmp_path / "run"
 
     def stop(event):
-        if event["kind"] == "server" and event["round"] == 2:
+        if event.kind == "server" and event.round == 2:
             kill_self()
 
     assert in_child(lambda: api.run(sampled(tmp_path), path, report=stop)) == signal.SIGKILL
     folder = RunFolder.open(path)
     trained = {}
     for line in folder.metrics():
-        if line["kind"] == "train":
-            trained[line["client"]] = line["round"]
+        if line.kind == "train":
+            trained[line.client] = line.round
     assert 2 <= len(trained) <= 4
     found = {str(p.relative_to(path)) for p in path.rglob("*.safetensors")}
     assert found == {"server/round-0002.state.safetensors"} | {
@@ -179,7 +179,7 @@ def test_at_the_end_everybody_has_a_model_of_its_own(tmp_path):
     """Also who was never asked: it gets the last download."""
     config = sampled(tmp_path, rounds=1)
     folder = api.run(config, tmp_path / "run")
-    trained = {line["client"] for line in folder.metrics() if line["kind"] == "train"}
+    trained = {line.client for line in folder.metrics() if line.kind == "train"}
     assert len(trained) == 2
     found = {
         str(p.relative_to(folder.path / "clients")) for p in folder.path.rglob("*.safetensors")
@@ -188,7 +188,7 @@ def test_at_the_end_everybody_has_a_model_of_its_own(tmp_path):
     for name, result in api.evaluate(folder.path).items():
         assert (
             result["personal"]["nats_per_token"]
-            == folder.summary()["clients"][name]["test"]["nats_per_token"]
+            == folder.summary().as_json()["clients"][name]["test"]["nats_per_token"]
         )
         assert math.isfinite(result["base"]["nats_per_token"])
 
@@ -202,8 +202,8 @@ def test_the_text_of_a_client_is_tokenised_when_it_is_first_asked(tmp_path, monk
     lines, seen = [], []
 
     def report(event):
-        if event["kind"] == "train":
-            seen.append((event["client"], set(looks)))
+        if event.kind == "train":
+            seen.append((event.client, set(looks)))
 
     folder = api.run(config, tmp_path / "run", report=report, say=lines.append)
     asked = {client for client, _ in seen}

@@ -382,9 +382,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(name, tmp_path):
 
     def stop(event):
         if (
-            event["kind"] == "step"
-            and event["round"] == 2
-            and event["client"] == ("ada" if centralized else "bob")
+            event.kind == "step"
+            and event.round == 2
+            and event.client == ("ada" if centralized else "bob")
         ):
             raise KeyboardInterrupt
 

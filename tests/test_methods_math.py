@@ -21,8 +21,8 @@ from comigs.data.sampling import probe_windows
 from comigs.errors import Stopped, UserError
 from comigs.methods import fdlora, hetlora, pcl
 from comigs.methods.method import RoundContext, list_methods, load_method
-from comigs.server.communication import drift
-from comigs.server.rounds import Task
+from comigs.server.diagnostics import drift
+from comigs.server.protocol import Task
 from comigs.slots import Slot
 from tests import naive
 from tests.conftest import bits, copy_of, run_config, same, start_engine, tiny
@@ -759,7 +759,7 @@ def test_a_pruning_run_gone_on_with_equals_one_never_stopped(tmp_path):
     config = config_of(tmp_path, "hetlora", (3, 5, 8), options=STRONG, client=FAST, rounds=4)
 
     def stop(event):
-        if event["kind"] == "step" and (event["round"], event["client"]) == (4, "bob"):
+        if event.kind == "step" and (event.round, event.client) == (4, "bob"):
             raise KeyboardInterrupt
 
     api.run(config, tmp_path / "whole")
@@ -988,16 +988,14 @@ def test_a_centralized_step_is_the_gradient_over_a_batch_of_everybodys_text(tmp_
 def test_a_centralized_run_trains_one_model_that_everybody_ends_with(tmp_path):
     events, config = [], config_of(tmp_path, "centralized", rounds=2)
     run = api.run(config, tmp_path / "run", report=events.append)
-    assert {event["client"] for event in events if event["kind"] in ("step", "train")} == {"ada"}
+    assert {event.client for event in events if event.kind in ("step", "train")} == {"ada"}
     models = [personal(run.path, name) for name in NAMES]
     assert same(models[0], models[1]) and same(models[0], models[2])
     start = {str(s): t for s, t in start_engine(config).clients["ada"].train_state.tensors.items()}
     assert not same(models[0], start)
-    trained = [event["trained_tokens"] for event in events if event["kind"] == "train"]
+    trained = [event.trained_tokens for event in events if event.kind == "train"]
     assert trained == [2 * 3 * 4 * 12] * 2  # steps, clients, windows, tokens
-    measured = {
-        e["client"] for e in events if e["kind"] == "evaluation" and e["model"] == "personal"
-    }
+    measured = {e.client for e in events if e.kind == "evaluation" and e.model == "personal"}
     assert measured == set(NAMES)
 
 

@@ -17,7 +17,8 @@ from comigs.engines.in_process import InProcess
 from comigs.methods.method import list_methods, load_method
 from comigs.runs.folder import RunFolder
 from comigs.server.pending import next_downloads, unpack_server
-from comigs.server.rounds import Answers, run_rounds
+from comigs.server.protocol import Answers
+from comigs.server.rounds import run_rounds
 from comigs.slots import Slot
 from tests.conftest import run_config, same
 from tests.test_methods_math import assert_close, double, factors, mean_of
@@ -172,13 +173,13 @@ def test_a_run_goes_on_without_those_who_are_gone(tmp_path, method):
     gone = {1: {"cyd"}, 2: set(NAMES), 3: {"ada", "bob"}}
     config = config_of(tmp_path, method, rounds=3, client={"steps": 1, "batch_size": 2})
     folder = run(config, tmp_path / "run", gone, once=True)
-    trained = [(x["client"], x["round"]) for x in folder.metrics() if x["kind"] == "train"]
+    trained = [(x.client, x.round) for x in folder.metrics() if x.kind == "train"]
     trains = NAMES[:1] if method == "centralized" else NAMES
     back = {r for r in gone if gone[r] >= set(trains)}
     assert sorted(trained) == [
         (n, r) for n in trains for r in (1, 2, 3) if n not in gone[r] or r in back
     ]
-    absent = {(x["client"], x["round"]) for x in folder.metrics() if x["kind"] == "absent"}
+    absent = {(x.client, x.round) for x in folder.metrics() if x.kind == "absent"}
     assert absent == {(n, r) for r in gone if r not in back for n in gone[r]}
     for mine in personal(folder).values():
         assert all(bool(t.isfinite().all()) for t in mine.values())

@@ -41,7 +41,7 @@ def figures(summary):
 
 def test_what_it_measured_is_measured_again(old_run):
     folder = api.open_run(old_run("finished"))
-    measured, summary = api.evaluate(folder.path), folder.summary()
+    measured, summary = api.evaluate(folder.path), folder.summary().as_json()
     for name in CLIENTS:
         expected = summary["clients"][name]
         assert measured[name]["personal"]["perplexity"] == pytest.approx(
@@ -56,7 +56,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(old_run):
     stopped, finished = api.open_run(old_run("stopped")), api.open_run(OLD_RUNS / "finished")
     assert stopped.checkpoint().round == 1
     api.resume(stopped.path)
-    ours, theirs = figures(stopped.summary()), figures(finished.summary())
+    ours, theirs = figures(stopped.summary().as_json()), figures(finished.summary().as_json())
     for name, expected in theirs.items():
         assert ours[name] == pytest.approx(expected, rel=1e-5), name
 

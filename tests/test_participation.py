@@ -11,6 +11,7 @@ from comigs.config import parse_config
 from comigs.errors import UserError
 from comigs.methods.method import load_method
 from comigs.runs.folder import RunFolder
+from comigs.runs.metrics import Absent, RoundEnd, Train
 from comigs.runs.summary import summarize
 from comigs.server.participation import failures, left_out, participants
 from comigs.server.pending import unpack_server
@@ -25,6 +26,7 @@ from tests.fake_engine import (
     evaluation_of,
     lines_of,
     rounds_of,
+    train_of,
 )
 
 FOUR = "ada bob cyd dan"
@@ -106,7 +108,7 @@ def test_bytes_are_counted_when_they_are_delivered_also_to_who_is_asked_seldom_o
     for received in engine.received:
         for name, download in received.items():
             got[name] += sum(tensor.nbytes for tensor in download.values())
-    summary = summarize(folder.config(), method, folder.metrics())
+    summary = summarize(folder.config(), method, folder.metrics()).as_json()
     assert {name: c["downloaded_bytes"] for name, c in summary["clients"].items()} == got
     assert max(got.values()) == 4 * 24
     assert len(lines_of(folder, "train")) == 4 and len(lines_of(folder, "download")) == 4
@@ -158,11 +160,14 @@ def test_an_absence_is_a_line_and_the_round_goes_on_without(tmp_path):
 
 
 def absence(round, client):
-    return {"kind": "absent", "round": round, "client": client, "reason": GONE}
+    return Absent(round=round, client=client, reason=GONE)
 
 
 def server(round, *names):
-    return {"kind": "server", "round": round} | ({"asked": list(names)} if names else {})
+    return RoundEnd(round=round, asked=list(names) or None)
+
+
+TRAINED = Train(**train_of(1, "bob"), uploaded_bytes=0, downloaded_bytes=0)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +181,7 @@ def server(round, *names):
         ([absence(1, "bob"), server(1), server(2, "ada"), absence(3, "bob"), server(3)], 2),
         ([absence(1, "bob"), server(1), server(2, "ada", "bob"), absence(3, "bob"), server(3)], 1),
         ([absence(1, "bob"), server(1), absence(1, "bob"), server(2)], 0),  # a late one, dropped, and it answered
-        ([absence(1, "bob"), server(1), {"kind": "train", "round": 1, "client": "bob"}, absence(2, "bob"), server(2)],
+        ([absence(1, "bob"), server(1), TRAINED, absence(2, "bob"), server(2)],
          0),  # a late one that counted
     ],
 )  # fmt: skip
@@ -199,7 +204,7 @@ def test_a_run_without_one_of_its_clients_has_a_result_of_the_others(tmp_path):
     engine = Numbers("ada bob cyd", lambda name, task, reply: "gone" if name == "bob" else reply)
     folder = rounds_of(tmp_path, engine, rounds=4, evaluation={"splits": ["valid", "test"]})
     config = folder.config()
-    summary = summarize(config, load_method(config), folder.metrics())
+    summary = summarize(config, load_method(config), folder.metrics()).as_json()
     assert (
         summary["clients"]["bob"]["test"] is None and summary["clients"]["bob"]["base_test"] is None
     )
@@ -213,9 +218,9 @@ def test_who_is_gone_at_the_end_has_no_result_though_its_test_was_measured_on_th
     engine = Numbers(trouble=gone((4, "bob")))
     folder = rounds_of(tmp_path, engine, rounds=3, evaluation={"splits": ["test"]})
     config = folder.config()
-    bob = summarize(config, load_method(config), folder.metrics())["clients"]["bob"]
+    bob = summarize(config, load_method(config), folder.metrics()).as_json()["clients"]["bob"]
     assert bob["test"] is None and bob["base_test"] is not None
-    assert lines_of(folder, "absent") == [absence(4, "bob")]
+    assert lines_of(folder, "absent") == [absence(4, "bob").as_json()]
 
 
 @pytest.mark.parametrize("round", [2, 3, 4, 5])
@@ -224,7 +229,7 @@ def test_a_resumed_run_knows_who_failed_before(tmp_path, round):
     tree = {"rounds": 5, "participation": {"clients_per_round": 3}}
     whole = rounds_of(tmp_path, Numbers(FOUR, trouble), name="whole", **tree)
     first = participants(
-        whole.config(), round, left_out(x for x in whole.metrics() if x["round"] < round)
+        whole.config(), round, left_out(x for x in whole.metrics() if x.round < round)
     )[0]
     with pytest.raises(KeyboardInterrupt):
         rounds_of(tmp_path, Numbers(FOUR, trouble, fail_at=(round, first)), name="stopped", **tree)
@@ -260,11 +265,11 @@ def test_a_round_with_too_few_uploads_is_asked_again_of_those_whose_upload_is_mi
     assert asked(engine) == [FOUR.split(), FOUR.split(), ["bob", "cyd"], FOUR.split()]
     assert engine.tasks[2]["bob"] == engine.tasks[1]["bob"]
     assert same(engine.received[2]["bob"], engine.received[1]["bob"])
-    (note,) = [event for event in notes if event["kind"] == "note"]
+    (note,) = [event for event in notes if event.kind == "note"]
     assert (
-        "round 2: 2 of the 3 uploads" in note["message"]
-        and f"bob: {GONE}" in note["message"]
-        and note["say"]
+        "round 2: 2 of the 3 uploads" in note.message
+        and f"bob: {GONE}" in note.message
+        and note.say
     )
     whole = rounds_of(
         tmp_path, Numbers(FOUR), name="whole", rounds=2, participation={"min_clients": 3}
@@ -538,7 +543,7 @@ def test_idle_clients_cost_the_server_a_number_each(tmp_path, by_turns):
     kept = []
 
     def watch(event):
-        if event["kind"] == "server":
+        if event.kind == "server":
             kept.append(engine.folder.load("server/state"))
 
     tree = {"rounds": 4, "participation": {"clients_per_round": 2}, "evaluation": {"every": 0}}

@@ -101,7 +101,7 @@ def test_a_model_of_a_run_under_way(tmp_path):
     config = api.open_run(finished() / "run").config()
 
     def stop(event):
-        if event["kind"] == "server":
+        if event.kind == "server":
             raise KeyboardInterrupt
 
     with pytest.raises(UserError, match="every whole round is kept"):
@@ -119,13 +119,13 @@ def test_a_client_that_was_not_asked_yet_has_no_model(tmp_path):
     one = config.participation.model_copy(update={"clients_per_round": 1})
 
     def stop(event):
-        if event["kind"] == "server":
+        if event.kind == "server":
             raise KeyboardInterrupt
 
     with pytest.raises(UserError, match="every whole round is kept"):
         api.run(config.model_copy(update={"participation": one}), tmp_path / "run", report=stop)
     folder = api.open_run(tmp_path / "run")
-    (asked,) = [line["client"] for line in folder.metrics() if line["kind"] == "train"]
+    (asked,) = [line.client for line in folder.metrics() if line.kind == "train"]
     api.open_personal_model(folder.path, asked).close()
     (other,) = {"ann", "bob"} - {asked}
     with pytest.raises(

@@ -64,7 +64,7 @@ def test_a_personal_model_is_the_one_that_was_measured_and_writes_what_it_finds_
     )  # fmt: skip
     folder = api.run(config, tmp_path / "run")
     again = api.evaluate(folder.path)
-    for name, figures in folder.summary()["clients"].items():
+    for name, figures in folder.summary().as_json()["clients"].items():
         assert again[name]["personal"]["nats_per_token"] == figures["test"]["nats_per_token"]
         assert again[name]["base"]["nats_per_token"] == figures["base_test"]["nats_per_token"]
         assert figures["test"]["nats_per_token"] < figures["base_test"]["nats_per_token"]

@@ -17,6 +17,7 @@ from comigs.config import parse_config
 from comigs.errors import UserError
 from comigs.files import require_free, write_whole
 from comigs.runs.folder import RunFolder
+from comigs.runs.metrics import Absent, RoundEnd, Timing
 from tests.kills import killed_at
 from tests.runs import files
 
@@ -47,8 +48,8 @@ def file_of(path, round):
 
 def lines_of(round):
     return [
-        {"kind": "train", "round": round, "loss": 1 / round},
-        {"kind": "server", "round": round},
+        Absent(round=round, client="ann", reason="gone"),
+        RoundEnd(round=round, drift=1 / round),
     ]
 
 
@@ -57,7 +58,7 @@ def commit(folder, round):
         folder.stage(path, tensors, round)
     folder.scratch.mkdir(exist_ok=True)
     (folder.scratch / "upload").write_bytes(b"in between")
-    folder.commit(round, lines_of(round), [{"round": round, "seconds": 0.5}])
+    folder.commit(round, lines_of(round), [Timing(round=round, seconds=0.5)])
 
 
 def new_run(path, rounds=1):

@@ -170,7 +170,7 @@ def test_who_was_absent_and_who_has_no_result_is_said_and_the_mean_says_over_who
 
     folder = rounds_of(tmp_path, Numbers("ada bob cyd dan", trouble), rounds=4)
     config = folder.config()
-    folder.write_json("summary.json", summarize(config, load_method(config), folder.metrics()))
+    folder.write_summary(summarize(config, load_method(config), folder.metrics()))
     run = read_run(folder.path)
     table = tables.absence_table(run)
     assert table is not None

@@ -231,8 +231,8 @@ def test_reads_what_was_written(tmp_path: Path) -> None:
     assert (len(run.train), len(run.evaluations), len(run.drift), run.last_round) == (12, 24, 3, 3)
     assert run.train[0].uploaded_bytes == 1_200_000
     assert run.summary is not None and run.summary.clients["fr"].rank == 8
-    assert run.summary.test.perplexity_of_mean == pytest.approx(
-        math.exp(run.summary.test.nats_per_token or 0)
+    assert run.summary.mean.test.perplexity_of_mean == pytest.approx(
+        math.exp(run.summary.mean.test.nats_per_token or 0)
     )
     assert run.environment["torch"] == "2.9.0"
 

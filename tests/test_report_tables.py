@@ -11,9 +11,10 @@ import pytest
 
 from comigs import text as f
 from comigs.errors import UserError
+from comigs.runs.metrics import Score
 from comigs.runs.report.curves import MAX_STEP_POINTS, drift_points, loss_curves, share_lines
 from comigs.runs.report.held import held_by_role
-from comigs.runs.report.read import Score, read_run
+from comigs.runs.report.read import read_run
 from comigs.runs.report.results import gain, results
 from comigs.runs.report.routing_heatmap import routing_heatmap
 from comigs.runs.report.tables import (
@@ -131,7 +132,7 @@ def test_held_and_uploaded_by_role(tmp_path: Path, done: int | None) -> None:
         role: amount.slots for role, amount in held.items()
     }  # layers x sites x experts x (A, B) x clients
     assert slots == {"generalist": 24, "specialist": 48, "attention": 12, "router": 6}
-    assert held["router"].size == 6 * 256
+    assert held["router"].bytes == 6 * 256
     table = role_table(read_run(tmp_path))
     assert table is not None
     assert table.rows[0] == ("generalists", "24", "6.1 kB", "48", "3.2 MB", "left the device")
@@ -225,7 +226,7 @@ def test_curves(tmp_path: Path) -> None:
 
 def test_long_runs_are_thinned_to_means(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, clients=("a",), rounds=2, steps=1000))
-    steps = [y for t in run.train for y in t.nats_per_token_by_step if y is not None]
+    steps = [y for t in run.train for y in t.train_nats_per_token_by_step]
     by_step = loss_curves(run)[0].by_step
     assert len(by_step) <= MAX_STEP_POINTS
     assert by_step[0][1] == pytest.approx(np.mean(steps[:7]))

@@ -17,7 +17,8 @@ from comigs.app import api
 from comigs.errors import UserError
 from comigs.methods.method import Method, RoundContext
 from comigs.runs.folder import RunFolder
-from comigs.server.communication import drift, traffic, traffics
+from comigs.server.communication import traffic, traffic_by_client
+from comigs.server.diagnostics import drift
 from comigs.server.pending import pack_server, unpack_server
 from comigs.slots import Slot
 from tests.conftest import copy_of, run_config, same, start_engine
@@ -193,18 +194,16 @@ def test_traffic_counts_the_bytes_of_what_was_sent_by_role():
         },
     }
     download = {A: torch.zeros(2, 3)}
-    assert traffic(upload, download) == expected
-    assert traffic(upload, download, "bfloat16")["uploaded_bytes"] == 12 + 20 + 14
-    int8 = traffic(
-        upload, download, "int8"
-    )  # A as a step: 6 numbers and a float32 scale for each of 2 rows
-    assert int8["uploaded_by_role"]["generalist"]["bytes"] == (6 + 2 * 4) + 20
-    assert (
-        traffics({"ada": upload, "bob": download}, {"ada": download}, reads_peers=False)["ada"]
-        == expected
-    )
-    both = traffics({"ada": upload, "bob": download}, {"ada": download}, reads_peers=True)
-    assert both["ada"]["downloaded_bytes"] == 24 + 24 and both["bob"]["downloaded_bytes"] == 92
+    assert traffic(upload, download).as_json() == expected
+    assert traffic(upload, download, "bfloat16").uploaded_bytes == 12 + 20 + 14
+    int8 = traffic(upload, download, "int8")
+    # A as a step: 6 numbers and a float32 scale for each of 2 rows
+    assert int8.uploaded_by_role["generalist"].bytes == (6 + 2 * 4) + 20
+    uploads, downloads = {"ada": upload, "bob": download}, {"ada": download}
+    own = traffic_by_client(uploads, downloads, reads_peers=False)
+    assert own["ada"].as_json() == expected
+    both = traffic_by_client(uploads, downloads, reads_peers=True)
+    assert both["ada"].downloaded_bytes == 24 + 24 and both["bob"].downloaded_bytes == 92
 
 
 @pytest.mark.parametrize(
@@ -290,8 +289,9 @@ def test_what_is_reported_is_what_is_written_and_the_summary_follows_from_it(tmp
     config, events = run_config(tmp_path, rounds=3), []
     folder = api.run(config, tmp_path / "run", report=events.append)
     lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
-    assert [event for event in events if event["kind"] not in ("step", "note")] == lines
-    summary = folder.summary()
+    kept = [event.as_json() for event in events if event.kind not in ("step", "note")]
+    assert kept == lines
+    summary = folder.summary().as_json()
     for name, figures in summary["clients"].items():
         own = [line for line in lines if line.get("client") == name]
         (base,) = [
@@ -323,7 +323,7 @@ def test_the_personal_model_is_what_was_evaluated_last(tmp_path):
     """And `comigs evaluate` finds the run's own figures again."""
     folder = api.run(run_config(tmp_path), tmp_path / "run")
     again = api.evaluate(folder.path)
-    for name, figures in folder.summary()["clients"].items():
+    for name, figures in folder.summary().as_json()["clients"].items():
         assert again[name]["personal"]["nats_per_token"] == figures["test"]["nats_per_token"]
         assert again[name]["base"]["nats_per_token"] == figures["base_test"]["nats_per_token"]
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import pytest
 
-from comigs.server.diagnostics import failure_signs
+from comigs.runs.metrics import Evaluation, RoundEnd, Train
+from comigs.server.diagnostics import diagnose
+from tests.fake_engine import evaluation_of, train_of
 
 HEALTHY = {
     "shares": [[0.5, 0.5], [0.6, 0.4]],
@@ -22,16 +24,17 @@ def lines_of(round, client="ada", **changes):
     before.
     """
     shown = {**HEALTHY, **changes}
+    seen = {"expert_share_by_layer": shown["shares"], "adopted_share": shown["adopted"]}
+    trained = train_of(round, client, shown["train"])
+    measured = evaluation_of(round, client, "valid", "personal", shown["valid"])
     return [
-        {"kind": "train", "round": round, "client": client, "train_nats_per_token": shown["train"],
-         "expert_share_by_layer": shown["shares"], "adopted_share": shown["adopted"]},
-        {"kind": "evaluation", "round": round, "client": client, "split": "valid", "model": "personal",
-         "nats_per_token": shown["valid"], "expert_share_by_layer": shown["shares"], "adopted_share": shown["adopted"]},
-        {"kind": "server", "round": round, "drift": shown["drift"]},
-    ]  # fmt: skip
+        Train(**trained | seen, uploaded_bytes=0, downloaded_bytes=0),
+        Evaluation(**measured | seen),
+        RoundEnd(round=round, drift=shown["drift"]),
+    ]
 
 
-def warnings_over(rounds, own_or_rest=False):
+def warnings_over(rounds, own_or_others=False):
     """All warnings of a run whose rounds show these, with what was warned of before as part of the
     history.
     """
@@ -42,7 +45,7 @@ def warnings_over(rounds, own_or_rest=False):
             for change in (lines if isinstance(lines, list) else [lines])
             for line in lines_of(number, **change)
         ]
-        signs = failure_signs(history, new, own_or_rest)
+        signs = diagnose(history, new, own_or_others)
         history += [*new, *signs]
         found += signs
     return found
@@ -61,9 +64,9 @@ def test_a_healthy_run_shows_no_sign():
 )
 def test_a_router_that_collapses_onto_one_expert_is_told_once(shares):
     (warning,) = warnings_over([{}, {"shares": shares}, {"shares": shares}, {"shares": shares}])
-    assert (warning["sign"], warning["round"], warning["client"]) == ("collapsed-router", 2, "ada")
+    assert (warning.sign, warning.round, warning.client) == ("collapsed-router", 2, "ada")
     layer = next(i for i, experts in enumerate(shares) if max(experts) > 0.9)
-    assert f"layers {layer};" in warning["message"] and "\n" not in warning["message"]
+    assert f"layers {layer};" in warning.message and "\n" not in warning.message
 
 
 def test_a_strong_preference_or_no_router_is_no_collapse():
@@ -72,7 +75,7 @@ def test_a_strong_preference_or_no_router_is_no_collapse():
 
 def test_an_own_expert_with_all_the_weight_beside_the_rest_of_the_world_is_no_collapse():
     collapsed = [{"shares": [[1.0, 0.0], [0.99, 0.01]]}] * 3
-    assert warnings_over(collapsed, own_or_rest=True) == []
+    assert warnings_over(collapsed, own_or_others=True) == []
     assert len(warnings_over(collapsed)) == 1
 
 
@@ -81,18 +84,18 @@ def test_drift_is_no_sign_where_most_of_the_mean_is_not_adopted(adopted, told):
     rising = [
         {"drift": value, "adopted": adopted} for value in (None, 0.5, 0.6, 0.7, 0.9, 1.2, 1.5)
     ]
-    assert [warning["sign"] for warning in warnings_over(rising)] == told
+    assert [warning.sign for warning in warnings_over(rising)] == told
 
 
 def test_generalists_that_drift_apart_are_told_once():
     rising = [{"drift": value} for value in (None, 0.5, 0.6, 0.7, 0.9, 1.2, 1.5)]
     (warning,) = warnings_over(rising)
-    assert (warning["sign"], warning["round"], warning["client"]) == (
+    assert (warning.sign, warning.round, warning.client) == (
         "drifting-generalists",
         5,
         None,
     )
-    assert "0.50 to 0.90" in warning["message"]
+    assert "0.50 to 0.90" in warning.message
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def test_drift_that_does_not_grow_steadily_is_no_sign(drifts):
 def test_overfitting_is_told_once_where_valid_rises_while_train_falls():
     rounds = [{"valid": 3.0 + 0.05 * i, "train": 3.0 - 0.1 * i} for i in range(7)]
     (warning,) = warnings_over(rounds)
-    assert (warning["sign"], warning["round"], warning["client"]) == ("overfitting", 4, "ada")
+    assert (warning.sign, warning.round, warning.client) == ("overfitting", 4, "ada")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,7 @@ def test_clients_are_told_apart():
     ada = {"client": "ada", "shares": [[1.0, 0.0]]}
     bob = [{"client": "bob", "valid": 3.0 + 0.05 * i, "train": 3.0 - 0.1 * i} for i in range(6)]
     found = warnings_over([[ada, b] for b in bob])
-    assert {(w["sign"], w["client"]) for w in found} == {
+    assert {(w.sign, w.client) for w in found} == {
         ("collapsed-router", "ada"),
         ("overfitting", "bob"),
     }
@@ -143,10 +146,10 @@ def test_clients_are_told_apart():
 
 def test_each_client_is_told_of_its_own_collapse():
     both = [{"client": name, "shares": [[1.0, 0.0]]} for name in ("ada", "bob")]
-    assert [w["client"] for w in warnings_over([both, both])] == ["ada", "bob"]
+    assert [w.client for w in warnings_over([both, both])] == ["ada", "bob"]
 
 
 def test_a_resumed_run_does_not_repeat_what_was_told():
     new = lines_of(1, shares=[[1.0, 0.0]])
-    told = failure_signs([], new)
-    assert len(told) == 1 and failure_signs([*new, *told], lines_of(2, shares=[[1.0, 0.0]])) == []
+    told = diagnose([], new)
+    assert len(told) == 1 and diagnose([*new, *told], lines_of(2, shares=[[1.0, 0.0]])) == []

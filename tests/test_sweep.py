@@ -173,7 +173,7 @@ def test_runs_made_by_hand_are_taken_over(sweep, capsys):
 
 def stop_after_a_round(config, path):
     def stop(event):
-        if event["kind"] == "server":
+        if event.kind == "server":
             raise KeyboardInterrupt
 
     with pytest.raises(UserError):

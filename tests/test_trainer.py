@@ -134,8 +134,9 @@ def test_it_answers_as_a_client_in_process_would(setting, tmp_path):
             lambda event: None,
         )
     assert isinstance(head, Answered) and head.trained
-    assert head.metrics == reply.metrics and [list(line) for line in head.metrics] == [
-        list(x) for x in reply.metrics
+    here = [line.as_json() for line in reply.metrics]
+    assert head.metrics == here and [list(line) for line in head.metrics] == [
+        list(line) for line in here
     ]
     assert same(uploaded(tensors), reply.upload)
     assert {slot.role for slot in uploaded(tensors)} == {"generalist", "attention"}
@@ -207,15 +208,16 @@ def test_rounds_it_was_not_asked_in_are_left_out(tmp_path):
     setting.ask(2, after=0, since=0)
     head, _ = setting.ask(5, after=2, since=2)
     assert head.round == 5
-    assert [
-        line["round"] for line in RunFolder(setting.folder).metrics() if line["kind"] == "train"
-    ] == [2, 5]
+    assert [line.round for line in RunFolder(setting.folder).metrics() if line.kind == "train"] == [
+        2,
+        5,
+    ]
 
 
 def test_the_run_on_the_device_is_an_ordinary_one(setting, tmp_path, capsys):
     head = setting.finish()
     folder = RunFolder.open(setting.folder)
-    summary = folder.summary()
+    summary = folder.summary().as_json()
     test = summary["clients"]["ada"]["test"]["nats_per_token"]
     assert [line["nats_per_token"] for line in head.metrics if line["split"] == "test"] == [test]
     measured = api.evaluate(setting.folder, client="ada")["ada"]

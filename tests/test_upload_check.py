@@ -150,7 +150,7 @@ def test_a_run_with_a_liar_is_the_run_without_it(tmp_path, lie):
     results = []
     for folder in (with_liar, without):
         config = folder.config()
-        results.append(summarize(config, load_method(config), folder.metrics())["clients"])
+        results.append(summarize(config, load_method(config), folder.metrics()).clients)
     for name in ("ada", "bob", "cyd"):
         assert results[0][name] == results[1][name]
         one, other = (folder.load(f"clients/{name}/personal") for folder in (with_liar, without))

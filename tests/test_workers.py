@@ -58,9 +58,7 @@ def test_a_run_by_two_processes_is_the_run_by_one_to_the_bit(tmp_path, settings,
         config = run_config(tmp_path, NAMES, workers=count, **sampled, **settings)
         api.run(config, out, seen.append)
         outcomes.append(outcome(out))
-        assert (
-            len([event for event in seen if event["kind"] == "step"]) == steps
-        )  # from all processes
+        assert len([event for event in seen if event.kind == "step"]) == steps  # from all processes
     assert outcomes[0] == outcomes[1]
     assert not children()
 
@@ -86,7 +84,7 @@ def test_it_can_be_gone_on_with_by_any_number(tmp_path):
     api.run(config, tmp_path / "whole")
 
     def stop(event):
-        if event["kind"] == "server" and event["round"] == 2:
+        if event.kind == "server" and event.round == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(UserError, match="every whole round is kept"):
@@ -108,7 +106,7 @@ def test_one_that_dies_is_named_and_the_run_can_go_on(tmp_path):
     config = run_config(tmp_path, NAMES, workers=2, rounds=4)
 
     def kill(event):
-        if event["kind"] == "server" and event["round"] == 2:
+        if event.kind == "server" and event.round == 2:
             for child in children():
                 child.kill()
 
@@ -127,7 +125,7 @@ def test_workers_end_with_the_run_also_where_it_is_killed(tmp_path):
 
     def work():
         def look(event):
-            if event["kind"] == "server":
+            if event.kind == "server":
                 note.write_text(json.dumps([child.pid for child in children()]))
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -5,7 +5,7 @@ import comigs
 
 config = comigs.load_config("configs/quickstart.toml", ["rounds=5"])
 folder = comigs.run(config)
-print(folder.summary()["mean"]["test"])
+print(folder.summary().mean.test)
 model = comigs.open_personal_model(folder.path, "fr")
 print(model.generate("Le système"))
 """
@@ -30,13 +30,15 @@ from comigs.data.sources import list_sources
 from comigs.engines.in_process import InProcess
 from comigs.errors import Stopped, UserError, nearest
 from comigs.files import command, require_free
-from comigs.methods.method import Method, list_methods, load_method, method_module
+from comigs.methods.method import list_methods, load_method, method_module
 from comigs.personal.model import PersonalModel
 from comigs.processes import interrupts
 from comigs.runs.environment import describe, environment
 from comigs.runs.folder import RunFolder
-from comigs.runs.summary import summarize
-from comigs.server.rounds import Report, run_rounds
+from comigs.runs.metrics import Note
+from comigs.runs.summary import write_summary
+from comigs.server.protocol import Report
+from comigs.server.rounds import run_rounds
 from comigs.text import Table, plural, size
 
 
@@ -60,7 +62,7 @@ def run(
         require_memory(memory_needed(config, base, shapes, attachment), base.device)
     with RunFolder.create(path, config, environment(base, known)) as folder, _going_on(folder):
         say(f"run folder {path}")
-        report({"kind": "note", "message": "measuring the base"})
+        report(Note(message="measuring the base"))
         _go_on(folder, config, base, data, report)
     return folder
 
@@ -81,7 +83,7 @@ def resume(
             say(
                 f"{path}: finished already, after {plural(last.round, 'round')}; nothing to go on with"
             )
-            _summarize(folder, config, load_method(config))
+            write_summary(folder, config, load_method(config))
             return folder
         base, _ = load(config, say)
         recorded = folder.environment()
@@ -95,7 +97,7 @@ def resume(
             for part in last.newest:
                 folder.load(part)
         say(f"going on after round {last.round} of {config.rounds}")
-        report({"kind": "note", "message": "measuring" if last.round else "measuring the base"})
+        report(Note(message="measuring" if last.round else "measuring the base"))
         _go_on(folder, config, base, data, report)
     return folder
 
@@ -273,11 +275,7 @@ def _go_on(folder: RunFolder, config: Config, base: Base, data: Texts, report: R
         run_rounds(config, method, engine, folder, report)
     finally:
         engine.close()
-    _summarize(folder, config, method)
-
-
-def _summarize(folder: RunFolder, config: Config, method: Method) -> None:
-    folder.write_json("summary.json", summarize(config, method, folder.metrics()))
+    write_summary(folder, config, method)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from comigs.config import Config
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
 from comigs.methods.method import RoundContext, Upload, load_method
-from comigs.server.communication import traffics
+from comigs.server.communication import traffic_by_client
 from comigs.server.validation import expected_upload, shapes_of_clients
 
 
@@ -52,10 +52,10 @@ def budgets(config: Config, base: Base) -> dict[str, Budget]:
         }
         downloads, _ = method.aggregate(uploads, {}, facts)
         everyone: dict[str, Upload] = {name: uploads.get(name, {}) for name in names}
-        moved = traffics(everyone, downloads, config.upload.format, method.reads_peers)
+        moved = traffic_by_client(everyone, downloads, config.upload.format, method.reads_peers)
         for name in names:
-            sent[name] += moved[name]["uploaded_bytes"]
-            got[name] += moved[name]["downloaded_bytes"]
+            sent[name] += moved[name].uploaded_bytes
+            got[name] += moved[name].downloaded_bytes
     return {
         name: Budget(
             trained_parameters=sum(

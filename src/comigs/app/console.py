@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from rich import box
@@ -17,6 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from comigs import text as f
+from comigs.runs.metrics import Absent, Evaluation, Event, Note, RoundEnd, Step, Train, Warned
 
 if TYPE_CHECKING:
     from comigs.config import Config
@@ -40,9 +41,8 @@ class Console:
         self.reached: dict[
             str, float
         ] = {}  # client -> which share of its steps in this round is done
-        self.lines: dict[str, list[Mapping[str, Any]]] = defaultdict(
-            list
-        )  # kind -> of the round being shown
+        self.trained: list[Train] = []  # of the round being shown, as is what is measured
+        self.measured: dict[str, list[Evaluation]] = defaultdict(list)  # by model
 
     def __enter__(self) -> Self:
         if self.config is not None and not self.quiet:
@@ -93,10 +93,21 @@ class Console:
             shown.add_row(*(Text(cell, style.get((r, c), "")) for c, cell in enumerate(row)))
         self.out.print(shown)
 
-    def report(self, event: Mapping[str, Any]) -> None:
-        """A step, a line of metrics.jsonl, or a note on what is going on before there are any."""
-        if not self.quiet:
-            getattr(self, f"_{event['kind']}")(event)
+    def report(self, event: Event) -> None:
+        """Show an event: a step, a line of metrics.jsonl, or a note on what is going on."""
+        if self.quiet:
+            return
+        show: dict[type[Event], Callable[[Any], None]] = {
+            Note: self._note,
+            Step: self._step,
+            Train: self._train,
+            Evaluation: self._evaluation,
+            Absent: self._absent,
+            RoundEnd: self._round_end,
+            Warned: self._warning,
+        }
+        if type(event) in show:
+            show[type(event)](event)
 
     def _start(self) -> None:
         """The live line: what is going on, a bar, time left."""
@@ -154,84 +165,82 @@ class Console:
         )
         return f"{f.duration(seconds, 'about')} left"
 
-    def _note(self, event: Mapping[str, Any]) -> None:
-        """say: it is worth a line of its own."""
-        if event.get("say"):
-            self.say(event["message"], style="yellow")
+    def _note(self, note: Note) -> None:
+        if note.say:
+            self.say(note.message, style="yellow")
         else:
-            self._show(event["message"])
+            self._show(note.message)
 
-    def _step(self, step: Mapping[str, Any]) -> None:
+    def _step(self, step: Step) -> None:
         assert self.config is not None
-        before = self._before(step["round"])
+        before = self._before(step.round)
         self.began = self.began or (time.monotonic(), before)
-        self.reached[step["client"]] = min(step["step"] / self.config.client.steps, 1)
-        where = f"round {step['round']}/{self.config.rounds}  {step['client']}"
+        self.reached[step.client] = min(step.step / self.config.client.steps, 1)
+        where = f"round {step.round}/{self.config.rounds}  {step.client}"
         done = before + sum(self.reached.values())
-        self._show(f"{where}  {step['level']} {step['nats_per_token']:.3f} nats/token", done)
+        self._show(f"{where}  {step.level} {step.nats_per_token:.3f} nats/token", done)
 
-    def _train(self, line: Mapping[str, Any]) -> None:
-        self.lines["train"].append(line)
+    def _train(self, line: Train) -> None:
+        self.trained.append(line)
 
-    def _evaluation(self, line: Mapping[str, Any]) -> None:
-        self.lines[line["model"]].append(line)
+    def _evaluation(self, line: Evaluation) -> None:
+        self.measured[line.model].append(line)
 
-    def _download(self, line: Mapping[str, Any]) -> None:
-        """Nothing that anybody waits for."""
-
-    def _absent(self, line: Mapping[str, Any]) -> None:
+    def _absent(self, line: Absent) -> None:
         assert self.config is not None
-        last = line["round"] > self.config.rounds
-        where = "last exchange" if last else f"round {line['round']}/{self.config.rounds}"
-        self.say(f"{where}  {line['client']}  absent: {line['reason']}", style="yellow")
+        where = f"round {line.round}/{self.config.rounds}"
+        if line.round > self.config.rounds:
+            where = "last exchange"
+        self.say(f"{where}  {line.client}  absent: {line.reason}", style="yellow")
 
-    def _server(self, server: Mapping[str, Any]) -> None:
+    def _round_end(self, server: RoundEnd) -> None:
         """A round is whole: a line per client, or of their means where there are many."""
         assert self.config is not None
-        rounds, names = self.config.rounds, [line["client"] for line in self.lines["train"]]
+        rounds, names = self.config.rounds, [line.client for line in self.trained]
         groups = (
             {f"{len(names)} clients' mean": names}
             if len(names) > MANY
             else {name: [name] for name in names}
         )
         width = max(map(len, groups), default=0)
-        start = f"round {server['round']}/{rounds}"
+        start = f"round {server.round}/{rounds}"
         for name, members in groups.items():
-            if base := _measured(self.lines["base"], members):
+            if base := _measured(self.measured["base"], members):
                 self.say(f"{'base':{len(start)}}  {name:{width}}  {base}")
         for name, members in groups.items():
             nats = _mean(
-                [x["train_nats_per_token"] for x in self.lines["train"] if x["client"] in members]
+                [line.train_nats_per_token for line in self.trained if line.client in members]
             )
             parts = [f"train {nats:.3f} nats/token"] if nats is not None else ["nothing trained"]
-            if personal := _measured(self.lines["personal"], members):
-                parts.append(f"{personal} after round {server['round'] - 1}")
+            if personal := _measured(self.measured["personal"], members):
+                parts.append(f"{personal} after round {server.round - 1}")
             self.say(f"{start}  {name:{width}}  {', '.join(parts)}")
-        done = self._before(server["round"] + 1)
-        if self.progress is None and server["round"] < rounds and (left := self._left(done)):
+        done = self._before(server.round + 1)
+        if self.progress is None and server.round < rounds and (left := self._left(done)):
             self.say(f"{start}  {left}")
-        self._show(LAST if server["round"] == rounds else f"{start} done", done)
-        self.lines.clear()
+        self._show(LAST if server.round == rounds else f"{start} done", done)
+        self.trained.clear()
+        self.measured.clear()
         self.reached.clear()
 
-    def _warning(self, line: Mapping[str, Any]) -> None:
-        who = f"client {line['client']}: " if line["client"] else ""
-        self.say(f"warning: {line['sign']}: {who}{line['message']}", style="yellow")
+    def _warning(self, line: Warned) -> None:
+        who = f"client {line.client}: " if line.client else ""
+        self.say(f"warning: {line.sign}: {who}{line.message}", style="yellow")
 
 
-def _measured(lines: list[Mapping[str, Any]], clients: list[str]) -> str:
+def _measured(lines: list[Evaluation], clients: list[str]) -> str:
     """'valid perplexity 12.1, test perplexity 12.3': of these clients, or their mean; '' where
     nothing was measured.
     """
-    splits: dict[str, list[float]] = defaultdict(list)
+    splits: dict[str, list[float | None]] = defaultdict(list)
     for line in lines:
-        if line["client"] in clients:
-            splits[line["split"]].append(line["perplexity"])
+        if line.client in clients:
+            splits[line.split].append(line.perplexity)
     return ", ".join(
         f"{split} perplexity {f.perplexity(_mean(values))}" for split, values in splits.items()
     )
 
 
-def _mean(values: list[Any]) -> float | None:
+def _mean(values: list[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None

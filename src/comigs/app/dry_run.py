@@ -17,6 +17,7 @@ from comigs.bases.load import Base
 from comigs.config import Config
 from comigs.data.prepare import require_text
 from comigs.methods.method import load_method
+from comigs.runs.metrics import Note
 from comigs.server.protocol import Report
 from comigs.text import Table, duration, listed, size
 
@@ -34,7 +35,7 @@ def dry_run(config: Config, report: Report = ignore, say: Say = ignore) -> tuple
     with attached(config, base) as (attachment, shapes):
         needed = memory_needed(config, base, shapes, attachment)
         require_memory(needed, base.device)
-        report({"kind": "note", "message": "timing two steps"})
+        report(Note(message="timing two steps"))
         pace = measured_pace(config, base, shapes, attachment)
     store = data.load(data.names[0]).train[0]
     seconds = run_seconds(config, method, pace, data.outlines(), store.num_tokens / store.num_bytes)

@@ -19,6 +19,7 @@ from comigs.experts import csrc
 from comigs.experts.attach import Attachment
 from comigs.methods.method import load_method
 from comigs.processes import cpus
+from comigs.runs.metrics import Note
 from comigs.server.protocol import Report
 from comigs.server.validation import shapes_of_clients
 from comigs.slots import Shapes
@@ -78,7 +79,7 @@ def read_texts(config: Config, base: Base, report: Report, say: Say) -> Texts:
     """Every client's data: tokenised, with one line each about how much there is, where all train
     from the start.
     """
-    data = prepare(config, base.encoder, lambda line: report({"kind": "note", "message": line}))
+    data = prepare(config, base.encoder, lambda line: report(Note(message=line)))
     if not everybody_trains(config):
         say(f"{plural(len(data.names), 'client')}: a client's text is tokenised when it is first asked")
         return data

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ from comigs.config import Split
 from comigs.data.sampling import Level
 from comigs.methods.method import Download, Upload
 from comigs.processes import peak_memory
+from comigs.runs.metrics import Evaluation, Step, Timing, TrainReport
 from comigs.server.protocol import Reply, Report, Task
 
 
@@ -31,7 +32,7 @@ def run_task(
 ) -> Reply:  # fmt: skip
     """One exchange at the client's end. report: gets each step as it is done."""
     start = time.perf_counter()
-    metrics = []
+    metrics: list[TrainReport | Evaluation] = []
     for split in task.evaluate_base:
         metrics.append(evaluated(client, split, 0, base_evaluation(client, split), "base"))
     client.receive(download, task.round)
@@ -39,7 +40,7 @@ def run_task(
         client.finish()
     for split in task.evaluate:
         metrics.append(evaluated(client, split, task.round - 1, client.evaluate(split), "personal"))
-    timing: dict[str, Any] = {"round": task.round, "client": client.name, "tokens_per_second": None}
+    tokens_per_second: float | None = None
     upload: Upload | None = None
     if task.train and client.is_trainer:
         began, step = time.perf_counter(), 0
@@ -47,58 +48,74 @@ def run_task(
         def on_step(level: Level, nats: float) -> None:
             nonlocal step
             step += level == "experts"
-            report({"kind": "step", "round": task.round, "client": client.name, "step": step,
-                    "level": level, "nats_per_token": nats})  # fmt: skip
+            report(
+                Step(
+                    round=task.round,
+                    client=client.name,
+                    step=step,
+                    level=level,
+                    nats_per_token=nats,
+                )
+            )
 
         log = client.train(task.round, on_step)
         upload = client.send(task.round)
         metrics.append(trained(client, task.round, log))
-        timing["tokens_per_second"] = log.trained_tokens / (time.perf_counter() - began)
-    timing |= {"seconds": time.perf_counter() - start, "peak_memory_bytes": _peak_memory()}
+        tokens_per_second = log.trained_tokens / (time.perf_counter() - began)
+    timing = Timing(
+        round=task.round,
+        client=client.name,
+        tokens_per_second=tokens_per_second,
+        seconds=time.perf_counter() - start,
+        peak_memory_bytes=_peak_memory(),
+    )
     return Reply(
         upload, metrics, timing, sum(store.num_tokens for store in client.data.train), task.round
     )
 
 
-def trained(client: Client, round: int, log: RoundLog) -> dict[str, Any]:
-    """The "train" line of metrics.jsonl."""
-    shares = (
-        None
-        if log.share_sum_LE is None
-        else (log.share_sum_LE.double() / log.trained_tokens).tolist()
+def trained(client: Client, round: int, log: RoundLog) -> TrainReport:
+    """Return the "train" line of metrics.jsonl."""
+    shares_LE: list[list[float]] | None = None
+    if log.share_sum_LE is not None:
+        shares_LE = (log.share_sum_LE.double() / log.trained_tokens).tolist()
+    return TrainReport(
+        round=round,
+        client=client.name,
+        local_steps=len(log.train_losses),
+        router_steps=len(log.router_losses),
+        learning_rate=log.learning_rate,
+        train_nats_per_token=_mean(log.train_losses),
+        train_nats_per_token_by_step=log.train_losses,
+        router_nats_per_token=_mean(log.router_losses),
+        balance_loss=_mean(log.balance_losses),
+        trained_tokens=log.trained_tokens,
+        trained_parameters=client.trained_parameters([round]),
+        **_shares(client, shares_LE, client.adopted_share),
     )
-    return {
-        "kind": "train",
-        "round": round,
-        "client": client.name,
-        "local_steps": len(log.train_losses),
-        "router_steps": len(log.router_losses),
-        "learning_rate": log.learning_rate,
-        "train_nats_per_token": _mean(log.train_losses),
-        "train_nats_per_token_by_step": log.train_losses,
-        "router_nats_per_token": _mean(log.router_losses),
-        "balance_loss": _mean(log.balance_losses),
-        "trained_tokens": log.trained_tokens,
-        "trained_parameters": client.trained_parameters([round]),
-        **_shares(client, shares, client.adopted_share),
-    }
 
 
 def evaluated(
-    client: Client, split: Split, round: int, result: Measurement, model: str
-) -> dict[str, Any]:
-    """The "evaluation" line of metrics.jsonl."""
-    return {
-        "kind": "evaluation",
-        "round": round,
-        "client": client.name,
-        "split": split,
-        "model": model,
-        **result.figures(),
-        **_shares(
-            client, result.expert_share_LE, client.adopted_share if model == "personal" else None
-        ),
-    }
+    client: Client,
+    split: Split,
+    round: int,
+    result: Measurement,
+    model: Literal["base", "personal"],
+) -> Evaluation:
+    """Return the "evaluation" line of metrics.jsonl."""
+    adopted = client.adopted_share if model == "personal" else None
+    return Evaluation(
+        round=round,
+        client=client.name,
+        split=split,
+        model=model,
+        nats_per_token=result.nats_per_token,
+        perplexity=result.perplexity,
+        bits_per_byte=result.bits_per_byte,
+        tokens=result.tokens,
+        bytes=result.bytes,
+        **_shares(client, result.expert_share_LE, adopted),
+    )
 
 
 def _shares(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from comigs.files import writing
 from comigs.methods.method import Upload
-from comigs.runs.folder import write_tensors
+from comigs.runs.checkpoint import write_tensors
 from comigs.slots import Slot
 
 MAX_OPEN = 128  # files at once, well below what a process may have

@@ -30,7 +30,8 @@ from comigs.files import command
 from comigs.methods.method import Upload, load_method
 from comigs.processes import Child, cpus
 from comigs.runs.folder import RunFolder
-from comigs.server.protocol import Event, Reply, Report, Task
+from comigs.runs.metrics import Event, read_event
+from comigs.server.protocol import Reply, Report, Task
 
 Result = TypeVar("Result")
 Line = dict[str, Any]
@@ -208,7 +209,9 @@ class Worker:
                     return said
                 if said["kind"] == "problem":
                     raise _problem(said)
-                self._report(said)
+                event = read_event(said, f"worker {self._number}")
+                assert event is not None
+                self._report(event)
         except OSError:
             pass  # it has ended
         code = self._process.wait()
@@ -257,7 +260,14 @@ class _Desk:
         received = {} if download is None else self._spool.read(Path(download))
         reply = self._bench.exchange(name, Task(**{**task, **splits}), received)
         upload = str(reply.upload.path) if isinstance(reply.upload, StoredUpload) else None
-        return {**vars(reply), "upload": upload, "staged": self._folder.staged(f"clients/{name}/")}
+        return {
+            "upload": upload,
+            "metrics": [line.as_json() for line in reply.metrics],
+            "timing": reply.timing.as_json(),
+            "train_tokens": reply.train_tokens,
+            "round": reply.round,
+            "staged": self._folder.staged(f"clients/{name}/"),
+        }
 
     def _probe(
         self,
@@ -282,7 +292,7 @@ def main() -> None:
             if desk is None:
                 folder = RunFolder.open(Path(path))
                 folder.follow()
-                desk = _Desk(folder, number, device, lambda event: _say(lines, event))
+                desk = _Desk(folder, number, device, lambda event: _say(lines, event.as_json()))
             _say(lines, {**desk.answer(question), "kind": "answer"})
         except Exception as problem:
             if not isinstance(problem, (UserError, torch.OutOfMemoryError)):

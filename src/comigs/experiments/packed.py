@@ -19,7 +19,8 @@ from comigs.config import SPLITS, Config, parse_config
 from comigs.errors import UserError
 from comigs.experiments.csv_file import Row, from_csv, to_csv
 from comigs.files import write_files, writing
-from comigs.runs.report.read import ClientSummary, Run, read_run
+from comigs.runs.metrics import ClientSummary
+from comigs.runs.report.read import Run, read_run
 
 RUNS, ROUNDS, ENVIRONMENT = "runs.csv", "rounds.csv.gz", "environment.json"
 PACKED = (RUNS, ROUNDS, ENVIRONMENT)
@@ -209,7 +210,7 @@ def _rounds(run: Run) -> tuple[Row, ...]:
 
     # Different lines of the metrics say different things of the same round.
     for t in run.train:
-        at(t.round, t.client).update(train_loss=t.nats_per_token, adopted_share=t.adopted_share)
+        at(t.round, t.client).update(train_loss=t.train_nats_per_token, adopted_share=t.adopted_share)
     for e in run.evaluations:
         if e.model == ("personal" if e.round else "base"):
             measured = {f"{e.split}_{metric}": getattr(e.score, metric) for metric in METRICS}

@@ -13,20 +13,26 @@ from typing import Any
 
 import torch
 
-from comigs.experts import csrc
 from comigs.bases.load import Base
 from comigs.config import SPLITS
 from comigs.data.corpus import TokenStore
 from comigs.data.prepare import ClientData, Outline, SplitText
+from comigs.experts import csrc
 
 
 def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[str, Any]:
     """What a run was made with: versions, commit, machine, base and text."""
     return {
-        "versions": {n: version(n) for n in ("comigs", "torch", "transformers", "tokenizers", "numpy")}
+        "versions": {
+            n: version(n) for n in ("comigs", "torch", "transformers", "tokenizers", "numpy")
+        }
         | {"python": platform.python_version()},
         "commit": _commit(),
-        "machine": {"platform": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()},
+        "machine": {
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+        },
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "device": str(base.device),
         "experts": csrc.way(base.device),
@@ -53,7 +59,9 @@ def _amounts(parts: Sequence[TokenStore | SplitText]) -> dict[str, Any]:
     return ({"tokens": sum(tokens)} if tokens else {}) | {
         "bytes": sum(p.num_bytes for p in parts),
         "documents": sum(p.num_documents for p in parts),
-        "sha256": [parts[0].text_sha256 if len(parts) == 1 else _of_all(p.text_sha256 for p in parts)],
+        "sha256": [
+            parts[0].text_sha256 if len(parts) == 1 else _of_all(p.text_sha256 for p in parts)
+        ],
     }
 
 
@@ -70,7 +78,9 @@ def _commit() -> str | None:
     """
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
         return done.stdout.strip()
 
     try:

@@ -1,77 +1,403 @@
-"""The lines of metrics.jsonl and timings.jsonl that a client writes, checked as what comes from
-another's machine.
+"""What a run writes down, line by line, and the only place that knows the fields of a line.
+
+A line of metrics.jsonl or timings.jsonl, and the whole of summary.json (docs/run-folder.md), is a
+record of this module: code makes records and reads their attributes. The same records are what a
+run shows while it goes on. Fields are written in the order in which they stand here.
+
+The bounds are those of what comes from a client: a figure of any model stays far below them, and
+sums and means of whatever a client claims stay finite.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
 
 from comigs.config import Split
+from comigs.errors import UserError
 
-Figure = Annotated[float, Field(ge=-1e100, le=1e100)]  # of any model, but their sums and means stay finite
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+Figure = Annotated[float, Field(ge=-1e100, le=1e100)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
-Weight = Annotated[float, Field(ge=-0.01, le=1.01)]  # a mean of routing weights, with what rounding makes of it
-Perplexity = Annotated[float, Field(ge=0, le=1.1e304)]  # exp(700), the most that is ever said
+Weight = Annotated[float, Field(ge=-0.01, le=1.01)]  # a mean of routing weights, as it is rounded
+Weights = Annotated[list[Weight], Field(min_length=1)]
+SumOfWeights = Annotated[
+    int | float, Field(ge=-0.01, le=1.01)
+]  # of no weights: 0, which stays an int
+Perplexity = Annotated[float, Field(ge=0, le=1.1e304)]  # exp(700) is the most that is ever said
+OrLeftOut = Field(default=None, exclude_if=_is_none)  # of a field that is not written without value
 
 
-class Line(BaseModel):
-    """Exactly these fields, of exactly these types, finite and no larger than anybody needs."""
+class Record(BaseModel):
+    """A record has exactly its fields, of exactly their types, and no number that is not finite."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as it is written, by the names of its fields."""
+        return self.model_dump()
+
+
+class Line(Record):
+    """A line of metrics.jsonl says its kind and its round; round 0 is before any training."""
+
+    kind: str
     round: int
+
+
+class ClientLine(Line):
+    """A line about one client names that client."""
+
     client: str
 
 
-class Shares(Line):
-    """Mean routing weights per block, None without a router; adopted_share: None where no download
-    was weighed.
+class TrainReport(ClientLine):
+    """A client reports what its training in one round was like.
+
+    A share by layer is a mean of routing weights per block, None without a router. adopted_share is
+    None where no download was weighed. A loss is None where nothing of the kind was trained.
     """
 
-    generalist_share_by_layer: list[Weight] | None
-    expert_share_by_layer: list[Annotated[list[Weight], Field(min_length=1)]] | None
-    adopted_share: Weight | None
-
-
-class Train(Shares):
-    """What a client's round of training was like."""
-
-    kind: Literal["train"]
+    kind: Literal["train"] = "train"
     local_steps: Count
     router_steps: Count
     learning_rate: Figure
-    train_nats_per_token: Figure | None
+    train_nats_per_token: Figure | None = None
     train_nats_per_token_by_step: list[Figure]
-    router_nats_per_token: Figure | None
-    balance_loss: Figure | None
+    router_nats_per_token: Figure | None = None
+    balance_loss: Figure | None = None
     trained_tokens: Count
     trained_parameters: Count
+    generalist_share_by_layer: list[SumOfWeights] | None = None
+    expert_share_by_layer: list[Weights] | None = None
+    adopted_share: Weight | None = None
+
+    @property
+    def router_tokens(self) -> int:
+        """What the router learnt from beside the experts: batches of both levels are of one size."""
+        return self.router_steps * self.trained_tokens // max(1, self.local_steps)
 
 
-class Evaluation(Shares):
-    """A model on a split of the client's text."""
+class Amount(Record):
+    """A number of tensors, and the bytes of their numbers."""
 
-    kind: Literal["evaluation"]
+    slots: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(slots=self.slots + other.slots, bytes=self.bytes + other.bytes)
+
+
+class Traffic(Record):
+    """A client received and sent these bytes in one round; what it sent is told by role as well."""
+
+    uploaded_bytes: int
+    downloaded_bytes: int
+    uploaded_by_role: dict[str, Amount] | None = None
+
+
+class Train(Traffic, TrainReport):
+    """A client's round of training as a run keeps it: its own report, and what travelled."""
+
+
+class Score(Record):
+    """A model does so well on a text; a figure is None where it was not measured.
+
+    `tokens` is None in a mean over clients, and `perplexity_of_mean` everywhere else.
+    """
+
+    nats_per_token: Figure | None = None
+    perplexity: Perplexity | None = None
+    bits_per_byte: Figure | None = None
+    tokens: Annotated[Count | None, OrLeftOut] = None
+    perplexity_of_mean: Annotated[Perplexity | None, OrLeftOut] = None
+
+
+class Evaluation(ClientLine):
+    """A model was measured on one split of a client's text, after the round of the line.
+
+    The model is the client's own (personal) or the untouched base, which is measured as of round 0.
+    """
+
+    kind: Literal["evaluation"] = "evaluation"
     split: Split
     model: Literal["base", "personal"]
-    nats_per_token: Figure
-    perplexity: Perplexity
-    bits_per_byte: Figure
-    tokens: Count
-    bytes: Count
+    nats_per_token: Figure | None = None
+    perplexity: Perplexity | None = None
+    bits_per_byte: Figure | None = None
+    tokens: Count | None = None
+    bytes: Count | None = None
+    generalist_share_by_layer: list[SumOfWeights] | None = None
+    expert_share_by_layer: list[Weights] | None = None
+    adopted_share: Weight | None = None
+
+    @property
+    def score(self) -> Score:
+        """The figures alone, as a summary has them."""
+        return Score(
+            nats_per_token=self.nats_per_token,
+            perplexity=self.perplexity,
+            bits_per_byte=self.bits_per_byte,
+            tokens=self.tokens,
+        )
 
 
-class Timing(Line):
-    """What differs between two equal runs."""
+class LastDownload(ClientLine):
+    """A client received these bytes in the exchange after the last round."""
 
-    tokens_per_second: Figure | None
-    seconds: Figure
-    peak_memory_bytes: Count
-    received_bytes: Count | None = None  # whole messages, in a federation
-    sent_bytes: Count | None = None
+    kind: Literal["download"] = "download"
+    downloaded_bytes: int
 
 
-METRICS: TypeAdapter[list[Train | Evaluation]] = TypeAdapter(
-    list[Annotated[Train | Evaluation, Field(discriminator="kind")]]
-)
+class RoundEnd(Line):
+    """A round ends. `asked` is None where every client of the run was asked.
+
+    drift: how far the uploads lie apart (server/diagnostics.py), None where nothing is shared.
+    """
+
+    kind: Literal["server"] = "server"
+    drift: float | None = None
+    asked: Annotated[list[str] | None, OrLeftOut] = None
+
+
+class Absent(ClientLine):
+    """A client was asked in that round, and nothing usable came, for this reason.
+
+    The exchange after the last round counts as one round more.
+    """
+
+    kind: Literal["absent"] = "absent"
+    reason: str
+
+
+class Warned(Line):
+    """A run shows a sign of going wrong; `client` is None where the sign is the server's."""
+
+    kind: Literal["warning"] = "warning"
+    client: str | None = None
+    sign: str
+    message: str
+
+
+class Step(ClientLine):
+    """A client has done one step. A step is shown and not kept; `step` counts local steps."""
+
+    kind: Literal["step"] = "step"
+    step: int
+    level: Literal["experts", "router"]
+    nats_per_token: float
+
+
+class Note(Record):
+    """A note says what is going on. It is shown and not kept; `say`: it is worth a line."""
+
+    kind: Literal["note"] = "note"
+    message: str
+    say: Annotated[bool, Field(exclude_if=lambda said: not said)] = False
+
+
+class Problem(Record):
+    """A run on a server stops at this problem, which whoever watches the run is told."""
+
+    kind: Literal["error"] = "error"
+    message: str
+
+
+class Timing(Record):
+    """Seconds, speed and memory of one client's round: a line of timings.jsonl.
+
+    Timings hold whatever differs between two equal runs. `client` is None for a whole round.
+    received_bytes and sent_bytes are of whole messages, in a federation.
+    """
+
+    round: int
+    client: str | None = None
+    tokens_per_second: Figure | None = None
+    seconds: Figure | None = None
+    peak_memory_bytes: Count | None = None
+    received_bytes: Annotated[Count | None, OrLeftOut] = None
+    sent_bytes: Annotated[Count | None, OrLeftOut] = None
+
+
+class ClientSummary(Record):
+    """One client's result; bytes are of the whole run. A client that was gone has empty scores."""
+
+    test: Score
+    base_test: Score
+    uploaded_bytes: int
+    downloaded_bytes: int
+    trained_parameters: int
+    generalists: int
+    specialists: int
+    rank: int
+    specialist_rank: int
+
+    @field_validator("test", "base_test", mode="before")
+    @classmethod
+    def _empty(cls, score: Any) -> Any:
+        return Score() if score is None else score
+
+    @field_serializer("test", "base_test")
+    def _null(self, score: Score) -> dict[str, Any] | None:
+        return None if score == Score() else score.as_json()
+
+
+class MeanSummary(Record):
+    """The means over the clients that have both scores, `clients` of them; each counts once."""
+
+    clients: int | None = None
+    test: Score
+    base_test: Score
+
+
+class Summary(Record):
+    """The result of a finished run: summary.json.
+
+    weights: how much each client counts in the server's merge, in words.
+    """
+
+    method: str
+    weights: str | None = None
+    base: str
+    seed: int
+    rounds: int
+    clients: dict[str, ClientSummary]
+    mean: MeanSummary
+
+
+Event = Line | Note | Problem  # whatever a run tells whoever listens
+Reported = Annotated[TrainReport | Evaluation, Field(discriminator="kind")]
+REPORTED: TypeAdapter[list[TrainReport | Evaluation]] = TypeAdapter(list[Reported])
+KINDS: dict[str, type[Event]] = {
+    "train": Train,
+    "evaluation": Evaluation,
+    "download": LastDownload,
+    "server": RoundEnd,
+    "absent": Absent,
+    "warning": Warned,
+    "step": Step,
+    "note": Note,
+    "error": Problem,
+}
+WORDS = {  # what pydantic calls a type -> what people call it
+    "int_type": "a whole number",
+    "string_type": "a text",
+    "list_type": "a list of numbers",
+    "too_short": "a list of numbers",
+    "dict_type": "an object",
+    "model_type": "an object",
+}
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def parse_json(text: bytes) -> Any:
+    """Return what a JSON text says; NaN and infinity, which JSON has not, count as not measured.
+
+    Raises ValueError where the text is no JSON.
+    """
+    return json.loads(text.decode("utf-8"), parse_constant=lambda _: None, parse_float=_finite)
+
+
+def _finite(digits: str) -> float | None:
+    number = float(digits)
+    return number if math.isfinite(number) else None
+
+
+def read_lines(raw: bytes, file: str) -> list[Line]:
+    """Return the records of metrics.jsonl; lines of kinds that a later version wrote are left out.
+
+    Raises UserError that names the file, the line and what is wrong with it.
+    """
+    events = [read_event(values, where) for where, values in _parsed(raw, file)]
+    return [event for event in events if isinstance(event, Line)]
+
+
+def read_timings(raw: bytes, file: str) -> list[Timing]:
+    """Return the records of timings.jsonl. Raises UserError as `read_lines` does."""
+    return [read_record(Timing, values, where) for where, values in _parsed(raw, file)]
+
+
+def _parsed(raw: bytes, file: str) -> Iterator[tuple[str, Any]]:
+    """Yield each line's place and what it says.
+
+    A last line that is torn and has no line end is being written right now, and is left out.
+    """
+    lines = raw.splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        where = f"{file}: line {number}"
+        try:
+            values = parse_json(line)
+        except ValueError as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                return
+            reason = getattr(error, "msg", "not UTF-8")
+            raise UserError(f"{where}: not JSON: {reason}") from None
+        yield where, values
+
+
+def read_event(values: Any, where: str) -> Event | None:
+    """Return the record of one event's JSON, None where a later version wrote its kind.
+
+    where: the place the event was read from, for the UserError that is raised where a field is
+    missing or of another type.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected an object, found {_short(values)}")
+    kind = values.get("kind")
+    if not isinstance(kind, str):
+        found = _short(kind) if "kind" in values else "nothing"
+        raise UserError(f"{where}: kind: expected a text, found {found}")
+    if kind not in KINDS:
+        return None
+    # A list of nothing but nulls says what a missing list says: nothing was measured.
+    measured = {name: value for name, value in values.items() if not _is_of_nulls(value)}
+    return read_record(KINDS[kind], measured, where)
+
+
+def _is_of_nulls(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(map(_is_none, value))
+
+
+def read_record(record: type[AnyRecord], values: Any, where: str) -> AnyRecord:
+    """Return a record of parsed JSON. Fields that this version does not know are left out.
+
+    Raises UserError that names `where` and the field, what was expected and what was found.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected an object, found {_short(values)}")
+    try:
+        return record.model_validate(values, extra="ignore")
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+    found = _short(problem["input"])
+    if problem["type"] == "missing":
+        # What is said of a null in its place tells what was expected there.
+        problem["input"][problem["loc"][-1]], found = None, "nothing"
+        try:
+            record.model_validate(values, extra="ignore")
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+    expected = problem.get("ctx", {}).get("expected") or WORDS.get(problem["type"], "a number")
+    field = ": ".join(map(str, problem["loc"]))
+    raise UserError(f"{where}: {field}: expected {expected}, found {found}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

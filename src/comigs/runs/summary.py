@@ -3,62 +3,97 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
-from comigs.config import Config
+from comigs.config import ClientEntry, Config
 from comigs.methods.method import Method
+from comigs.runs.folder import RunFolder
+from comigs.runs.metrics import (
+    ClientLine,
+    ClientSummary,
+    Evaluation,
+    LastDownload,
+    Line,
+    MeanSummary,
+    Score,
+    Summary,
+    Train,
+)
 
-FIGURES = ("nats_per_token", "perplexity", "bits_per_byte", "tokens")
+
+def write_summary(folder: RunFolder, config: Config, method: Method) -> None:
+    """Write the summary.json of a finished run. Raises UserError where the disk refuses."""
+    folder.write_summary(summarize(config, method, folder.metrics()))
 
 
-def summarize(config: Config, method: Method, metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The content of summary.json (docs/run-folder.md). metrics: all lines of a finished run."""
-    clients = {}
-    by_client = defaultdict[str, list[dict[str, Any]]](list)
+def summarize(config: Config, method: Method, metrics: Sequence[Line]) -> Summary:
+    """Return the result of a finished run from all of its lines."""
+    by_client: dict[str, list[ClientLine]] = {entry.name: [] for entry in config.clients}
     for line in metrics:
-        if line["kind"] in ("train", "evaluation", "download"):
-            by_client[line["client"]].append(line)
-    for entry in config.clients:
-        own = by_client[entry.name]
-        test = [line for line in own if line["kind"] == "evaluation" and line["split"] == "test"]
-        personal = [x for x in test if x["model"] == "personal" and x["round"] == config.rounds]
-        trained = [line for line in own if line["kind"] == "train"]
-        shape = method.shape(config.shape_of(entry))
-        clients[entry.name] = {
-            "test": _figures(personal),
-            "base_test": _figures([line for line in test if line["model"] == "base"]),
-            "uploaded_bytes": sum(line["uploaded_bytes"] for line in trained),
-            "downloaded_bytes": sum(line.get("downloaded_bytes", 0) for line in own),
-            "trained_parameters": max((line["trained_parameters"] for line in trained), default=0),
-            "generalists": shape.generalists,
-            "specialists": shape.specialists,
-            "rank": shape.rank,
-            "specialist_rank": shape.specialist_rank,
-        }
-    measured = [c for c in clients.values() if c["test"] and c["base_test"]]
-    return {
-        "method": method.name,
-        "weights": method.weights,
-        "base": config.base.name,
-        "seed": config.seed,
-        "rounds": config.rounds,
-        "clients": clients,
-        "mean": {
-            "clients": len(measured),
-            "test": _mean([c["test"] for c in measured]),
-            "base_test": _mean([c["base_test"] for c in measured]),
-        },
+        if isinstance(line, ClientLine):
+            by_client.setdefault(line.client, []).append(line)
+    clients = {
+        entry.name: _of_client(config, method, entry, by_client[entry.name])
+        for entry in config.clients
     }
 
+    # A mean over clients compares base and personal model, so it is of those that have both.
+    both = [c for c in clients.values() if Score() not in (c.test, c.base_test)]
+    return Summary(
+        method=method.name,
+        weights=method.weights,
+        base=config.base.name,
+        seed=config.seed,
+        rounds=config.rounds,
+        clients=clients,
+        mean=MeanSummary(
+            clients=len(both),
+            test=_mean([client.test for client in both]),
+            base_test=_mean([client.base_test for client in both]),
+        ),
+    )
 
-def _figures(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the last of them; None where a client is gone and nothing was measured."""
-    return {name: lines[-1][name] for name in FIGURES} if lines else None
+
+def _of_client(
+    config: Config, method: Method, entry: ClientEntry, lines: Sequence[ClientLine]
+) -> ClientSummary:
+    # Later lines overwrite earlier ones: what counts is the last measurement of each model.
+    test = base_test = Score()
+    trained = [line for line in lines if isinstance(line, Train)]
+    downloaded = sum(line.downloaded_bytes for line in trained)
+    for line in lines:
+        if isinstance(line, LastDownload):
+            downloaded += line.downloaded_bytes
+        elif isinstance(line, Evaluation) and line.split == "test":
+            if line.model == "base":
+                base_test = line.score
+            elif line.round == config.rounds:
+                test = line.score
+    shape = method.shape(config.shape_of(entry))
+    return ClientSummary(
+        test=test,
+        base_test=base_test,
+        uploaded_bytes=sum(line.uploaded_bytes for line in trained),
+        downloaded_bytes=downloaded,
+        trained_parameters=max((line.trained_parameters for line in trained), default=0),
+        generalists=shape.generalists,
+        specialists=shape.specialists,
+        rank=shape.rank,
+        specialist_rank=shape.specialist_rank,
+    )
 
 
-def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over clients, each client counting once."""
-    mean = {name: sum(row[name] for row in rows) / len(rows) for name in FIGURES if name != "tokens"}
-    return mean | {"perplexity_of_mean": math.exp(min(mean["nats_per_token"], 700))}
+def _mean(scores: Sequence[Score]) -> Score:
+    """Return the means over clients, each client counting once."""
+    nats = _mean_of([score.nats_per_token for score in scores])
+    return Score(
+        nats_per_token=nats,
+        perplexity=_mean_of([score.perplexity for score in scores]),
+        bits_per_byte=_mean_of([score.bits_per_byte for score in scores]),
+        perplexity_of_mean=math.exp(min(nats, 700)),
+    )
+
+
+def _mean_of(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(values)

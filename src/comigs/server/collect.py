@@ -1,18 +1,15 @@
-"""What comes in of one round: which answers count, who is absent and why, who is left out from now
-on.
-"""
+"""What comes in of one round: which uploads count, who is absent and why, who is left out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from comigs.config import Config
-from comigs.methods.method import Download, Method, Upload
-from comigs.server.communication import traffics
+from comigs.methods.method import Download, Memory, Method, Upload
+from comigs.runs.metrics import Absent, Line, Timing, TrainReport, Warned
+from comigs.server.communication import traffic_by_client, with_traffic
 from comigs.server.participation import (
-    Line,
-    absent_line,
     failures,
     has_trained,
     late_line,
@@ -27,6 +24,7 @@ from comigs.server.validation import (
     check_lines,
     check_upload,
     expected_upload,
+    read_reply,
     step_length,
     too_long,
 )
@@ -34,9 +32,26 @@ from comigs.slots import Shapes
 
 NO_ANSWER = "no answer"
 NEWER = "it sent a newer one"
-Started = dict[
-    str, dict[int, Download]
-]  # client -> round -> the download of a request that it has not answered yet
+
+
+@dataclass
+class ServerState:
+    """The server goes from one round to the next with this.
+
+    shapes: of every tensor that a client has, by client. start: of shared tensors, before any
+    training. history: the lines of metrics.jsonl. downloads: what is delivered to each client with
+    the next exchange. memory: the method's own. started: client -> round -> the download of a
+    request that the client has not answered yet, kept where late uploads count.
+    """
+
+    config: Config
+    method: Method
+    shapes: Mapping[str, Shapes]
+    start: Start
+    history: list[Line]
+    downloads: dict[str, Download] = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
+    started: dict[str, dict[int, Download]] = field(default_factory=dict)
 
 
 class RoundCollector:
@@ -46,84 +61,92 @@ class RoundCollector:
     who has the download. out: who is left out; warnings: the lines that say so, of this round.
     """
 
-    def __init__(
-        self, config: Config, method: Method, shapes: Mapping[str, Shapes], start: Start, started: Started,
-        history: Sequence[Line], downloads: Mapping[str, Download], round: int,
-    ) -> None:  # fmt: skip
-        """start: of shared tensors, before any training. downloads: what is delivered in this
-        round. started: kept up to date where late uploads count."""
-        self.config, self.method, self.shapes, self.start = config, method, shapes, start
-        self.started, self.downloads, self.round = started, downloads, round
-        self.history, self.failed, self.out = history, failures(history), left_out(history)
+    def __init__(self, server: ServerState, round: int) -> None:
+        self.server, self.config, self.round = server, server.config, round
+        self.downloads = server.downloads  # what is delivered in this round
+        self.failed, self.out = failures(server.history), left_out(server.history)
         self.uploads: dict[str, Upload] = {}
         self.absent: dict[str, str] = {}
         self.reached: set[str] = set()
-        self.warnings: list[dict[str, Any]] = []
+        self.warnings: list[Warned] = []
         self._tasks: dict[str, Task] = {}
         self._replies: dict[str, Reply] = {}
-        self._late: dict[
-            str, tuple[Reply, Upload]
-        ] = {}  # with what the upload counts for in this round
-        self._too_late: list[dict[str, Any]] = []
+        self._late: dict[str, tuple[Reply, Upload]] = {}  # with what it counts for in this round
+        self._too_late: list[Absent] = []
         self._expected: dict[tuple[int, int], Shapes] = {}  # by round and kind of client
 
     def to_ask(self) -> list[str]:
-        """The clients of this round whose answer is missing."""
-        return [
-            name
-            for name in participants(self.config, self.round, self.out)
-            if name not in self._replies
-        ]
+        """Return the clients of this round whose answer is missing."""
+        asked = participants(self.config, self.round, self.out)
+        return [name for name in asked if name not in self._replies]
 
     def take(self, tasks: Mapping[str, Task], answers: Answers) -> None:
         """Sort what an exchange brought, check it, and leave out who failed too often."""
+        # An answer to the first asking of this round may come in with the second.
         self._tasks |= tasks
-        again = {
-            n: r for n, r in answers.late.items() if n in self._tasks and r.round == self.round
-        }  # to a first asking
-        came = again | answers.replies
+        late = dict(answers.late)
+        came = {
+            name: late.pop(name)
+            for name, reply in answers.late.items()
+            if name in self._tasks and reply.round == self.round
+        } | answers.replies
         self.reached |= came.keys()
         self._replies |= came
-        for name in came.keys() & self._late.keys():
+
+        # Of what a client sent for several rounds, the newest counts.
+        for name in [name for name in self._late if name in came]:
             self._drop(name, self._late.pop(name)[0], NEWER)
-        for name, reply in answers.late.items():
-            if name not in again:
-                self._take_late(name, reply)
-        if self.config.participation.late == "discount":
-            self.started |= {
-                n: {**self.started.get(n, {}), self.round: self.downloads.get(n, {})} for n in tasks
-            }
-            for name in came:
-                self.started.pop(name, None)
+        for name, reply in late.items():
+            self._take_late(name, reply)
+        self._remember(tasks, came)
+
+        # Whoever gives nothing usable time and again is not waited for any more. Whoever is slow
+        # has not failed where its late upload counts.
         failed = {
             name: answers.absent.get(name, NO_ANSWER) for name in tasks if name not in came
         } | self._check()
-        self.absent = {
-            n: why for n, why in (self.absent | failed).items() if n not in self._replies
-        }
+        absent = self.absent | failed
+        self.absent = {name: why for name, why in absent.items() if name not in self._replies}
         for name, why in failed.items():
             if name in self._late:
-                continue  # it is slow, and what it did counts
+                continue
             self.failed[name] += 1
             if self.failed[name] >= self.config.participation.max_failures:
                 self.out.add(name)
                 self.warnings.append(left_out_line(self.round, name, self.failed[name], why))
 
+    def _remember(self, tasks: Mapping[str, Task], came: Mapping[str, Reply]) -> None:
+        """Remember which download a late upload will have started from."""
+        if self.config.participation.late != "discount":
+            return
+        for name in tasks:
+            sent = self.downloads.get(name, {})
+            self.server.started.setdefault(name, {})[self.round] = sent
+        for name in came:
+            self.server.started.pop(name, None)
+
     def _take_late(self, name: str, reply: Reply) -> None:
         """Make of a late upload what it counts for in this round, or a line that it is dropped."""
-        p = self.config.participation
-        if has_trained(self.history, name, reply.round):
-            return  # a round that was asked again can be answered twice
-        if p.late == "drop" or name in self.out:
+        # A round that was asked again can be answered twice.
+        if has_trained(self.server.history, name, reply.round):
+            return
+        settings = self.config.participation
+        if settings.late == "drop" or name in self.out:
             self._drop(name, reply, "dropped")
         elif name in self._replies:
             self._drop(name, reply, NEWER)
         elif fault := self._fault(name, reply, None):
             self._drop(name, reply, fault)
         else:
-            started, now = self.started.get(name, {}).get(reply.round), self.downloads.get(name)
-            expected = self._expect(name, self.round)
-            if counts := discounted(reply.upload or {}, started, now, p.late_discount, expected):
+            # A part of an upload is of no use: every slot of this round's uploads must be in it.
+            counts = discounted(
+                reply.upload or {},
+                self.server.started.get(name, {}).get(reply.round),
+                self.downloads.get(name),
+                settings.late_discount,
+                self._expect(name, self.round),
+            )
+            if counts:
                 self._late[name] = reply, counts
             else:
                 self._drop(name, reply, "it does not fit this round")
@@ -132,75 +155,83 @@ class RoundCollector:
         self._too_late.append(late_line(late.round, name, self.round, why))
 
     def _check(self) -> dict[str, str]:
-        """Settle what counts. Returns client -> why not, of the answers that are refused."""
-        bad = {
-            name: why
-            for name, reply in self._replies.items()
-            if (why := self._fault(name, reply, self._tasks[name]))
-        }
-        uploads = {
-            name: reply.upload for name, reply in self._replies.items() if reply.upload is not None
-        }
-        uploads = {name: counts for name, (_, counts) in self._late.items()} | uploads
+        """Settle which uploads count; return client -> why not, of the answers that are refused."""
+        refused: dict[str, str] = {}
+        uploads = {name: counts for name, (_, counts) in self._late.items()}
+        for name, reply in self._replies.items():
+            if fault := self._fault(name, reply, self._tasks[name]):
+                refused[name] = fault
+            elif reply.upload is not None:
+                uploads[name] = reply.upload
+
+        # How long a step may be depends on those of the others, so it is judged when all are here.
         lengths = {
-            n: step_length(u, self.downloads.get(n, {}), self.start)
-            for n, u in uploads.items()
-            if n not in bad
+            name: step_length(upload, self.downloads.get(name, {}), self.server.start)
+            for name, upload in uploads.items()
         }
-        bad |= too_long(lengths, self.config.upload)
-        for name in bad.keys() - self._replies.keys():
-            self._drop(name, self._late.pop(name)[0], bad[name])
-        refused = {name: why for name, why in bad.items() if self._replies.pop(name, None)}
-        self.uploads = {
-            c.name: uploads[c.name]
-            for c in self.config.clients
-            if c.name in lengths and c.name not in bad
-        }
+        for name, why in too_long(lengths, self.config.upload).items():
+            del uploads[name]
+            if name in self._replies:
+                refused[name] = why
+            else:
+                self._drop(name, self._late.pop(name)[0], why)
+        for name in refused:
+            del self._replies[name]
+        names = [client.name for client in self.config.clients]
+        self.uploads = {name: uploads[name] for name in names if name in uploads}
         return refused
 
     def _fault(self, name: str, reply: Reply, task: Task | None) -> str | None:
         fault = check_lines(reply, name, task)
         if fault is None and reply.upload is None:
-            return None if self.method.centralized else "no upload"
+            return None if self.server.method.centralized else "no upload"
         return fault or check_upload(reply.upload or {}, self._expect(name, reply.round))
 
     def _expect(self, name: str, round: int) -> Shapes:
-        shapes = self.shapes[name]
-        if (round, id(shapes)) not in self._expected:
-            self._expected[round, id(shapes)] = expected_upload(self.method, shapes, round)
-        return self._expected[round, id(shapes)]
+        shapes = self.server.shapes[name]
+        kind = round, id(shapes)
+        if kind not in self._expected:
+            self._expected[kind] = expected_upload(self.server.method, shapes, round)
+        return self._expected[kind]
 
     def _counted(self) -> dict[str, Reply]:
         counted = {name: reply for name, (reply, _) in self._late.items()} | self._replies
-        return {c.name: counted[c.name] for c in self.config.clients if c.name in counted}
+        names = [client.name for client in self.config.clients]
+        return {name: counted[name] for name in names if name in counted}
 
     def weights(self) -> dict[str, float]:
-        """How much each sender counts where a method weighs clients: what the config says, else its
-        train tokens.
+        """Return how much each sender counts where a method weighs clients.
+
+        It is what the config says, or else the number of the client's train tokens.
         """
-        given, replies = {c.name: c.weight for c in self.config.clients}, self._counted()
+        given = {client.name: client.weight for client in self.config.clients}
+        replies = self._counted()
         return {name: given[name] or replies[name].train_tokens for name in self.uploads}
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of the clients, and those of who is absent."""
-        format = self.config.upload.format
-        moved = traffics(self.uploads, self.downloads, format, self.method.reads_peers)
-        lines = [
-            line | moved[name] if line["kind"] == "train" else line
-            for name, reply in self._counted().items()
-            for line in reply.metrics
-        ]
-        return (
-            self._too_late
-            + lines
-            + [absent_line(self.round, name, why) for name, why in self.absent.items()]
+    def lines(self) -> list[Line]:
+        """Return the lines of the clients with what travelled, and those of who is absent."""
+        moved = traffic_by_client(
+            self.uploads,
+            self.downloads,
+            self.config.upload.format,
+            self.server.method.reads_peers,
         )
+        lines: list[Line] = [*self._too_late]
+        for name, reply in self._counted().items():
+            for line in read_reply(reply)[0]:
+                if isinstance(line, TrainReport):
+                    lines.append(with_traffic(line, moved[name]))
+                else:
+                    lines.append(line)
+        for name, why in self.absent.items():
+            lines.append(Absent(round=self.round, client=name, reason=why))
+        return lines
 
-    def timings(self) -> list[dict[str, Any]]:
-        """The lines of timings.jsonl of the answers that count."""
-        return [reply.timing for reply in self._counted().values()]
+    def timings(self) -> list[Timing]:
+        """Return the lines of timings.jsonl of the answers that count."""
+        return [read_reply(reply)[1] for reply in self._counted().values()]
 
-    def whom(self) -> dict[str, list[str]]:
-        """{"asked": clients}, or nothing where all were asked."""
-        asked = [c.name for c in self.config.clients if c.name in self._tasks]
-        return {"asked": asked} if len(asked) < len(self.config.clients) else {}
+    def asked(self) -> list[str] | None:
+        """Return the clients that were asked in this round, None where all were."""
+        asked = [client.name for client in self.config.clients if client.name in self._tasks]
+        return asked if len(asked) < len(self.config.clients) else None

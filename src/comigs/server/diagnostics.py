@@ -1,15 +1,13 @@
-"""Signs that a run is going wrong, read off its metrics: collapsed router, drifting generalists,
-overfitting.
-"""
+"""Signs that a run is going wrong: collapsed router, drifting generalists, overfitting."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
-Line = Mapping[str, Any]  # of metrics.jsonl
+from comigs.methods.method import Download, Tensors, Upload, mean
+from comigs.runs.metrics import Evaluation, Line, RoundEnd, Train, TrainReport, Warned
 
 COLLAPSED = 0.97  # mean routing weight of one expert in a block, over a whole evaluation
 DRIFT_ROUNDS = 3  # rounds in a row in which drift grew
@@ -18,92 +16,130 @@ OVERFIT_ROUNDS = 3  # evaluations in a row in which valid rose while train fell
 OVERFIT_RISE = 0.01  # and by how many nats per token over them
 
 
-def failure_signs(
-    history: Sequence[Line], new: Sequence[Line], own_or_rest: bool = False
-) -> list[dict[str, Any]]:
-    """Warning lines for what the `new` lines show in the light of `history`; each sign once per
-    client and run.
+def drift(uploads: Mapping[str, Upload], sent: Mapping[str, Download]) -> float | None:
+    """Return how far clients pull apart in a round.
 
-    own_or_rest: routers weigh a single own expert and the rest of the world, where all of either is
-    as it should be.
+    Drift is the mean distance of an upload from the mean upload, over the length of the mean's step
+    away from the mean of what the clients were sent. It is None in the first round, which starts
+    from no download, and where clients share nothing or unequal shapes, or none sent anything.
     """
-    known = {(line["sign"], line["client"]) for line in history if line["kind"] == "warning"}
+    starts = [sent.get(name, {}) for name in uploads]
+    shapes = set()
+    # Many clients start from one and the same download, whose shapes are looked at once.
+    for tensors in {id(tensors): tensors for tensors in (*uploads.values(), *starts)}.values():
+        shapes.add(frozenset((slot, tensor.shape) for slot, tensor in tensors.items()))
+    if len(shapes) != 1 or frozenset() in shapes:
+        return None
+    center = mean(uploads.values())
+    step = _distance(center, mean(starts))
+    apart = sum(_distance(upload, center) for upload in uploads.values()) / len(uploads)
+    return apart / step if step > 0 else None
+
+
+def _distance(a: Tensors, b: Tensors) -> float:
+    squares = (float((tensor.double() - b[slot]).square().sum()) for slot, tensor in a.items())
+    return math.sqrt(sum(squares))
+
+
+def diagnose(
+    history: Sequence[Line], new: Sequence[Line], own_or_others: bool = False
+) -> list[Warned]:
+    """Return the warnings for what the `new` lines show in the light of `history`.
+
+    Each sign is told once per client and run. own_or_others: routers weigh a single own expert and
+    the rest of the world, where all of either is as it should be.
+    """
+    known = {(line.sign, line.client) for line in history if isinstance(line, Warned)}
     everything = [*history, *new]
-    collapsed = () if own_or_rest else _collapsed_routers(new)
-    found = [*collapsed, *_drift(everything, new), *_overfitting(everything, new)]
-    return [sign for sign in found if (sign["sign"], sign["client"]) not in known]
+    found = [*_drifting_generalists(everything, new), *_overfitting(everything, new)]
+    if not own_or_others:
+        found = [*_collapsed_routers(new), *found]
+    return [warning for warning in found if (warning.sign, warning.client) not in known]
 
 
-def _warning(sign: str, round: int, client: str | None, message: str) -> dict[str, Any]:
-    return {"kind": "warning", "round": round, "client": client, "sign": sign, "message": message}
-
-
-def _collapsed_routers(new: Sequence[Line]) -> Iterator[dict[str, Any]]:
-    seen = set()
+def _collapsed_routers(new: Sequence[Line]) -> Iterator[Warned]:
+    told = set()
     for line in new:
-        shares = line.get("expert_share_by_layer") if line["kind"] == "evaluation" else None
+        if not isinstance(line, Evaluation) or line.client in told:
+            continue
         collapsed = [
-            layer for layer, experts in enumerate(shares or []) if max(experts) > COLLAPSED
+            str(layer)
+            for layer, shares in enumerate(line.expert_share_by_layer or ())
+            if max(shares) > COLLAPSED
         ]
-        if shares and collapsed and line["client"] not in seen:
-            seen.add(line["client"])
-            layers = ", ".join(map(str, collapsed))
-            yield _warning(
-                "collapsed-router", line["round"], line["client"],
-                f"one expert takes over {COLLAPSED:.0%} of the weight in layers {layers}; "
-                "try a lower client.router_lr, fewer client.router_steps or a higher client.balance_coef",
-            )  # fmt: skip
+        if collapsed:
+            told.add(line.client)
+            yield Warned(
+                round=line.round,
+                client=line.client,
+                sign="collapsed-router",
+                message=f"one expert takes over {COLLAPSED:.0%} of the weight in layers "
+                f"{', '.join(collapsed)}; try a lower client.router_lr, fewer client.router_steps "
+                "or a higher client.balance_coef",
+            )
 
 
-def _drift(everything: Sequence[Line], new: Sequence[Line]) -> Iterator[dict[str, Any]]:
-    if not any(line["kind"] == "server" for line in new):
+def _drifting_generalists(everything: Sequence[Line], new: Sequence[Line]) -> Iterator[Warned]:
+    # Drift does no harm where clients adopt less than half of the mean: most of it is not used.
+    if not any(isinstance(line, RoundEnd) for line in new):
         return
-    adopted = [
-        x["adopted_share"]
-        for x in new
-        if x["kind"] == "train" and x.get("adopted_share") is not None
-    ]
-    if adopted and sum(adopted) < len(adopted) / 2:  # most of the mean is not used
+    trained = [line for line in new if isinstance(line, TrainReport)]
+    adopted = [line.adopted_share for line in trained if line.adopted_share is not None]
+    if adopted and sum(adopted) < len(adopted) / 2:
         return
-    drifts = [
-        (x["round"], x["drift"])
-        for x in everything
-        if x["kind"] == "server" and x["drift"] is not None
-    ]
-    last = [value for _, value in drifts[-DRIFT_ROUNDS - 1 :]]
-    if len(last) == DRIFT_ROUNDS + 1 and _rises(last) and last[-1] > DRIFT_GROWTH * last[0]:
-        yield _warning(
-            "drifting-generalists", drifts[-1][0], None,
-            f"clients' uploads pull apart: drift rose from {last[0]:.2f} to {last[-1]:.2f} in {DRIFT_ROUNDS} rounds; "
-            "try fewer client.steps per round, a lower client.lr, or fewer generalists",
-        )  # fmt: skip
+
+    # A sign is a steady and considerable growth; drift goes up and down in any run.
+    last = [
+        (line.round, line.drift)
+        for line in everything
+        if isinstance(line, RoundEnd) and line.drift is not None
+    ][-DRIFT_ROUNDS - 1 :]
+    values = [value for _, value in last]
+    long_enough = len(values) == DRIFT_ROUNDS + 1
+    if long_enough and _rises(values) and values[-1] > DRIFT_GROWTH * values[0]:
+        yield Warned(
+            round=last[-1][0],
+            client=None,
+            sign="drifting-generalists",
+            message=f"clients' uploads pull apart: drift rose from {values[0]:.2f} to "
+            f"{values[-1]:.2f} in {DRIFT_ROUNDS} rounds; try fewer client.steps per round, a lower "
+            "client.lr, or fewer generalists",
+        )
 
 
-def _overfitting(everything: Sequence[Line], new: Sequence[Line]) -> Iterator[dict[str, Any]]:
-    clients = {x["client"] for x in new if x["kind"] == "evaluation" and x["split"] == "valid"}
-    measured, trained = defaultdict[str, list[Line]](list), defaultdict[str, list[Line]](list)
-    for x in everything:
-        if x["kind"] == "train" and x["client"] in clients:
-            trained[x["client"]].append(x)
-        elif x["kind"] == "evaluation" and x["split"] == "valid" and x["model"] == "personal":
-            measured[x["client"]].append(x)
-    for client in sorted(clients):
-        valid = measured[client][-OVERFIT_ROUNDS - 1 :]
-        rounds, losses = [x["round"] for x in valid], [x["nats_per_token"] for x in valid]
-        train = [x["train_nats_per_token"] for x in trained[client] if x["round"] in rounds]
-        long_enough = len(losses) == OVERFIT_ROUNDS + 1 and len(train) >= 2
-        if (
-            long_enough
-            and _rises(losses)
-            and losses[-1] - losses[0] > OVERFIT_RISE
-            and train[-1] < train[0]
-        ):
-            yield _warning(
-                "overfitting", rounds[-1], client,
-                f"valid rose from {losses[0]:.3f} to {losses[-1]:.3f} nats per token while train fell; "
-                "try fewer rounds, fewer specialists, a lower rank, or more text",
-            )  # fmt: skip
+def _overfitting(everything: Sequence[Line], new: Sequence[Line]) -> Iterator[Warned]:
+    # Only clients that were measured just now can show something new.
+    just_measured = {
+        line.client for line in new if isinstance(line, Evaluation) and line.split == "valid"
+    }
+    measured: dict[str, list[tuple[int, float]]] = {client: [] for client in just_measured}
+    trained: dict[str, dict[int, float | None]] = {client: {} for client in just_measured}
+    for line in everything:
+        if isinstance(line, Train) and line.client in just_measured:
+            trained[line.client][line.round] = line.train_nats_per_token
+        elif isinstance(line, Evaluation) and line.client in just_measured:
+            own = line.split == "valid" and line.model == "personal"
+            if own and line.nats_per_token is not None:
+                measured[line.client].append((line.round, line.nats_per_token))
+
+    # Valid must rise while train falls over the same rounds: a rise of both is something else.
+    for client in sorted(just_measured):
+        last = measured[client][-OVERFIT_ROUNDS - 1 :]
+        losses = [nats for _, nats in last]
+        train = [trained[client].get(round) for round, _ in last]
+        seen = [nats for nats in train if nats is not None]
+        long_enough = len(losses) == OVERFIT_ROUNDS + 1 and len(seen) >= 2
+        if not long_enough or not _rises(losses) or losses[-1] - losses[0] <= OVERFIT_RISE:
+            continue
+        if seen[-1] < seen[0]:
+            yield Warned(
+                round=last[-1][0],
+                client=client,
+                sign="overfitting",
+                message=f"valid rose from {losses[0]:.3f} to {losses[-1]:.3f} nats per token while "
+                "train fell; try fewer rounds, fewer specialists, a lower rank, or more text",
+            )
 
 
 def _rises(values: Sequence[float]) -> bool:
-    return all(b > a for a, b in pairwise(values))
+    return all(later > earlier for earlier, later in pairwise(values))

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from comigs.config import Split
 from comigs.methods.method import Download, Upload
+from comigs.runs.metrics import Event
 from comigs.slots import Shapes
 
-Event = Mapping[str, Any]  # a line of metrics.jsonl, or {"kind": "step", ...}, which is only shown
 Report = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the server asks of a client in one exchange, in this order: receive, evaluate, train,
-    send.
+    """The server asks this of a client in one exchange: receive, evaluate, train, send.
 
     round: the round to train (from 1). train: False in the last exchange, which only delivers and
-    evaluates.
-    evaluate: splits to measure with the client's own model, as it is after the download of round -
-    1.
-    evaluate_base: splits to measure with the base alone.
+    evaluates. evaluate: splits to measure with the client's own model, as it is after the download
+    of round - 1. evaluate_base: splits to measure with the base alone.
     """
 
     round: int
@@ -34,29 +31,28 @@ class Task:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client sends back.
+    """A client sends this back.
 
-    upload: None where it did not train. metrics: lines of metrics.jsonl; timing: its line of
-    timings.jsonl.
-    train_tokens: in its train split; 1 where no client's own claim counts. round: of the task it
-    answers.
+    upload: None where it did not train. metrics, timing: its lines of metrics.jsonl and its line of
+    timings.jsonl, as records or as their JSON; nobody has checked them yet (server/validation.py).
+    train_tokens: in its train split; 1 where no client's own claim counts. round: of the task that
+    the reply answers.
     """
 
     upload: Upload | None
-    metrics: list[dict[str, Any]]
-    timing: dict[str, Any] = field(default_factory=dict)
+    metrics: Sequence[Any]
+    timing: Any = None
     train_tokens: int = 0
     round: int = 0
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What came back of one exchange.
+    """One exchange brings these answers. Every client that was asked is in replies or in absent.
 
     replies: in time, by client, in the order of the tasks. absent: client -> why nothing usable
-    came, in a few words.
-    late: answers to what was asked in an earlier exchange (reply.round) and came in since.
-    Every client that was asked is in replies or in absent.
+    came, in a few words. late: replies to what was asked in an earlier exchange (reply.round) that
+    came in since.
     """
 
     replies: dict[str, Reply]
@@ -65,25 +61,22 @@ class Answers:
 
 
 class Engine(Protocol):
-    """Carries one exchange to the clients that are asked, and back."""
+    """An engine carries one exchange to the clients that are asked, and back."""
 
     @property
     def shapes(self) -> Mapping[str, Shapes]:
-        """Of every tensor that a client has, by client (check.shapes_of_clients); what uploads are
-        held against.
-        """
+        """The shapes of every tensor that a client has, by client; uploads are held against them."""
 
     def exchange(self, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
-        """One message to each client in `tasks`, and what comes back. No download: there is none to
-        receive.
+        """Send each client its task and download, and wait for the replies.
 
-        Uploads can be read until the next commit of the run folder. A round that is not complete is
-        asked again, of those only whose upload is missing.
+        Clients without an entry in `downloads` receive nothing. Uploads can be read until the next
+        commit of the run folder. A round that is not complete is asked again, of those only whose
+        upload is missing.
         """
 
     def probe(self, uploads: Mapping[str, Upload], round: int) -> dict[str, dict[str, float]]:
-        """reader -> author -> nats per token of the author's upload on a sample of the reader's
-        valid.
+        """Let every client of `uploads` measure all of them on a sample of its valid text.
 
-        Readers are the clients of `uploads`.
+        Returns reader -> author -> nats per token.
         """

@@ -1,185 +1,199 @@
-"""The round loop, once, over `exchange(tasks, downloads) -> answers`, whatever carries the
-messages.
+"""A run, round by round, as the server sees it: ask, collect, merge, commit.
+
+Clients and server take turns (CoMiGS, 2409.13931). In each round the server asks clients to train.
+A client receives the generalists as they were merged, trains its generalists and specialists on its
+train text and its router on its valid text, and sends its generalists back. The server merges what
+it has collected, and that is what clients receive in the next round. Specialists and routers stay
+where they are. Other methods differ in what clients share and in how it is merged, not in this
+loop; nor does it matter to the loop which engine carries the messages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from comigs.config import Config
+from comigs.config import Config, Split
 from comigs.errors import UserError
 from comigs.files import command
-from comigs.methods.method import Download, Memory, Method, RoundContext
+from comigs.methods.method import Method, RoundContext
 from comigs.runs.folder import RunFolder
-from comigs.server.collect import NO_ANSWER, RoundCollector, Started
-from comigs.server.communication import drift, last_download
-from comigs.server.diagnostics import failure_signs
-from comigs.server.participation import absent_line, has_trained, late_line, left_out, measured_base
+from comigs.runs.metrics import Absent, Line, Note, RoundEnd, Timing
+from comigs.server.collect import NO_ANSWER, RoundCollector, ServerState
+from comigs.server.communication import last_download
+from comigs.server.diagnostics import diagnose, drift
+from comigs.server.participation import has_trained, late_line, left_out, measured_base
 from comigs.server.pending import next_downloads, pack_server, unpack_server
-from comigs.server.protocol import Answers, Engine, Event, Reply, Report, Task
-from comigs.server.validation import check_lines, common_start
+from comigs.server.protocol import Engine, Reply, Report, Task
+from comigs.server.validation import check_lines, common_start, read_reply
 
-__all__ = ["Answers", "Engine", "Event", "Reply", "Report", "Task", "run_rounds", "task_of"]
+SHOWN = 4  # clients whose reason is told where a round is asked again
 
 
 def run_rounds(
     config: Config, method: Method, engine: Engine, folder: RunFolder, report: Report
 ) -> None:
-    """From the folder's last commit to the end of the run. Each round is committed before the next
-    begins.
+    """Take a run from its folder's last commit to its end.
 
+    Each round is committed before the next begins, so a run that is stopped loses no whole round.
     Raises UserError where too few clients are left that answer; every whole round is kept.
     """
     last = folder.rewind()
     if last.finished:
         return
-    history, start, started = folder.metrics(), common_start(config.seed), Started()
-    own_or_rest = any(
-        method.shape(config.shape_of(client)).others != "none" for client in config.clients
-    )
-    downloads: dict[str, Download] = {}
-    memory: Memory = {}
+    server = ServerState(config, method, engine.shapes, common_start(config.seed), folder.metrics())
     if last.round:
-        downloads, memory = unpack_server(folder.load("server/state"))
+        server.downloads, server.memory = unpack_server(folder.load("server/state"))
 
     for round in range(last.round + 1, config.rounds + 1):
-        collector = RoundCollector(
-            config, method, engine.shapes, start, started, history, downloads, round
-        )
-        _ask(collector, engine, folder, report, measured_base(history))
+        # Ask: clients receive what waits for them, train on text that stays with them, and send.
+        # Collect: only what is as it should be counts, and a round needs enough of it.
+        collector = RoundCollector(server, round)
+        _ask(collector, engine, folder, report)
+
+        # Merge: the method makes of the uploads what each client receives next. Whoever was not
+        # reached still has what it missed to come, so its next download is both.
         context = RoundContext(
-            clients=tuple(c.name for c in config.clients),
+            clients=tuple(client.name for client in config.clients),
             weights=collector.weights(),
             peer_nats=engine.probe(collector.uploads, round) if method.reads_peers else {},
             upload=config.upload,
         )
-        merged, memory = method.aggregate(collector.uploads, memory, context)
-        sent, downloads = downloads, next_downloads(downloads, merged, collector.reached)
+        merged, server.memory = method.aggregate(collector.uploads, server.memory, context)
+        sent = server.downloads
+        server.downloads = next_downloads(sent, merged, collector.reached)
 
-        metrics = collector.metrics()
-        metrics.append(
-            {
-                "kind": "server",
-                "round": round,
-                "drift": drift(collector.uploads, sent),
-                **collector.whom(),
-            }
+        # Commit: the round is whole once its lines and the server's state are on the disk. Nobody
+        # hears of a round before it cannot be lost any more.
+        lines = collector.lines()
+        lines.append(
+            RoundEnd(round=round, drift=drift(collector.uploads, sent), asked=collector.asked())
         )
-        metrics += collector.warnings
-        metrics += failure_signs(history, metrics, own_or_rest)
-        folder.stage("server/state", pack_server(downloads, memory), round)
-        folder.commit(round, metrics, collector.timings())
-        history += metrics
-        for line in metrics:
+        lines += collector.warnings
+        lines += _diagnosed(server, lines)
+        folder.stage("server/state", pack_server(server.downloads, server.memory), round)
+        folder.commit(round, lines, collector.timings())
+        server.history += lines
+        for line in lines:
             report(line)
-    _finish(config, engine, folder, report, history, downloads, own_or_rest)
+    _deliver_the_last_download(server, engine, folder, report)
 
 
-def _ask(
-    collector: RoundCollector, engine: Engine, folder: RunFolder, report: Report, measured: set[str]
-) -> None:
-    """Ask the clients of a round, and those of them again whose upload is missing while there are
-    too few.
+def _ask(collector: RoundCollector, engine: Engine, folder: RunFolder, report: Report) -> None:
+    """Ask the clients of a round, and while too few uploads are usable, ask again who is missing.
 
-    It ends: who fails too often is left out, and nobody is asked who has answered. Raises UserError
-    when too few are left.
+    Asking ends: who fails too often is left out, and nobody is asked who has answered. Raises
+    UserError when too few are left.
     """
     config, round = collector.config, collector.round
     needed, everyone = config.participation.min_clients, len(config.clients)
-    first, later = (task_of(config, round, base_known=known) for known in (False, True))
+    measured = measured_base(collector.server.history)
     while True:
+        # Waiting for clients that will not come back is no use.
         names, left = collector.to_ask(), everyone - len(collector.out)
         if left < needed or not names:
             raise UserError(
-                f"round {round}: {len(collector.uploads)} of the {needed} usable uploads that it needs "
-                f"(participation.min_clients), and {everyone - left} of {everyone} clients are left out, so too few "
-                f"are left to ask; every whole round is kept. When they are back, go on with: "
-                f"{command('resume', folder.path)}"
+                f"round {round}: {len(collector.uploads)} of the {needed} usable uploads that it "
+                f"needs (participation.min_clients), and {everyone - left} of {everyone} clients "
+                "are left out, so too few are left to ask; every whole round is kept. When they "
+                f"are back, go on with: {command('resume', folder.path)}"
             )
-        tasks = {name: later if name in measured else first for name in names}
-        collector.take(
-            tasks,
-            engine.exchange(
-                tasks, {n: collector.downloads[n] for n in names if n in collector.downloads}
-            ),
-        )
+        tasks = {name: task_of(config, round, base_known=name in measured) for name in names}
+        waiting = collector.downloads
+        downloads = {name: waiting[name] for name in names if name in waiting}
+        collector.take(tasks, engine.exchange(tasks, downloads))
         if len(collector.uploads) >= needed:
             return
+
+        # Whoever watches the run should know why a round takes longer than others.
         reasons = [f"{name}: {reason}" for name, reason in collector.absent.items()]
-        why = "; ".join(reasons[:4] + [f"{len(reasons) - 4} more"] * (len(reasons) > 4))
-        note = f"round {round}: {len(collector.uploads)} of the {needed} uploads it needs; asking again ({why})"
-        report({"kind": "note", "message": note, "say": True})
+        if len(reasons) > SHOWN:
+            reasons[SHOWN:] = [f"{len(reasons) - SHOWN} more"]
+        usable = f"{len(collector.uploads)} of the {needed} uploads it needs"
+        note = f"round {round}: {usable}; asking again ({'; '.join(reasons)})"
+        report(Note(message=note, say=True))
 
 
-def _finish(
-    config: Config, engine: Engine, folder: RunFolder, report: Report, history: list[dict[str, Any]],
-    downloads: Mapping[str, Download], own_or_rest: bool,
-) -> None:  # fmt: skip
-    """The last exchange: everybody who is not left out gets the last download and measures its own
-    model.
+def _deliver_the_last_download(
+    server: ServerState, engine: Engine, folder: RunFolder, report: Report
+) -> None:
+    """Give everybody who is not left out the last download, and let them measure their own model.
+
+    Raises UserError where nobody takes it: there is no result then.
     """
-    round, out, measured = config.rounds + 1, left_out(history), measured_base(history)
+    # Whoever did not take part in the last round is asked here, too: each client ends with a model.
+    config, round = server.config, server.config.rounds + 1
+    out, measured = left_out(server.history), measured_base(server.history)
     tasks = {
-        c.name: task_of(config, round, base_known=c.name in measured)
-        for c in config.clients
-        if c.name not in out
+        client.name: task_of(config, round, base_known=client.name in measured)
+        for client in config.clients
+        if client.name not in out
     }
-    answers = engine.exchange(tasks, {name: downloads[name] for name in tasks if name in downloads})
-    bad = {
-        name: why
-        for name, reply in answers.replies.items()
-        if (why := check_lines(reply, name, tasks[name]))
-    }
-    replies = {
-        name: answers.replies[name] for name in tasks if name in answers.replies and name not in bad
-    }
+    waiting = server.downloads
+    downloads = {name: waiting[name] for name in tasks if name in waiting}
+    answers = engine.exchange(tasks, downloads)
+
+    # What a client says of its own model counts under the same conditions as in a round.
+    replies: dict[str, Reply] = {}
+    absent: dict[str, str] = {}
+    for name, task in tasks.items():
+        if name not in answers.replies:
+            absent[name] = answers.absent.get(name, NO_ANSWER)
+        elif fault := check_lines(answers.replies[name], name, task):
+            absent[name] = fault
+        else:
+            replies[name] = answers.replies[name]
     if not replies:
         raise UserError(
-            f"nobody took the last download, so there is no result yet; every whole round is kept. When clients are "
-            f"back, go on with: {command('resume', folder.path)}"
+            "nobody took the last download, so there is no result yet; every whole round is kept. "
+            f"When clients are back, go on with: {command('resume', folder.path)}"
         )
-    metrics = [
-        last_download(name, round, downloads.get(name, {}), config.upload.format)
-        for name in replies
-    ]
-    metrics += [line for reply in replies.values() for line in reply.metrics]
-    absent = {
-        name: bad.get(name, answers.absent.get(name, NO_ANSWER))
-        for name in tasks
-        if name not in replies
-    }
-    metrics += [absent_line(round, name, why) for name, why in absent.items()]
-    late = {
-        n: reply.round
-        for n, reply in answers.late.items()
-        if not has_trained(history, n, reply.round)
-    }
-    metrics += [late_line(then, name, round, "dropped") for name, then in late.items()]
-    metrics += failure_signs(history, metrics, own_or_rest)
-    folder.commit(
-        config.rounds, metrics, [reply.timing for reply in replies.values()], finished=True
-    )
-    for line in metrics:
+
+    # The run ends with a commit as each round does, after which nothing but models is kept.
+    lines: list[Line] = []
+    timings: list[Timing] = []
+    for name in replies:
+        lines.append(last_download(name, round, waiting.get(name, {}), config.upload.format))
+    for reply in replies.values():
+        own, timing = read_reply(reply)
+        lines += own
+        timings.append(timing)
+    for name, why in absent.items():
+        lines.append(Absent(round=round, client=name, reason=why))
+    for name, late in answers.late.items():
+        if not has_trained(server.history, name, late.round):
+            lines.append(late_line(late.round, name, round, "dropped"))
+    lines += _diagnosed(server, lines)
+    folder.commit(config.rounds, lines, timings, finished=True)
+    for line in lines:
         report(line)
 
 
+def _diagnosed(server: ServerState, new: list[Line]) -> list[Line]:
+    """Return the signs of going wrong that these lines show.
+
+    Where an own expert stands beside the rest of the world, all the weight of either is no sign.
+    """
+    shapes = [server.method.shape(server.config.shape_of(c)) for c in server.config.clients]
+    own_or_others = any(shape.others != "none" for shape in shapes)
+    return [*diagnose(server.history, new, own_or_others)]
+
+
 def task_of(config: Config, round: int, base_known: bool) -> Task:
-    """What a client is asked in a round, rounds + 1 being the exchange at the end.
+    """Return what a client is asked in a round, rounds + 1 being the exchange at the end.
 
     Evaluations of round r travel with the exchange of round r + 1, after its download: one message
-    a round.
-
-    base_known: the base was measured on this client's text already.
+    a round. base_known: the base was measured on this client's text already.
     """
+    # Routers learn from valid, so the result is measured on test, once, at the very end.
     evaluation, is_last = config.evaluation, round == config.rounds + 1
-    due = evaluation.every > 0 and round > 1 and (round - 1) % evaluation.every == 0
     watched = evaluation.splits if evaluation.every > 0 else ()
-    splits = watched if due or is_last else ()
-    base = () if base_known else ("test",) if is_last else tuple(dict.fromkeys((*watched, "test")))
-    return Task(
-        round=round,
-        train=not is_last,
-        evaluate=tuple(dict.fromkeys((*splits, "test"))) if is_last else splits,
-        evaluate_base=base,
-    )
+    with_test = tuple(dict.fromkeys((*watched, "test")))
+    due = evaluation.every > 0 and round > 1 and (round - 1) % evaluation.every == 0
+    evaluate = watched if due else ()
+    if is_last:
+        evaluate = with_test
+
+    # The base does not change: it is measured with the first exchange, and at the end where a
+    # client comes in only there.
+    evaluate_base: tuple[Split, ...] = ()
+    if not base_known:
+        evaluate_base = ("test",) if is_last else with_test
+    return Task(round=round, train=not is_last, evaluate=evaluate, evaluate_base=evaluate_base)

@@ -1,4 +1,9 @@
-"""Every upload is held against what was asked for before it counts."""
+"""The door of the server: whatever a client sends is held against what was asked of it.
+
+An upload must have the slots and shapes that were asked for, finite numbers, and a step no longer
+than is usual. A reply's lines must be exactly what a client writes, about itself and the round that
+it answers. What is wrong is said in a few words that hold nothing of what came.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +12,36 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from statistics import median
 
-from pydantic import ValidationError
 from torch import Tensor
 
 from comigs.config import Config, ExpertShape, UploadSection
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
 from comigs.methods.method import Download, Method, Upload
-from comigs.runs.metrics import METRICS, Timing
+from comigs.runs.metrics import REPORTED, Evaluation, Record, Timing, TrainReport
 from comigs.server.protocol import Reply, Task
 from comigs.slots import Shapes, Slot
 
 Start = Callable[[Slot, tuple[int, ...]], Tensor]
 ENOUGH = 3  # uploads from which on their median says what is usual
+# A client writes every field but these, of which a device's messages are measured by the server.
+OTHERS = {"kind", "received_bytes", "sent_bytes"}
+MEASURED = (
+    "nats_per_token",
+    "perplexity",
+    "bits_per_byte",
+    "tokens",
+    "bytes",
+    "seconds",
+    "peak_memory_bytes",
+)
 
 
 def shapes_of_clients(config: Config, method: Method, attachment: Attachment) -> dict[str, Shapes]:
-    """Every tensor of every client. Clients with equal experts share one mapping."""
+    """Return the shape of every tensor of every client.
+
+    Clients with equal experts share one mapping.
+    """
     kinds: dict[ExpertShape, Shapes] = {}
     shapes = {}
     for client in config.clients:
@@ -35,13 +53,14 @@ def shapes_of_clients(config: Config, method: Method, attachment: Attachment) ->
 
 
 def expected_upload(method: Method, shapes: Shapes, round: int) -> Shapes:
-    """What a client sends in that round."""
+    """Return the slots and shapes that a client sends in that round."""
     return {slot: dims for slot, dims in shapes.items() if method.sends(slot, round)}
 
 
 def check_upload(upload: Upload, expected: Shapes) -> str | None:
-    """What is wrong with it, in a few words: other slots or shapes than expected, not floating or
-    not finite.
+    """Return what is wrong with an upload, in a few words, or None.
+
+    Wrong are other slots or shapes than expected, and numbers that are not floating or not finite.
     """
     if extra := sorted(upload.keys() - expected.keys()):
         return f"not asked for: {extra[0]}"
@@ -59,13 +78,16 @@ def check_upload(upload: Upload, expected: Shapes) -> str | None:
 
 
 def common_start(seed: int) -> Start:
-    """What a shared tensor is before any training, on every client; drawn once."""
+    """Return a function that draws a shared tensor as it is before any training, on every client.
+
+    Each tensor is drawn once.
+    """
     return cache(lambda slot, dims: starting_tensors({slot: dims}, seed, "")[slot])
 
 
 def step_length(upload: Upload, download: Download, start: Start) -> float:
-    """How far an upload is from the download, or from the common start where a tensor is not in the
-    download.
+    """Return how far an upload is from the download, or from the common start where a tensor is
+    not in the download.
     """
     squares = 0.0
     for slot, tensor in upload.items():
@@ -75,46 +97,67 @@ def step_length(upload: Upload, download: Download, start: Start) -> float:
 
 
 def too_long(lengths: Mapping[str, float], limits: UploadSection) -> dict[str, str]:
-    """client -> why its step is too long to count, in a few words."""
-    most = {"max_norm": limits.max_norm} if limits.max_norm is not None else {}
+    """Return the clients whose step is too long to count: client -> why, in a few words."""
+    most: dict[str, float] = {}
+    if limits.max_norm is not None:
+        most["max_norm"] = limits.max_norm
+    # What is usual is known from several clients that have moved, and from nothing else.
     usual = median(lengths.values()) if len(lengths) >= ENOUGH else 0.0
     if usual > 0:
         most["max_norm_ratio"] = limits.max_norm_ratio * usual
-    return {
-        client: f"a step of length {length:.3g}, above {limit:.3g} (upload.{name})"
-        for name, limit in most.items()
-        for client, length in lengths.items()
-        if length > limit
-    }
+    refused = {}
+    for name, limit in most.items():
+        for client, length in lengths.items():
+            if length > limit:
+                step = f"a step of length {length:.3g}"
+                refused[client] = f"{step}, above {limit:.3g} (upload.{name})"
+    return refused
+
+
+def read_reply(reply: Reply) -> tuple[list[TrainReport | Evaluation], Timing]:
+    """Return the lines of a reply and its timing.
+
+    Raises ValueError unless they are exactly what a client writes: no other fields, nothing left
+    out, nothing unmeasured, and every figure finite and no larger than anybody needs.
+    """
+    lines, timing = REPORTED.validate_python(reply.metrics), Timing.model_validate(reply.timing)
+    records: list[Record] = [*lines, timing]
+    for record in records:
+        left_out = type(record).model_fields.keys() - record.model_fields_set - OTHERS
+        if left_out or any(getattr(record, name, 0) is None for name in MEASURED):
+            raise ValueError("a field is missing")
+    return lines, timing
 
 
 def check_lines(reply: Reply, client: str, task: Task | None = None) -> str | None:
-    """What is wrong with the lines of a client's reply, in a few words that hold nothing of them.
+    """Return what is wrong with the lines of a client's reply, or None.
 
     They are what a client writes, about itself and the round that it answers, and about an upload
-    if there is one.
-    task: what it was asked, where that is known; then it has measured just that.
+    if there is one. task: what the client was asked, where that is known; then it has measured just
+    that.
     """
     try:
-        lines, timing = METRICS.validate_python(reply.metrics), Timing.model_validate(reply.timing)
-    except ValidationError:
+        lines, timing = read_reply(reply)
+    except ValueError:
         return "metrics that are not as they should be"
-    measured = [(line.model, line.split) for line in lines if line.kind == "evaluation"]
-    due = {"train": reply.round, "base": 0, "personal": reply.round - 1}
-    rounds = [
-        line.round == due[line.kind if line.kind == "train" else line.model] for line in lines
-    ]
-    trainings = len(lines) - len(measured)
-    fits = (
-        all(rounds)
-        and timing.round == reply.round
-        and {line.client for line in (timing, *lines)} == {client}
-        and trainings == (reply.upload is not None)
-    )
+
+    # A client speaks of itself and of this exchange only; it cannot report for another one.
+    due = {"base": 0, "personal": reply.round - 1}
+    measured, trainings = [], 0
+    fits = timing.round == reply.round and timing.client == client
+    for line in lines:
+        fits = fits and line.client == client
+        if isinstance(line, Evaluation):
+            measured.append((line.model, line.split))
+            fits = fits and line.round == due[line.model]
+        else:
+            trainings += 1
+            fits = fits and line.round == reply.round
+    fits = fits and trainings == (reply.upload is not None)
+
+    # Nothing that was asked for is left out, and nothing is added.
     if fits and task is not None:
-        asked = [
-            *(("base", split) for split in task.evaluate_base),
-            *(("personal", split) for split in task.evaluate),
-        ]
+        asked = [("base", split) for split in task.evaluate_base]
+        asked += [("personal", split) for split in task.evaluate]
         fits = reply.round == task.round and sorted(measured) == sorted(asked)
     return None if fits else "metrics of something else than it was asked for"

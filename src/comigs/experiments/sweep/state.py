@@ -21,6 +21,7 @@ from comigs.experiments.packed import RunData
 from comigs.files import ELSEWHERE, require_free
 from comigs.processes import is_locked
 from comigs.runs.folder import TIMINGS, RunFolder
+from comigs.runs.metrics import read_timings
 from comigs.text import plural
 
 # fields that say where and how fast a run is, not what it is
@@ -108,7 +109,7 @@ def state_of(path: Path) -> RunState:
     finished = last.finished and (path / "summary.json").is_file()
     seconds, perplexity = _seconds(path / TIMINGS, last.timings_bytes), None
     if finished:
-        perplexity = RunFolder.open(path).summary()["mean"]["test"]["perplexity"]
+        perplexity = RunFolder.open(path).summary().mean.test.perplexity
     return RunState(last.round, True, finished, seconds, perplexity)
 
 
@@ -173,7 +174,7 @@ def _seconds(file: Path, length: int) -> float:
     They are for estimates only: what cannot be read counts as 0.
     """
     try:
-        lines = file.read_bytes()[:length].splitlines()
-        return sum(float(json.loads(line)["seconds"]) for line in lines)
-    except (OSError, ValueError, LookupError, TypeError):
+        timings = read_timings(file.read_bytes()[:length], str(file))
+        return sum(timing.seconds or 0.0 for timing in timings)
+    except (OSError, ValueError):
         return 0.0

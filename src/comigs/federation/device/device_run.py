@@ -23,8 +23,9 @@ from comigs.files import write_whole, writing
 from comigs.methods.method import Download, Method
 from comigs.runs.environment import describe, environment
 from comigs.runs.folder import RunFolder
-from comigs.runs.summary import summarize
-from comigs.server.communication import last_download, traffic
+from comigs.runs.metrics import Line, TrainReport
+from comigs.runs.summary import write_summary
+from comigs.server.communication import last_download, traffic, with_traffic
 from comigs.server.protocol import Reply
 from comigs.server.wire import plain
 from comigs.slots import Slot
@@ -152,8 +153,11 @@ class DeviceRun:
             write_whole(self._answer_file(round), lambda path: path.write_bytes(raw))
         format, finished = self.config.upload.format, reply.upload is None
         moved = traffic(reply.upload or {}, download, format)
-        lines = [line | moved if line["kind"] == "train" else line for line in reply.metrics]
-        lines = [last_download(self.name, round, download, format), *lines] if finished else lines
+        lines: list[Line] = []
+        if finished:
+            lines.append(last_download(self.name, round, download, format))
+        for line in reply.metrics:
+            lines.append(with_traffic(line, moved) if isinstance(line, TrainReport) else line)
         self.folder.commit(
             self.config.rounds if finished else round, lines, [reply.timing], finished
         )
@@ -163,9 +167,7 @@ class DeviceRun:
             self._summarize()
 
     def _summarize(self) -> None:
-        self.folder.write_json(
-            "summary.json", summarize(self.config, self.method, self.folder.metrics())
-        )
+        write_summary(self.folder, self.config, self.method)
 
     def _held(self, part: str) -> dict[str, Tensor]:
         return self.folder.load(self._path(part)) if self.folder.holds(self._path(part)) else {}

@@ -181,8 +181,8 @@ class Trainer:
             run=request.run,
             round=request.round,
             trained=request.train,
-            metrics=reply.metrics,
-            timing=reply.timing,
+            metrics=[line.as_json() for line in reply.metrics],
+            timing=reply.timing.as_json(),
         )
         raw = wire.pack(head, sent[0])
         with refusing("disk"):

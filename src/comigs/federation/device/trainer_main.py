@@ -7,16 +7,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 
 from comigs.errors import UserError
 from comigs.federation.device.device_service import Device, Trainer
 from comigs.federation.device.trainer_socket import key_beside, serve
+from comigs.runs.metrics import Event, Step
 
 EVERY = 10.0  # seconds between lines about steps
 DEVICES: TypeAdapter[Device] = TypeAdapter(Device)
@@ -41,11 +40,9 @@ class Steps:
 
     shown: float = field(default=0.0)
 
-    def show(self, event: Mapping[str, Any]) -> None:
+    def show(self, event: Event) -> None:
         """Gets every event of the trainer."""
-        if event["kind"] == "step" and time.monotonic() > self.shown + EVERY:
+        if isinstance(event, Step) and time.monotonic() > self.shown + EVERY:
             self.shown = time.monotonic()
-            nats = f"{event['nats_per_token']:.3f} nats/token"
-            print(
-                f"round {event['round']}, step {event['step']}: {event['level']} {nats}", flush=True
-            )
+            nats = f"{event.nats_per_token:.3f} nats/token"
+            print(f"round {event.round}, step {event.step}: {event.level} {nats}", flush=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from comigs.federation.flower.grid import GONE, Failure, GridTransport
+from comigs.runs.metrics import Note
 from comigs.server.protocol import Report
 from comigs.server.wire import WireError
 
@@ -238,6 +239,6 @@ class _Exchange(Generic[Answer]):
             if stuck
             else f"{count - len(missing)} of {count} in, waiting for {names}"
         )
-        note = {"kind": "note", "message": f"round {first.round}: {how} ({self.age():.0f} s)"}
-        self._report(note | {"say": True} if stuck and state != self._told else note)
+        message = f"round {first.round}: {how} ({self.age():.0f} s)"
+        self._report(Note(message=message, say=stuck and state != self._told))
         self._told, self._told_at = state, time.monotonic()

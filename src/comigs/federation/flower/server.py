@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from comigs.federation.messages import PROGRESS, RUN_ID, federable_method
 from comigs.files import write_whole
 from comigs.methods.method import Method
 from comigs.runs.folder import RunFolder
+from comigs.runs.metrics import Event, Note, Problem
 from comigs.server.protocol import Report
 from comigs.server.rounds import run_rounds
 from comigs.server.validation import shapes_of_clients
@@ -36,8 +37,8 @@ def go_on(
     """
     with (path / PROGRESS).open("a", encoding="utf-8") as progress:
 
-        def report(event: Mapping[str, Any]) -> None:
-            progress.write(json.dumps(event) + "\n")
+        def report(event: Event) -> None:
+            progress.write(json.dumps(event.as_json()) + "\n")
             progress.flush()
 
         try:
@@ -48,15 +49,11 @@ def go_on(
                     folder, Dispatcher(GridTransport(grid), nodes, pace(deadline), report), report
                 )
         except UserError as error:
-            report({"kind": "error", "message": str(error)})
+            report(Problem(message=str(error)))
             raise
         except BaseException as error:
-            report(
-                {
-                    "kind": "error",
-                    "message": f"{path}: {type(error).__name__}, a bug or a lost connection; see log",
-                }
-            )
+            what = f"{type(error).__name__}, a bug or a lost connection"
+            report(Problem(message=f"{path}: {what}; see log"))
             raise
 
 
@@ -64,7 +61,7 @@ def rounds(folder: RunFolder, courier: Dispatcher[Any], report: Report) -> None:
     """All rounds that are left. Raises UserError."""
     config = folder.config()
     method = federable_method(config)
-    report({"kind": "note", "message": "reading the base"})
+    report(Note(message="reading the base"))
     fingerprint, shapes = _base(config, method)
     if fingerprint != folder.environment()["base_fingerprint"]:
         raise UserError(

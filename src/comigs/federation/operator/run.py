@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from comigs.bases.load import Base
 from comigs.config import Config
@@ -21,9 +20,10 @@ from comigs.files import command
 from comigs.methods.method import load_method
 from comigs.runs.environment import environment
 from comigs.runs.folder import RunFolder
-from comigs.runs.summary import summarize
+from comigs.runs.metrics import Event, Problem, read_event
+from comigs.runs.summary import write_summary
+from comigs.server.protocol import Report
 
-Report = Callable[[Mapping[str, Any]], None]
 Say = Callable[[str], None]
 LOOK = 0.5  # seconds between looks at it
 ASK = 15.0  # seconds between questions to the server, which cost it two seconds of CPU
@@ -132,15 +132,15 @@ def _follow(
     folder: RunFolder,
     federation: Federation,
     run_id: int,
-    events: Iterator[Mapping[str, Any] | None],
+    events: Iterator[Event | None],
     report: Report,
 ) -> tuple[str, str]:
     """Report what happens until the run has ended; returns its true status and what went wrong."""
     status, problem, wait, asked = "", "", 2.0, time.monotonic()
     for event in events:
         if event is not None:
-            if event["kind"] == "error":
-                problem = event["message"]
+            if isinstance(event, Problem):
+                problem = event.message
             else:
                 report(event)
         elif status.startswith("finished"):  # and all that it had to say was read
@@ -158,7 +158,7 @@ def _follow(
     return status, problem
 
 
-def _events(file: Path, start: int) -> Iterator[Mapping[str, Any] | None]:
+def _events(file: Path, start: int) -> Iterator[Event | None]:
     """What is written to the file after `start` bytes, line by line; None whenever there is nothing
     new.
     """
@@ -170,7 +170,7 @@ def _events(file: Path, start: int) -> Iterator[Mapping[str, Any] | None]:
         while True:
             unfinished += lines.readline()
             if unfinished.endswith("\n"):
-                yield json.loads(unfinished)
+                yield read_event(json.loads(unfinished), str(file))
                 unfinished = ""
             else:
                 yield None
@@ -187,4 +187,4 @@ def _wait_until_free(folder: RunFolder) -> None:
 
 def _summarize(folder: RunFolder) -> None:
     config = folder.config()
-    folder.write_json("summary.json", summarize(config, load_method(config), folder.metrics()))
+    write_summary(folder, config, load_method(config))

@@ -78,10 +78,14 @@ def _loss(run: Run, name: str) -> LossCurves:
     by_step: list[tuple[float, float]] = []
     by_round: list[tuple[float, float]] = []
     for line in (t for t in run.train if t.client == name):
-        steps = line.nats_per_token_by_step
-        by_step += [(line.round - 1 + (i + 1) / len(steps), y) for i, y in enumerate(steps) if y is not None]
-        if line.nats_per_token is not None:
-            by_round.append((line.round - 0.5, line.nats_per_token))  # the mean of a round: drawn at its middle
+        steps = line.train_nats_per_token_by_step
+        by_step += [
+            (line.round - 1 + (i + 1) / len(steps), y) for i, y in enumerate(steps) if y is not None
+        ]
+        if line.train_nats_per_token is not None:
+            by_round.append(
+                (line.round - 0.5, line.train_nats_per_token)
+            )  # the mean of a round: drawn at its middle
     valid = [e for e in run.evaluations if e.client == name and e.split == "valid"]
     base = [e.score.nats_per_token for e in valid if e.model == "base"]
     return LossCurves(

@@ -6,29 +6,21 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 from comigs.errors import UserError
+from comigs.runs.metrics import Amount
 from comigs.slots import Slot
-
-
-@dataclass(frozen=True)
-class Amount:
-    """Tensors and their bytes."""
-
-    slots: int = 0
-    size: int = 0
-
-    def __add__(self, other: Amount) -> Amount:
-        return Amount(self.slots + other.slots, self.size + other.size)
 
 
 def held_by_role(run_folder: Path) -> dict[str, Amount]:
     """Role -> what all clients together hold by now; empty where there is no such file."""
     totals: dict[str, Amount] = defaultdict(Amount)
     for client in sorted((run_folder / "clients").glob("*")):
-        files = [*sorted(client.glob("round-*.experts.safetensors")), *client.glob("personal.safetensors")]
+        files = [
+            *sorted(client.glob("round-*.experts.safetensors")),
+            *client.glob("personal.safetensors"),
+        ]
         for name, amount in _header(files[-1]).items() if files else ():
             try:
                 totals[Slot.parse(name).role] += amount
@@ -47,8 +39,12 @@ def _header(path: Path) -> dict[str, Amount]:
             if length > path.stat().st_size:
                 raise ValueError("header longer than the file")
             header = json.loads(file.read(length))
-        offsets = {name: tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"}
-        return {name: Amount(1, end - start) for name, (start, end) in offsets.items()}
+        offsets = {
+            name: tensor["data_offsets"]
+            for name, tensor in header.items()
+            if name != "__metadata__"
+        }
+        return {name: Amount(slots=1, bytes=end - start) for name, (start, end) in offsets.items()}
     except FileNotFoundError:
         return {}  # a live run has just replaced it by the next round's
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -12,15 +12,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from comigs import text as f
 from comigs.errors import UserError
 from comigs.files import write_whole, writing
-from comigs import text as f
 from comigs.runs.report import plots, tables
-from comigs.runs.report.curves import Line, MAX_PANELS, drift_points, loss_curves, share_lines
-from comigs.runs.report.routing_heatmap import routing_heatmap
+from comigs.runs.report.curves import MAX_PANELS, Line, drift_points, loss_curves, share_lines
+from comigs.runs.report.diagnostics import diagnoses
 from comigs.runs.report.read import Run, read_run
 from comigs.runs.report.results import results
-from comigs.runs.report.signs import failure_signs
+from comigs.runs.report.routing_heatmap import routing_heatmap
 
 HERE = Path(__file__).parent
 
@@ -44,7 +44,9 @@ def write_reports(run_folders: Iterable[str | Path], out: str | Path | None = No
     if len(folders) == 1:
         return [write_report(folders[0], out)]
     if out is not None:
-        raise UserError(f"--out {out}: is for one run; to see {len(folders)} side by side: comigs compare RUN...")
+        raise UserError(
+            f"--out {out}: is for one run; to see {len(folders)} side by side: comigs compare RUN..."
+        )
     runs = [read_run(folder) for folder in folders]
     return [_write(run.folder / "report.html", report_page(run)) for run in runs]
 
@@ -52,7 +54,7 @@ def write_reports(run_folders: Iterable[str | Path], out: str | Path | None = No
 def report_page(run: Run) -> str:
     """The page of one run as HTML; equal runs give equal bytes."""
     r = results(run)
-    mean_perplexity = run.summary.test.perplexity_of_mean if run.summary else None
+    mean_perplexity = run.summary.mean.test.perplexity_of_mean if run.summary else None
     uploaded = sum(c.uploaded_bytes for c in r.clients)
     return render(
         "report.html.j2",
@@ -64,7 +66,7 @@ def report_page(run: Run) -> str:
         state=tables.state(run),
         span="over the whole run" if run.summary else "so far",
         headline=re.sub(r"(?<=\d) (?=[kMGT]?B|%)", "\N{NO-BREAK SPACE}", tables.headline(run)),
-        signs=failure_signs(run),
+        signs=diagnoses(run),
         clients=tables.client_table(run),
         absences=tables.absence_table(run),
         num_clients=len(r.clients),
@@ -91,9 +93,15 @@ def _pictures(run: Run) -> dict[str, Any]:
     return {
         "panels": [(c.client, Markup(plots.loss_plot(c, end, limits))) for c in curves],
         "capped": len(run.clients) > MAX_PANELS,
-        "share_plot": Markup(plots.lines_plot(shares, end, "generalist share", top=1)) if shares else None,
-        "share_clients": [line.client for line in shares] if len(shares) <= plots.MAX_COLOURS else [],
-        "drift_plot": Markup(plots.lines_plot([Line("Drift", drift)], end, "drift")) if drift else None,
+        "share_plot": Markup(plots.lines_plot(shares, end, "generalist share", top=1))
+        if shares
+        else None,
+        "share_clients": [line.client for line in shares]
+        if len(shares) <= plots.MAX_COLOURS
+        else [],
+        "drift_plot": Markup(plots.lines_plot([Line("Drift", drift)], end, "drift"))
+        if drift
+        else None,
     }
 
 
@@ -102,7 +110,11 @@ def render(template: str, folder: Path = HERE, **values: Any) -> str:
     escaped.
     """
     environment = Environment(
-        loader=FileSystemLoader([folder, HERE]), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader([folder, HERE]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     return environment.get_template(template).render(style=style, **values)
@@ -117,13 +129,18 @@ def mark(command: str) -> str:
 
 def is_written_by(page: Path, command: str) -> bool:
     """It is a page that `comigs report` or `comigs compare` wrote."""
-    return page.is_file() and mark(command) in page.read_text(encoding="utf-8", errors="replace")[:2000]
+    return (
+        page.is_file()
+        and mark(command) in page.read_text(encoding="utf-8", errors="replace")[:2000]
+    )
 
 
 def _write(path: Path, text: str) -> Path:
     """Put the whole file there, or leave what was there."""
     if path.is_file() and not is_written_by(path, "report"):
-        raise UserError(f"{path}: not written by comigs report, so it is kept; choose another file with --out")
+        raise UserError(
+            f"{path}: not written by comigs report, so it is kept; choose another file with --out"
+        )
     with writing(path, "choose another file with --out"):
         write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
     return path

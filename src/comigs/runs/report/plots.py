@@ -21,8 +21,17 @@ from matplotlib.ticker import MaxNLocator
 from comigs.runs.report.curves import Line, LossCurves, Points
 
 MAX_COLOURS = 8  # clients told apart by colour; more are drawn grey, with their mean on top
-_NAMES = ("--ink", "--muted", "--grid", "--personal", "--train", *(f"--client-{i}" for i in range(MAX_COLOURS)))
-COLOUR = {name: f"#fe00{i:02x}" for i, name in enumerate(_NAMES)}  # a page's variable -> what stands in for it
+_NAMES = (
+    "--ink",
+    "--muted",
+    "--grid",
+    "--personal",
+    "--train",
+    *(f"--client-{i}" for i in range(MAX_COLOURS)),
+)
+COLOUR = {
+    name: f"#fe00{i:02x}" for i, name in enumerate(_NAMES)
+}  # a page's variable -> what stands in for it
 
 
 def loss_plot(curves: LossCurves, rounds: int, limits: tuple[float, float]) -> str:
@@ -33,8 +42,15 @@ def loss_plot(curves: LossCurves, rounds: int, limits: tuple[float, float]) -> s
     """
     figure, axes = _axes(2.9, 2.1)
     axes.plot(*_xy(curves.by_step), color=COLOUR["--train"], linewidth=0.8, alpha=0.55)
-    axes.plot(*_xy(curves.by_round), color=COLOUR["--train"], linewidth=1.4, **_marked(curves.by_round, "."))
-    axes.plot(*_xy(curves.valid), color=COLOUR["--personal"], linewidth=1.9, **_marked(curves.valid, "o"))
+    axes.plot(
+        *_xy(curves.by_round),
+        color=COLOUR["--train"],
+        linewidth=1.4,
+        **_marked(curves.by_round, "."),
+    )
+    axes.plot(
+        *_xy(curves.valid), color=COLOUR["--personal"], linewidth=1.9, **_marked(curves.valid, "o")
+    )
     if curves.base is not None:
         axes.axhline(curves.base, color=COLOUR["--ink"], linewidth=1, linestyle=(0, (4, 3)))
     axes.set(xlim=(0, max(1, rounds)), ylim=limits)
@@ -50,7 +66,12 @@ def lines_plot(lines: Sequence[Line], rounds: int, what: str, top: float | None 
     few = len(lines) <= MAX_COLOURS
     for i, line in enumerate(lines):
         if few:
-            axes.plot(*_xy(line.points), color=COLOUR[f"--client-{i}"], linewidth=1.7, **_marked(line.points, "o"))
+            axes.plot(
+                *_xy(line.points),
+                color=COLOUR[f"--client-{i}"],
+                linewidth=1.7,
+                **_marked(line.points, "o"),
+            )
         else:
             axes.plot(*_xy(line.points), color=COLOUR["--muted"], linewidth=0.6, alpha=0.5)
     if not few:
@@ -59,7 +80,11 @@ def lines_plot(lines: Sequence[Line], rounds: int, what: str, top: float | None 
         axes.axhline(0.5, color=COLOUR["--muted"], linewidth=1, linestyle=(0, (4, 3)))
     axes.set(xlim=(0, max(1, rounds)), ylim=(0, top))
     _label(axes, "round", what)
-    told = [_ends(line.client, line.points) for line in lines] if few else [_ends("Mean", _mean_points(lines))]
+    told = (
+        [_ends(line.client, line.points) for line in lines]
+        if few
+        else [_ends("Mean", _mean_points(lines))]
+    )
     return svg(figure, f"{what} by round. " + " ".join(told))
 
 
@@ -126,11 +151,17 @@ def svg(figure: Figure, alt: str) -> str:
     file = io.StringIO()
     figure.patch.set_visible(False)
     with mpl.rc_context({"svg.hashsalt": alt, "svg.fonttype": "none"}):
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            file,
+            format="svg",
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # unused names, which would clash between plots of one page
+    text = re.sub(
+        r'<g id="[^"]*"', "<g", text
+    )  # unused names, which would clash between plots of one page
     text = re.sub(r" font-family: [^;\"]*;", "", text)
     for name, colour in COLOUR.items():
         text = text.replace(colour, f"var({name})")

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from comigs.config import ClientEntry, ExpertShape, Text
-from comigs.runs.report.read import ClientSummary, Run, Score
+from comigs.runs.metrics import ClientSummary, Score
+from comigs.runs.report.read import Run
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,24 @@ def results(run: Run) -> Results:
     clients = tuple(_client(run, name) for name in run.clients)
     asked = run.config.participation.clients_per_round or len(clients)
     if run.summary is not None:
-        return Results("test", run.summary.rounds, asked, clients, run.summary.base_test, run.summary.test)
-    both = [c for c in clients if c.gain is not None] or clients  # means over different clients would compare nothing
+        return Results(
+            "test",
+            run.summary.rounds,
+            asked,
+            clients,
+            run.summary.mean.base_test,
+            run.summary.mean.test,
+        )
+    both = [
+        c for c in clients if c.gain is not None
+    ] or clients  # means over different clients would compare nothing
     return Results(
-        "valid", run.last_round, asked, clients, _mean([c.base for c in both]), _mean([c.personal for c in both])
+        "valid",
+        run.last_round,
+        asked,
+        clients,
+        _mean([c.base for c in both]),
+        _mean([c.personal for c in both]),
     )
 
 
@@ -107,9 +122,13 @@ def _client(run: Run, name: str) -> ClientResult:
         specialists=has.specialists if has else None,
         rank=has.rank if has else None,
         specialist_rank=has.specialist_rank if has else None,
-        trained_parameters=_first(*(x.trained_parameters for x in ([summary] if summary else lines[::-1]))),
+        trained_parameters=_first(
+            *(x.trained_parameters for x in ([summary] if summary else lines[::-1]))
+        ),
         uploaded_bytes=summary.uploaded_bytes if summary else sum(t.uploaded_bytes for t in lines),
-        downloaded_bytes=summary.downloaded_bytes if summary else sum(t.downloaded_bytes for t in lines),
+        downloaded_bytes=summary.downloaded_bytes
+        if summary
+        else sum(t.downloaded_bytes for t in lines),
     )
 
 
@@ -127,9 +146,9 @@ def _latest(run: Run, name: str, split: str, model: str) -> Score:
 
 def _mean(scores: list[Score]) -> Score:
     return Score(
-        mean(s.nats_per_token for s in scores),
-        mean(s.perplexity for s in scores),
-        mean(s.bits_per_byte for s in scores),
+        nats_per_token=mean(s.nats_per_token for s in scores),
+        perplexity=mean(s.perplexity for s in scores),
+        bits_per_byte=mean(s.bits_per_byte for s in scores),
     )
 
 

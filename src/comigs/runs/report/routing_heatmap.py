@@ -7,7 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from comigs import text as f
-from comigs.runs.report.read import Evaluation, Run, Train
+from comigs.runs.metrics import Evaluation, Train
+from comigs.runs.report.read import Run
 from comigs.runs.report.results import mean
 
 

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from comigs.config import dotted
 from comigs import text as f
-from comigs.text import Table
-from comigs.runs.report.held import Amount, held_by_role
-from comigs.runs.report.read import Run, Timing
+from comigs.config import dotted
+from comigs.runs.metrics import Amount, Timing
+from comigs.runs.report.held import held_by_role
+from comigs.runs.report.read import Run
 from comigs.runs.report.results import ClientResult, Results, mean, results
+from comigs.text import Table
 
 ROLES = {
     "generalist": "generalists", "attention": "attention LoRA", "specialist": "specialists",
@@ -83,9 +84,16 @@ def cost_table(run: Run) -> Table:
         f.size(sum(c.downloaded_bytes for c in r.clients)),
         f.duration(_sum(whole or run.timings)),
         f.count(mean(t.tokens_per_second for t in whole)),
-        f.size(max((t.peak_memory_bytes for t in run.timings if t.peak_memory_bytes is not None), default=None)),
+        f.size(
+            max(
+                (t.peak_memory_bytes for t in run.timings if t.peak_memory_bytes is not None),
+                default=None,
+            )
+        ),
     )
-    return Table(("client", "uploaded", "downloaded", "time", "tokens per second", "peak memory"), rows, last)
+    return Table(
+        ("client", "uploaded", "downloaded", "time", "tokens per second", "peak memory"), rows, last
+    )
 
 
 def role_table(run: Run) -> Table | None:
@@ -100,7 +108,7 @@ def role_table(run: Run) -> Table | None:
 
     def row(role: str) -> tuple[str, ...]:
         has, sent = held.get(role), None if left is None else left.get(role, Amount())
-        verdict = "" if sent is None else "left the device" if sent.size else "never left"
+        verdict = "" if sent is None else "left the device" if sent.bytes else "never left"
         return (ROLES.get(role, role), *_amount(has), *_amount(sent), verdict)
 
     headers = ("what", "tensors held", "bytes held", "tensors uploaded", "bytes uploaded", "")
@@ -114,8 +122,10 @@ def roles_apart(run: Run) -> tuple[str, str] | None:
     left = _uploaded_by_role(run)
     if left is None:
         return None
-    gone = [role for role in left if left[role].size]
-    stayed = [ROLES[role] for role in ROLES if role in held_by_role(run.folder) and role not in gone]
+    gone = [role for role in left if left[role].bytes]
+    stayed = [
+        ROLES[role] for role in ROLES if role in held_by_role(run.folder) and role not in gone
+    ]
     return " and ".join(ROLES.get(role, role) for role in gone), " and ".join(stayed)
 
 
@@ -137,7 +147,9 @@ def expert_share_table(run: Run) -> Table | None:
     for name in {**shares, **adopted}:
         row = [*shares.get(name, ())] + [None] * most
         rows.append((name, *map(f.share, [*row[:most], *([adopted.get(name)] if adopted else [])])))
-    return Table(("client", *names, *(["adopted of the last download"] if adopted else [])), tuple(rows))
+    return Table(
+        ("client", *names, *(["adopted of the last download"] if adopted else [])), tuple(rows)
+    )
 
 
 def absence_table(run: Run) -> Table | None:
@@ -146,7 +158,9 @@ def absence_table(run: Run) -> Table | None:
     for client in dict.fromkeys(a.client for a in run.absent):
         of_client = [a for a in run.absent if a.client == client]
         rounds = [f.rounds(a.round for a in of_client if a.round <= last)]
-        when = ", ".join([r for r in rounds if r] + ["at the end"] * any(a.round > last for a in of_client))
+        when = ", ".join(
+            [r for r in rounds if r] + ["at the end"] * any(a.round > last for a in of_client)
+        )
         rows.append((client, when, of_client[-1].reason))
     return Table(("client", "rounds", "why, the last time"), tuple(rows), names=3) if rows else None
 
@@ -165,7 +179,11 @@ def data_table(run: Run) -> Table | None:
                 numbers = (facts.get(k) for k in ("tokens", "bytes", "documents"))
                 cells = (f.count(n) if isinstance(n, int) else f.NONE for n in numbers)
                 rows.append((str(client), str(split), *cells, _words(facts.get("sha256"))))
-    return Table(("client", "split", "tokens", "bytes", "documents", "sha256"), tuple(rows), names=2) if rows else None
+    return (
+        Table(("client", "split", "tokens", "bytes", "documents", "sha256"), tuple(rows), names=2)
+        if rows
+        else None
+    )
 
 
 def environment_table(run: Run) -> Table:
@@ -173,7 +191,9 @@ def environment_table(run: Run) -> Table:
     dots.
     """
     rest = {k: v for k, v in run.environment.items() if k != "data" or data_table(run) is None}
-    return Table(("what", "value"), tuple((name, _words(value)) for name, value in dotted(rest)), names=2)
+    return Table(
+        ("what", "value"), tuple((name, _words(value)) for name, value in dotted(rest)), names=2
+    )
 
 
 def settings(run: Run) -> tuple[tuple[str, str], ...]:
@@ -197,13 +217,18 @@ def settings(run: Run) -> tuple[tuple[str, str], ...]:
         ("local steps", steps),
         ("batch", f"{c.client.batch_size} windows of {c.data.sequence_length} tokens"),
         ("experts per token", str(c.experts.top_k)),
-        ("router steps", f"{c.client.router_steps} after every {c.client.router_every} local steps"),
+        (
+            "router steps",
+            f"{c.client.router_steps} after every {c.client.router_every} local steps",
+        ),
         ("seed", str(c.seed)),
     )
 
 
 def _client_row(c: ClientResult, r: Results) -> tuple[str, ...]:
-    rank = f.count(c.rank) + (f" / {c.specialist_rank}" if c.specialist_rank not in (None, c.rank) else "")
+    rank = f.count(c.rank) + (
+        f" / {c.specialist_rank}" if c.specialist_rank not in (None, c.rank) else ""
+    )
     return (
         c.name, c.text,
         f.perplexity(c.base.perplexity), f.perplexity(c.personal.perplexity),
@@ -226,7 +251,9 @@ def _mean_row(r: Results) -> tuple[str, ...]:
 
 
 def _cost_row(c: ClientResult, timings: list[Timing]) -> tuple[str, ...]:
-    memory = max((t.peak_memory_bytes for t in timings if t.peak_memory_bytes is not None), default=None)
+    memory = max(
+        (t.peak_memory_bytes for t in timings if t.peak_memory_bytes is not None), default=None
+    )
     sent = f.size(c.uploaded_bytes), f.size(c.downloaded_bytes)
     speed = f.count(mean(t.tokens_per_second for t in timings))
     return (c.name, *sent, f.duration(_sum(timings)), speed, f.size(memory))
@@ -245,12 +272,12 @@ def _uploaded_by_role(run: Run) -> dict[str, Amount] | None:
     totals: dict[str, Amount] = defaultdict(Amount)
     for line in lines:
         for role, sent in (line or {}).items():
-            totals[role] += Amount(sent["slots"], sent["bytes"])
+            totals[role] += sent
     return dict(totals)
 
 
 def _amount(amount: Amount | None) -> tuple[str, str]:
-    return (f.count(amount.slots), f.size(amount.size)) if amount else (f.NONE, f.NONE)
+    return (f.count(amount.slots), f.size(amount.bytes)) if amount else (f.NONE, f.NONE)
 
 
 def _last_expert_shares(run: Run) -> dict[str, tuple[float | None, ...]]:
@@ -267,7 +294,9 @@ def _columns(table: Table, kept: Sequence[int], names: int) -> Table:
     def pick(row: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(row[i] for i in kept)
 
-    return Table(pick(table.headers), tuple(map(pick, table.rows)), table.last and pick(table.last), names)
+    return Table(
+        pick(table.headers), tuple(map(pick, table.rows)), table.last and pick(table.last), names
+    )
 
 
 def _words(value: Any) -> str:

@@ -26,7 +26,7 @@ class Sign:
     lines: tuple[tuple[str, str, str], ...]
 
 
-def failure_signs(run: Run) -> tuple[Sign, ...]:
+def diagnoses(run: Run) -> tuple[Sign, ...]:
     """What the run has warned about, in the order of first appearance."""
     signs = []
     for name in dict.fromkeys(w.sign for w in run.warnings):
