@@ -113,7 +113,7 @@ VERBS = frozenset(
     Accept Add Agree Allow Answer Append Apply Ask Attach Average Be Begin Bind Bound Build Call Carry Check Choose Clear
     Close Collect Combine Commit Compare Compile Compute Connect Continue Convert Copy Count Create Cut Decide Decode
     Delete Deliver Describe Detach Discount Divide Do Drain Draw Drop Encode End Ensure Enter Estimate Evaluate Exchange
-    Expect Explain Export Fill Find Finish Fit Fold Follow Format Forward Gather Generate Get Give Go Group Guard Guess
+    Expect Explain Export Fill Find Finish Fit Fold Follow Format Forward Found Gather Generate Get Give Go Group Guard Guess
     Handle Hash Hold Import Import Initialize Interrupt Invite Join Judge Keep Label Leave Let List Listen Load Lock Look
     Make Map Mark Match Mean Measure Merge Mix Move Multiply Name Note Open Pack Pad Parse Pause Pick Place Plan Plot Point
     Poll Prepare Print Probe Project Prune Pull Push Put Raise Rank Read Rebuild Receive Record Refuse Register Release

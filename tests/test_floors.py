@@ -32,7 +32,7 @@ ONLY = {  # a third-party module -> where it may be imported
     "matplotlib": ("runs/report/plots.py", "experiments/compare/plots.py"),
     "flwr": ("federation/flower",),
     "pandas": ("experiments/compare/",),
-    "typer": ("app/cli.py", "app/cli_federation.py"),
+    "typer": ("app/cli",),
     "rich": ("app/console.py",),
 }
 NEVER = {  # a place -> what it must do without, so that it starts fast and reads files only
@@ -41,8 +41,7 @@ NEVER = {  # a place -> what it must do without, so that it starts fast and read
     "data/": ("torch",),
     "config": ("torch", "numpy"),
     "errors.py": ("torch", "numpy"), "slots.py": ("torch", "numpy"), "seeds.py": ("torch",),
-    "app/cli.py": ("torch",),
-    "app/cli_federation.py": ("torch",),
+    "app/cli": ("torch",),
     "methods/": ("transformers", "safetensors"),
 }  # fmt: skip
 FILES = sorted(str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py"))

@@ -25,7 +25,7 @@ from comigs.errors import UserError
 from comigs.experiments.sweep import process, run
 from comigs.experiments.sweep.eta import START, Eta
 from comigs.experiments.sweep.plan import read_plan
-from comigs.experiments.sweep.process import Child
+from comigs.experiments.sweep.process import Command
 from comigs.experiments.sweep.spec import flat, literal, read_sweep
 from comigs.experiments.sweep.state import RunState, differences
 from comigs.files import ELSEWHERE
@@ -529,7 +529,7 @@ def test_a_process_tells_why_it_failed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def problem(*words, after=lambda process: None):
-        process = Child(list(words), threads=3)
+        process = Command(list(words), threads=3)
         after(process)
         process.wait()
         assert process.ended()
@@ -537,7 +537,9 @@ def test_a_process_tells_why_it_failed(tmp_path, monkeypatch):
 
     assert problem("--version") == ""
     assert problem("run", "nowhere.toml") == "nowhere.toml: no such config file"
-    assert problem("--version", after=Child.kill) == "killed by SIGKILL, perhaps for want of memory"
+    assert (
+        problem("--version", after=Command.kill) == "killed by SIGKILL, perhaps for want of memory"
+    )
 
 
 @pytest.mark.slow

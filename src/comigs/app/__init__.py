@@ -1,3 +1,1 @@
-"""What a person does: the functions of `comigs`, and the command line that prints what they
-return.
-"""
+"""This room holds what a person does: the functions of `comigs`, and the command line."""

@@ -12,25 +12,23 @@ print(model.generate("Le système"))
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from comigs.app.budget import budgets
-from comigs.app.estimate import memory_needed, require_memory
+from comigs.app.dry_run import memory_needed, require_memory
 from comigs.app.setup import Say, attached, everybody_trains, ignore, load, read_texts
-from comigs.bases.load import Base, is_here, load_base, loaders, modules
-from comigs.config import SPLITS, Config, Split, parse_config
+from comigs.bases.load import Base, is_here
+from comigs.config import SPLITS, Config, Split
 from comigs.data.prepare import Texts, require_text
 from comigs.data.prepare import prepare as prepare_data
-from comigs.data.sources import list_sources
 from comigs.engines.in_process import InProcess
 from comigs.errors import Stopped, UserError, nearest
 from comigs.files import command, require_free
-from comigs.methods.method import list_methods, load_method, method_module
+from comigs.methods.method import load_method
 from comigs.personal.model import PersonalModel
 from comigs.processes import interrupts
 from comigs.runs.environment import describe, environment
@@ -39,7 +37,7 @@ from comigs.runs.metrics import Note
 from comigs.runs.summary import write_summary
 from comigs.server.protocol import Report
 from comigs.server.rounds import run_rounds
-from comigs.text import Table, plural, size
+from comigs.text import Table, plural
 
 
 def run(
@@ -201,71 +199,6 @@ def evaluation_table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], spl
         "tokens",
     )
     return Table(headers, tuple(rows))
-
-
-def inventory() -> dict[str, Table]:
-    """The methods, bases and datasets there are, for people."""
-    families = [
-        t
-        for m in modules().values()
-        if hasattr(m, "ARCHITECTURE")
-        for t in m.ARCHITECTURE.model_types
-    ]
-    named = [(name, first_line(load)) for name, load in loaders().items()]
-    return {
-        "methods": _methods(),
-        "bases": Table(
-            ("base.name", "what it is"),
-            (
-                *named,
-                ("FOLDER or ORG/MODEL", "a local folder or hub name of: " + ", ".join(families)),
-            ),
-            names=2,
-        ),
-        "datasets": Table(
-            ("text", "what it reads", "licence"),
-            tuple((*s.summary.split(": ", 1), s.license) for s in list_sources()),
-            names=3,
-        ),
-    }
-
-
-def _methods() -> Table:
-    """Every method and its budget with the default experts on the bundled base, four clients."""
-    entries = [{"name": name, "text": name} for name in ("a", "b", "c", "d")]
-    config = parse_config(
-        {"base": {"name": "mini", "dtype": "float32", "device": "cpu"}, "clients": entries}
-    )
-    base, rows = load_base(config.base), []
-    for name in list_methods():
-        settings = config.model_copy(update={"method": name})
-        method, budget = load_method(settings), next(iter(budgets(settings, base).values()))
-        own = getattr(method_module(name), "Options", None)
-        options = (
-            ", ".join(f"{key} = {field.default}" for key, field in own.model_fields.items())
-            if own
-            else ""
-        )
-        rows.append(
-            (name, method.summary, method.weights, options, method.paper, f"{budget.trained_parameters:,}",
-             size(budget.uploaded_bytes), size(budget.downloaded_bytes))
-        )  # fmt: skip
-    headers = (
-        "method",
-        "what it does",
-        "weight of a client",
-        "[options]",
-        "paper",
-        "trained",
-        "up",
-        "down",
-    )
-    return Table(headers, tuple(rows), names=5)
-
-
-def first_line(function: Callable[..., Any]) -> str:
-    """The first line of a docstring."""
-    return (function.__doc__ or "").strip().partition("\n")[0]
 
 
 def _go_on(folder: RunFolder, config: Config, base: Base, data: Texts, report: Report) -> None:

@@ -1,4 +1,7 @@
-"""`comigs federation ...`: what an operator and a device's owner do. cli.py mounts it."""
+"""This module holds `comigs federation ...`: what an operator and a device's owner do.
+
+cli.py mounts it.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,11 @@ if TYPE_CHECKING:
     from comigs.runs.folder import RunFolder
 
 app = typer.Typer(
-    name="federation", no_args_is_help=True,
-    help="Train together over a network: one operator with a server, and owners of devices. See docs/deploy.md.",
-)  # fmt: skip
+    name="federation",
+    no_args_is_help=True,
+    help="Train together over a network: one operator with a server, and owners of devices. "
+    "See docs/deploy.md.",
+)
 
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="The federation's folder on the server.")
@@ -32,7 +37,7 @@ def _needs_flower() -> None:
     require_flower()
 
 
-@app.command(name="init")
+@app.command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
     host: Annotated[
@@ -50,16 +55,19 @@ def init(
     from comigs.federation.operator.admin import found
     from comigs.federation.security import pki
 
+    # what is made is said first, then for how long it is good, then what comes next
     federation = found(folder, tuple(host or ()), port)
     typer.echo(
-        f"federation {federation.settings.id} in {folder}, to be reached at {federation.settings.address}"
+        f"federation {federation.settings.id} in {folder}, "
+        f"to be reached at {federation.settings.address}"
     )
     typer.echo(
-        f"certificates: authority {pki.AUTHORITY_DAYS} days; server {pki.SERVER_DAYS} days, renewed by a start of the "
-        f"server in the last {pki.RENEW_DAYS}"
+        f"certificates: authority {pki.AUTHORITY_DAYS} days; server {pki.SERVER_DAYS} days, "
+        f"renewed by a start of the server in the last {pki.RENEW_DAYS}"
     )
     typer.echo(
-        f"next: {command('federation invite', folder)} NAME, then {command('federation server', folder)}"
+        f"next: {command('federation invite', folder)} NAME, "
+        f"then {command('federation server', folder)}"
     )
 
 
@@ -69,12 +77,13 @@ def invite(
     name: Name,
     out: Annotated[Path | None, typer.Option(help="The bundle. Default: NAME.bundle.toml.")] = None,
 ) -> None:
-    """Make the bundle that lets one device take part as NAME. It holds a private key, of which no
-    copy is kept.
-    """
-    from comigs.federation.operator.admin import invite as make
+    """Make the bundle that lets one device take part as NAME.
 
-    file = make(folder, name, out)
+    It holds a private key, of which no copy is kept.
+    """
+    from comigs.federation.operator import admin
+
+    file = admin.invite(folder, name, out)
     typer.echo(f'{file}: give it to the owner of "{name}", by a way that others cannot read')
     typer.echo(f"next, on the device: {command('federation client', file)} --text PATH")
 
@@ -82,9 +91,9 @@ def invite(
 @app.command()
 def revoke(folder: Folder, name: Name) -> None:
     """Refuse a client from now on. Its bundle is worth nothing then; its name is free."""
-    from comigs.federation.operator.admin import revoke as refuse
+    from comigs.federation.operator import admin
 
-    refuse(folder, name)
+    admin.revoke(folder, name)
     typer.echo(f'"{name}" is revoked')
 
 
@@ -92,15 +101,13 @@ def revoke(folder: Folder, name: Name) -> None:
 def status(folder: Folder) -> None:
     """Show who is invited, registered, online, last seen, and in how many runs."""
     from comigs.app.console import Console
-    from comigs.federation.operator.admin import status as look
+    from comigs.federation.operator import admin
     from comigs.federation.operator.folder import Federation
 
-    table, federation = look(folder), Federation.open(folder)
-    state = (
-        "running"
-        if federation.running
-        else f"not running; start it with: {command('federation server', folder)}"
-    )
+    table, federation = admin.status(folder), Federation.open(folder)
+    state = "running"
+    if not federation.running:
+        state = f"not running; start it with: {command('federation server', folder)}"
     typer.echo(
         f"federation {federation.settings.id} at {federation.settings.address}, server {state}"
     )
@@ -149,7 +156,7 @@ def client(
 
 
 def require_engine(engine: str, federation: Path | None) -> None:
-    """Raises UserError where the options of `comigs run` do not go together."""
+    """Raise UserError where the options of `comigs run` do not go together."""
     if engine not in ("in-process", "flower"):
         raise UserError(f'--engine: given "{engine}"; must be in-process or flower')
     if engine == "flower" and federation is None:
@@ -159,7 +166,7 @@ def require_engine(engine: str, federation: Path | None) -> None:
 
 
 def run_in(federation: Path, settings: Config, out: Path | None, console: Console) -> Path:
-    """`comigs run --engine flower`; returns the run folder."""
+    """Carry out `comigs run --engine flower`, and return the run folder."""
     require_flower()
     from comigs.app import api
     from comigs.app.setup import load
@@ -172,7 +179,7 @@ def run_in(federation: Path, settings: Config, out: Path | None, console: Consol
 
 
 def resume_in(folder: RunFolder, console: Console) -> None:
-    """`comigs resume` of such a run."""
+    """Carry out `comigs resume` for a run of a federation."""
     from comigs.federation.operator import run
 
     run.resume(folder, console.report, console.say)

@@ -1,33 +1,78 @@
-"""`comigs run --dry-run`: what a run would train, send, hold and take."""
+"""This module says what a run would train, send, hold and take, before it starts.
+
+The memory follows from shapes, the time from real steps of the largest client, what travels from
+an aggregation of starting tensors.
+"""
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from comigs.app.budget import budgets
-from comigs.app.estimate import (
-    available_memory,
-    measured_pace,
-    memory_needed,
-    require_memory,
-    run_seconds,
-)
+import psutil
+import torch
+
 from comigs.app.setup import Say, attached, ignore, load, read_texts
+from comigs.bases.base import linear_size
 from comigs.bases.load import Base
-from comigs.config import Config
-from comigs.data.prepare import require_text
-from comigs.methods.method import load_method
+from comigs.client.evaluate import measure
+from comigs.client.state import new_train_state
+from comigs.client.steps import MethodHooks, StepSettings, step
+from comigs.config import Config, Split
+from comigs.data.prepare import Outline, require_text
+from comigs.errors import UserError
+from comigs.experts.attach import Attachment
+from comigs.experts.init import starting_tensors
+from comigs.methods.method import Method, RoundContext, Upload, load_method
 from comigs.runs.metrics import Note
+from comigs.seeds import generator
+from comigs.server.communication import traffic_by_client
 from comigs.server.protocol import Report
+from comigs.server.rounds import task_of
+from comigs.server.validation import expected_upload, shapes_of_clients
+from comigs.slots import Shapes
 from comigs.text import Table, duration, listed, size
+
+TRAINED = 16  # bytes per scalar of a client: value, gradient and AdamW's two moments in float32
+SCORE = 5  # times its own bytes that eager attention keeps of a score: 2.5 (mini) to 7.5 (SmolLM2)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget says what a client costs.
+
+    trained_parameters: scalars that the client trains, without its router. router_parameters:
+    scalars of the router. uploaded_bytes, downloaded_bytes: per round, the mean of two rounds, as a
+    method may alternate.
+    """
+
+    trained_parameters: int
+    router_parameters: int
+    uploaded_bytes: float
+    downloaded_bytes: float
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """A throughput says how fast this machine is now.
+
+    step_seconds: of a local step. evaluation_seconds: of an evaluation, per token.
+    """
+
+    step_seconds: float
+    evaluation_seconds: float
 
 
 def dry_run(config: Config, report: Report = ignore, say: Say = ignore) -> tuple[Table, list[str]]:
-    """What a run of this config would take: a table of its clients, and lines on memory and time.
+    """Return a table of what clients would train and send, and lines on time and memory.
 
     Text is prepared and two steps are timed; nothing else is written or trained. Raises UserError
     as `run` does.
     """
+    # all that a run needs is loaded as a run does, so that what would stop it is said here
     method = load_method(config)
     require_text(config)
     base, config = load(config, say)
@@ -36,34 +81,194 @@ def dry_run(config: Config, report: Report = ignore, say: Say = ignore) -> tuple
         needed = memory_needed(config, base, shapes, attachment)
         require_memory(needed, base.device)
         report(Note(message="timing two steps"))
-        pace = measured_pace(config, base, shapes, attachment)
+        speed = measured_throughput(config, base, shapes, attachment)
+
+    # the first text stands for all: reading the others would take as long as preparing them
     store = data.load(data.names[0]).train[0]
-    seconds = run_seconds(config, method, pace, data.outlines(), store.num_tokens / store.num_bytes)
+    tokens_per_byte = store.num_tokens / store.num_bytes
+    seconds = run_seconds(config, method, speed, data.outlines(), tokens_per_byte)
     tokens = config.client.batch_size * config.data.sequence_length
-    return _plan_table(config, base), [
-        f"a local step of {tokens:,} tokens takes {pace.step_seconds:.2g} s here, the run about {duration(seconds)}",
-        f"memory: about {size(needed)} at its peak, {size(available_memory(base.device))} free on {base.device}",
+    return _client_table(config, method, base), [
+        f"a local step of {tokens:,} tokens takes {speed.step_seconds:.2g} s here, "
+        f"the run about {duration(seconds)}",
+        f"memory: about {size(needed)} at its peak, "
+        f"{size(available_memory(base.device))} free on {base.device}",
     ]
 
 
-def _plan_table(config: Config, base: Base) -> Table:
-    """Clients by what they train and send; those alike in one row."""
+def _client_table(config: Config, method: Method, base: Base) -> Table:
+    """Return the clients with what they train and send; those alike share a row."""
     alike: dict[tuple[Any, ...], list[str]] = {}
-    method = load_method(config)
     for entry, (name, budget) in zip(config.clients, budgets(config, base).items(), strict=True):
         alike.setdefault((method.shape(config.shape_of(entry)), budget), []).append(name)
-    rows = [
-        (listed(names), str(shape.generalists), str(shape.specialists), f"{budget.trained_parameters:,}",
-         f"{budget.router_parameters:,}", size(budget.uploaded_bytes), size(budget.downloaded_bytes))
-        for (shape, budget), names in alike.items()
-    ]  # fmt: skip
-    headers = (
-        "client",
-        "generalists",
-        "specialists",
-        "trained",
-        "router",
-        "up / round",
-        "down / round",
+
+    # a table of fifty clients that differ in nothing but their text would say less
+    rows = []
+    for (shape, budget), names in alike.items():
+        rows.append(
+            (
+                listed(names),
+                str(shape.generalists),
+                str(shape.specialists),
+                f"{budget.trained_parameters:,}",
+                f"{budget.router_parameters:,}",
+                size(budget.uploaded_bytes),
+                size(budget.downloaded_bytes),
+            )
+        )
+    experts, travel = ("generalists", "specialists"), ("up / round", "down / round")
+    return Table(("client", *experts, "trained", "router", *travel), tuple(rows))
+
+
+def budgets(config: Config, base: Base) -> dict[str, Budget]:
+    """Return each client's budget, by name."""
+    method, names = load_method(config), [c.name for c in config.clients]
+    with Attachment(base.model, base.architecture, config.experts) as attachment:
+        shapes = shapes_of_clients(config, method, attachment)
+
+    # the server's merge is really done, once for each kind of round: a method alone knows its sizes
+    trainers = names[:1] if method.centralized else names
+    equal = dict.fromkeys(names, 1.0)
+    peer_losses = dict.fromkeys(names, equal) if method.reads_peers else {}
+    context = RoundContext(tuple(names), equal, peer_losses)
+    sent, received = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    for number in (1, 2):
+        uploads: dict[str, Upload] = {}
+        for name in trainers:
+            slots = expected_upload(method, shapes[name], number)
+            uploads[name] = starting_tensors(slots, config.seed, name)
+        downloads, _ = method.aggregate(uploads, {}, context)
+        everyone: dict[str, Upload] = {name: uploads.get(name, {}) for name in names}
+        moved = traffic_by_client(everyone, downloads, config.upload.format, method.reads_peers)
+        for name in names:
+            sent[name] += moved[name].uploaded_bytes
+            received[name] += moved[name].downloaded_bytes
+
+    # a tensor counts as trained that is trained in either kind of round
+    result = {}
+    for name in names:
+        trained, router = {}, {}
+        for slot, dims in shapes[name].items():
+            if slot.role == "router":
+                router[slot] = dims
+            elif not slot.is_frozen and (method.trains(slot, 1) or method.trains(slot, 2)):
+                trained[slot] = dims
+        result[name] = Budget(
+            trained_parameters=_scalars(trained),
+            router_parameters=_scalars(router),
+            uploaded_bytes=sent[name] / 2,
+            downloaded_bytes=received[name] / 2,
+        )
+    return result
+
+
+def memory_needed(
+    config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
+) -> float:
+    """Return the bytes at the peak of a run, however many clients it has.
+
+    They are a base, a client and a batch on its way back: for each worker on a CPU, for one on a
+    GPU, where each worker has its own.
+    """
+    # the backward pass keeps the activations of a batch in each block, and its attention scores
+    windows = config.client.micro_batch_size or config.client.batch_size
+    length, model = config.data.sequence_length, base.model.config
+    bytes_each, mixture = torch.finfo(base.dtype).bits / 8, attachment.mixtures[0]
+    width, inner = linear_size(getattr(mixture.mlp, base.architecture.up))
+    kept = windows * length * (10 * width + (len(mixture.inputs) + 1) * inner) * bytes_each
+    if model._attn_implementation == "eager":
+        kept += windows * model.num_attention_heads * length**2 * SCORE * bytes_each
+
+    # on a CPU Python, torch and transformers count too: 200 to 800 MB, as torch was built
+    held, workers = sum(p.nbytes for p in base.model.parameters()), 1
+    if base.device.type == "cpu":
+        held, workers = psutil.Process().memory_info().rss, config.workers
+    client = TRAINED * _scalars(_largest(shapes))
+    return float(workers * (held + client + len(attachment.mixtures) * kept))
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that are free where the model is, with those that this process holds."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+
+
+def require_memory(needed: float, device: torch.device) -> None:
+    """Raise UserError where a run that needs so many bytes would not fit."""
+    free = available_memory(device)
+    if needed > free:
+        raise UserError(
+            f"memory: this run needs about {size(needed)}, but {device} has {size(free)} free; set "
+            "client.micro_batch_size or data.sequence_length lower, or take a smaller base"
+        )
+
+
+def measured_throughput(
+    config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
+) -> Throughput:
+    """Time a local step and an evaluation batch of the largest client, on random tokens."""
+    # the client is new and its rate low: what it learns is thrown away
+    start = starting_tensors(_largest(shapes), config.seed, "")
+    train_state = new_train_state(
+        {slot: tensor.to(base.device) for slot, tensor in start.items()}, config.client
     )
-    return Table(headers, tuple(rows))
+    attachment.bind(train_state.tensors)
+    settings = StepSettings(config.client, lr=1e-6, router_lr=1e-6, total_steps=1, dtype=base.dtype)
+    draw, vocabulary = generator(config.seed, "estimate"), base.encoder.vocabulary_size
+    length = config.data.sequence_length
+    trained = draw.integers(vocabulary, size=(config.client.batch_size, length))
+    read = draw.integers(vocabulary, size=(config.evaluation.batch_size, length))
+
+    # the first time warms up
+    for _ in range(2):
+        began = time.perf_counter()
+        step(attachment, train_state, settings, MethodHooks(), ("experts",), (trained, trained))
+        halfway = time.perf_counter()
+        measure(attachment, [(read, read)], base.dtype)
+        ended = time.perf_counter()
+    attachment.unbind()
+    return Throughput(halfway - began, (ended - halfway) / read.size)
+
+
+def run_seconds(
+    config: Config,
+    method: Method,
+    speed: Throughput,
+    outlines: Mapping[str, Outline],
+    tokens_per_byte: float,
+) -> float:
+    """Return the seconds of a run at that speed, with a client at a time in each worker."""
+    # a round trains those that are asked, and a router phase comes after every so many steps
+    asked = config.participation.clients_per_round or len(config.clients)
+    steps = config.rounds * config.client.steps
+    if method.schedule != "joint":
+        steps += steps // config.client.router_every * config.client.router_steps
+    total = asked * steps * speed.step_seconds
+
+    # the exchange after the last round only measures, and measures everybody
+    tokens = _mean_tokens(outlines, tokens_per_byte)
+    for number in range(1, config.rounds + 2):
+        task = task_of(config, number, base_known=number > 1)
+        clients = asked if number <= config.rounds else len(config.clients)
+        measured = sum(tokens[split] for split in (*task.evaluate, *task.evaluate_base))
+        total += clients * measured * speed.evaluation_seconds
+    return total / min(config.workers, asked)
+
+
+def _mean_tokens(outlines: Mapping[str, Outline], tokens_per_byte: float) -> dict[Split, float]:
+    """Return how many tokens a client's split has on average, by split."""
+    tokens: dict[Split, float] = {"train": 0.0, "valid": 0.0, "test": 0.0}
+    for split in tokens:
+        for outline in outlines.values():
+            num_bytes = sum(text.num_bytes for text in getattr(outline, split))
+            tokens[split] += num_bytes * tokens_per_byte / len(outlines)
+    return tokens
+
+
+def _largest(shapes: Mapping[str, Shapes]) -> Shapes:
+    return max(shapes.values(), key=_scalars)
+
+
+def _scalars(shapes: Shapes) -> int:
+    return sum(math.prod(dims) for dims in shapes.values())

@@ -1,7 +1,6 @@
-"""How a command ends: a run with its result and a page; what a user did wrong with one line and
-exit code 2.
+"""This module ends a command: with a result, or with one line for the user and an exit code.
 
-Ctrl-C is exit code 130, a bug of ours a traceback.
+A user's mistake is exit code 2, Ctrl-C is 130, and a bug of ours is a traceback.
 """
 
 from __future__ import annotations
@@ -21,18 +20,22 @@ if TYPE_CHECKING:
 
 
 def finish(path: Path, console: Console, federated: bool) -> None:
-    """The table of clients, the page, and what to do next. federated: clients' own models are on
-    their devices.
+    """Show the table of clients, the page, and what to do next.
+
+    federated: the clients' own models are on their devices.
     """
     from comigs.files import command
     from comigs.runs.report.page import write_report
     from comigs.runs.report.read import read_run
     from comigs.runs.report.tables import client_table
 
+    # the page is written before anything of it is shown
     page = write_report(path)
     run = read_run(path)
     console.table(client_table(run, brief=True))
     console.result(f"report: {page}")
+
+    # a device knows a run by its id alone
     if federated:
         from comigs.federation.messages import RUN_ID
 
@@ -43,7 +46,8 @@ def finish(path: Path, console: Console, federated: bool) -> None:
 
 
 def exit_code(command: Callable[[], object]) -> int:
-    """Run a command of click's; say what is to be said about its end."""
+    """Run a command of click's, say what is to be said about its end, and return its exit code."""
+    # what a user can do something about is one line; all else goes on as a traceback
     try:
         code = command()
     except Stopped as stop:
@@ -65,7 +69,9 @@ def exit_code(command: Callable[[], object]) -> int:
         if error.filename is None:
             raise
         return _say(f"error: {error.filename}: {error.strerror}", 2)
-    if code == Stopped.exit_code:  # also what typer makes of a Ctrl-C
+
+    # typer makes a code of some interrupts itself
+    if code == Stopped.exit_code:
         return _say("stopped", Stopped.exit_code)
     return code if isinstance(code, int) else 0
 

@@ -81,7 +81,9 @@ def read_texts(config: Config, base: Base, report: Report, say: Say) -> Texts:
     """
     data = prepare(config, base.encoder, lambda line: report(Note(message=line)))
     if not everybody_trains(config):
-        say(f"{plural(len(data.names), 'client')}: a client's text is tokenised when it is first asked")
+        say(
+            f"{plural(len(data.names), 'client')}: a client's text is tokenised when it is first asked"
+        )
         return data
     width = max(len(name) for name in data.names)
     for name, client in data.load_all().items():

@@ -1,5 +1,6 @@
-"""A `comigs` command as a process of its own: one run cannot harm another, and all cores are
-used.
+"""This module runs `comigs` commands as processes of their own.
+
+One run cannot harm another that way, and all cores are used.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import tempfile
 import time
 from typing import IO
 
-from comigs import processes
+from comigs.processes import Child
 
 
-def start(words: list[str], environment: dict[str, str], errors: IO[bytes]) -> processes.Child:
+def start(words: list[str], environment: dict[str, str], errors: IO[bytes]) -> Child:
     """Start `comigs WORDS`. It goes on where this process is killed."""
     quiet = subprocess.DEVNULL
-    return processes.Child("comigs", words, env=environment, stdout=quiet, stderr=errors)
+    return Child("comigs", words, env=environment, stdout=quiet, stderr=errors)
 
 
-class Child:
-    """A child is one `comigs` command that runs.
+class Command:
+    """A command is one `comigs WORDS` that runs.
 
     threads: the CPU threads that it may use; None: as torch finds them. errors: all that it wrote
     to stderr, once it has ended.
@@ -31,8 +32,11 @@ class Child:
         self.words = words
         self.errors = ""
         self.began = time.monotonic()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  a pipe would fill up, and the child wait
-        environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        # a pipe would fill up, and the command wait
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        environment = dict(os.environ)
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
         self._process = start(words, environment, self._errors)
 
     @property
@@ -44,13 +48,16 @@ class Child:
         """Return whether the command runs no more."""
         if self._process.poll() is None:
             return False
-        self._collect()
+        self.wait()
         return True
 
     def wait(self) -> None:
         """Wait until the command has ended."""
         self._process.wait()
-        self._collect()
+        if not self._errors.closed:
+            self._errors.seek(0)
+            self.errors = self._errors.read().decode("utf-8", "replace").strip()
+            self._errors.close()
 
     def stop(self) -> None:
         """Ask the command to end, as Ctrl-C would: a run keeps its whole rounds.
@@ -63,12 +70,6 @@ class Child:
         """End the command at once; a run folder bears it."""
         self._process.kill()
 
-    def _collect(self) -> None:
-        if not self._errors.closed:
-            self._errors.seek(0)
-            self.errors = self._errors.read().decode("utf-8", "replace").strip()
-            self._errors.close()
-
     def problem(self) -> str:
         """Return why the ended command failed, in one line; "" where it did not."""
         code = self._process.returncode
@@ -77,7 +78,5 @@ class Child:
         if code is not None and code < 0:
             hint = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
             return f"killed by {signal.Signals(-code).name}{hint}"
-        line = self.errors.rpartition("\n")[2]
-        return (
-            line.removeprefix("error: ").removeprefix("stopped: ") or f"ended with exit code {code}"
-        )
+        line = self.errors.rpartition("\n")[2].removeprefix("error: ").removeprefix("stopped: ")
+        return line or f"ended with exit code {code}"

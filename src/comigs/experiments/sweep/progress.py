@@ -8,7 +8,7 @@ from collections.abc import Callable
 from comigs import text as f
 from comigs.experiments.sweep.eta import Eta
 from comigs.experiments.sweep.plan import Plan, Run
-from comigs.experiments.sweep.process import Child
+from comigs.experiments.sweep.process import Command
 from comigs.experiments.sweep.state import state_of
 
 Say = Callable[[str], None]
@@ -28,7 +28,7 @@ class Progress:
         self.deferred: set[str] = (
             set()
         )  # labels of runs that somebody else works on: once more later
-        self.running: list[tuple[Run, Child]] = []
+        self.running: list[tuple[Run, Command]] = []
         self.waiting = deque(run for run in plan.runs if not self.states[run.label].finished)
         self.width = max(len(run.label) for run in plan.runs)
         self.eta = Eta()
@@ -38,7 +38,7 @@ class Progress:
     def left(self) -> str:
         """Return how long all takes from now, as 'about 5 h'; '' where nothing is timed yet."""
         todo = [(run, self.states[run.label], 0.0) for run in self.waiting]
-        todo += [(run, self.states[run.label], child.elapsed) for run, child in self.running]
+        todo += [(run, self.states[run.label], command.elapsed) for run, command in self.running]
         seconds = self.eta.left(todo, self.jobs)
         return "" if seconds is None else f.duration(seconds, "about")
 
@@ -78,16 +78,16 @@ class Progress:
             self.say(f"{left} left")
         return bool(left)
 
-    def ended(self, run: Run, child: Child | None, problem: str) -> None:
-        """Say that a run is over. child: its process, if it needed one; problem: "" where none."""
+    def ended(self, run: Run, command: Command | None, problem: str) -> None:
+        """Say that a run is over. command: what ran it, if it needed to; problem: "" where none."""
         # first what is known, so that the line below counts this run as well
         if problem:
             self.failed[run.label] = problem
         else:
             state = state_of(run.path)
             self.eta.learn(run, state)
-            if child is not None:
-                self.eta.learn_start(self.states[run.label], state, child.elapsed)
+            if command is not None:
+                self.eta.learn_start(self.states[run.label], state, command.elapsed)
             self.states[run.label] = state
 
         # then the line: which of how many, the result, how long it took, how long it goes on
@@ -95,8 +95,8 @@ class Progress:
         parts = [f"[{over}/{len(self.plan.runs)}] {run.label:{self.width}}"]
         result = f"perplexity {f.perplexity(self.states[run.label].perplexity)}"
         parts.append(f"failed: {problem}" if problem else result)
-        if child is not None and not problem:
-            parts.append(f.duration(child.elapsed, "clock"))
+        if command is not None and not problem:
+            parts.append(f.duration(command.elapsed, "clock"))
         if (self.waiting or self.running) and (left := self.left()):
             parts.append(f"left {left}")
         self.say("  ".join(parts))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from comigs import text as f
 from comigs.errors import Stopped, UserError
 from comigs.experiments.sweep.plan import Plan, Run, one_per_text, write_copy
-from comigs.experiments.sweep.process import Child
+from comigs.experiments.sweep.process import Command
 from comigs.experiments.sweep.progress import Progress, Say
 from comigs.experiments.sweep.state import busy, look
 from comigs.processes import cpus
@@ -46,12 +46,12 @@ def run_sweep(plan: Plan, jobs: int, say: Say, again: str) -> dict[str, str]:
             while progress.waiting and len(progress.running) < jobs:
                 _begin(progress, progress.waiting.popleft())
             time.sleep(POLL)
-            for run, child in list(progress.running):
-                if child.ended():
-                    progress.running.remove((run, child))
-                    if child.problem():
-                        _log(plan, child)
-                    progress.ended(run, child, child.problem())
+            for run, command in list(progress.running):
+                if command.ended():
+                    progress.running.remove((run, command))
+                    if command.problem():
+                        _log(plan, command)
+                    progress.ended(run, command, command.problem())
             estimated = estimated or progress.first_estimate()
     return progress.failed
 
@@ -95,7 +95,7 @@ def _begin(progress: Progress, run: Run) -> None:
         words = ["resume", str(run.path), "--quiet"]
     else:
         words = [*run.words("run", own), "--quiet", "--out", str(run.path)]
-    progress.running.append((run, Child(words, own)))
+    progress.running.append((run, Command(words, own)))
 
 
 def _check_texts(progress: Progress) -> None:
@@ -107,12 +107,12 @@ def _check_texts(progress: Progress) -> None:
     if runs:
         progress.say(f"preparing {f.plural(len(runs), 'text')}")
     for run in runs:
-        child = Child(run.words("prepare"))
-        progress.running.append((run, child))  # to be stopped like a run
-        child.wait()
+        command = Command(run.words("prepare"))
+        progress.running.append((run, command))  # to be stopped like a run
+        command.wait()
         progress.running.clear()
-        if child.problem():
-            raise UserError(f"{progress.plan.file}: {run.label}: {child.problem()}")
+        if command.problem():
+            raise UserError(f"{progress.plan.file}: {run.label}: {command.problem()}")
 
 
 @contextmanager
@@ -134,19 +134,19 @@ def _stopping(progress: Progress) -> Iterator[None]:
     finally:
         # all are asked first: they end their rounds side by side
         try:
-            for _, child in progress.running:
-                child.stop()
-            for _, child in progress.running:
-                child.wait()
+            for _, command in progress.running:
+                command.stop()
+            for _, command in progress.running:
+                command.wait()
         except KeyboardInterrupt:
-            for _, child in progress.running:
-                child.kill()
+            for _, command in progress.running:
+                command.kill()
             raise stopped from None
         finally:
             signal.signal(signal.SIGHUP, before)
 
 
-def _log(plan: Plan, child: Child) -> None:
+def _log(plan: Plan, command: Command) -> None:
     """Keep all that a failed run wrote: its one line may not be enough to find a bug of ours."""
     with (plan.folder / LOG).open("a", encoding="utf-8") as file:
-        file.write(f"$ {shlex.join(['comigs', *child.words])}\n{child.errors}\n\n")
+        file.write(f"$ {shlex.join(['comigs', *command.words])}\n{command.errors}\n\n")

@@ -52,10 +52,10 @@ class RunState:
 
 
 def look(path: Path, config: Config, packed: RunData | None = None) -> RunState:
-    """Return how far the run of `config` at `path` is. packed: the run that was there, in packed
-    form; a run folder goes before it.
+    """Return how far the run of `config` at `path` is.
 
-    Raises UserError where something else is there.
+    packed: the run that was there, in packed form; a run folder goes before it. Raises UserError
+    where something else is there.
     """
     # a run in packed form is finished, if it is this run at all
     if not os.path.lexists(path) and packed is not None:

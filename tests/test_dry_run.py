@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comigs import load_config
-from comigs.app import estimate
+from comigs.app import dry_run
 from comigs.bases.load import load_base
 from comigs.data.prepare import prepare
 from comigs.errors import UserError
@@ -20,7 +20,7 @@ from tests.runs import ENVIRONMENT, comigs, files, refused, write_config
 
 MEASURE = """
 import sys
-from comigs.app import estimate as estimate
+from comigs.app import dry_run
 from comigs.bases.load import load_base
 from comigs.config import parse_config
 from comigs.server.validation import shapes_of_clients
@@ -36,8 +36,8 @@ config = parse_config({
 base = load_base(config.base)
 with Attachment(base.model, base.architecture, config.experts) as attachment:
     shapes = shapes_of_clients(config, load_method(config), attachment)
-    needed = estimate.memory_needed(config, base, shapes, attachment)
-    estimate.measured_pace(config, base, shapes, attachment)
+    needed = dry_run.memory_needed(config, base, shapes, attachment)
+    dry_run.measured_throughput(config, base, shapes, attachment)
 print(needed, peak_memory())
 """
 
@@ -56,10 +56,10 @@ def test_the_memory_said_is_about_the_memory_taken(shape):
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts():
-    there = estimate.available_memory(torch.device("cpu"))
-    estimate.require_memory(there * 0.5, torch.device("cpu"))
+    there = dry_run.available_memory(torch.device("cpu"))
+    dry_run.require_memory(there * 0.5, torch.device("cpu"))
     with pytest.raises(UserError, match=r"needs about .* but cpu has .* client.micro_batch_size"):
-        estimate.require_memory(there * 10.0, torch.device("cpu"))
+        dry_run.require_memory(there * 10.0, torch.device("cpu"))
 
 
 def test_time_counts_every_step_and_every_token_evaluated(tmp_path):
@@ -69,17 +69,17 @@ def test_time_counts_every_step_and_every_token_evaluated(tmp_path):
     )
     base, method = load_base(config.base), load_method(config)
     texts = prepare(config, base.encoder)
-    pace = estimate.Throughput(step_seconds=1.0, evaluation_seconds=0.0)
+    pace = dry_run.Throughput(step_seconds=1.0, evaluation_seconds=0.0)
     outlines = texts.outlines()
     # 6 rounds of 2 steps, a router step after every 3 steps, two clients
-    assert estimate.run_seconds(config, method, pace, outlines, 1.0) == 2 * (12 + 4)
-    pace = estimate.Throughput(step_seconds=0.0, evaluation_seconds=1.0)
+    assert dry_run.run_seconds(config, method, pace, outlines, 1.0) == 2 * (12 + 4)
+    pace = dry_run.Throughput(step_seconds=0.0, evaluation_seconds=1.0)
     valid, test = (
         sum(getattr(outline, split)[0].num_bytes for outline in outlines.values())
         for split in ("valid", "test")
     )
     # the base: valid and test; after rounds 2, 4 and 6: valid; at the end: test
-    assert estimate.run_seconds(config, method, pace, outlines, 1.0) == pytest.approx(
+    assert dry_run.run_seconds(config, method, pace, outlines, 1.0) == pytest.approx(
         4 * valid + 2 * test
     )
 
@@ -98,7 +98,7 @@ def test_too_little_memory_is_one_line_and_no_run_folder(tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path)
     before = files(tmp_path)
-    monkeypatch.setattr(estimate, "TRAINED", 1e15)  # a machine that is too small for any run
+    monkeypatch.setattr(dry_run, "TRAINED", 1e15)  # a machine that is too small for any run
     assert "memory: this run needs about " in refused(capsys, "run", "tiny.toml")
     assert {name: raw for name, raw in files(tmp_path).items() if "cache" not in name} == before
 
@@ -111,7 +111,7 @@ def test_the_largest_client_decides(tmp_path):
     base = load_base(config.base)
     with Attachment(base.model, base.architecture, config.experts) as attachment:
         needs = [
-            estimate.memory_needed(
+            dry_run.memory_needed(
                 c, base, shapes_of_clients(c, load_method(c), attachment), attachment
             )
             for c in (small, config)

@@ -1,0 +1,138 @@
+"""This module holds the commands of experiments: report, sweep and compare. cli.py mounts them."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from comigs.errors import UserError
+from comigs.text import plural
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="With one run: where its page goes.")] = None,
+) -> None:
+    """Write report.html into each run: gains, curves, routing, costs.
+
+    One file that opens offline.
+    """
+    from comigs.runs.report.page import write_reports
+
+    for page in write_reports(runs, out):
+        typer.echo(page)
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sweep file, see docs/sweep.md.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs. Default: runs/NAME.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once; they share the CPUs.")] = 1,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Only runs with TEXT in their path. Repeatable."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs and the time they take.")
+    ] = False,
+) -> None:
+    """Run methods x datasets x seeds x settings of FILE.
+
+    What is done is skipped, what was stopped goes on.
+    """
+    from comigs.app.console import Console
+    from comigs.experiments.sweep.plan import read_plan
+    from comigs.experiments.sweep.run import run_sweep, show
+    from comigs.files import command
+
+    console = Console()
+    plan = read_plan(file, out, only)
+    if dry_run:
+        show(plan, jobs, console.say)
+        return
+
+    # a stopped sweep says the command that goes on with it, in the words it was given
+    again = ["comigs", "sweep", str(file)]
+    if out is not None:
+        again += ["--out", str(out)]
+    if jobs > 1:
+        again += ["--jobs", str(jobs)]
+    for text in only or []:
+        again += ["--only", text]
+    failed = run_sweep(plan, jobs, console.say, shlex.join(again))
+
+    if failed:
+        console.result(f"{len(failed)} of {len(plan.runs)} runs failed:")
+        for label, problem in failed.items():
+            console.result(f"  {label}: {problem}")
+        raise typer.Exit(1)
+    console.say(f"next: {command('compare', plan.folder)}")
+
+
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUNS...", help="Run folders, or folders that hold some at any depth."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Default: `compare` in the folder that holds the runs."
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="A setting or method. Default: the sweep's own, else local."
+        ),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(metavar="METRIC", help="perplexity, nats_per_token or bits_per_byte.")
+    ] = "perplexity",
+    pack: Annotated[
+        bool,
+        typer.Option(
+            "--pack",
+            help="Instead: keep the runs as three files, which compare and sweep read as well.",
+        ),
+    ] = False,
+) -> None:
+    """Compare finished runs over seeds: tables, paired tests, plots, one page.
+
+    Other data is kept apart.
+    """
+    from comigs.app.console import Console
+
+    # packing needs no pandas, which the extra `compare` brings
+    console = Console()
+    if pack:
+        from comigs.experiments.compare.pack import pack_runs
+
+        folder, number = pack_runs(runs, out)
+        console.result(f"packed: {folder}, {plural(number, 'run')}; run folders stay as they are")
+        return
+    try:
+        from comigs.experiments.compare.compared import compare_runs
+        from comigs.experiments.compare.write import write_comparison
+    except ModuleNotFoundError as error:
+        if error.name != "pandas":
+            raise
+        raise UserError("comigs compare needs pandas: pip install 'comigs[compare]'") from None
+
+    # files are written first: what is shown is what can be read again
+    compared = compare_runs(runs, metric, baseline)
+    written = write_comparison(compared, out)
+    for title, table in compared.tables(brief=True):
+        console.table(table, title)
+    for note in compared.notes:
+        console.say(f"note: {note}")
+    console.say(f"{written[0].parent}: {', '.join(path.name for path in written[1:])}")
+    console.result(f"page: {written[0]}")

@@ -1,0 +1,69 @@
+"""This module holds the commands of personal models: evaluate and generate. cli.py mounts them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from comigs.errors import UserError
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+def evaluate(
+    run: RunPath,
+    split: Annotated[
+        str, typer.Option(metavar="SPLIT", help="Which text: train, valid or test.")
+    ] = "test",
+    client: Annotated[str | None, typer.Option(metavar="NAME", help="One client only.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure each client's own model, and the base, on every token of a split."""
+    from comigs.app import api
+    from comigs.app.console import Console
+
+    which = api.split_named(split)
+    results = api.evaluate(run, which, client)
+    if as_json:
+        typer.echo(json.dumps(results, indent=1))
+    else:
+        Console().table(api.evaluation_table(results, which))
+
+
+def generate(
+    run: RunPath,
+    client: Annotated[str, typer.Option(metavar="NAME", help="Whose model.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 60,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: always the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes a temperature above 0 repeatable.")
+    ] = None,
+) -> None:
+    """Write text with a client's own model."""
+    # torch would refuse these too, but later and in words of its own
+    if not math.isfinite(temperature):
+        raise UserError(f"--temperature: given {temperature}; must be a finite number, 0 or more")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UserError(f"--seed: given {seed}; must be a whole number from 0 to 2^63 - 1")
+    if not prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise UserError("--prompt: not valid UTF-8; write it in a UTF-8 terminal")
+    from comigs.app import api
+
+    # what is wrong with the prompt is said before anything is written: with the first piece
+    sampling: dict[str, Any] = {}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
+    model = api.open_personal_model(run, client)
+    pieces = model.stream(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)
+    first = next(pieces, "")
+    typer.echo(prompt + first, nl=False)
+    for piece in pieces:
+        typer.echo(piece, nl=False)
+    typer.echo()
