@@ -91,7 +91,8 @@ def measure(path: Path, rounds_only: bool) -> dict[str, Any]:
     from comigs.app import api
     from comigs.errors import Stopped
     from comigs.processes import peak_memory
-    from comigs.runs.metrics import Event, Train, read_timings
+    from comigs.runs.json_lines import read_timings
+    from comigs.runs.metrics import Event, Train
 
     began = time.perf_counter()
     marks: dict[str, list[float]] = {}

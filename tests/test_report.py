@@ -16,7 +16,7 @@ import pytest
 from comigs import text as f
 from comigs.errors import UserError
 from comigs.methods.method import load_method
-from comigs.runs.report import page, tables
+from comigs.runs.report import page, provenance, tables
 from comigs.runs.report.page import report_page, write_report, write_reports
 from comigs.runs.report.read import read_run
 from comigs.runs.report.results import results
@@ -200,7 +200,7 @@ def test_clients_that_are_drawn_and_robust_merges_are_settings_that_are_shown(
         upload={"merge": "median"},
     )
     run = read_run(folder.path)
-    settings = dict(tables.settings(run))
+    settings = dict(provenance.settings(run))
     assert settings["clients in a round"] == "2 of 4" and settings["upload.merge"] == "median"
     assert results(run).uploaded_per_client_and_round == 2 * 3 * 4  # of those that were asked
 

@@ -12,8 +12,8 @@ import pytest
 from comigs import text as f
 from comigs.errors import UserError
 from comigs.runs.metrics import Score
-from comigs.runs.report.curves import MAX_STEP_POINTS, drift_points, loss_curves, share_lines
-from comigs.runs.report.held import held_by_role
+from comigs.runs.report.curves import MAX_STEP_POINTS, drift_points, loss_curves, share_curves
+from comigs.runs.report.held_tensors import held_by_role
 from comigs.runs.report.read import read_run
 from comigs.runs.report.results import gain, results
 from comigs.runs.report.routing_heatmap import routing_heatmap
@@ -220,7 +220,7 @@ def test_curves(tmp_path: Path) -> None:
     assert [x for x, _ in curve.by_round] == [0.5, 1.5, 2.5, 3.5]
     assert [x for x, _ in curve.valid] == [1, 2, 3, 4]
     assert curve.base == pytest.approx(6.03)
-    assert len(share_lines(run)) == 4
+    assert len(share_curves(run)) == 4
     assert drift_points(run)[0] == (2.0, 0.3)
 
 

@@ -30,7 +30,8 @@ from comigs.files import command
 from comigs.methods.method import Upload, load_method
 from comigs.processes import Child, cpus
 from comigs.runs.folder import RunFolder
-from comigs.runs.metrics import Event, read_event
+from comigs.runs.json_lines import read_event
+from comigs.runs.metrics import Event
 from comigs.server.protocol import Reply, Report, Task
 
 Result = TypeVar("Result")

@@ -1,4 +1,4 @@
-"""What a run was made with, so that a result can be traced and made again."""
+"""What a run was made with (env.json), so that a result can be traced and made again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from comigs.data.corpus import TokenStore
 from comigs.data.prepare import ClientData, Outline, SplitText
 from comigs.experts import csrc
 
+PACKAGES = ("comigs", "torch", "transformers", "tokenizers", "numpy")
+
 
 def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[str, Any]:
-    """What a run was made with: versions, commit, machine, base and text."""
+    """Return versions, commit, machine, base and text of a run, as JSON."""
+    # Results differ in their last bits with any of these, so a run that cannot be repeated exactly
+    # can at least be told apart.
+    versions = {name: version(name) for name in PACKAGES}
     return {
-        "versions": {
-            n: version(n) for n in ("comigs", "torch", "transformers", "tokenizers", "numpy")
-        }
-        | {"python": platform.python_version()},
+        "versions": versions | {"python": platform.python_version()},
         "commit": _commit(),
         "machine": {
             "platform": platform.platform(),
@@ -38,64 +40,67 @@ def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[st
         "experts": csrc.way(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
         "base_fingerprint": base.fingerprint,
-        "base_parameters": sum(p.numel() for p in base.model.parameters()),
+        "base_parameters": sum(param.numel() for param in base.model.parameters()),
         "tokenizer": base.encoder.id,
         "data": describe(data),
     }
 
 
 def describe(data: Mapping[str, ClientData | Outline]) -> dict[str, Any]:
-    """Per client and split: how much text, and its hash. No text. Tokens only where it is
-    tokenised.
+    """Return how much text each client has in each split, and its hash; nothing of the text.
+
+    Tokens are counted only where the text is tokenized.
     """
-    return {
-        name: {split: _amounts(stores) for split in SPLITS if (stores := getattr(client, split))}
-        for name, client in data.items()
-    }
+    described: dict[str, Any] = {}
+    for name, client in data.items():
+        described[name] = {}
+        for split in SPLITS:
+            parts = getattr(client, split)
+            if parts:
+                described[name][split] = _amounts(parts)
+    return described
 
 
 def _amounts(parts: Sequence[TokenStore | SplitText]) -> dict[str, Any]:
-    tokens = [p.num_tokens for p in parts if isinstance(p, TokenStore)]
+    tokens = [part.num_tokens for part in parts if isinstance(part, TokenStore)]
+    hashes = [part.text_sha256 for part in parts]
+    # One hash stands for many: where everybody has everybody's text, a list for each client would
+    # be quadratic in clients.
+    if len(hashes) > 1:
+        hashes = [hashlib.sha256("".join(hashes).encode()).hexdigest()]
     return ({"tokens": sum(tokens)} if tokens else {}) | {
-        "bytes": sum(p.num_bytes for p in parts),
-        "documents": sum(p.num_documents for p in parts),
-        "sha256": [
-            parts[0].text_sha256 if len(parts) == 1 else _of_all(p.text_sha256 for p in parts)
-        ],
+        "bytes": sum(part.num_bytes for part in parts),
+        "documents": sum(part.num_documents for part in parts),
+        "sha256": hashes,
     }
 
 
-def _of_all(hashes: Iterable[str]) -> str:
-    """One hash of many: where everybody has everybody's text, a list for each would be quadratic in
-    clients.
-    """
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
 def _commit() -> str | None:
-    """Commit of the source this package runs from, with "+changes" where it differs; None for an
-    installed package.
+    """Return the commit of the source this package runs from, with "+changes" where it differs.
+
+    An installed package has none.
     """
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
     try:
-        if git("ls-files", Path(__file__).name) == "":
+        if _git("ls-files", Path(__file__).name) == "":
             return None
-        changes = git("status", "--porcelain", "--untracked-files=no", ".")
-        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+        changes = _git("status", "--porcelain", "--untracked-files=no", ".")
+        return _git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*words: str) -> str:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _processor() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

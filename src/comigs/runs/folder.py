@@ -39,14 +39,11 @@ from comigs.runs.checkpoint import (
     sha256,
     write_tensors,
 )
-from comigs.runs.metrics import Line, Record, Summary, Timing, read_lines, read_record
+from comigs.runs.json_lines import read_lines, read_record, to_lines
+from comigs.runs.metrics import Line, Summary, Timing
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
-OWN = (
-    "",
-    "clients/*/",
-    "server/",
-)  # a run has its files here; whatever else is there is somebody's
+OWN = ("", "clients/*/", "server/")  # a run has its files here, beside what is somebody's
 LEFT = re.compile(  # the names of what a killed process may leave
     rf"(round-\d{{4,}}\.\w+|{PERSONAL})\{SUFFIX}|\..*\.unfinished"
 )
@@ -89,15 +86,11 @@ class RunFolder:
                 _write_text(made.path / "env.json", json.dumps(environment, indent=1))
                 (made.path / METRICS).touch()
                 (made.path / TIMINGS).touch()
-                made._write_checkpoint(
-                    Checkpoint(
-                        round=0,
-                        finished=False,
-                        metrics_bytes=0,
-                        timings_bytes=0,
-                        files={METRICS: sha256(made.path / METRICS)},
-                    )
+                files = {METRICS: sha256(made.path / METRICS)}
+                start = Checkpoint(
+                    round=0, finished=False, metrics_bytes=0, timings_bytes=0, files=files
                 )
+                made._write_checkpoint(start)
                 made.path.rename(path)
         return cls(path)
 
@@ -216,11 +209,7 @@ class RunFolder:
         self._last, self._staged = self.checkpoint(), {}
 
     def commit(
-        self,
-        round: int,
-        metrics: Iterable[Line],
-        timings: Iterable[Timing],
-        finished: bool = False,
+        self, round: int, metrics: Iterable[Line], timings: Iterable[Timing], finished: bool = False
     ) -> None:
         """Make a round's outcome, with what was staged, the point to resume from.
 
@@ -229,23 +218,20 @@ class RunFolder:
         """
         # Where this fails, whatever comes next rewinds first.
         last, self._last = self._last or self.rewind(), None
-        raw, digest = _json_lines(metrics), self._digest.copy()
+        raw, digest = to_lines(metrics), self._digest.copy()
         digest.update(raw)
 
         # A path that was not staged keeps its file, which is neither read nor hashed again.
         newest = {path: (file, last.files[file]) for path, file in last.newest.items()}
         newest |= self._staged
-        files = dict(
-            sorted(
-                of for path, of in newest.items() if not finished or path.endswith(f"/{PERSONAL}")
-            )
-        )
+        kept = [of for path, of in newest.items() if not finished or path.endswith(f"/{PERSONAL}")]
+        files = dict(sorted(kept))
         files[METRICS] = digest.hexdigest()
 
         # The checkpoint is the last to be written and the first to be believed: what it does not
         # name any more is removed after it.
         with self._writing():
-            timings_bytes = append(self.path / TIMINGS, _json_lines(timings))
+            timings_bytes = append(self.path / TIMINGS, to_lines(timings))
             metrics_bytes = append(self.path / METRICS, raw)
             now = Checkpoint(
                 round=round,
@@ -306,11 +292,6 @@ class RunFolder:
         if not isinstance(content, dict):
             raise UserError(f"{self.path / name}: damaged or missing; {RESTORE}")
         return content
-
-
-def _json_lines(records: Iterable[Record]) -> bytes:
-    lines = (json.dumps(record.as_json(), allow_nan=False) + "\n" for record in records)
-    return "".join(lines).encode()
 
 
 def _write_text(path: Path, text: str) -> None:

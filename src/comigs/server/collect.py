@@ -116,7 +116,7 @@ class RoundCollector:
                 self.warnings.append(left_out_line(self.round, name, self.failed[name], why))
 
     def _remember(self, tasks: Mapping[str, Task], came: Mapping[str, Reply]) -> None:
-        """Remember which download a late upload will have started from."""
+        """Keep which download a late upload will have started from."""
         if self.config.participation.late != "discount":
             return
         for name in tasks:
@@ -155,7 +155,7 @@ class RoundCollector:
         self._too_late.append(late_line(late.round, name, self.round, why))
 
     def _check(self) -> dict[str, str]:
-        """Settle which uploads count; return client -> why not, of the answers that are refused."""
+        """Check which uploads count; return client -> why not, of the answers that are refused."""
         refused: dict[str, str] = {}
         uploads = {name: counts for name, (_, counts) in self._late.items()}
         for name, reply in self._replies.items():
@@ -210,6 +210,7 @@ class RoundCollector:
 
     def lines(self) -> list[Line]:
         """Return the lines of the clients with what travelled, and those of who is absent."""
+        # What travelled is known to the server alone, and told together with the training.
         moved = traffic_by_client(
             self.uploads,
             self.downloads,

@@ -58,6 +58,7 @@ def diagnose(
 
 
 def _collapsed_routers(new: Sequence[Line]) -> Iterator[Warned]:
+    # Each client is told once, with all the layers of its first evaluation that shows it.
     told = set()
     for line in new:
         if not isinstance(line, Evaluation) or line.client in told:

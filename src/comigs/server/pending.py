@@ -19,7 +19,7 @@ from comigs.slots import Slot
 def next_downloads(
     waiting: Mapping[str, Download], merged: Mapping[str, Download], delivered: Collection[str]
 ) -> dict[str, Download]:
-    """What each client gets next: the newest of every slot that it has not had yet.
+    """Return what each client gets next: the newest of every slot that it has not had yet.
 
     waiting: what was to be delivered in this round. merged: what the server made of it. Updates,
     which are added and not written, wait in line behind those a client has missed.
@@ -29,6 +29,7 @@ def next_downloads(
     made: dict[tuple[int, int], Download] = {}
     for name in sorted(waiting.keys() - set(delivered)):
         missed, new = waiting[name], merged.get(name, nothing)
+        # Clients that have missed the same and get the same share one download.
         pair = id(missed), id(new)
         if pair not in made:
             newest = {**missed, **new, **_both_updates(missed, new)}
@@ -38,12 +39,13 @@ def next_downloads(
 
 
 def _both_updates(missed: Download, new: Download) -> Download:
-    """Two factored updates of one linear as one."""
-    both = {slot for slot in missed.keys() & new.keys() if slot.role == "update"}
-    return {
-        slot: torch.cat([missed[slot], new[slot]], dim=0 if slot.matrix == "A" else 1)
-        for slot in both
-    }
+    """Return two factored updates of one linear as one, for every linear that has two."""
+    both = {}
+    for slot in missed.keys() & new.keys():
+        if slot.role == "update":
+            side = 0 if slot.matrix == "A" else 1
+            both[slot] = torch.cat([missed[slot], new[slot]], dim=side)
+    return both
 
 
 def _distinct(downloads: Mapping[str, Download]) -> list[Download]:
@@ -58,66 +60,67 @@ def discounted(
     late: Upload,
     started: Download | None,
     now: Download | None,
-    share: float,
+    weight: float,
     expected: Collection[Slot],
 ) -> Upload | None:
-    """What a late upload counts for in the round in which it comes in: now + share * (late -
-    started), slot by slot.
+    """Return what a late upload counts for in the round in which it comes in.
 
-    started: the download it was trained from. now: the download of this round. None where a slot of
-    this round's uploads (`expected`) is not in all three, as in methods that share by turns or
-    merge into the base: a part of an upload is of no use.
+    It is now + weight * (late - started), slot by slot. started: the download it was trained from.
+    now: the download of this round. The answer is None where a slot of this round's uploads
+    (`expected`) is not in all three, as in methods that share by turns or merge into the base: a
+    part of an upload is of no use.
     """
-    if (
-        started is None
-        or now is None
-        or not all(slot in late and slot in started and slot in now for slot in expected)
-    ):
+    if started is None or now is None:
         return None
-    return {slot: now[slot] + share * (late[slot] - started[slot]) for slot in expected}
+    counts = {}
+    for slot in expected:
+        if slot not in late or slot not in started or slot not in now:
+            return None
+        counts[slot] = now[slot] + weight * (late[slot] - started[slot])
+    return counts
 
 
 def pack_server(downloads: Mapping[str, Download], memory: Memory) -> dict[str, Tensor]:
-    """What the server goes on from, as named tensors: each tensor once, and tables of names and
-    numbers.
+    """Return what the server goes on from, as named tensors: each tensor once, and tables.
 
     "tensor/N": the tensors, copied: views of one merged tensor, which a method may hand out, cannot
     be saved as they are. "memory" and "download/M": which of them is where. "client": which
     download each client gets.
     """
+    # A place is whatever holds tensors under names.
     distinct = _distinct(downloads)
     places: dict[str, dict[str, Tensor]] = {"memory": dict(memory)}
-    places |= {
-        f"download/{m}": {str(s): t for s, t in download.items()}
-        for m, download in enumerate(distinct)
-    }
-    tensors = {id(tensor): tensor for place in places.values() for tensor in place.values()}
-    of_tensor = {key: number for number, key in enumerate(tensors)}
-    of_download = {id(download): number for number, download in enumerate(distinct)}
-    packed = {f"tensor/{of_tensor[key]}": tensor.clone() for key, tensor in tensors.items()}
+    for number, download in enumerate(distinct):
+        places[f"download/{number}"] = {str(slot): tensor for slot, tensor in download.items()}
+
+    # However many places hold a tensor, it is written once; a place says by number what it holds.
+    packed: dict[str, Tensor] = {}
+    numbers: dict[int, int] = {}
+    tables: dict[str, Tensor] = {}
     for name, place in places.items():
-        packed |= _table(name, {key: of_tensor[id(tensor)] for key, tensor in place.items()})
-    return packed | _table(
-        "client", {client: of_download[id(download)] for client, download in downloads.items()}
-    )
+        for tensor in place.values():
+            if id(tensor) not in numbers:
+                numbers[id(tensor)] = len(numbers)
+                packed[f"tensor/{numbers[id(tensor)]}"] = tensor.clone()
+        tables |= _table(name, {key: numbers[id(tensor)] for key, tensor in place.items()})
+    of_download = {id(download): number for number, download in enumerate(distinct)}
+    chosen = {client: of_download[id(download)] for client, download in downloads.items()}
+    return packed | tables | _table("client", chosen)
 
 
 def unpack_server(packed: Mapping[str, Tensor]) -> tuple[dict[str, Download], Memory]:
-    """The inverse of `pack_server`."""
+    """Return what `pack_server` was given."""
     chosen = _read_table("client", packed)
-    distinct: list[Download] = [
-        {
-            Slot.parse(slot): packed[f"tensor/{n}"]
-            for slot, n in _read_table(f"download/{m}", packed).items()
-        }
-        for m in range(max(chosen.values(), default=-1) + 1)
-    ]
+    distinct: list[Download] = []
+    for number in range(max(chosen.values(), default=-1) + 1):
+        slots = _read_table(f"download/{number}", packed)
+        distinct.append({Slot.parse(slot): packed[f"tensor/{n}"] for slot, n in slots.items()})
     memory = {key: packed[f"tensor/{n}"] for key, n in _read_table("memory", packed).items()}
-    return {client: distinct[m] for client, m in chosen.items()}, memory
+    return {client: distinct[number] for client, number in chosen.items()}, memory
 
 
 def _table(name: str, numbers: Mapping[str, int]) -> dict[str, Tensor]:
-    """Two tensors, however long it is: the names as JSON in bytes, and the numbers."""
+    """Return two tensors, however long the table is: names as JSON in bytes, and numbers."""
     names = torch.tensor(list(json.dumps(list(numbers)).encode()), dtype=torch.uint8)
     return {
         f"{name}/names": names,

@@ -65,7 +65,7 @@ class Engine(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, Shapes]:
-        """The shapes of every tensor that a client has, by client; uploads are held against them."""
+        """The shape of every tensor that a client has, by client: what uploads are held against."""
 
     def exchange(self, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
         """Send each client its task and download, and wait for the replies.

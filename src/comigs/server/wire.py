@@ -1,5 +1,4 @@
-"""Messages between server and device as bytes, and the formats that numbers travel in. No flwr, no
-pickle.
+"""Messages between server and device as bytes, and the formats that numbers travel in.
 
 A message is one safetensors payload: tensors with their layout, and a head, JSON, in its metadata.
 Whoever reads one trusts nothing in it: its size is checked first, then its header, then head and
@@ -8,14 +7,13 @@ the message.
 
 Uploads travel in one of three formats:
 
-- float32: as they are; downloads too.
-- bfloat16: rounded; downloads too.
-- int8: the step from the download of the same request, a row of it as whole numbers times one
-  float32 scale,
-  q = round(step / scale), scale = max |step| / 127. What rounding left over stays on the client and
-  is added to its next step (error feedback, 1809.07599), so that the sum of what was sent follows
-  the sum of the steps. A slot that was not in the download goes as bfloat16. Downloads are
-  bfloat16.
+- float32: numbers stay as they are, in downloads too.
+- bfloat16: numbers are rounded, in downloads too.
+- int8: what travels is the step from the download of the same request, a row of it as whole numbers
+  times one float32 scale: q = round(step / scale), scale = max |step| / 127. What rounding left
+  over stays on the client and is added to its next step (error feedback, 1809.07599), so that the
+  sum of what was sent follows the sum of the steps. A slot that was not in the download goes as
+  bfloat16, and so do downloads.
 
 All of it is computed in float64 and rounded half to even: both ends get the same bits.
 """
@@ -25,7 +23,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -38,7 +36,7 @@ from comigs.slots import Slot
 
 Format = Literal["float32", "bfloat16", "int8"]
 Encoded = Mapping[str, Tensor]  # by name in the payload
-HEAD = "comigs"  # key of the head in the metadata; one key only: safetensors writes several in any order
+HEAD = "comigs"  # the one key of the metadata: safetensors writes several in any order
 LEVELS = 127  # of an int8 on either side of zero
 
 
@@ -47,7 +45,7 @@ class WireError(ValueError):
 
 
 class Head(BaseModel):
-    """What goes with the tensors: plain values of exactly the types given."""
+    """A head goes with the tensors: plain values of exactly the types given."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -56,7 +54,7 @@ AnyHead = TypeVar("AnyHead", bound=Head)
 
 
 def pack(head: Head, tensors: Encoded | None = None) -> bytes:
-    """A message. Equal content gives equal bytes. No two tensors may share memory."""
+    """Return a message. Equal content gives equal bytes. No two tensors may share memory."""
     given = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
     raw: bytes = save(given, metadata={HEAD: head.model_dump_json()})
     return raw
@@ -65,9 +63,11 @@ def pack(head: Head, tensors: Encoded | None = None) -> bytes:
 def unpack(
     raw: bytes, heads: TypeAdapter[AnyHead], most: int, most_header: int = 1 << 20
 ) -> tuple[AnyHead, dict[str, Tensor]]:
-    """Head and tensors of a message of at most `most` bytes. Raises WireError for anything but a
-    whole message.
+    """Return head and tensors of a message of at most `most` bytes.
+
+    Raises WireError for anything but a whole message.
     """
+    # Sizes are looked at before anything is read: a message may lie about what it holds.
     if not 8 < len(raw) <= most:
         raise WireError(f"a message of {len(raw):,} bytes, where at most {most:,} were expected")
     size = int.from_bytes(raw[:8], "little")
@@ -84,9 +84,9 @@ def unpack(
 
 
 def encode(
-    upload: Upload, reference: Download, format: Format, residual: Tensors
+    upload: Upload, reference: Download, wire_format: Format, residual: Tensors
 ) -> tuple[dict[str, Tensor], dict[Slot, Tensor]]:
-    """An upload as it travels, and what rounding left over, for the client's next upload.
+    """Return an upload as it travels, and what rounding left over, for the client's next upload.
 
     reference: the download of the same request, as received. residual: what `encode` gave for the
     upload before; empty at first. Raises WireError where a number is NaN or infinite.
@@ -96,12 +96,13 @@ def encode(
     for slot, tensor in upload.items():
         if not bool(tensor.isfinite().all()):
             raise WireError(f"{slot} of the upload is not finite")
-        if format == "float32":
+        if wire_format == "float32":
             encoded[str(slot)] = tensor
-        elif not _as_step(slot, tensor.shape, reference, format):
+        elif not _as_step(slot, tensor.shape, reference, wire_format):
             encoded[str(slot)] = tensor.to(torch.bfloat16)
             left.pop(slot, None)  # it was of steps, and this is the whole
         else:
+            # What rounding left over of earlier steps travels with this one.
             step = tensor.to(torch.float64) - reference[slot].to(torch.float64)
             if slot in left:
                 step += left[slot]
@@ -114,18 +115,21 @@ def encode(
 
 
 def decode(
-    encoded: Encoded, expected: Mapping[Slot, tuple[int, ...]], reference: Download, format: Format
+    encoded: Encoded,
+    expected: Mapping[Slot, tuple[int, ...]],
+    reference: Download,
+    wire_format: Format,
 ) -> dict[Slot, Tensor]:
-    """The inverse of `encode`, but for rounding, in the order of `expected`.
+    """Return the upload that `encode` was given, but for rounding, in the order of `expected`.
 
     expected: shape of every slot of the upload. Raises WireError for other slots, shapes or dtypes,
     and for NaN.
     """
-    check_layout(encoded, _layout(expected, reference, format), "its upload")
+    check_layout(encoded, _layout(expected, reference, wire_format), "its upload")
     upload: dict[Slot, Tensor] = {}
     for slot, shape in expected.items():
         tensor = encoded[str(slot)]
-        if _as_step(slot, shape, reference, format):
+        if _as_step(slot, shape, reference, wire_format):
             scale = encoded[_scale_of(slot)].to(torch.float64)
             tensor = reference[slot].to(torch.float64) + tensor.to(torch.float64) * scale
         upload[slot] = tensor.to(torch.float32, copy=True)
@@ -134,15 +138,16 @@ def decode(
     return upload
 
 
-def encode_download(download: Download, format: Format) -> dict[str, Tensor]:
-    """A download as it travels: copies, as a method may hand out views of one tensor."""
-    dtype = torch.float32 if format == "float32" else torch.bfloat16
+def encode_download(download: Download, wire_format: Format) -> dict[str, Tensor]:
+    """Return a download as it travels: copies, as a method may hand out views of one tensor."""
+    dtype = torch.float32 if wire_format == "float32" else torch.bfloat16
     return {str(slot): tensor.to(dtype, copy=True) for slot, tensor in download.items()}
 
 
 def decode_download(encoded: Encoded) -> dict[Slot, Tensor]:
-    """What a client receives. Raises WireError where a name is no slot or a number is NaN or
-    infinite.
+    """Return what a client receives.
+
+    Raises WireError where a name is no slot or a number is NaN or infinite.
     """
     download: dict[Slot, Tensor] = {}
     for name, tensor in encoded.items():
@@ -152,36 +157,38 @@ def decode_download(encoded: Encoded) -> dict[Slot, Tensor]:
             raise WireError("a download with a tensor that is no slot") from None
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             raise WireError(f"{slot} of the download is not finite")
-        download[slot] = tensor.to(
-            torch.float32, copy=True
-        )  # into memory that is aligned as torch aligns it
+        # A copy is aligned as torch aligns memory, and so gives the same bits everywhere.
+        download[slot] = tensor.to(torch.float32, copy=True)
     return download
 
 
-def as_received(download: Download, format: Format) -> dict[Slot, Tensor]:
-    """A download as the client has it in its hands: what the step of its upload is taken from."""
-    return decode_download(encode_download(download, format))
+def as_received(download: Download, wire_format: Format) -> dict[Slot, Tensor]:
+    """Return a download as the client has it: what the step of its upload is taken from."""
+    return decode_download(encode_download(download, wire_format))
 
 
-def upload_bytes(upload: Upload, reference: Download, format: Format) -> dict[Slot, int]:
-    """Of each tensor's numbers as they travel."""
+def upload_bytes(upload: Upload, reference: Download, wire_format: Format) -> dict[Slot, int]:
+    """Return the bytes of each tensor's numbers as they travel."""
     sizes = {}
     for slot, tensor in upload.items():
-        layout = _layout({slot: tuple(tensor.shape)}, reference, format).values()
+        layout = _layout({slot: tuple(tensor.shape)}, reference, wire_format).values()
         sizes[slot] = sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout)
     return sizes
 
 
-def download_bytes(download: Download, format: Format) -> int:
-    """Of a download's numbers as they travel."""
-    return sum(tensor.numel() for tensor in download.values()) * (4 if format == "float32" else 2)
+def download_bytes(download: Download, wire_format: Format) -> int:
+    """Return the bytes of a download's numbers as they travel."""
+    return sum(tensor.numel() for tensor in download.values()) * (
+        4 if wire_format == "float32" else 2
+    )
 
 
 def check_layout(
     encoded: Encoded, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], whose: str
 ) -> None:
-    """Raises WireError where names, dtypes or shapes of tensors are not exactly those of
-    `layout`.
+    """Raise WireError where names, dtypes or shapes of tensors are not exactly those of `layout`.
+
+    whose: who is named as the owner of the tensors, such as "its upload".
     """
     if unknown := len(encoded.keys() - layout.keys()):
         raise WireError(f"{whose} has {unknown} tensors that were not asked for")
@@ -191,31 +198,34 @@ def check_layout(
         tensor = encoded[name]
         if tensor.shape != shape or tensor.dtype != dtype:
             given = f"{tuple(tensor.shape)} {_short(tensor.dtype)}"
-            raise WireError(
-                f"{whose} has {name} as {given}, where {tuple(shape)} {_short(dtype)} was asked for"
-            )
+            wanted = f"{tuple(shape)} {_short(dtype)}"
+            raise WireError(f"{whose} has {name} as {given}, where {wanted} was asked for")
 
 
 def _layout(
-    expected: Mapping[Slot, tuple[int, ...]], reference: Download, format: Format
+    expected: Mapping[Slot, tuple[int, ...]], reference: Download, wire_format: Format
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for slot, shape in expected.items():
-        if _as_step(slot, shape, reference, format):
+        if _as_step(slot, shape, reference, wire_format):
             layout |= {
                 str(slot): (torch.int8, shape),
                 _scale_of(slot): (torch.float32, (shape[0], 1)),
             }
         else:
-            layout[str(slot)] = (torch.float32 if format == "float32" else torch.bfloat16, shape)
+            layout[str(slot)] = (
+                torch.float32 if wire_format == "float32" else torch.bfloat16,
+                shape,
+            )
     return layout
 
 
-def _as_step(slot: Slot, shape: tuple[int, ...], reference: Download, format: Format) -> bool:
-    """Whether the slot travels as a step away from the download, which must have had it in this
-    shape.
+def _as_step(slot: Slot, shape: tuple[int, ...], reference: Download, wire_format: Format) -> bool:
+    """Return whether a slot travels as a step away from the download.
+
+    The download must have had it in this shape.
     """
-    return format == "int8" and slot in reference and reference[slot].shape == shape
+    return wire_format == "int8" and slot in reference and reference[slot].shape == shape
 
 
 def _scale_of(slot: Slot) -> str:
@@ -226,6 +236,6 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def plain(values: Mapping[Any, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the text of their slot, as files name them."""
+def plain(values: Tensors) -> dict[str, Tensor]:
+    """Return tensors by the text of their slot, as files name them."""
     return {str(slot): tensor for slot, tensor in values.items()}

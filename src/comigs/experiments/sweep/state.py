@@ -21,7 +21,7 @@ from comigs.experiments.packed import RunData
 from comigs.files import ELSEWHERE, require_free
 from comigs.processes import is_locked
 from comigs.runs.folder import TIMINGS, RunFolder
-from comigs.runs.metrics import read_timings
+from comigs.runs.json_lines import read_timings
 from comigs.text import plural
 
 # fields that say where and how fast a run is, not what it is

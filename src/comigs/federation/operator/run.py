@@ -20,7 +20,8 @@ from comigs.files import command
 from comigs.methods.method import load_method
 from comigs.runs.environment import environment
 from comigs.runs.folder import RunFolder
-from comigs.runs.metrics import Event, Problem, read_event
+from comigs.runs.json_lines import read_event
+from comigs.runs.metrics import Event, Problem
 from comigs.runs.summary import write_summary
 from comigs.server.protocol import Report
 

@@ -1,4 +1,4 @@
-"""What the plots draw: points by round, out of the metrics of a run. No drawing here."""
+"""What the plots draw: points by round, out of the metrics of a run. Nothing is drawn here."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ MAX_PANELS = 12
 
 @dataclass(frozen=True)
 class LossCurves:
-    """Mean nats per token of one client over rounds. `base` is None where it was not measured on
-    valid.
+    """The mean nats per token of one client over rounds.
+
+    base: None where the base was not measured on valid.
     """
 
     client: str
@@ -29,12 +30,12 @@ class LossCurves:
     @property
     def values(self) -> list[float]:
         """Everything drawn, to find the limits of the axes."""
-        points = [y for line in (self.by_step, self.by_round, self.valid) for _, y in line]
-        return points if self.base is None else [*points, self.base]
+        values = [y for _, y in (*self.by_step, *self.by_round, *self.valid)]
+        return values if self.base is None else [*values, self.base]
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """One client's value over rounds."""
 
     client: str
@@ -42,67 +43,69 @@ class Line:
 
 
 def loss_curves(run: Run) -> tuple[LossCurves, ...]:
-    """One per client that has anything to draw, in the run's order; at most MAX_PANELS, those that
-    gained least.
+    """Return the curves of each client that has anything to draw, in the run's order.
+
+    They are at most MAX_PANELS, of those clients that gained least.
     """
-    drawn = [c for c in (_loss(run, name) for name in run.clients) if c.values]
+    drawn = [curves for name in run.clients if (curves := _loss(run, name)).values]
     if len(drawn) > MAX_PANELS:
-        gains = {c.name: c.gain for c in results(run).clients}
-        known = {name: math.inf if g is None else g for name, g in gains.items()}
-        kept = {c.client for c in sorted(drawn, key=lambda c: known[c.client])[:MAX_PANELS]}
-        drawn = [c for c in drawn if c.client in kept]
+        gains: dict[str, float] = {}
+        for client in results(run).clients:
+            gains[client.name] = math.inf if client.gain is None else client.gain
+        kept = sorted(drawn, key=lambda curves: gains[curves.client])[:MAX_PANELS]
+        drawn = [curves for curves in drawn if curves in kept]
     return tuple(drawn)
 
 
-def share_lines(run: Run) -> tuple[Line, ...]:
-    """Each client's generalist share in training, mean over blocks, by round; only clients with a
-    router.
+def share_curves(run: Run) -> tuple[Curve, ...]:
+    """Return each client's generalist share in training, mean over blocks, by round.
+
+    Clients without a router have none.
     """
-    lines = []
-    for name in run.clients:
-        points = tuple(
-            (float(t.round), value)
-            for t in run.train
-            if t.client == name and (value := mean(t.generalist_share_by_layer or ())) is not None
-        )
-        lines.append(Line(name, points))
-    return tuple(line for line in lines if line.points)
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in run.clients}
+    for line in run.train:
+        share = mean(line.generalist_share_by_layer or ())
+        if share is not None:
+            points[line.client].append((float(line.round), share))
+    return tuple(Curve(name, tuple(of)) for name, of in points.items() if of)
 
 
 def drift_points(run: Run) -> Points:
-    """Drift of the generalists by round; empty where nothing is shared."""
-    return tuple((float(d.round), d.drift) for d in run.drift if d.drift is not None)
+    """Return the drift of the generalists by round; there is none where nothing is shared."""
+    return tuple((float(end.round), end.drift) for end in run.drift if end.drift is not None)
 
 
 def _loss(run: Run, name: str) -> LossCurves:
+    # A step is drawn where it ended within its round, and the mean of a round at its middle.
     by_step: list[tuple[float, float]] = []
     by_round: list[tuple[float, float]] = []
-    for line in (t for t in run.train if t.client == name):
+    for line in run.train:
+        if line.client != name:
+            continue
         steps = line.train_nats_per_token_by_step
-        by_step += [
-            (line.round - 1 + (i + 1) / len(steps), y) for i, y in enumerate(steps) if y is not None
-        ]
+        for number, nats in enumerate(steps, start=1):
+            by_step.append((line.round - 1 + number / len(steps), nats))
         if line.train_nats_per_token is not None:
-            by_round.append(
-                (line.round - 0.5, line.train_nats_per_token)
-            )  # the mean of a round: drawn at its middle
-    valid = [e for e in run.evaluations if e.client == name and e.split == "valid"]
-    base = [e.score.nats_per_token for e in valid if e.model == "base"]
-    return LossCurves(
-        client=name,
-        by_step=_thinned(by_step),
-        by_round=tuple(by_round),
-        valid=tuple(
-            (float(e.round), e.score.nats_per_token)
-            for e in valid
-            if e.model == "personal" and e.score.nats_per_token is not None
-        ),
-        base=base[-1] if base else None,
-    )
+            by_round.append((line.round - 0.5, line.train_nats_per_token))
+
+    # Only valid is measured round by round; the base's loss on it is one number.
+    valid: list[tuple[float, float]] = []
+    base: float | None = None
+    for measured in run.evaluations:
+        if measured.client != name or measured.split != "valid":
+            continue
+        if measured.model == "base":
+            base = measured.nats_per_token
+        elif measured.nats_per_token is not None:
+            valid.append((float(measured.round), measured.nats_per_token))
+    return LossCurves(name, _thinned(by_step), tuple(by_round), tuple(valid), base)
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> Points:
-    """At most MAX_STEP_POINTS points, each the mean of a bin."""
+    """Return at most MAX_STEP_POINTS points, each the mean of a bin."""
     width = math.ceil(len(points) / MAX_STEP_POINTS) or 1
-    bins = [points[i : i + width] for i in range(0, len(points), width)]
-    return tuple((sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in bins)
+    means = []
+    for start in range(0, len(points), width):
+        xs, ys = zip(*points[start : start + width], strict=True)
+        means.append((sum(xs) / len(xs), sum(ys) / len(ys)))
+    return tuple(means)

@@ -1,6 +1,4 @@
-"""Run folder in, one self-contained HTML page out: it opens offline, runs no script and asks for
-nothing outside.
-"""
+"""The page of a run: one self-contained HTML file that opens offline and runs no script."""
 
 from __future__ import annotations
 
@@ -15,8 +13,8 @@ from markupsafe import Markup
 from comigs import text as f
 from comigs.errors import UserError
 from comigs.files import write_whole, writing
-from comigs.runs.report import plots, tables
-from comigs.runs.report.curves import MAX_PANELS, Line, drift_points, loss_curves, share_lines
+from comigs.runs.report import plots, provenance, tables
+from comigs.runs.report.curves import MAX_PANELS, Curve, drift_points, loss_curves, share_curves
 from comigs.runs.report.diagnostics import diagnoses
 from comigs.runs.report.read import Run, read_run
 from comigs.runs.report.results import results
@@ -45,14 +43,16 @@ def write_reports(run_folders: Iterable[str | Path], out: str | Path | None = No
         return [write_report(folders[0], out)]
     if out is not None:
         raise UserError(
-            f"--out {out}: is for one run; to see {len(folders)} side by side: comigs compare RUN..."
+            f"--out {out}: is for one run; "
+            f"to see {len(folders)} side by side: comigs compare RUN..."
         )
     runs = [read_run(folder) for folder in folders]
     return [_write(run.folder / "report.html", report_page(run)) for run in runs]
 
 
 def report_page(run: Run) -> str:
-    """The page of one run as HTML; equal runs give equal bytes."""
+    """Return the page of one run as HTML; equal runs give equal bytes."""
+    # A run that is not finished has no summary: the page says what its config and its metrics say.
     r = results(run)
     mean_perplexity = run.summary.mean.test.perplexity_of_mean if run.summary else None
     uploaded = sum(c.uploaded_bytes for c in r.clients)
@@ -74,40 +74,51 @@ def report_page(run: Run) -> str:
         perplexity_of_mean=None if mean_perplexity is None else f.perplexity(mean_perplexity),
         heat=routing_heatmap(run),
         experts=tables.expert_share_table(run),
-        settings=tables.settings(run),
+        settings=provenance.settings(run),
         config=run.config_text,
         uploaded=f.size(uploaded) if uploaded else None,
         roles=tables.role_table(run),
         apart=tables.roles_apart(run),
         costs=tables.cost_table(run),
-        environment=tables.environment_table(run),
-        data=tables.data_table(run),
+        environment=provenance.environment_table(run),
+        data=provenance.data_table(run),
         **_pictures(run),
     )
 
 
 def _pictures(run: Run) -> dict[str, Any]:
-    """The plots, those that have anything to show."""
-    curves, shares, drift = loss_curves(run), share_lines(run), drift_points(run)
-    end, limits = run.config.rounds, plots.limits(curves) if curves else (0.0, 1.0)
-    return {
-        "panels": [(c.client, Markup(plots.loss_plot(c, end, limits))) for c in curves],
+    """Return the plots, those that have anything to show."""
+    curves, shares, drift = loss_curves(run), share_curves(run), drift_points(run)
+    end = run.config.rounds
+    pictures: dict[str, Any] = {
+        "panels": [],
         "capped": len(run.clients) > MAX_PANELS,
-        "share_plot": Markup(plots.lines_plot(shares, end, "generalist share", top=1))
-        if shares
-        else None,
-        "share_clients": [line.client for line in shares]
-        if len(shares) <= plots.MAX_COLOURS
-        else [],
-        "drift_plot": Markup(plots.lines_plot([Line("Drift", drift)], end, "drift"))
-        if drift
-        else None,
+        "share_plot": None,
+        "share_clients": [],
+        "drift_plot": None,
     }
+    # Clients are compared with each other, so their plots have the same axes.
+    if curves:
+        limits = plots.limits(curves)
+        for of_client in curves:
+            drawn = Markup(plots.loss_plot(of_client, end, limits))
+            pictures["panels"].append((of_client.client, drawn))
+    if shares:
+        drawn = Markup(plots.curves_plot(shares, end, "generalist share", top=1))
+        pictures["share_plot"] = drawn
+    # Many clients are drawn in one grey, which needs no names.
+    if len(shares) <= plots.MAX_COLOURS:
+        pictures["share_clients"] = [curve.client for curve in shares]
+    if drift:
+        drawn = Markup(plots.curves_plot([Curve("Drift", drift)], end, "drift"))
+        pictures["drift_plot"] = drawn
+    return pictures
 
 
 def render(template: str, folder: Path = HERE, **values: Any) -> str:
-    """Return a template of a folder, with this folder's frame and style sheet, as HTML; values are
-    escaped.
+    """Return a template of a folder as HTML, with this folder's frame and style sheet in it.
+
+    Values are escaped.
     """
     environment = Environment(
         loader=FileSystemLoader([folder, HERE]),
@@ -121,18 +132,15 @@ def render(template: str, folder: Path = HERE, **values: Any) -> str:
 
 
 def mark(command: str) -> str:
-    """What a page has near its beginning, so that it is known as written by `comigs COMMAND`
-    (page.html.j2).
-    """
+    """Return what a page has near its beginning where `comigs COMMAND` wrote it (page.html.j2)."""
     return f'<meta name="generator" content="comigs {command}">'
 
 
 def is_written_by(page: Path, command: str) -> bool:
-    """It is a page that `comigs report` or `comigs compare` wrote."""
-    return (
-        page.is_file()
-        and mark(command) in page.read_text(encoding="utf-8", errors="replace")[:2000]
-    )
+    """Return whether `comigs COMMAND` wrote that page."""
+    if not page.is_file():
+        return False
+    return mark(command) in page.read_text(encoding="utf-8", errors="replace")[:2000]
 
 
 def _write(path: Path, text: str) -> Path:

@@ -18,86 +18,74 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from comigs.runs.report.curves import Line, LossCurves, Points
+from comigs.runs.report.curves import Curve, LossCurves, Points
 
 MAX_COLOURS = 8  # clients told apart by colour; more are drawn grey, with their mean on top
-_NAMES = (
-    "--ink",
-    "--muted",
-    "--grid",
-    "--personal",
-    "--train",
-    *(f"--client-{i}" for i in range(MAX_COLOURS)),
-)
-COLOUR = {
-    name: f"#fe00{i:02x}" for i, name in enumerate(_NAMES)
-}  # a page's variable -> what stands in for it
+_CLIENTS = [f"--client-{number}" for number in range(MAX_COLOURS)]
+_NAMES = ("--ink", "--muted", "--grid", "--personal", "--train", *_CLIENTS)
+# A variable of the page's style sheet -> the colour that stands in for it while it is drawn.
+COLOUR = {name: f"#fe00{number:02x}" for number, name in enumerate(_NAMES)}
+DASHED = (0, (4, 3))
 
 
 def loss_plot(curves: LossCurves, rounds: int, limits: tuple[float, float]) -> str:
-    """One client: training loss by step and by round, valid loss by round, the base's valid loss as
-    a dashed line.
+    """Draw the losses of one client: train by step and by round, valid by round, the base dashed.
 
     rounds: end of the horizontal axis. limits: of the vertical axis, the same for all clients.
+    Returns SVG.
     """
+    # Steps are noise around the mean of their round, so they are thin and pale; what counts is
+    # valid, which is drawn last and strongest.
     figure, axes = _axes(2.9, 2.1)
     axes.plot(*_xy(curves.by_step), color=COLOUR["--train"], linewidth=0.8, alpha=0.55)
-    axes.plot(
-        *_xy(curves.by_round),
-        color=COLOUR["--train"],
-        linewidth=1.4,
-        **_marked(curves.by_round, "."),
-    )
-    axes.plot(
-        *_xy(curves.valid), color=COLOUR["--personal"], linewidth=1.9, **_marked(curves.valid, "o")
-    )
+    rounds_look = _marked(curves.by_round, ".")
+    axes.plot(*_xy(curves.by_round), color=COLOUR["--train"], linewidth=1.4, **rounds_look)
+    valid_look = _marked(curves.valid, "o")
+    axes.plot(*_xy(curves.valid), color=COLOUR["--personal"], linewidth=1.9, **valid_look)
     if curves.base is not None:
-        axes.axhline(curves.base, color=COLOUR["--ink"], linewidth=1, linestyle=(0, (4, 3)))
+        axes.axhline(curves.base, color=COLOUR["--ink"], linewidth=1, linestyle=DASHED)
     axes.set(xlim=(0, max(1, rounds)), ylim=limits)
     _label(axes, "round", "nats per token")
     return svg(figure, f"Loss of client {curves.client} by round. {_ends('Valid', curves.valid)}")
 
 
-def lines_plot(lines: Sequence[Line], rounds: int, what: str, top: float | None = None) -> str:
-    """One line per client over rounds; `top` fixes the vertical axis to 0..top, else it starts at
-    0.
+def curves_plot(curves: Sequence[Curve], rounds: int, what: str, top: float | None = None) -> str:
+    """Draw one curve per client over rounds, and return SVG.
+
+    top: fixes the vertical axis to 0..top; None: it only starts at 0.
     """
+    # Eyes tell few colours apart: many clients are a grey cloud around their mean.
     figure, axes = _axes(4.6, 2.5)
-    few = len(lines) <= MAX_COLOURS
-    for i, line in enumerate(lines):
-        if few:
-            axes.plot(
-                *_xy(line.points),
-                color=COLOUR[f"--client-{i}"],
-                linewidth=1.7,
-                **_marked(line.points, "o"),
-            )
-        else:
-            axes.plot(*_xy(line.points), color=COLOUR["--muted"], linewidth=0.6, alpha=0.5)
-    if not few:
-        axes.plot(*_xy(_mean_points(lines)), color=COLOUR["--personal"], linewidth=2.4)
+    if len(curves) <= MAX_COLOURS:
+        for curve, name in zip(curves, _CLIENTS, strict=False):
+            look = _marked(curve.points, "o")
+            axes.plot(*_xy(curve.points), color=COLOUR[name], linewidth=1.7, **look)
+        told = [_ends(curve.client, curve.points) for curve in curves]
+    else:
+        for curve in curves:
+            axes.plot(*_xy(curve.points), color=COLOUR["--muted"], linewidth=0.6, alpha=0.5)
+        middle = _mean_points(curves)
+        axes.plot(*_xy(middle), color=COLOUR["--personal"], linewidth=2.4)
+        told = [_ends("Mean", middle)]
+
+    # A share has a middle, from which it leans to either side.
     if top == 1:
-        axes.axhline(0.5, color=COLOUR["--muted"], linewidth=1, linestyle=(0, (4, 3)))
+        axes.axhline(0.5, color=COLOUR["--muted"], linewidth=1, linestyle=DASHED)
     axes.set(xlim=(0, max(1, rounds)), ylim=(0, top))
     _label(axes, "round", what)
-    told = (
-        [_ends(line.client, line.points) for line in lines]
-        if few
-        else [_ends("Mean", _mean_points(lines))]
-    )
     return svg(figure, f"{what} by round. " + " ".join(told))
 
 
 def limits(curves: Sequence[LossCurves]) -> tuple[float, float]:
-    """Vertical limits that hold every curve, with a little air."""
-    values = [v for c in curves for v in c.values]
+    """Return vertical limits that hold every curve, with a little air."""
+    values = [value for of_client in curves for value in of_client.values]
     low, high = min(values), max(values)
     air = 0.06 * (high - low) or 0.5
     return max(0.0, low - air), high + air
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """A bare plot in inches, in the page's colours."""
+    """Return a bare plot of that size, in inches, in the page's colours."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     bare(axes, COLOUR)
@@ -105,7 +93,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def bare(axes: Axes, colours: Mapping[str, str]) -> None:
-    """No frame, a light grid, in these colours (COLOUR for a page)."""
+    """Remove the frame and draw a light grid, in these colours (COLOUR for a page)."""
     axes.patch.set_visible(False)
     axes.spines[:].set_visible(False)
     axes.grid(axis="y", color=colours["--grid"], linewidth=0.8)
@@ -125,29 +113,35 @@ def _xy(points: Points) -> tuple[list[float], list[float]]:
 
 
 def _marked(points: Points, marker: str) -> dict[str, Any]:
-    """Points are marked while there are few; a single one would be invisible without."""
-    return {"marker": marker, "markersize": 4, "clip_on": False} if len(points) <= 25 else {}
+    """Mark points while there are few; a single one would be invisible without."""
+    if len(points) > 25:
+        return {}
+    return {"marker": marker, "markersize": 4, "clip_on": False}
 
 
-def _mean_points(lines: Sequence[Line]) -> Points:
+def _mean_points(curves: Sequence[Curve]) -> Points:
     by_round: dict[float, list[float]] = {}
-    for line in lines:
-        for x, y in line.points:
+    for curve in curves:
+        for x, y in curve.points:
             by_round.setdefault(x, []).append(y)
     return tuple((x, sum(ys) / len(ys)) for x, ys in sorted(by_round.items()))
 
 
 def _ends(name: str, points: Points) -> str:
-    """For those who cannot see the plot: where a line starts and ends."""
+    """Say where a curve starts and ends, for those who cannot see the plot."""
     if not points:
         return f"{name}: not measured."
-    return f"{name}: {points[0][1]:.2f} at round {points[0][0]:g}, {points[-1][1]:.2f} at round {points[-1][0]:g}."
+    (first, start), (last, end) = points[0], points[-1]
+    return f"{name}: {start:.2f} at round {first:g}, {end:.2f} at round {last:g}."
 
 
 def svg(figure: Figure, alt: str) -> str:
-    """The figure as an <svg> element with its alternative text, free of dates, fixed colours and
-    outside links.
+    """Return the figure as an <svg> element with its alternative text.
+
+    The element is free of dates, fixed colours and outside links.
     """
+    # Equal runs give equal bytes: matplotlib would write dates and random names of its own, which
+    # would also clash between the plots of one page.
     file = io.StringIO()
     figure.patch.set_visible(False)
     with mpl.rc_context({"svg.hashsalt": alt, "svg.fonttype": "none"}):
@@ -159,9 +153,7 @@ def svg(figure: Figure, alt: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
-    text = re.sub(
-        r'<g id="[^"]*"', "<g", text
-    )  # unused names, which would clash between plots of one page
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r" font-family: [^;\"]*;", "", text)
     for name, colour in COLOUR.items():
         text = text.replace(colour, f"var({name})")

@@ -9,20 +9,8 @@ from typing import Any, TypeVar
 
 from comigs.config import Config, load_config
 from comigs.errors import UserError
-from comigs.runs.metrics import (
-    Absent,
-    Evaluation,
-    Line,
-    RoundEnd,
-    Summary,
-    Timing,
-    Train,
-    Warned,
-    parse_json,
-    read_lines,
-    read_record,
-    read_timings,
-)
+from comigs.runs.json_lines import parse_json, read_lines, read_record, read_timings
+from comigs.runs.metrics import Absent, Evaluation, Line, RoundEnd, Summary, Timing, Train, Warned
 
 OneKind = TypeVar("OneKind", bound=Line)
 

@@ -1,20 +1,24 @@
-"""What came out of a run, as numbers: finished runs by their summary, unfinished ones by the last
-valid evaluation.
+"""What came out of a run, as numbers.
+
+A finished run is told by its summary, an unfinished one by its last evaluation on valid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from comigs.config import ClientEntry, ExpertShape, Text
 from comigs.runs.metrics import ClientSummary, Score
 from comigs.runs.report.read import Run
 
+SHAPE = ("generalists", "specialists", "rank", "specialist_rank")
+
 
 @dataclass(frozen=True)
 class ClientResult:
-    """One client. None wherever the run has not measured it."""
+    """One client's result. A figure is None wherever the run has not measured it."""
 
     name: str
     text: str
@@ -31,13 +35,13 @@ class ClientResult:
 
     @property
     def gain(self) -> float | None:
-        """See `gain`."""
+        """By which fraction the personal model is better than the base: see `gain`."""
         return gain(self.base, self.personal)
 
     @property
     def tokens(self) -> int | None:
         """How many tokens the shown figures were measured on."""
-        return _first(self.personal.tokens, self.base.tokens)
+        return self.base.tokens if self.personal.tokens is None else self.personal.tokens
 
 
 @dataclass(frozen=True)
@@ -56,23 +60,24 @@ class Results:
 
     @property
     def gain(self) -> float | None:
-        """Gain of the mean perplexity, not the mean of the gains."""
+        """The gain of the mean perplexity, not the mean of the gains."""
         return gain(self.base, self.personal)
 
     @property
     def uploaded_per_client_and_round(self) -> float:
-        """Bytes, of the clients that are asked; 0 before the first round."""
+        """The bytes of a client that is asked in a round; 0 before the first round."""
         return sum(c.uploaded_bytes for c in self.clients) / max(1, self.rounds * self.asked)
 
     @property
     def measured(self) -> int:
-        """Clients that the mean is over."""
+        """The number of clients that the mean is over."""
         return sum(c.gain is not None for c in self.clients)
 
 
 def gain(base: Score, personal: Score) -> float | None:
-    """By which fraction the personal model's perplexity is lower than the base's: 1 - personal /
-    base.
+    """Return by which fraction a personal perplexity is below the base's: 1 - personal / base.
+
+    It is None where either was not measured.
     """
     if not base.perplexity or personal.perplexity is None:
         return None
@@ -80,83 +85,75 @@ def gain(base: Score, personal: Score) -> float | None:
 
 
 def results(run: Run) -> Results:
-    """The result of every client, in the config's order, and their mean."""
+    """Return the result of every client, in the config's order, and their mean."""
     clients = tuple(_client(run, name) for name in run.clients)
     asked = run.config.participation.clients_per_round or len(clients)
     if run.summary is not None:
-        return Results(
-            "test",
-            run.summary.rounds,
-            asked,
-            clients,
-            run.summary.mean.base_test,
-            run.summary.mean.test,
-        )
-    both = [
-        c for c in clients if c.gain is not None
-    ] or clients  # means over different clients would compare nothing
-    return Results(
-        "valid",
-        run.last_round,
-        asked,
-        clients,
-        _mean([c.base for c in both]),
-        _mean([c.personal for c in both]),
-    )
+        summary, mean_of = run.summary, run.summary.mean
+        return Results("test", summary.rounds, asked, clients, mean_of.base_test, mean_of.test)
+
+    # Means over different clients would compare nothing, so both are of those that have both.
+    both = [client for client in clients if client.gain is not None] or clients
+    base, personal = _mean([c.base for c in both]), _mean([c.personal for c in both])
+    return Results("valid", run.last_round, asked, clients, base, personal)
 
 
 def _client(run: Run, name: str) -> ClientResult:
-    entry = next((c for c in run.config.clients if c.name == name), None)
-    shape = run.config.shape_of(entry) if entry else None
+    # Until there is a summary, config and lines say what it will say.
+    entry = next((client for client in run.config.clients if client.name == name), None)
+    lines = [line for line in run.train if line.client == name]
     summary = run.summary.clients.get(name) if run.summary else None
-    lines = [t for t in run.train if t.client == name]
-    split = "test" if run.summary else "valid"
-    has: ClientSummary | ExpertShape | None = summary or shape
+    amounts: dict[str, Any] = {
+        "trained_parameters": lines[-1].trained_parameters if lines else None,
+        "uploaded_bytes": sum(line.uploaded_bytes for line in lines),
+        "downloaded_bytes": sum(line.downloaded_bytes for line in lines),
+    }
+    has: ClientSummary | ExpertShape | None = None
+    if summary is not None:
+        has = summary
+        base, personal = summary.base_test, summary.test
+        amounts = {field: getattr(summary, field) for field in amounts}
+    else:
+        split = "test" if run.summary else "valid"
+        base, personal = (_latest(run, name, split, model) for model in ("base", "personal"))
+        has = run.config.shape_of(entry) if entry else None
+    shape: dict[str, Any] = {field: getattr(has, field, None) for field in SHAPE}
     return ClientResult(
         name=name,
         text=describe_text(entry) if entry else "",
-        base=summary.base_test if summary else _latest(run, name, split, "base"),
-        personal=summary.test if summary else _latest(run, name, split, "personal"),
-        trained_tokens=sum(t.trained_tokens for t in lines),
-        generalists=has.generalists if has else None,
-        specialists=has.specialists if has else None,
-        rank=has.rank if has else None,
-        specialist_rank=has.specialist_rank if has else None,
-        trained_parameters=_first(
-            *(x.trained_parameters for x in ([summary] if summary else lines[::-1]))
-        ),
-        uploaded_bytes=summary.uploaded_bytes if summary else sum(t.uploaded_bytes for t in lines),
-        downloaded_bytes=summary.downloaded_bytes
-        if summary
-        else sum(t.downloaded_bytes for t in lines),
+        base=base,
+        personal=personal,
+        trained_tokens=sum(line.trained_tokens for line in lines),
+        **shape,
+        **amounts,
     )
 
 
 def describe_text(entry: ClientEntry) -> str:
-    """The client's text as its config names it; where splits are given, the file of train."""
+    """Return a client's text as its config names it; where splits are given, the file of train."""
     if isinstance(entry.text, Text):
         return f"{entry.text.train.rpartition('/')[2]} (splits given)"
     return entry.text or "on the client's device"
 
 
 def _latest(run: Run, name: str, split: str, model: str) -> Score:
-    found = [e for e in run.evaluations if (e.client, e.split, e.model) == (name, split, model)]
-    return max(found, key=lambda e: e.round).score if found else Score()
+    found = [
+        line
+        for line in run.evaluations
+        if line.client == name and line.split == split and line.model == model
+    ]
+    return max(found, key=lambda line: line.round).score if found else Score()
 
 
 def _mean(scores: list[Score]) -> Score:
     return Score(
-        nats_per_token=mean(s.nats_per_token for s in scores),
-        perplexity=mean(s.perplexity for s in scores),
-        bits_per_byte=mean(s.bits_per_byte for s in scores),
+        nats_per_token=mean(score.nats_per_token for score in scores),
+        perplexity=mean(score.perplexity for score in scores),
+        bits_per_byte=mean(score.bits_per_byte for score in scores),
     )
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of what was measured; None where nothing was."""
-    known = [v for v in values if v is not None]
+    """Return the mean of what was measured; it is None where nothing was."""
+    known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _first(*values: int | None) -> int | None:
-    return next((v for v in values if v is not None), None)

@@ -1,6 +1,4 @@
-"""The routing heatmap: an HTML table, so that it reads, wraps, prints and follows the page's
-colours like text.
-"""
+"""The routing heatmap: a table, so that it reads, wraps, prints and has colours like text."""
 
 from __future__ import annotations
 
@@ -14,8 +12,9 @@ from comigs.runs.report.results import mean
 
 @dataclass(frozen=True)
 class Cell:
-    """One number; `role` is the side it leans to, `strength` how far (0: balanced at 0.5, 1:
-    wholly).
+    """One number of the heatmap.
+
+    role: the side the number leans to. strength: how far (0: balanced at 0.5, 1: wholly).
     """
 
     text: str
@@ -25,42 +24,48 @@ class Cell:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Rows of (client, cells: the mean, then one per block); `source` says what was measured."""
+    """Rows of (client, cells: the mean, then one per block).
+
+    without: clients without a router. source: what was measured, in words.
+    """
 
     layers: int
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
-    without: tuple[str, ...]  # clients without a router
+    without: tuple[str, ...]
     source: str
 
 
 def routing_heatmap(run: Run) -> HeatMap | None:
-    """Generalist share per client and block in the latest evaluation, else in training; None where
-    nothing routes.
-    """
+    """Return the generalist share per client and block; it is None where nothing routes."""
+    # The latest evaluation says most; before there is one, training says something.
     split = "test" if run.summary else "valid"
-    measured = [e for e in run.evaluations if (e.split, e.model) == (split, "personal")]
-    evaluated = [e for e in measured if e.generalist_share_by_layer]
-    trained = [t for t in run.train if t.generalist_share_by_layer]
-    latest: dict[str, Evaluation | Train] = {line.client: line for line in evaluated or trained}
+    latest: dict[str, Evaluation | Train] = {}
+    source = f"the {split} text"
+    for measured in run.evaluations:
+        own = measured.split == split and measured.model == "personal"
+        if own and measured.generalist_share_by_layer:
+            latest[measured.client] = measured
+    if not latest:
+        source = "the last round's training text"
+        latest = {line.client: line for line in run.train if line.generalist_share_by_layer}
     if not latest:
         return None
-    layers = max(len(line.generalist_share_by_layer or ()) for line in latest.values())
+
+    # Blocks that a client was not measured on are empty cells.
+    shares = {name: line.generalist_share_by_layer or [] for name, line in latest.items()}
+    layers = max(map(len, shares.values()))
     rows = []
     for name in run.clients:
-        if name in latest:
-            shares = latest[name].generalist_share_by_layer or ()
-            padded = (*shares, *[None] * (layers - len(shares)))
-            rows.append((name, tuple(_cell(v) for v in (mean(shares), *padded))))
-    return HeatMap(
-        layers=layers,
-        rows=tuple(rows),
-        without=tuple(name for name in run.clients if name not in latest),
-        source=f"the {split} text" if evaluated else "the last round's training text",
-    )
+        if name in shares:
+            row = [mean(shares[name]), *shares[name], *[None] * (layers - len(shares[name]))]
+            rows.append((name, tuple(map(_cell, row))))
+    without = tuple(name for name in run.clients if name not in shares)
+    return HeatMap(layers, tuple(rows), without, source)
 
 
 def _cell(share: float | None) -> Cell:
     if share is None:
         return Cell(f.NONE, "none", 0.0)
     lean = min(1.0, abs(share - 0.5) * 2)
-    return Cell(f.share(share), "generalist" if share > 0.5 else "specialist", round(lean, 3))
+    role = "generalist" if share > 0.5 else "specialist"
+    return Cell(f.share(share), role, round(lean, 3))

@@ -1,5 +1,6 @@
-"""How many tensors of each role a client holds: the headers of its safetensors files, without
-loading any tensor.
+"""How many tensors of each role clients hold, from the headers of their safetensors files.
+
+No tensor is loaded.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from comigs.slots import Slot
 
 
 def held_by_role(run_folder: Path) -> dict[str, Amount]:
-    """Role -> what all clients together hold by now; empty where there is no such file."""
+    """Return role -> what all clients together hold by now; it is empty where there is no file.
+
+    Raises UserError that names a file that cannot be read.
+    """
     totals: dict[str, Amount] = defaultdict(Amount)
     for client in sorted((run_folder / "clients").glob("*")):
-        files = [
-            *sorted(client.glob("round-*.experts.safetensors")),
-            *client.glob("personal.safetensors"),
-        ]
-        for name, amount in _header(files[-1]).items() if files else ():
+        # The personal model of a finished run goes before what is left of its rounds.
+        files = sorted(client.glob("round-*.experts.safetensors"))
+        files += client.glob("personal.safetensors")
+        if not files:
+            continue
+        for name, amount in _header(files[-1]).items():
             try:
                 totals[Slot.parse(name).role] += amount
             except ValueError as error:
@@ -30,21 +35,20 @@ def held_by_role(run_folder: Path) -> dict[str, Amount]:
 
 
 def _header(path: Path) -> dict[str, Amount]:
-    """Tensor name -> its amount. The file starts with 8 bytes of length (little endian), then that
-    much JSON.
-    """
+    """Return tensor name -> its amount."""
+    # The file starts with 8 bytes of length (little endian), then that much JSON.
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > path.stat().st_size:
                 raise ValueError("header longer than the file")
             header = json.loads(file.read(length))
-        offsets = {
-            name: tensor["data_offsets"]
-            for name, tensor in header.items()
-            if name != "__metadata__"
-        }
-        return {name: Amount(slots=1, bytes=end - start) for name, (start, end) in offsets.items()}
+        amounts = {}
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                start, end = tensor["data_offsets"]
+                amounts[name] = Amount(slots=1, bytes=end - start)
+        return amounts
     except FileNotFoundError:
         return {}  # a live run has just replaced it by the next round's
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
