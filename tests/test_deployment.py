@@ -1,4 +1,4 @@
-"""A true federation on the loopback: SuperLink, front, SuperNodes, TLS, keys. Every byte that
+"""A true federation on the loopback: SuperLink, gateway, SuperNodes, TLS, keys. Every byte that
 passes is kept.
 
 The first tests share one run of four clients and take about two minutes in all on two cores. Those
@@ -128,11 +128,11 @@ class Recorder(threading.Thread):
 
     async def connect(self, reader, writer):
         try:
-            front = await asyncio.open_connection("127.0.0.1", self.target, ssl=self.client_side)
+            gateway = await asyncio.open_connection("127.0.0.1", self.target, ssl=self.client_side)
         except OSError:
             writer.close()
         else:
-            await asyncio.gather(self.keep(reader, front[1]), self.keep(front[0], writer))
+            await asyncio.gather(self.keep(reader, gateway[1]), self.keep(gateway[0], writer))
 
     async def keep(self, reader, writer):
         """Each direction of each connection is one piece of the record."""

@@ -1,7 +1,7 @@
-"""A federation over a real network: its folder and keys, the server's and a device's processes, and
-its runs.
+"""This room holds federations over a real network: their folders and keys, the processes of a
+server and of a device, and their runs.
 
-Flower's programs run as processes of their own; nothing here imports flwr.
+Flower's programs run as processes of their own; only the room `flower` imports flwr.
 """
 
 from __future__ import annotations
@@ -12,6 +12,6 @@ from comigs.errors import UserError
 
 
 def require_flower() -> None:
-    """Raises UserError where Flower, and what comes with it, is not installed."""
+    """Raise UserError where Flower, or what comes with it, is not installed."""
     if find_spec("flwr") is None or find_spec("cryptography") is None:
         raise UserError("a federation needs Flower: pip install 'comigs[flower]'")

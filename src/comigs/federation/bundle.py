@@ -1,5 +1,5 @@
-"""A bundle: the one file that an operator gives to a device's owner, with all that the device needs
-to join.
+"""A bundle is the one file that an operator gives to a device's owner. It holds all that the device
+needs to join.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from comigs.config import Section, read_toml
 from comigs.errors import UserError
@@ -29,21 +29,24 @@ The server at {address} will then ask the device, once a round, to
 - train them, and experts of its own, on the text in FOLDER,
 - measure the result,
 - send back the shared experts as numbers, how many tokens there are, and the losses it measured.
-The text, the device's own experts, its router and the state of its optimisers stay in the device's folder. What is
+The text, the device's own experts, its router and the state of its optimisers stay in the \
+device's folder. What is
 sent is not encrypted against the server, and shared experts may remember text: see docs/privacy.md.
 
-The device runs only the comigs that is installed on it. Leave by stopping the command; nothing else is installed.
+The device runs only the comigs that is installed on it. Leave by stopping the command; \
+nothing else is installed.
 """
 
 
 class Bundle(Section):
-    """What the file says.
+    """A bundle is what the file says.
 
-    authority: certificate of the federation's own authority. key: the device's private key. app:
-    sha256 of the only Flower app it will run. check: sha256 of all the rest.
+    about: for people. authority: the certificate of the federation's own authority. key: the
+    device's private key. app: sha256 of the only Flower app that the device will run. check: sha256
+    of everything else.
     """
 
-    about: str = Field("", description="for people")
+    about: str = ""
     federation: str
     client: str
     address: str
@@ -53,13 +56,13 @@ class Bundle(Section):
     check: str = ""
 
     def digest(self) -> str:
-        """What `check` has to be."""
-        rest = self.model_dump(exclude={"check"})
-        return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+        """Return what `check` has to be."""
+        checked = self.model_dump(exclude={"check"})
+        return hashlib.sha256(json.dumps(checked, sort_keys=True).encode()).hexdigest()
 
 
 def new_bundle(settings: Settings, authority: str, client: str, key: str) -> Bundle:
-    """The bundle of one client."""
+    """Return the bundle of one client. authority: its certificate. key: the private one."""
     return Bundle(
         about=ABOUT.lstrip().format(client=client, address=settings.address),
         federation=settings.id,
@@ -72,7 +75,7 @@ def new_bundle(settings: Settings, authority: str, client: str, key: str) -> Bun
 
 
 def write_bundle(path: Path, bundle: Bundle) -> None:
-    """Write a bundle that only its owner can read. Raises UserError where there is something
+    """Write a bundle that only its owner can read. Raises UserError where there is a file
     already.
     """
     whole = bundle.model_copy(update={"check": bundle.digest()})
@@ -85,10 +88,11 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
 
 
 def read_bundle(path: Path) -> Bundle:
-    """Read a bundle. Raises UserError where it is none or not, character for character, what was
-    written.
+    """Return the bundle of a file. Raises UserError where it is none, or not what was written,
+    character for character.
     """
     tree = read_toml(path, "bundle")
+    # A damaged file is told here and not by Flower, to which a damaged key is a page of advice.
     try:
         bundle = Bundle.model_validate(tree)
         if bundle.check != bundle.digest():

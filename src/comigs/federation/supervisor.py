@@ -66,6 +66,7 @@ class Supervisor:
 
         on_line: called with each line that the program prints.
         """
+        # All that it prints comes through one pipe, to its log and to whoever listens.
         process = Child(
             words[0],
             words[1:],
@@ -78,6 +79,7 @@ class Supervisor:
         program = Program(name, process)
         reader = threading.Thread(target=self._read, args=(program, on_line), daemon=True)
         waiter = threading.Thread(target=self._wait, args=(program, reader), daemon=True)
+        # It is known before its threads run, so that it is stopped whatever happens next.
         self._running.append((program, waiter))
         reader.start()
         waiter.start()

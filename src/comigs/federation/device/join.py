@@ -1,5 +1,5 @@
-"""A device's processes: the resident trainer, a SuperNode that runs our app only, and its
-executor.
+"""This module runs a device's processes: the resident trainer, a SuperNode that runs our app only,
+and its executor.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Owner:
-    """What a device's owner decides.
+    """An owner decides what a device takes part with.
 
-    text: see `text_of`. home: the device's own folder; None: in ~/.comigs. base, accelerator,
-    threads: as in Device (engines/flower/trainer.py).
+    text: see `text_of`. home: the device's own folder; None: one in ~/.comigs. base, accelerator,
+    threads: as in Device (device_service.py).
     """
 
     text: tuple[str, ...]
@@ -45,70 +45,71 @@ class Owner:
 
 def join(file: Path, owner: Owner, say: Say) -> None:
     """Take part in a federation until stopped. Raises UserError where that cannot be (any more)."""
+    # What is wrong with the bundle or the text is said before anything is made.
     bundle, text = read_bundle(file), text_of(owner.text)
     home = (owner.home or Path.home() / ".comigs" / bundle.federation / bundle.client).absolute()
     make_private(home)
     with locked(home / ".lock", f"{home}: in use: this client runs already"):
         _unpack(bundle, home)
         check_server(bundle)
+
+        # The trainer reads the owner's part from a file: others could read an argument.
         device = {
-            "name": bundle.client, "home": str(home), "root": str(Path.cwd()),
+            "name": bundle.client,
+            "home": str(home),
+            "root": str(Path.cwd()),
             "text": text if isinstance(text, str) else text.model_dump(),
             "base": owner.base and folder_or_name(owner.base, Path()),
-            "accelerator": owner.accelerator, "threads": owner.threads,
-        }  # fmt: skip
-        write_private(
-            home / "device.json", json.dumps(device)
-        )  # not an argument, which others could read
-        with tempfile.TemporaryDirectory(
-            prefix="comigs-"
-        ) as short:  # a socket's path may have 107 bytes only
+            "accelerator": owner.accelerator,
+            "threads": owner.threads,
+        }
+        write_private(home / "device.json", json.dumps(device))
+
+        # A socket's path may have 107 bytes only, so it is not in the home.
+        with tempfile.TemporaryDirectory(prefix="comigs-") as short:
             _run(bundle, home, Path(short) / "trainer", say)
 
 
 def _run(bundle: Bundle, home: Path, socket: Path, say: Say) -> NoReturn:
-    with Supervisor(home / "log", flwr_cli.environment(home / "flwr"), home) as children:
-        children.start(
-            "trainer",
-            ["comigs.federation.device.trainer_main:main", str(socket), "device.json"],
-            say,
-        )
-        wait_until(socket.exists, "trainer", children)
+    environment = flwr_cli.environment(home / "flwr")
+    with Supervisor(home / "log", environment, home) as programs:
+        # The trainer is there before anybody can be asked anything.
+        trainer = ["comigs.federation.device.trainer_main:main", str(socket), "device.json"]
+        programs.start("trainer", trainer, say)
+        wait_until(socket.exists, "trainer", programs)
+
+        # A SuperNode logs its id when the server has let it in.
         port, online = free_port(), Event()
-        children.start(
-            "supernode", _supernode(bundle, socket, port), lambda line: _set_by(line, online)
-        )
-        children.start("superexec", _superexec(port))
-        wait_until(online.is_set, "supernode", children)
+
+        def look(line: str) -> None:
+            if "SuperNode ID: " in line:
+                online.set()
+
+        programs.start("supernode", _supernode(bundle, socket, port), look)
+        programs.start("superexec", _superexec(port))
+        wait_until(online.is_set, "supernode", programs)
         say(f'"{bundle.client}" is online in federation {bundle.federation} at {bundle.address}')
         say(f"its own part stays in {home}; logs in {home / 'log'}; stop with Ctrl-C")
-        say(
-            f"its own model, after a run: {command('generate', home / 'runs' / 'RUN')} --client {bundle.client}"
-        )
-        keep(children)
-
-
-def _set_by(line: str, online: Event) -> None:
-    if "SuperNode ID: " in line:  # what it logs when the server has let it in
-        online.set()
+        generate = command("generate", home / "runs" / "RUN")
+        say(f"its own model, after a run: {generate} --client {bundle.client}")
+        keep(programs)
 
 
 def text_of(given: Sequence[str]) -> str | Text:
-    """A client's text as its owner gave it: one path or source, or train=..., valid=... and
-    test=...
-
-    Raises UserError where it is neither, or not there.
+    """Return a client's text as its owner gave it: one path or source, or one for each of train=,
+    valid= and test=. Raises UserError where it is neither, or not there.
     """
-    splits = dict(
-        one.split("=", 1)
-        for one in given
-        if one.split("=", 1)[0] in Text.model_fields and "=" in one
-    )
+    # A path may have an equals sign, so only these three words before it count.
+    splits = {}
+    for one in given:
+        split, equals, spec = one.partition("=")
+        if equals and split in Text.model_fields:
+            splits[split] = spec
     whole = len(given) == 1 and not splits
     if not whole and (len(splits) != len(given) or splits.keys() != Text.model_fields.keys()):
         raise UserError(
-            f"--text: given {', '.join(given) or 'nothing'}; give one path or source, to be split, or all of "
-            "--text train=PATH --text valid=PATH --text test=PATH"
+            f"--text: given {', '.join(given) or 'nothing'}; give one path or source, to be split, "
+            "or all of --text train=PATH --text valid=PATH --text test=PATH"
         )
     for spec in [given[0]] if whole else splits.values():
         if next(open_source(spec, Path.cwd()), None) is None:
@@ -120,11 +121,13 @@ def _unpack(bundle: Bundle, home: Path) -> None:
     """Put the bundle's parts where Flower reads them. Raises UserError where the folder is somebody
     else's.
     """
+    # The folder has this device's own model, so another client's bundle must not take it over.
     kept = home / "bundle.toml"
     if kept.exists() and (owner := read_bundle(kept)) != bundle:
         if (owner.federation, owner.client) != (bundle.federation, bundle.client):
             raise UserError(
-                f'{home}: belongs to "{owner.client}" of federation {owner.federation}; choose another with --home'
+                f'{home}: belongs to "{owner.client}" of federation {owner.federation}; '
+                "choose another with --home"
             )
         kept.unlink()
     with writing(home, "choose another folder with --home"):
@@ -137,15 +140,16 @@ def _unpack(bundle: Bundle, home: Path) -> None:
 
 def _supernode(bundle: Bundle, trainer: Path, port: int) -> list[str]:
     return [
-        "comigs.federation.flower.supernode:main", bundle.app, "online",
-        "--root-certificates", "ca.pem", "--auth-supernode-private-key", "key", "--superlink", bundle.address,
-        "--host", "127.0.0.1", "--port", str(port), "--node-config", f'trainer="{trainer}"',
-        "--isolation", "process", "--superexec-auth-secret-file", "superexec.secret",
-    ]  # fmt: skip
+        *("comigs.federation.flower.supernode:main", bundle.app, "online"),
+        *("--superlink", bundle.address, "--root-certificates", "ca.pem"),
+        *("--auth-supernode-private-key", "key", "--node-config", f'trainer="{trainer}"'),
+        *("--host", "127.0.0.1", "--port", str(port), "--isolation", "process"),
+        *("--superexec-auth-secret-file", "superexec.secret"),
+    ]
 
 
 def _superexec(port: int) -> list[str]:
     return [
-        "flower-superexec", "--insecure",  # on the loopback
-        "--runtime-api-address", f"127.0.0.1:{port}", "--superexec-auth-secret-file", "superexec.secret",
-    ]  # fmt: skip
+        *("flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
+        *("--superexec-auth-secret-file", "superexec.secret"),
+    ]

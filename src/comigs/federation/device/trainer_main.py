@@ -1,5 +1,5 @@
-"""The resident trainer as a program: prints what its owner should know, and answers until it is
-stopped.
+"""This module is the resident trainer as a program: it prints what its owner should know, and
+answers until it is stopped.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -22,7 +22,7 @@ DEVICES: TypeAdapter[Device] = TypeAdapter(Device)
 
 
 def main() -> None:
-    """`training SOCKET FILE`: a Trainer at this socket, of the device that the file describes (as
+    """Serve `SOCKET FILE`: a Trainer at this socket, of the device that the file describes (as
     JSON).
     """
     socket, device = Path(sys.argv[1]), DEVICES.validate_json(Path(sys.argv[2]).read_bytes())
@@ -36,12 +36,12 @@ def main() -> None:
 
 @dataclass
 class Steps:
-    """Prints a step now and then."""
+    """Steps are shown now and then, not each of them."""
 
-    shown: float = field(default=0.0)
+    shown: float = 0.0
 
     def show(self, event: Event) -> None:
-        """Gets every event of the trainer."""
+        """Print an event of the trainer where it is a step, and the last line is a while ago."""
         if isinstance(event, Step) and time.monotonic() > self.shown + EVERY:
             self.shown = time.monotonic()
             nats = f"{event.nats_per_token:.3f} nats/token"

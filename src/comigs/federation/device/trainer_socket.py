@@ -1,5 +1,5 @@
-"""The local socket between a device's short-lived ClientApp and its resident trainer. Bytes only,
-no pickle, no torch.
+"""This module is the local socket between a device's short-lived ClientApp and its resident
+trainer. It carries bytes only: no pickle, no torch.
 
 Both know a key, which the trainer draws anew whenever it starts and leaves in a file beside the
 socket.
@@ -18,20 +18,18 @@ from comigs.errors import UserError
 from comigs.files import write_whole, writing
 
 LONGEST = 100  # bytes in a socket's path; the system's limit is 104 or 108
-MOST = (
-    1 << 33
-)  # bytes of a message; the size that each message may have is checked where it is read
+MOST = 1 << 33  # bytes of a message; what each message may have is checked where it is read
 LOST = (OSError, EOFError)  # the other end is gone
 
 
 def key_beside(socket: Path) -> Path:
-    """Where the key is."""
+    """Return where the key of a socket is."""
     return socket.with_suffix(".key")
 
 
 def ask(socket: Path, request: bytes) -> bytes:
-    """The trainer's answer to a request, however long that takes. Raises OSError or EOFError where
-    there is none.
+    """Return the trainer's answer to a request, however long that takes. Raises OSError or EOFError
+    where there is none.
     """
     key = key_beside(socket).read_bytes()
     with Client(str(socket), family="AF_UNIX", authkey=key) as connection:
@@ -40,15 +38,18 @@ def ask(socket: Path, request: bytes) -> bytes:
 
 
 def serve(socket: Path, key_path: Path, answer: Callable[[bytes], bytes]) -> None:
-    """Answer one request after the other, for ever. Raises UserError where there can be no socket.
-
-    This process is a device's from now on: whatever file it makes is for its owner only.
+    """Answer one request after the other, for ever. Raises UserError where there can be no
+    socket.
     """
+    # This process is a device's from now on: whatever file it makes is for its owner only.
     os.umask(0o077)
     if len(str(socket).encode()) > LONGEST:
         raise UserError(
-            f"{socket}: too long for a socket's path (at most {LONGEST} bytes); choose a shorter folder"
+            f"{socket}: too long for a socket's path (at most {LONGEST} bytes); "
+            "choose a shorter folder"
         )
+
+    # The key is there before the socket is, so whoever finds the socket can speak.
     key = secrets.token_bytes(32)
     with writing(socket.parent, "choose another folder"):
         socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -60,7 +61,7 @@ def serve(socket: Path, key_path: Path, answer: Callable[[bytes], bytes]) -> Non
             try:
                 connection = listener.accept()
             except (*LOST, AuthenticationError):
-                continue  # it left, or has no key
+                continue  # whoever came has left, or has no key
             with connection:
                 _answer_one(connection, answer)
 
@@ -74,4 +75,4 @@ def _answer_one(connection: Connection[bytes, bytes], answer: Callable[[bytes], 
     try:
         connection.send_bytes(reply)
     except LOST:
-        return  # it was ended while we worked: what was done is kept, and said again when asked again
+        return  # it was ended while we worked: what was done is kept, and said when asked again

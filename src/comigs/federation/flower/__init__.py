@@ -1,7 +1,7 @@
-"""Clients on machines of their own, over Flower; the only place that imports flwr.
+"""This room carries rounds to clients on machines of their own, over Flower. Nothing else imports
+flwr.
 
-On the server: apps.server -> server (a run) -> engine (rounds' Engine) -> courier (who is asked,
-who is waited for) -> post (Flower's messages). On a device: apps.client -> link (a local socket) ->
-trainer (resident: base, text, state).
-messages: what the two say to each other.
+On the server, apps.server starts server (a run), which runs engine (what each client is asked) over
+dispatch (who is asked, who is waited for) and grid (Flower's messages). On a device, apps.client
+asks the resident trainer over a local socket.
 """

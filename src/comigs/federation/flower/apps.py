@@ -1,8 +1,9 @@
-"""What Flower starts: one ServerApp per run on the server, one ClientApp per message on a device.
+"""These are the two apps that Flower starts: one ServerApp for a run on the server, one ClientApp
+for a message on a device.
 
-The FAB is a pyproject alone that names `server` and `client` here. A ClientApp lives for one
-message, so it imports no
-torch: it hands the bytes to the resident trainer and its answer back.
+What Flower sends to devices is a pyproject alone, which names `server` and `client` here. A
+ClientApp lives for one message, so it imports no torch: it hands the bytes to the resident trainer,
+and the trainer's answer back.
 """
 
 from __future__ import annotations
@@ -25,25 +26,21 @@ client = ClientApp()
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    """A run, from its last commit to its end. run_config: "run-folder" and "federation", paths on
-    the server.
+    """Run a run from its last commit to its end. Its run_config has "run-folder" and "federation",
+    paths on the server.
     """
     _end_with_superexec()
-    from comigs.federation.flower.server import (
-        go_on,  # torch, which the ClientApp in this file must not wait for
-    )
+    # It imports torch, which the ClientApp in this file must not wait for.
+    from comigs.federation.flower.server import go_on
 
-    go_on(
-        grid,
-        Path(str(context.run_config["run-folder"])),
-        Path(str(context.run_config["federation"])),
-    )
+    settings = context.run_config
+    go_on(grid, Path(str(settings["run-folder"])), Path(str(settings["federation"])))
 
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
-    """Every request goes to the trainer, whose socket is node_config["trainer"]. Of an error only
-    its type leaves.
+    """Send a request to the trainer, whose socket is node_config["trainer"]; return its answer. Of
+    an error only the type leaves the device.
     """
     _end_with_superexec()
     try:

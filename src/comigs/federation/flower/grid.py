@@ -1,5 +1,5 @@
-"""Bytes as Flower's messages: one record with one array each way, whatever is in it (many arrays
-cost a minute).
+"""This module carries bytes as Flower's messages: one record with one array each way, whatever is
+in it, for many arrays cost a minute.
 """
 
 from __future__ import annotations
@@ -27,25 +27,30 @@ NO_TRAINER = ("FileNotFoundError", "ConnectionRefusedError")
 
 @dataclass(frozen=True)
 class Failure:
-    """No answer will come to a message. reason: why, in a few words that are ours."""
+    """A failure says that no answer will come to a message.
+
+    reason: why, in a few words that are ours.
+    """
 
     reason: str
 
 
 def envelope(raw: bytes) -> RecordDict:
-    """Bytes as Flower carries them. The array is never made a numpy one: its data are the bytes."""
-    return RecordDict(
-        {"comigs": ArrayRecord({"bytes": Array("uint8", (len(raw),), "comigs", raw)})}
-    )
+    """Wrap bytes as Flower carries them.
+
+    The array is never made a numpy one: its data are the bytes.
+    """
+    array = Array("uint8", (len(raw),), "comigs", raw)
+    return RecordDict({"comigs": ArrayRecord({"bytes": array})})
 
 
 def failure(kind: str) -> RecordDict:
-    """In place of an answer: the type of an error, and nothing else of it."""
+    """Return what goes in place of an answer: the type of an error, and nothing else of it."""
     return RecordDict({"failed": ConfigRecord({"type": kind})})
 
 
 def opened(content: RecordDict) -> bytes:
-    """The inverse of `envelope`. Raises ValueError for anything else."""
+    """Return the bytes of an envelope. Raises ValueError for anything else."""
     records = content.array_records
     if (
         content.keys() != {"comigs"}
@@ -57,27 +62,32 @@ def opened(content: RecordDict) -> bytes:
 
 
 class GridTransport:
-    """Flower's grid, as far as it is needed."""
+    """A grid transport is Flower's grid, as far as a dispatcher needs it."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
 
     def online(self) -> dict[int, str]:
-        """Nodes that are connected -> when each (re)started, in Flower's words."""
+        """Return the nodes that are connected, each with when it (re)started in Flower's words."""
         return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
 
     def push(self, node: int, raw: bytes, life: float) -> str | None:
-        """The message's id; None where it could not be sent. life: seconds after which nobody waits
-        for its answer.
+        """Send bytes to a node; return the message's id, or None where it could not be sent.
+
+        life: seconds after which nobody waits for its answer.
         """
         message = Message(envelope(raw), node, "train", ttl=life)
         return next(iter(self._grid.push_messages([message])), None) or None
 
     def pull(self, ids: Iterable[str]) -> Mapping[str, bytes | Failure]:
-        """What has come in for these messages, by message."""
+        """Return what has come in for these messages, by message."""
         wanted = list(ids)
-        came = self._grid.pull_messages(wanted) if wanted else ()
-        return {of: _content(m) for m in came if (of := m.metadata.reply_to_message_id) in wanted}
+        came = {}
+        for message in self._grid.pull_messages(wanted) if wanted else ():
+            asked = message.metadata.reply_to_message_id
+            if asked in wanted:
+                came[asked] = _content(message)
+        return came
 
 
 def _content(message: Message) -> bytes | Failure:
@@ -93,5 +103,5 @@ def _content(message: Message) -> bytes | Failure:
 
 
 def plain_word(text: str) -> str:
-    """A type's name that a client sent, as far as it looks like one."""
+    """Return a type's name that a client sent, or "error" where it does not look like one."""
     return text if re.fullmatch(r"[A-Za-z_]\w{0,63}", text, re.ASCII) else "error"

@@ -1,4 +1,5 @@
-"""Flower's SuperNode, made to run one app only: the one whose sha256 the device's owner was given.
+"""This module is Flower's SuperNode, made to run one app only: the one whose sha256 the device's
+owner was given.
 
 By itself a SuperNode runs whatever Python the server sends. This wraps a private function of Flower
 1.41 (its command has no such option), so another release is refused until somebody has looked at
@@ -29,8 +30,9 @@ connect = flower._init_connection
 
 
 def main() -> None:
-    """`supernode APP_SHA256 MARK ARGUMENTS...`: flower-supernode ARGUMENTS. MARK: a file that is
-    there while online.
+    """Run `APP_SHA256 MARK ARGUMENTS...`: flower-supernode with these arguments.
+
+    MARK: a file that is there while the device is online.
     """
     app, mark = sys.argv[1], Path(sys.argv[2])
     sys.argv[:3] = ["flower-supernode"]
@@ -42,8 +44,8 @@ def main() -> None:
 
 
 def pinned(app: str, mark: Path) -> Callable[..., Any]:
-    """Flower's `_init_connection`, whose connection hands out this app and ends the process on any
-    other.
+    """Return Flower's `_init_connection`, whose connection hands out this app only, and ends the
+    process where the server sends any other.
     """
 
     @contextmanager
@@ -65,26 +67,31 @@ def pinned(app: str, mark: Path) -> Callable[..., Any]:
 
                 mark.write_text(str(node_id))
                 yield node_id, receive, send, get_run, checked, *rest
+        # Flower exits where it is refused, and says why in its log only.
         except SystemExit:
             if not mark.exists():
                 _end(
-                    "the server does not let this device in: its key was revoked or never registered, or another "
-                    "device is online with the same bundle (after a loss of the device's folder: wait a minute)"
+                    "the server does not let this device in: its key was revoked or never "
+                    "registered, or another device is online with the same bundle (after a loss of "
+                    "the device's folder: wait a minute)"
                 )
             raise
         finally:
             mark.unlink(missing_ok=True)
             if other:
                 _end(
-                    f"the server sent an app that this device was not asked to run (sha256 {other[:12]}..., not "
-                    f"{app[:12]}...); nothing of it was run. Ask the federation's operator why"
+                    f"the server sent an app that this device was not asked to run (sha256 "
+                    f"{other[:12]}..., not {app[:12]}...); nothing of it was run. Ask the "
+                    "federation's operator why"
                 )
 
     return connection
 
 
 def _revoked(*_: object) -> None:
-    """What Flower makes of a 401 is a SIGINT to itself; nobody else sends one."""
+    """End where the key was revoked: what Flower makes of a 401 is a SIGINT to itself, and nobody
+    else sends one.
+    """
     _end("the server does not know this device's key any more: it was revoked")
 
 
@@ -100,15 +107,13 @@ def _leave(mark: Path, settings: dict[str, Any]) -> None:
     """
     if not mark.exists():
         return
-    auth = NodeAuthHttpInterceptor(*settings["authentication_keys"])
-    with (
-        FleetHttpClient.from_server_address(
-            settings["server_address"],
-            settings["insecure"],
-            settings["root_certificates"],
-            interceptors=[auth],
-        ) as client,
-        suppress(httpx.HTTPError, ValueError),
-    ):  # it was given up already, or we are refused in a moment
+    client = FleetHttpClient.from_server_address(
+        settings["server_address"],
+        settings["insecure"],
+        settings["root_certificates"],
+        interceptors=[NodeAuthHttpInterceptor(*settings["authentication_keys"])],
+    )
+    # Where the server refuses, the place was given up already, or we are refused in a moment.
+    with client, suppress(httpx.HTTPError, ValueError):
         client.DeactivateNode(DeactivateNodeRequest(node_id=int(mark.read_text())))
     mark.unlink()

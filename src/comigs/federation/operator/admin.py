@@ -1,4 +1,6 @@
-"""What an operator does with a federation besides running its server: invite, revoke, look."""
+"""This module is what an operator does with a federation besides running its server: found it,
+invite clients, revoke them, look.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +21,26 @@ from comigs.text import Table
 
 
 def found(path: Path, hosts: tuple[str, ...], port: int) -> Federation:
-    """Make a federation: its authority, its server certificate, its settings. Raises UserError."""
+    """Make a federation: its authority, its server's certificate, its settings. Raises
+    UserError.
+    """
     require_new(path)
     return Federation.create(path, hosts, port, flwr_cli.app_hash())
 
 
 def invite(path: Path, name: str, out: Path | None = None) -> Path:
-    """Make a client's key and bundle, and register the key where the server runs. Raises
-    UserError.
+    """Make a client's key and bundle, and register the key where the server runs; return where the
+    bundle is. Raises UserError.
     """
     federation = Federation.open(path)
+    # A name that no config could hold would be found out only by the first run.
     try:
         ClientEntry(name=name)
     except ValidationError as error:
         problem = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f'the name "{name}" cannot be a client\'s: {problem}') from None
+
+    # The private key is in the bundle and nowhere else; the federation keeps the public one.
     private, public = pki.new_device_key()
     bundle = new_bundle(federation.settings, federation.read("ca.pem"), name, private)
     file = out if out is not None else Path(f"{name}.bundle.toml")
@@ -41,12 +48,12 @@ def invite(path: Path, name: str, out: Path | None = None) -> Path:
     def enter(clients: dict[str, Entry]) -> None:
         if name.lower() in (known.lower() for known in clients):
             raise UserError(
-                f'{path}: "{name}" was invited already; choose another name, or: comigs federation revoke {path} {name}'
+                f'{path}: "{name}" was invited already; choose another name, or: '
+                f"comigs federation revoke {path} {name}"
             )
         write_bundle(file, bundle)
-        clients[name] = Entry(
-            node_id=None, public_key=public, invited=datetime.now(UTC).replace(microsecond=0)
-        )
+        now = datetime.now(UTC).replace(microsecond=0)
+        clients[name] = Entry(node_id=None, public_key=public, invited=now)
 
     federation.change_clients(enter)
     if federation.running:
@@ -58,39 +65,39 @@ def revoke(path: Path, name: str) -> None:
     """Refuse a client from now on, and forget it. Raises UserError."""
     federation = Federation.open(path)
     entry = federation.client_named(name)
-    federation.change_clients(lambda clients: _remove(clients, name))
+
+    def remove(clients: dict[str, Entry]) -> None:
+        del clients[name]
+
+    federation.change_clients(remove)
     if federation.running and entry.node_id is not None:  # else the server's next start does it
         flwr_cli.unregister(federation, [entry.node_id])
 
 
 def status(path: Path) -> Table:
-    """A line for each client: invited, registered, online, last seen, runs. Raises UserError."""
+    """Return a table with a line for each client: invited, registered, online, last seen, runs.
+    Raises UserError.
+    """
     federation = Federation.open(path)
+    # Only a running server knows who is online; all else is in the folder.
     running = federation.running
     nodes = flwr_cli.nodes(federation) if running else {}
     runs = federation.runs().values()
     rows = []
     for name, entry in federation.clients().items():
         node = nodes.get(entry.node_id or 0, {})
-        count = sum(name in run["clients"] for run in runs)
+        invited = f"{entry.invited:%Y-%m-%d %H:%M}"
         registered = "yes" if entry.node_id is not None else "at the next start"
-        online = "yes" if node.get("status") == "online" else "no" if running else "?"
-        rows.append(
-            (name, f"{entry.invited:%Y-%m-%d %H:%M}", registered, online, _seen(node), str(count))
-        )
-    return Table(
-        ("client", "invited (UTC)", "registered", "online", "last seen (UTC)", "runs"),
-        tuple(rows),
-        names=5,
-    )
+        online, seen = _presence(node)
+        count = sum(name in run["clients"] for run in runs)
+        rows.append((name, invited, registered, online if running else "?", seen, str(count)))
+    headers = ("client", "invited (UTC)", "registered", "online", "last seen (UTC)", "runs")
+    return Table(headers, tuple(rows), names=5)
 
 
-def _remove(clients: dict[str, Entry], name: str) -> None:
-    del clients[name]
-
-
-def _seen(node: Mapping[str, Any]) -> str:
+def _presence(node: Mapping[str, Any]) -> tuple[str, str]:
+    """Return whether a node is online, and when it was seen last, in words."""
     if node.get("status") == "online":
-        return "now"
+        return "yes", "now"
     when = str(node.get("offline-at", ""))
-    return when[:16] if when[:1].isdigit() else "-"
+    return "no", when[:16] if when[:1].isdigit() else "-"

@@ -1,5 +1,5 @@
-"""What the operator's side tells the SuperLink and asks it, through Flower's own command line on
-the loopback.
+"""This module is what the operator's side tells the SuperLink and asks it, through Flower's own
+command line on the loopback.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ QUIET = {  # nobody is told that we run, and nothing is fetched
 PACE = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}  # seconds; Flower's own is 1
 END = "\x1e"  # ASCII's record separator
 CONNECTION = "federation"  # our name in Flower's config.toml
-APP = {  # all of the app that is sent to devices: which functions of the installed comigs to call, and no code
+# All of the app that is sent to devices: which functions of the installed comigs to call, and no
+# code. Devices have pinned its hash, so not a character of it may change.
+APP = {
     "project": {
         "name": "comigs",
         "version": "1.0.0",  # of this text, so that devices' pins outlive our releases
@@ -57,22 +59,23 @@ APP = {  # all of the app that is sent to devices: which functions of the instal
 
 
 def environment(flwr_home: Path) -> dict[str, str]:
-    """Of every program of Flower: private, offline, its files in `flwr_home`, loopback never
-    through a proxy.
+    """Return the environment of every program of Flower: private, offline, with its files in
+    `flwr_home`.
     """
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
-    scripts = dict.fromkeys(
-        (sysconfig.get_path("scripts"), str(Path(sys.executable).parent))
-    )  # Flower starts its own
-    direct = [value for key in ("NO_PROXY", "no_proxy") if (value := os.environ.get(key))]
-    no_proxy = ",".join([*direct[:1], "127.0.0.1", "localhost"])
-    return inherited | QUIET | PACE | {
+    # Flower starts programs of its own by their names.
+    scripts = dict.fromkeys((sysconfig.get_path("scripts"), str(Path(sys.executable).parent)))
+    # The loopback is never reached through a proxy.
+    direct = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
+    no_proxy = ",".join([*([direct] if direct else []), "127.0.0.1", "localhost"])
+    own = {
         "FLWR_HOME": str(flwr_home),
         "PATH": os.pathsep.join([*scripts, os.environ.get("PATH", os.defpath)]),
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
         "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
+    }
+    return inherited | QUIET | PACE | own
 
 
 def connect(federation: Federation, port: int) -> None:
@@ -84,7 +87,9 @@ def connect(federation: Federation, port: int) -> None:
 
 
 def write_app(scratch: str) -> Path:
-    """The app as Flower wants it: a folder (whose name it checks, too) with a pyproject."""
+    """Write the app as Flower wants it, and return where: a folder (whose name it checks, too)
+    with a pyproject.
+    """
     folder = Path(scratch) / "app"
     folder.mkdir()
     (folder / "pyproject.toml").write_text(tomli_w.dumps(APP), encoding="utf-8")
@@ -92,13 +97,12 @@ def write_app(scratch: str) -> Path:
 
 
 def app_hash() -> str:
-    """sha256 of the app bundle that Flower makes of our app here; it names the app wherever it
-    arrives.
+    """Return the sha256 of the app bundle that Flower makes of our app here; it names the app
+    wherever it arrives.
     """
     with tempfile.TemporaryDirectory(prefix="comigs-app-") as scratch:
-        (said,) = _flwr(
-            Path(scratch), Path(scratch) / "flwr", [["build", "--app", str(write_app(scratch))]]
-        )
+        build = ["build", "--app", str(write_app(scratch))]
+        (said,) = _flwr(Path(scratch), Path(scratch) / "flwr", [build])
         made = list(Path(scratch).glob("*.fab"))
         if len(made) != 1:
             raise UserError(f"Flower cannot build the app: {_last_line(said)}")
@@ -124,9 +128,7 @@ def register(federation: Federation, names: Collection[str]) -> None:
 
 def unregister(federation: Federation, node_ids: Collection[int]) -> None:
     """Refuse devices from now on."""
-    ask(
-        federation, *(["supernode", "unregister", str(node_id), CONNECTION] for node_id in node_ids)
-    )
+    ask(federation, *(["supernode", "unregister", str(node), CONNECTION] for node in node_ids))
 
 
 def let_in(federation: Federation) -> None:
@@ -139,18 +141,18 @@ def let_in(federation: Federation) -> None:
 
 
 def nodes(federation: Federation) -> dict[int, Mapping[str, Any]]:
-    """Registered devices by node id: "status" ("online", ...), "online-at", "offline-at"."""
+    """Return the registered devices by node id, each with "status" ("online", ...), "online-at"
+    and "offline-at".
+    """
     (answer,) = ask(federation, ["supernode", "list", CONNECTION])
-    return {
-        int(node["node-id"]): node for node in answer["nodes"] if node["status"] != "unregistered"
-    }
+    registered = [node for node in answer["nodes"] if node["status"] != "unregistered"]
+    return {int(node["node-id"]): node for node in registered}
 
 
 def submit(federation: Federation, run_folder: Path) -> int:
-    """Start a run; returns Flower's run id."""
-    settings = (
-        f"run-folder={json.dumps(str(run_folder))} federation={json.dumps(str(federation.path))}"
-    )
+    """Start a run; return Flower's run id."""
+    folder, own = json.dumps(str(run_folder)), json.dumps(str(federation.path))
+    settings = f"run-folder={folder} federation={own}"
     with tempfile.TemporaryDirectory(prefix="comigs-app-") as scratch:
         line = ["run", str(write_app(scratch)), CONNECTION, "--run-config", settings]
         (answer,) = ask(federation, line)
@@ -158,8 +160,8 @@ def submit(federation: Federation, run_folder: Path) -> int:
 
 
 def run_status(federation: Federation, run_id: int) -> tuple[str, str]:
-    """(status, details) of a run: pending, starting, running, finished:completed, :failed or
-    :stopped.
+    """Return (status, details) of a run. A status is pending, starting, running,
+    finished:completed, finished:failed or finished:stopped.
     """
     (answer,) = ask(federation, ["ls", CONNECTION, "--run-id", str(run_id)])
     (run,) = answer["runs"]
@@ -172,12 +174,13 @@ def stop_run(federation: Federation, run_id: int) -> None:
 
 
 def ask(federation: Federation, *lines: list[str]) -> list[dict[str, Any]]:
-    """What `flwr LINE` answers in this federation, line by line. Raises UserError where one is no
-    success.
+    """Ask Flower's command line each of these lines; return what it answers, line by line. Raises
+    UserError where one is no success.
     """
     if not lines:
         return []
     federation.require_running()
+    # A line that fails prints no JSON, or JSON that says why; either way one line is passed on.
     asked = [[*line, "--format", "json"] for line in lines]
     answers = []
     for said in _flwr(federation.path, federation.path / "flwr", asked):
@@ -193,7 +196,8 @@ def ask(federation: Federation, *lines: list[str]) -> list[dict[str, Any]]:
 
 
 def _flwr(folder: Path, home: Path, lines: list[list[str]]) -> list[str]:
-    """What each line prints. One process for all: to import Flower takes two seconds."""
+    """Return what each line prints. One process does all: to import Flower takes a while."""
+    # A process of its own, which has no part in our signal handlers, threads and imports.
     done = subprocess.run(
         [sys.executable, "-P", "-m", "comigs.federation.operator.flwr_cli"],
         input=json.dumps(lines),
@@ -219,10 +223,10 @@ def call_each() -> None:
 
 
 def _last_line(text: str) -> str:
-    return next(
-        (line.strip(" │╰╭─╯╮") for line in reversed(text.splitlines()) if line.strip(" │╰╭─╯╮")),
-        "no answer",
-    )
+    for line in reversed(text.splitlines()):
+        if said := line.strip(" │╰╭─╯╮"):
+            return said
+    return "no answer"
 
 
 if __name__ == "__main__":

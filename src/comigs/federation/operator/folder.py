@@ -1,7 +1,6 @@
-"""A federation's folder on the server: who it is, its keys, who was invited, which runs there were.
-
-federation.toml settings | ca.pem ca.key authority | server.pem server.key certificate |
-clients.json | runs.json superexec.secret state.db flwr/ of Flower | log/
+"""This module is a federation's folder on the server: its settings (federation.toml), its authority
+(ca.pem, ca.key), its certificate (server.pem, server.key), who was invited (clients.json), which
+runs there were (runs.json), what is Flower's (superexec.secret, state.db, flwr/), and log/.
 """
 
 from __future__ import annotations
@@ -26,25 +25,24 @@ from comigs.federation.security.private_files import make_private, write_private
 from comigs.files import command, writing
 from comigs.processes import is_locked, locked
 
-ALWAYS = (
-    "127.0.0.1",
-    "localhost",
-)  # hosts that every server certificate names: the server's own parts use them
+# Hosts that every server certificate names: the server's own parts use them.
+ALWAYS = ("127.0.0.1", "localhost")
 RESTORE = "restore it from your copy of the folder"
 
 
 class Settings(Section):
-    """federation.toml."""
+    """The settings are what federation.toml says.
 
-    id: str = Field(description="of the federation; bundles name it")
-    hosts: tuple[str, ...] = Field(
-        description="names and addresses of the server; bundles say the first one"
-    )
-    listen: str = Field(
-        description="address of this machine that devices reach; 0.0.0.0: all of them"
-    )
-    port: int = Field(ge=1, le=65535, description="the one port that devices reach")
-    app: str = Field(description="sha256 of the app bundle; devices run no other")
+    id: the federation's; bundles name it. hosts: names and addresses of the server; bundles say the
+    first one. listen: the address of this machine that devices reach; 0.0.0.0: all of them. port:
+    the one that devices reach. app: sha256 of the app bundle; devices run no other.
+    """
+
+    id: str
+    hosts: tuple[str, ...]
+    listen: str
+    port: int = Field(ge=1, le=65535)
+    app: str
 
     @field_validator("hosts")
     @classmethod
@@ -66,7 +64,7 @@ class Settings(Section):
 
 
 class Entry(Section):
-    """One client in clients.json.
+    """An entry is one client in clients.json.
 
     node_id: what Flower calls its device; None until its key is registered. invited: when, in UTC.
     """
@@ -78,76 +76,70 @@ class Entry(Section):
 
 @dataclass(frozen=True)
 class Federation:
-    """The folder and what federation.toml says."""
+    """A federation is its folder and what federation.toml says."""
 
     path: Path
     settings: Settings
 
     @classmethod
     def create(cls, path: Path, hosts: tuple[str, ...], port: int, app: str) -> Federation:
-        """A new federation with its own authority. It appears whole. Raises UserError."""
+        """Make a federation with its own authority. Raises UserError."""
         require_new(path)
+        # Without hosts it is for this machine only, and nobody else can reach it.
         identity = secrets.token_hex(8)
         named = tuple(dict.fromkeys((*hosts, *ALWAYS)))
-        tree = {
-            "id": identity,
-            "hosts": named,
-            "listen": "0.0.0.0" if hosts else "127.0.0.1",
-            "port": port,
-            "app": app,
-        }
+        listen = "0.0.0.0" if hosts else "127.0.0.1"
+        tree = {"id": identity, "hosts": named, "listen": listen, "port": port, "app": app}
         settings = _parse(tree, "federation init")
         authority, key = pki.new_authority(identity)
+        files = {
+            "ca.pem": authority,
+            "ca.key": key,
+            "superexec.secret": secrets.token_hex(24),
+            "federation.toml": tomli_w.dumps(settings.model_dump(mode="json")),
+        }
+
+        # It appears whole, so whoever is killed meanwhile leaves no half of one.
         with writing(path, "choose another folder"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
                 made = cls(Path(scratch) / "federation", settings)
                 make_private(made.path)
-                for name, text in (
-                    ("ca.pem", authority),
-                    ("ca.key", key),
-                    ("superexec.secret", secrets.token_hex(24)),
-                ):
+                for name, text in files.items():
                     write_private(made.path / name, text)
-                write_private(
-                    made.path / "federation.toml", tomli_w.dumps(settings.model_dump(mode="json"))
-                )
                 made.certify()
                 made.path.rename(path)
         return cls(path, settings)
 
     @classmethod
     def open(cls, path: Path) -> Federation:
-        """An existing federation. Raises UserError where it is none."""
-        if not (path / "federation.toml").is_file():
-            what = (
-                "not a federation (it has no federation.toml)"
-                if path.exists()
-                else "no such folder"
-            )
+        """Return an existing federation. Raises UserError where it is none."""
+        file = path / "federation.toml"
+        if not file.is_file():
+            found = "not a federation (it has no federation.toml)"
+            what = found if path.exists() else "no such folder"
             raise UserError(f"{path}: {what}; make one with: comigs federation init DIR")
         make_private(path)
-        file = path / "federation.toml"
         return cls(path.resolve(), _parse(read_toml(file, "settings"), str(file)))
 
     @property
     def lock(self) -> Path:
-        """Held by the server's process."""
+        """The lock file that the server's process holds."""
         return self.path / ".server.lock"
 
     @property
     def running(self) -> bool:
-        """Its server runs, on this machine."""
+        """Whether its server runs, on this machine."""
         return is_locked(self.lock)
 
     def require_running(self) -> None:
-        """Raises UserError where the server does not run."""
+        """Raise UserError where the server does not run."""
         if not self.running:
             start = command("federation server", self.path)
             raise UserError(f"{self.path}: its server is not running; start it with: {start}")
 
     def read(self, name: str) -> str:
-        """A file of the folder. Raises UserError where it is missing."""
+        """Return the text of a file of the folder. Raises UserError where it is missing."""
         try:
             return (self.path / name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
@@ -155,8 +147,9 @@ class Federation:
 
     def certify(self) -> bool:
         """Make the server's certificate where there is none, it ends soon or its hosts have
-        changed; True if made.
+        changed; return whether one was made.
         """
+        # The hosts in federation.toml may be changed by hand, between two starts of the server.
         authority, key = self.read("ca.pem"), self.read("ca.key")
         try:
             file = self.path / "server.pem"
@@ -174,22 +167,21 @@ class Federation:
         return True
 
     def clients(self) -> dict[str, Entry]:
-        """Who was invited, by name."""
+        """Return who was invited, by name. Raises UserError where clients.json is damaged."""
         tree = self._json("clients.json", {})
         try:
-            return {
-                name: Entry.model_validate_json(json.dumps(entry)) for name, entry in tree.items()
-            }
+            return {n: Entry.model_validate_json(json.dumps(entry)) for n, entry in tree.items()}
         except (ValidationError, AttributeError):
             raise UserError(f"{self.path / 'clients.json'}: damaged; {RESTORE}") from None
 
     def client_named(self, name: str) -> Entry:
-        """Raises UserError naming who was invited."""
+        """Return a client. Raises UserError where it was not invited, naming who was."""
         clients = self.clients()
         if name not in clients:
             known = ", ".join(clients) or "nobody yet"
             raise UserError(
-                f'{self.path}: "{name}" was not invited; invited are: {known}.{nearest(name, list(clients))}'
+                f'{self.path}: "{name}" was not invited; invited are: {known}.'
+                f"{nearest(name, list(clients))}"
             )
         return clients[name]
 
@@ -200,20 +192,18 @@ class Federation:
         with locked(self.path / ".clients.lock"):
             clients = self.clients()
             change(clients)
-            self._write_json(
-                "clients.json", {name: e.model_dump(mode="json") for name, e in clients.items()}
-            )
+            tree = {name: entry.model_dump(mode="json") for name, entry in clients.items()}
+            self._write_json("clients.json", tree)
 
     def runs(self) -> dict[str, Any]:
-        """Runs that were submitted here: folder -> {"clients": names, "began": UTC}."""
+        """Return the runs that were submitted here: folder -> {"clients": names, "began": UTC}."""
         return dict(self._json("runs.json", {}))
 
     def note_run(self, folder: Path, clients: list[str]) -> None:
-        """Remember a run."""
+        """Keep note of a run that was submitted here."""
         began = datetime.now(UTC).isoformat(timespec="seconds")
-        self._write_json(
-            "runs.json", {**self.runs(), str(folder): {"clients": clients, "began": began}}
-        )
+        run = {"clients": clients, "began": began}
+        self._write_json("runs.json", {**self.runs(), str(folder): run})
 
     def _json(self, name: str, default: Mapping[str, Any]) -> Mapping[str, Any]:
         if not (self.path / name).exists():
@@ -232,10 +222,11 @@ class Federation:
 
 
 def require_new(path: Path) -> None:
-    """Raises UserError where there is something at `path` already."""
+    """Raise UserError where there is something at `path` already."""
     if path.exists() or path.is_symlink():
         raise UserError(
-            f"{path}: exists already; nothing was changed. Choose another folder for a new federation"
+            f"{path}: exists already; nothing was changed. "
+            "Choose another folder for a new federation"
         )
 
 

@@ -1,5 +1,5 @@
-"""The server's processes: SuperLink and its executor on the loopback, and the front that devices
-reach.
+"""This module runs the server's processes: SuperLink and its executor on the loopback, and the
+gateway that devices reach.
 """
 
 from __future__ import annotations
@@ -20,49 +20,47 @@ from comigs.federation.supervisor import OnLine, Supervisor, keep, wait_until
 from comigs.processes import locked
 
 Say = Callable[[str], None]
-LOOPBACK = {
-    "0.0.0.0": "127.0.0.1",
-    "::": "::1",
-}  # by which we reach ourselves where all addresses are listened on
+# By which we reach ourselves where all addresses are listened on.
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 NODE = re.compile(r"\[Fleet\.(Activate|Deactivate)Node\] \w+ node_id=(\d+)")
 
 
 def serve(path: Path, say: Say) -> None:
-    """Run a federation's server until it is stopped. Raises UserError where a part of it cannot run
-    (any more).
+    """Run a federation's server until it is stopped. Raises UserError where a part of it cannot
+    run, or runs no more.
     """
     federation = Federation.open(path)
     settings = federation.settings
     with locked(federation.lock, f"{path}: its server is running already"):
+        # What would keep a part from starting is said before anything is started.
         require_free_port(settings.listen, settings.port)
         if federation.certify():
             say("made a new server certificate")
         inner = free_port()
         flwr_cli.connect(federation, inner)
-        logs = federation.path / "log"
-        with Supervisor(
-            logs, flwr_cli.environment(federation.path / "flwr"), federation.path
-        ) as children:
-            children.start("superlink", _superlink(federation, inner), _tell_nodes(federation, say))
-            wait_until(lambda: _answers(federation, "127.0.0.1", inner), "superlink", children)
-            children.start("superexec", _superexec(federation, inner))
+        logs, environment = federation.path / "log", flwr_cli.environment(federation.path / "flwr")
+        with Supervisor(logs, environment, federation.path) as programs:
+            programs.start("superlink", _superlink(inner), _tell_nodes(federation, say))
+            wait_until(lambda: _answers(federation, "127.0.0.1", inner), "superlink", programs)
+            programs.start("superexec", _superexec(inner))
+
+            # The door opens last, when it is known who may come in.
             flwr_cli.let_in(federation)
             here = LOOPBACK.get(settings.listen, settings.listen)
             words = [str(federation.path), settings.listen, str(settings.port), str(inner)]
-            children.start("front", ["comigs.federation.security.gateway:main", *words])
-            wait_until(lambda: _answers(federation, here, settings.port), "front", children)
-            until = pki.valid_until(federation.read("server.pem"))
-            say(
-                f"federation {settings.id} is open at {settings.address}; certificate valid until {until:%Y-%m-%d}"
-            )
-            say(
-                f"invited: {', '.join(federation.clients()) or 'nobody yet'}; logs in {logs}; stop with Ctrl-C"
-            )
-            keep(children)
+            programs.start("gateway", ["comigs.federation.security.gateway:main", *words])
+            wait_until(lambda: _answers(federation, here, settings.port), "gateway", programs)
+
+            until = f"{pki.valid_until(federation.read('server.pem')):%Y-%m-%d}"
+            opened = f"federation {settings.id} is open at {settings.address}"
+            say(f"{opened}; certificate valid until {until}")
+            invited = ", ".join(federation.clients()) or "nobody yet"
+            say(f"invited: {invited}; logs in {logs}; stop with Ctrl-C")
+            keep(programs)
 
 
 def require_free_port(listen: str, port: int) -> None:
-    """Raises UserError where another program has the port."""
+    """Raise UserError where another program has the port."""
     family = socket.AF_INET6 if ":" in listen else socket.AF_INET
     with closing(socket.socket(family)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -70,32 +68,34 @@ def require_free_port(listen: str, port: int) -> None:
             probe.bind((listen, port))
         except OSError as error:
             raise UserError(
-                f"port {port} of {listen}: {error.strerror}; stop what uses it or change `port` and `listen` in "
-                "federation.toml (invite clients again when the port changes)"
+                f"port {port} of {listen}: {error.strerror}; stop what uses it or change `port` "
+                "and `listen` in federation.toml (invite clients again when the port changes)"
             ) from None
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody uses now."""
+    """Return a port of the loopback that nobody uses now."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _superlink(federation: Federation, port: int) -> list[str]:
+def _superlink(port: int) -> list[str]:
     return [
-        "flower-superlink", "--host", "127.0.0.1", "--port", str(port),
-        "--ssl-ca-certfile", "ca.pem", "--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key",
-        "--enable-supernode-auth", "--database", "state.db", "--disable-runtime-dependency-installation",
-        "--isolation", "process", "--superexec-auth-secret-file", "superexec.secret",
-    ]  # fmt: skip
+        *("flower-superlink", "--host", "127.0.0.1", "--port", str(port)),
+        *("--ssl-ca-certfile", "ca.pem", "--ssl-certfile", "server.pem"),
+        *("--ssl-keyfile", "server.key", "--enable-supernode-auth", "--database", "state.db"),
+        *("--disable-runtime-dependency-installation", "--isolation", "process"),
+        *("--superexec-auth-secret-file", "superexec.secret"),
+    ]
 
 
-def _superexec(federation: Federation, port: int) -> list[str]:
+def _superexec(port: int) -> list[str]:
     return [
-        "flower-superexec", "--root-certificates", "ca.pem", "--runtime-api-address", f"127.0.0.1:{port}",
-        "--superexec-auth-secret-file", "superexec.secret",
-    ]  # fmt: skip
+        *("flower-superexec", "--root-certificates", "ca.pem"),
+        *("--runtime-api-address", f"127.0.0.1:{port}"),
+        *("--superexec-auth-secret-file", "superexec.secret"),
+    ]
 
 
 def _answers(federation: Federation, host: str, port: int) -> bool:
@@ -110,14 +110,13 @@ def _answers(federation: Federation, host: str, port: int) -> bool:
 
 
 def _tell_nodes(federation: Federation, say: Say) -> OnLine:
-    """Say who comes and goes, as the SuperLink's log has it."""
+    """Return what reads the SuperLink's log and says who comes and goes."""
+    words = {"Activate": "is online", "Deactivate": "has left"}
 
     def on_line(line: str) -> None:
         if found := NODE.search(line):
-            come, node_id = found[1] == "Activate", int(found[2])
-            names = [
-                name for name, entry in federation.clients().items() if entry.node_id == node_id
-            ]
-            say(f"{names[0] if names else f'node {node_id}'} {'is online' if come else 'has left'}")
+            node_id = int(found[2])
+            names = {entry.node_id: name for name, entry in federation.clients().items()}
+            say(f"{names.get(node_id, f'node {node_id}')} {words[found[1]]}")
 
     return on_line

@@ -1,1 +1,1 @@
-"""Keys and certificates, private files, and the only port that devices reach."""
+"""This room holds keys and certificates, private files, and the only port that devices reach."""

@@ -1,5 +1,5 @@
-"""The only port that devices reach: TLS, and nothing behind it but what a device needs of the
-SuperLink.
+"""The gateway is the only port that devices reach. It speaks TLS, and behind it is nothing but what
+a device needs of the SuperLink.
 
 The SuperLink itself would let anyone who reaches it start a run, which is to run code on every
 device, so it listens on the loopback alone. Bodies are passed on as they come, and never held
@@ -22,35 +22,30 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-CALLS = (  # all that a registered device calls; a device cannot register itself
-    "activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "get-run", "get-fab",
-    "push-object", "pull-object", "confirm-message-received",
-)  # fmt: skip
+# All that a registered device calls; a device cannot register itself.
+CALLS = (
+    *("activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages"),
+    *("get-run", "get-fab", "push-object", "pull-object", "confirm-message-received"),
+)
 MAX_BODY = 16 * 2**20  # bytes; Flower cuts what it sends into pieces of 5 MiB
 MAX_CONNECTIONS = 1000
 BODY_SECONDS = 600  # for one request's body to arrive, over a slow line
 UPSTREAM_SECONDS = 120  # for the SuperLink to answer
-OF_THIS_HOP = {
-    "host",
-    "connection",
-    "keep-alive",
-    "transfer-encoding",
-    "te",
-    "trailer",
-    "upgrade",
-    "date",
-    "server",
+OF_THIS_HOP = {  # headers that are not passed on
+    *("host", "connection", "keep-alive", "transfer-encoding"),
+    *("te", "trailer", "upgrade", "date", "server"),
 }
 
 
 class TooLarge(Exception):
-    """A body above the limit."""
+    """A body is above the limit."""
 
 
-def front(upstream: httpx.AsyncClient, max_body: int = MAX_BODY) -> Starlette:
-    """The web application. upstream: a client whose base address is the SuperLink."""
+def gateway(upstream: httpx.AsyncClient, max_body: int = MAX_BODY) -> Starlette:
+    """Return the web application. upstream: a client whose base address is the SuperLink."""
 
     async def pass_on(request: Request) -> Response:
+        # Whatever does not come through is answered with a code after which a device tries again.
         try:
             if int(request.headers.get("content-length", 0)) > max_body:
                 raise TooLarge
@@ -66,12 +61,10 @@ def front(upstream: httpx.AsyncClient, max_body: int = MAX_BODY) -> Starlette:
             return Response("too large", 413)
         except TimeoutError:
             return Response("too slow", 408)
-        except httpx.HTTPError:  # a device tries again after a 503
+        except httpx.HTTPError:
             return Response("the SuperLink does not answer", 503)
-        return StreamingResponse(
-            answer.aiter_raw(), answer.status_code, dict(_headers(answer.headers.items())),
-            background=BackgroundTask(answer.aclose),
-        )  # fmt: skip
+        headers, close = dict(_headers(answer.headers.items())), BackgroundTask(answer.aclose)
+        return StreamingResponse(answer.aiter_raw(), answer.status_code, headers, background=close)
 
     return Starlette(
         routes=[Route(f"/v1/fleet/{call}", pass_on, methods=["POST"]) for call in CALLS]
@@ -92,14 +85,25 @@ def _headers(items: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """`front FEDERATION_FOLDER LISTEN PORT INNER_PORT`: serve until stopped."""
+    """Serve `FEDERATION_FOLDER LISTEN PORT INNER_PORT` until stopped."""
     folder, listen, port, inner = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    # The SuperLink's certificate is the federation's own, and no proxy is between it and us.
     upstream = httpx.AsyncClient(
-        base_url=f"https://127.0.0.1:{inner}", verify=ssl.create_default_context(cafile=folder / "ca.pem"),
-        timeout=UPSTREAM_SECONDS, trust_env=False, limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
-    )  # fmt: skip
+        base_url=f"https://127.0.0.1:{inner}",
+        verify=ssl.create_default_context(cafile=folder / "ca.pem"),
+        timeout=UPSTREAM_SECONDS,
+        trust_env=False,
+        limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
+    )
     uvicorn.run(
-        front(upstream), host=listen, port=port, ssl_certfile=folder / "server.pem", ssl_keyfile=folder / "server.key",
-        limit_concurrency=MAX_CONNECTIONS, log_level="warning", access_log=False, server_header=False,
+        gateway(upstream),
+        host=listen,
+        port=port,
+        ssl_certfile=folder / "server.pem",
+        ssl_keyfile=folder / "server.key",
+        limit_concurrency=MAX_CONNECTIONS,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
         timeout_graceful_shutdown=3,
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""The TLS front: what a device needs reaches the SuperLink as it is, and nothing else reaches it at
+"""The TLS gateway: what a device needs reaches the SuperLink as it is, and nothing else reaches it at
 all.
 """
 
@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from comigs.federation.security.gateway import CALLS, front
+from comigs.federation.security.gateway import CALLS, gateway
 
 OUTSIDE = (  # what the SuperLink has beside what devices need
     "/", "/docs", "/openapi.json", "/health", "/v1/control/list-runs", "/v1/control/start-run",
@@ -44,13 +44,13 @@ class Link:
 
 
 def asked(link, call, max_body=1000):
-    """What `call(client)` gives, where the client talks to a front before `link`."""
+    """What `call(client)` gives, where the client talks to a gateway before `link`."""
 
     async def run():
         behind = httpx.ASGITransport(link.app) if link else httpx.AsyncHTTPTransport()
         async with httpx.AsyncClient(transport=behind, base_url="http://127.0.0.1:9") as upstream:
-            before = httpx.ASGITransport(front(upstream, max_body))
-            async with httpx.AsyncClient(transport=before, base_url="http://front") as client:
+            before = httpx.ASGITransport(gateway(upstream, max_body))
+            async with httpx.AsyncClient(transport=before, base_url="http://gateway") as client:
                 return await call(client)
 
     return asyncio.run(run())
@@ -77,7 +77,7 @@ def test_what_a_device_needs_goes_through_unchanged(name):
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_nothing_else_reaches_the_superlink(path, method):
     link = Link()
-    raw = httpx.URL("http://front").copy_with(raw_path=path.encode())
+    raw = httpx.URL("http://gateway").copy_with(raw_path=path.encode())
     assert asked(link, lambda c: c.request(method, raw)).status_code in (404, 405)
     assert not link.seen
 
@@ -137,7 +137,7 @@ def test_a_body_passes_as_it_comes():
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(link.app), base_url="http://link"
         ) as upstream:
-            await front(upstream)(scope, receive, send)
+            await gateway(upstream)(scope, receive, send)
 
     asyncio.run(run())
     assert statuses[0] == 418 and link.seen[0][3] == b"012"
