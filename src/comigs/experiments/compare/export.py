@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from comigs.experiments.compare.costs import Costs, Range, ratios
 from comigs.experiments.compare.statistics import Comparison, Results, Row
 from comigs.experiments.compare.student import Spread
 from comigs.experiments.compare.tables import perplexity_change
@@ -121,7 +120,7 @@ def _setting(comparison: Comparison, results: Results, row: Row) -> Line:
         line |= _spread(f"test_{metric}", row.scores[metric])
     line |= _spread("test_perplexity_of_mean", row.perplexity_of_mean)
     line["baseline"] = row.baseline.name if row.baseline else None
-    line |= _difference(comparison, row) | _costs(row.costs, row.baseline_costs)
+    line |= _difference(comparison, row) | row.costs
     return line | {name: value for name, value in row.setting.fields.items() if name != "method"}
 
 
@@ -144,25 +143,6 @@ def _difference(comparison: Comparison, row: Row) -> Line:
     }
 
 
-def _costs(own: Costs, other: Costs | None) -> Line:
-    """Return the cells of costs. ratio: to the baseline's."""
-    parameters, tokens = ratios(own, other)
-    return {
-        **_range("trained_parameters", own.trained_parameters),
-        "trained_parameters_ratio": parameters,
-        "training_clients": own.training,
-        "clients": own.clients,
-        "trained_tokens": own.trained_tokens,
-        "trained_tokens_ratio": tokens,
-        "router_tokens": own.router_tokens,
-        **_range("uploaded_bytes_per_round", own.uploaded),
-        **_range("downloaded_bytes_per_round", own.downloaded),
-        "tokens_per_second": own.tokens_per_second,
-        "peak_memory_bytes": own.peak_memory_bytes,
-        "weights": own.weights,
-    }
-
-
 def _client(head: Line, row: Line) -> Line:
     """Return the cells of one client of a run."""
     line = {"client": row["client"], **head}
@@ -177,13 +157,6 @@ def _spread(name: str, value: Spread | None) -> dict[str, Any]:
     """Return the cells of a mean over seeds."""
     mean, sd = (value.mean, value.sd) if value else (None, None)
     return {f"{name}_mean": mean, f"{name}_sd": sd}
-
-
-def _range(name: str, value: Range | None) -> dict[str, Any]:
-    """Return the cells of a mean over clients."""
-    if value is None:
-        return {name: None}
-    return {name: value.mean, f"{name}_min": value.low, f"{name}_max": value.high}
 
 
 def _plain(cell: str) -> str:

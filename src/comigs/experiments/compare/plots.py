@@ -80,7 +80,7 @@ def all_plots(c: Comparison) -> list[Plot]:
     # By round is on the valid text; what a run came to is on test.
     curves = _panels(c, 1, lambda row: list(mean_by_round(row.setting, c.metric).items()))
     by_bytes = _panels(c, 2, lambda row: scored(row, _uploaded(row)))
-    by_parameters = _panels(c, 2, lambda row: scored(row, row.costs.parameters))
+    by_parameters = _panels(c, 2, lambda row: scored(row, row.costs["trained_parameters"]))
     log, test = c.metric == "perplexity", f"test {metric}"
     made = [
         Plot(PLOTS[0], curves, "round", f"valid {metric}", "round", log),
@@ -157,7 +157,7 @@ def _panels(
 
 def _uploaded(row: Row) -> float:
     """Return the bytes that a client has uploaded over the whole run."""
-    return row.costs.uploaded.mean * next(iter(row.setting.runs.values())).config.rounds
+    return row.costs["uploaded_bytes_per_round"] * row.setting.config.rounds
 
 
 def _draw(axes: Axes, plot: Plot, panel: Panel, colours: Mapping[str, str]) -> None:

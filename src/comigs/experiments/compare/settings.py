@@ -33,6 +33,11 @@ class Setting:
     place: Mapping[str, str]
     runs: Mapping[int, RunData]  # by seed
 
+    @property
+    def config(self) -> Config:
+        """The config of its first run."""
+        return next(iter(self.runs.values())).config
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from comigs.errors import UserError, nearest
 from comigs.experiments.compare.baseline import Baseline
-from comigs.experiments.compare.costs import Costs, costs
+from comigs.experiments.compare.costs import Costs, costs, with_ratios
 from comigs.experiments.compare.settings import Dataset, Setting
 from comigs.experiments.compare.student import Paired, Spread, mean_over_clients, paired, spread
 from comigs.experiments.packed import METRICS, Metric
@@ -27,7 +27,8 @@ class Row:
     client has none. scores: metric -> their mean over clients, over seeds. perplexity_of_mean: the
     same of exp of the clients' mean nats per token. clients: client -> metric -> over seeds.
     baseline: what the setting is compared against; None where that was not run, and for a baseline.
-    difference: to the baseline, in Comparison.scale; None without a common seed as well.
+    difference: to the baseline, in Comparison.scale; None without a common seed as well. costs:
+    with their ratios to the baseline's, where there is one.
     """
 
     setting: Setting
@@ -39,7 +40,6 @@ class Row:
     is_baseline: bool = False
     baseline: Setting | None = None
     difference: Paired | None = None
-    baseline_costs: Costs | None = None
 
     def unmeasured(self, metric: str) -> list[int]:
         """Return the seeds whose test figure is missing for a client, so that they count
@@ -231,7 +231,7 @@ def _against(baseline: Baseline, rows: Sequence[Row], row: Row, scale: Metric) -
         row,
         baseline=against,
         difference=paired(row.figures[scale], other.figures[scale]),
-        baseline_costs=other.costs,
+        costs=with_ratios(row.costs, other.costs),
     )
 
 

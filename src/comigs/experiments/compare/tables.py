@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from comigs import text as f
-from comigs.experiments.compare.costs import Range, ratios
+from comigs.experiments.compare.costs import Costs
 from comigs.experiments.compare.fields import words
 from comigs.experiments.compare.settings import Setting
 from comigs.experiments.compare.statistics import (
@@ -79,14 +79,15 @@ def cost_table(results: Results) -> Table:
     """Return one row per setting: parameters, tokens, bytes, and speed and memory where they were
     recorded.
     """
-    costs = [r.costs for r in results.rows]
     columns = [Column("setting", [r.setting.name for r in results.rows]), *_costs(results)]
-    if any(c.tokens_per_second for c in costs):
-        columns.append(Column("tokens per second", [f.count(c.tokens_per_second) for c in costs]))
-    if any(c.peak_memory_bytes for c in costs):
-        columns.append(Column("peak memory", [f.size(c.peak_memory_bytes) for c in costs]))
-    if any(c.weights for c in costs):
-        columns.append(Column("weights in the merge", [c.weights or f.NONE for c in costs]))
+    for header, name, said in (
+        ("tokens per second", "tokens_per_second", f.count),
+        ("peak memory", "peak_memory_bytes", f.size),
+        ("weights in the merge", "weights", lambda words: words or f.NONE),
+    ):
+        values = [r.costs[name] for r in results.rows]
+        if any(values):
+            columns.append(Column(header, list(map(said, values))))
     return _table(columns, False)
 
 
@@ -181,25 +182,27 @@ def _costs(results: Results) -> list[Column]:
     beside every score.
     """
     parameters, tokens = [], []
-    for row in results.rows:
-        own = row.costs
-        of_parameters, of_tokens = ratios(own, row.baseline_costs)
-        said = _range(own.trained_parameters, f.count) + _times(of_parameters)
-        if 0 < own.training < own.clients:
-            said += f", {own.training} of {own.clients} clients"
+    for costs in (row.costs for row in results.rows):
+        said = _range(costs, "trained_parameters", f.count)
+        said += _times(costs["trained_parameters_ratio"])
+        if 0 < costs["training_clients"] < costs["clients"]:
+            said += f", {costs['training_clients']} of {costs['clients']} clients"
         parameters.append(said)
-        tokens.append(f.count(own.trained_tokens) + _times(of_tokens))
+        times = _times(costs["trained_tokens_ratio"])
+        tokens.append(f.count(costs["trained_tokens"]) + times)
 
     # What routers learn from is no budget of the experts, and most have no such steps.
-    costs = [r.costs for r in results.rows]
+    every = [row.costs for row in results.rows]
     columns = [
         Column("trained parameters", parameters),
-        Column("upload / round", [_range(c.uploaded, f.size) for c in costs]),
-        Column("download / round", [_range(c.downloaded, f.size) for c in costs]),
+        Column("upload / round", [_range(c, "uploaded_bytes_per_round", f.size) for c in every]),
+        Column(
+            "download / round", [_range(c, "downloaded_bytes_per_round", f.size) for c in every]
+        ),
         Column("trained tokens", tokens),
     ]
-    if any(c.router_tokens for c in costs):
-        columns.append(Column("and in router steps", [f.count(c.router_tokens) for c in costs]))
+    if any(c["router_tokens"] for c in every):
+        columns.append(Column("and in router steps", [f.count(c["router_tokens"]) for c in every]))
     return columns
 
 
@@ -208,12 +211,12 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None or ratio == 1 else f" ({f.ratio(ratio)})"
 
 
-def _range(values: Range | None, text: Callable[[float | None], str]) -> str:
+def _range(costs: Costs, name: str, text: Callable[[float | None], str]) -> str:
     """Return the mean, and the least and most where they are told apart."""
-    if values is None:
+    if costs[name] is None:
         return f.NONE
-    low, high = text(values.low), text(values.high)
-    return text(values.mean) + f" [{low} to {high}]" * (low != high)
+    low, high = text(costs[f"{name}_min"]), text(costs[f"{name}_max"])
+    return text(costs[name]) + f" [{low} to {high}]" * (low != high)
 
 
 def _scores(header: str, spreads: Sequence[Spread | None], base: float | None = None) -> Column:
