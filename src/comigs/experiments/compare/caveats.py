@@ -133,8 +133,9 @@ def _missing(results: Results) -> list[str]:
 def _baseline(comparison: Comparison) -> list[str]:
     """Return where the baseline is missing."""
     if comparison.baseline is None:
-        more = len(comparison.settings) > 1
-        return ["no baseline: name one with --baseline for paired differences"] if more else []
+        if len(comparison.settings) < 2:
+            return []
+        return ["no baseline: name one with --baseline for paired differences"]
     name, lines = comparison.baseline.words, []
     without = [results.name for results in comparison.datasets if not results.has_baseline]
     if without:
@@ -176,7 +177,9 @@ def _power(comparison: Comparison) -> list[str]:
 def _at(tree: Any, path: Sequence[str]) -> Any:
     """Return what a tree holds at a path, and None where it has no such place."""
     for name in path:
-        tree = tree.get(name) if isinstance(tree, Mapping) else None
+        if not isinstance(tree, Mapping):
+            return None
+        tree = tree.get(name)
     return tree
 
 

@@ -36,8 +36,10 @@ class Compared:
 
     def tables(self, brief: bool = False) -> list[tuple[str, Table]]:
         """Return every table with its name. brief: only those for a terminal."""
-        c = self.comparison
-        shown = [("All datasets", tables.combined_table(c))] if len(c.datasets) > 1 else []
+        c, shown = self.comparison, []
+        if len(c.datasets) > 1:
+            shown.append(("All datasets", tables.combined_table(c)))
+        # A terminal has room for the main tables only.
         for results in c.datasets:
             name, clients = results.name, f"test {tables.WORDS[c.metric]} of each client"
             shown.append((name, tables.main_table(c, results, brief)))
@@ -45,7 +47,9 @@ class Compared:
                 shown.append((f"{name}: other measures", tables.score_table(c, results)))
                 shown.append((f"{name}: {clients}", tables.client_scores(c, results)))
                 shown.append((f"{name}: costs per client", tables.cost_table(results)))
-        return shown if brief else [*shown, ("Settings", tables.settings_table(c))]
+        if not brief:
+            shown.append(("Settings", tables.settings_table(c)))
+        return shown
 
 
 def compare_runs(
@@ -70,9 +74,7 @@ def compare_runs(
         sweep = None
     datasets = group(finished)
     comparison = compare(datasets, chosen, _baseline(baseline, sweep, datasets))
-    title = f"{f.plural(len(comparison.settings), 'setting')} compared"
-    if sweep is not None:
-        title = sweep.name
+    title = sweep.name if sweep else f"{f.plural(len(comparison.settings), 'setting')} compared"
     said = notes(comparison, datasets, unfinished)
     if baseline is None and sweep and sweep.baseline and comparison.baseline is None:
         said.insert(0, f'the sweep\'s baseline "{sweep.baseline}" has no finished run here yet')
@@ -88,6 +90,6 @@ def _baseline(
     if given is not None:
         return baseline_named(given, datasets)
     try:
-        return baseline_named(sweep.baseline if sweep and sweep.baseline else "local", datasets)
+        return baseline_named((sweep and sweep.baseline) or "local", datasets)
     except UserError:
         return None

@@ -9,7 +9,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from comigs.errors import UserError
 from comigs.experiments.packed import RunData, is_packed, read_packed, read_run_folder
@@ -74,7 +73,8 @@ def common_folder(paths: Sequence[Path]) -> Path:
     them belongs.
     """
     common = Path(os.path.commonpath([os.path.abspath(path) for path in paths]))
-    common = common.parent if is_run(common) else common
+    if is_run(common):
+        common = common.parent
     return Path(os.path.relpath(common)) if common.is_relative_to(Path.cwd()) else common
 
 
@@ -121,20 +121,11 @@ def _read_sweep(folder: Path) -> Sweep | None:
         if not isinstance(tree.get("axes", {}), dict):
             return None  # some other tool's
         axes = {str(axis): tuple(values) for axis, values in tree.get("axes", {}).items()}
+        baseline = tree.get("baseline")
         name = str(tree.get("name", folder.name))
-        return Sweep(folder, name, _baseline(tree.get("baseline")), axes)
+        return Sweep(folder, name, baseline and str(baseline), axes)
     except problems as error:
         raise UserError(f"{path}: cannot be read as a sweep: {error}") from None
-
-
-def _baseline(value: Any) -> str | None:
-    """Return a value of an axis, or several, as a text."""
-    parts = [value]
-    if isinstance(value, dict):
-        parts = list(value.values())
-    elif isinstance(value, list):
-        parts = value
-    return "/".join(map(str, parts)) if value else None
 
 
 def _placed(run: RunData, folder: Path, sweeps: Mapping[Path, Sweep | None]) -> Found:

@@ -119,7 +119,7 @@ def _setting(comparison: Comparison, results: Results, row: Row) -> Line:
     for metric in METRICS:
         line |= _spread(f"test_{metric}", row.scores[metric])
     line |= _spread("test_perplexity_of_mean", row.perplexity_of_mean)
-    line["baseline"] = row.baseline.name if row.baseline else None
+    line["baseline"] = row.baseline and row.baseline.name
     line |= _difference(comparison, row) | row.costs
     return line | {name: value for name, value in row.setting.fields.items() if name != "method"}
 
@@ -155,8 +155,9 @@ def _client(head: Line, row: Line) -> Line:
 
 def _spread(name: str, value: Spread | None) -> dict[str, Any]:
     """Return the cells of a mean over seeds."""
-    mean, sd = (value.mean, value.sd) if value else (None, None)
-    return {f"{name}_mean": mean, f"{name}_sd": sd}
+    if value is None:
+        return {f"{name}_mean": None, f"{name}_sd": None}
+    return {f"{name}_mean": value.mean, f"{name}_sd": value.sd}
 
 
 def _plain(cell: str) -> str:

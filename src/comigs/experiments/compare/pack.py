@@ -24,7 +24,7 @@ def pack_runs(paths: Sequence[Path], out: Path | None = None) -> tuple[Path, int
         folder = unfinished[0].folder
         raise UserError(f"{folder}: not finished; go on with: {command('resume', folder)}")
     home = paths[0] if len(paths) == 1 and is_run(paths[0]) else common_folder(paths)
-    folder = out if out is not None else home
+    folder = out or home
     write_packed(runs, home, folder)
     # A sweep's axes, their order and its baseline are in its file, whose paths are relative.
     if folder != home and (home / SWEEP).is_file() and not (folder / SWEEP).exists():

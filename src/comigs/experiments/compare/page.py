@@ -27,7 +27,7 @@ def comparison_page(compared: Compared, drawn: Sequence[plots.Plot]) -> str:
         headline=headline(c),
         notes=compared.notes,
         remarks=compared.remarks,
-        baseline=c.baseline.words if c.baseline else None,
+        baseline=c.baseline and c.baseline.words,
         scale=tables.WORDS[c.scale],
         metric=tables.WORDS[c.metric],
         combined=tables.combined_table(c) if len(c.datasets) > 1 else None,

@@ -75,11 +75,17 @@ def all_plots(c: Comparison) -> list[Plot]:
 
     def scored(row: Row, cost: float | None) -> Sequence[tuple[float, Spread]]:
         score = row.scores[c.metric]
-        return [(cost, score)] if score and cost is not None else []
+        if score is None or cost is None:
+            return []
+        return [(cost, score)]
+
+    def uploaded(row: Row) -> float | None:
+        per_round: float | None = row.costs["uploaded_bytes_per_round"]
+        return per_round and per_round * row.setting.config.rounds
 
     # By round is on the valid text; what a run came to is on test.
     curves = _panels(c, 1, lambda row: list(mean_by_round(row.setting, c.metric).items()))
-    by_bytes = _panels(c, 2, lambda row: scored(row, _uploaded(row)))
+    by_bytes = _panels(c, 2, lambda row: scored(row, uploaded(row)))
     by_parameters = _panels(c, 2, lambda row: scored(row, row.costs["trained_parameters"]))
     log, test = c.metric == "perplexity", f"test {metric}"
     made = [
@@ -155,19 +161,19 @@ def _panels(
     return tuple(panels)
 
 
-def _uploaded(row: Row) -> float:
-    """Return the bytes that a client has uploaded over the whole run."""
-    return row.costs["uploaded_bytes_per_round"] * row.setting.config.rounds
-
-
 def _draw(axes: Axes, plot: Plot, panel: Panel, colours: Mapping[str, str]) -> None:
     """Draw a panel into its axes."""
     bare(axes, colours)
     for series in panel.series:
-        draw = _line if plot.lines else _mark
-        draw(axes, series, colours)
-    if not plot.lines:
-        _cost_axis(axes, panel, f.size if plot.ticks == "size" else f.count)
+        if plot.lines:
+            _line(axes, series, colours)
+        else:
+            _mark(axes, series, colours)
+    # Bytes and parameters are written as people write them.
+    if plot.ticks == "size":
+        _cost_axis(axes, panel, f.size)
+    elif plot.ticks == "count":
+        _cost_axis(axes, panel, f.count)
     if plot.log:
         _log_axis(axes, panel)
     axes.set_xlabel(plot.x, fontsize=9, color=colours["--muted"])
@@ -203,13 +209,16 @@ def _look(number: int, colours: Mapping[str, str], line: bool) -> dict[str, Any]
     and dashes as well.
     """
     beyond = number // MAX_COLOURS
-    return {
+    look = {
         "color": colours[f"--client-{number % MAX_COLOURS}"],
         "marker": SHAPES[beyond % len(SHAPES)],
-        "markersize": 3.5 if line else 6,
-        "linestyle": DASHES[beyond % len(DASHES)] if line else "none",
+        "markersize": 6,
+        "linestyle": "none",
         "linewidth": 1.6,
     }
+    if line:
+        look |= {"markersize": 3.5, "linestyle": DASHES[beyond % len(DASHES)]}
+    return look
 
 
 def _cost_axis(axes: Axes, panel: Panel, text: Callable[[float | None], str]) -> None:

@@ -80,7 +80,9 @@ def group(found: Sequence[Found]) -> tuple[Dataset, ...]:
     # A sweep's words name things only where every run has its place on the same axes.
     axes_of = {tuple(one.place or ()) for one in found}
     placed = len(axes_of) == 1 and all(one.place is not None for one in found)
-    groups = _groups(found, placed)
+    if not placed:
+        found = [Found(one.run) for one in found]
+    groups = _groups(found)
     by_dataset: list[list[_Group]] = [[] for _ in range(groups[-1].dataset + 1)]
     for g in groups:
         by_dataset[g.dataset].append(g)
@@ -88,7 +90,7 @@ def group(found: Sequence[Found]) -> tuple[Dataset, ...]:
     # Settings differ within a dataset; what differs between datasets only is the dataset's.
     home = [g.dataset for g in groups]
     fields = in_words([g.fields for g in groups])
-    places = in_words([g.place for g in groups] if placed else [{} for _ in groups])
+    places = in_words([g.place for g in groups])
     differing, axes = varying(fields, home), varying(places, home)
     names = _setting_names(groups, fields, places[axes], placed or "method" in differing)
     titles = _dataset_names(by_dataset, places.drop(columns=axes))
@@ -153,9 +155,9 @@ class _Data:
         return True
 
 
-def _groups(found: Sequence[Found], placed: bool) -> list[_Group]:
-    """Return the runs of each setting, dataset by dataset. placed: a sweep's axes tell settings
-    apart, too.
+def _groups(found: Sequence[Found]) -> list[_Group]:
+    """Return the runs of each setting, dataset by dataset. A sweep's axes tell settings apart,
+    too.
     """
     known: list[_Data] = []
     groups: dict[Hashable, _Group] = {}
@@ -166,10 +168,9 @@ def _groups(found: Sequence[Found], placed: bool) -> list[_Group]:
         if number == len(known):
             known.append(data)
         fields = fields_of(one.run.config)
-        own = tuple((one.place or {}).values()) if placed else ()
         # Values that read the same are the same.
         said = {name: words(value) for name, value in fields.items()}
-        key = number, own, json.dumps(said, sort_keys=True)
+        key = number, *(one.place or {}).values(), json.dumps(said, sort_keys=True)
         groups.setdefault(key, _Group(number, fields)).found.append(one)
     return sorted(groups.values(), key=lambda g: g.dataset)
 

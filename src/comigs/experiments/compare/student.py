@@ -81,12 +81,12 @@ def two_sided(t: float, freedom: int) -> float:
     """
     angle = math.atan(abs(t) / math.sqrt(freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
-    # The sums of odd degrees begin with the cosine, those of even ones with 1.
-    odd = freedom % 2 == 1
+    # The sums of odd degrees begin with the cosine, those of even ones with 1; one degree has none.
+    odd = freedom % 2
     term = total = 0.0
     if freedom > 1:
-        term = total = cosine if odd else 1.0
-    for k in range(3 if odd else 2, freedom - 1, 2):
+        term = total = cosine**odd
+    for k in range(2 + odd, freedom - 1, 2):
         term *= cosine**2 * (k - 1) / k
         total += term
     within = sine * total

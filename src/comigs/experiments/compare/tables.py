@@ -155,7 +155,7 @@ def _differences(comparison: Comparison, results: Results) -> list[Column]:
     """Return the columns of differences to the baseline, over the seeds that both have."""
     rows = results.rows
     known = [r.difference.difference for r in rows if r.difference]
-    places = max(3, f.places([s.mean for s in known], [s.sd for s in known])) if known else 3
+    places = max(3, f.places([s.mean for s in known], [s.sd for s in known]))
 
     def column(header: str, cell: Callable[[Paired], str]) -> Column:
         cells = [f.NONE] * len(rows)

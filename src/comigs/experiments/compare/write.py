@@ -30,7 +30,7 @@ def write_comparison(compared: Compared, out: Path | None = None) -> list[Path]:
     Files of an earlier comparison are replaced. Raises UserError where such a file is somebody
     else's.
     """
-    folder = out if out is not None else common_folder(compared.paths) / "compare"
+    folder = out or common_folder(compared.paths) / "compare"
     with writing(folder, ADVICE):
         # The page and the table say that a folder is ours.
         there = [name for name in FILES if (folder / name).exists()]
@@ -71,7 +71,9 @@ def _latex(compared: Compared) -> str:
     """Return the main tables, each with a caption that says what its numbers are."""
     c, metric = compared.comparison, tables.WORDS[compared.comparison.metric]
     said = f"test {metric}, mean over clients; mean and standard deviation over seeds"
-    main = [("All datasets", tables.combined_table(c), said)] if len(c.datasets) > 1 else []
+    main = []
+    if len(c.datasets) > 1:
+        main.append(("All datasets", tables.combined_table(c), said))
     if c.baseline:
         said += f", differences and paired t-test against {c.baseline.words}"
     main += [(results.name, tables.main_table(c, results), said) for results in c.datasets]
