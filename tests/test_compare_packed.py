@@ -1,4 +1,6 @@
-"""Runs in packed form: compared as their folders are, done for a sweep, and what is wrong with a file is one line."""
+"""Runs in packed form are compared as their folders are, and done for a sweep; what is wrong with a
+file is one line.
+"""
 
 from __future__ import annotations
 
@@ -193,24 +195,52 @@ def left_out(column: str):
         ("runs.csv", left_out("test_perplexity"), "column test_perplexity: missing"),
         ("runs.csv", left_out("run"), "column run: missing"),
         ("rounds.csv.gz", left_out("valid_perplexity"), "column valid_perplexity: missing"),
-        ("runs.csv", cell("test_perplexity", "many"), 'line 3: column test_perplexity: "many" is no number'),
-        ("runs.csv", cell("test_perplexity", "nan"), 'line 3: column test_perplexity: "nan" is no number'),
-        ("runs.csv", cell("uploaded_bytes", "1.5"), 'column uploaded_bytes: "1.5" is no whole number'),
-        ("runs.csv", cell("uploaded_bytes", ""), "line 3: column uploaded_bytes: empty; must be a whole number"),
+        (
+            "runs.csv",
+            cell("test_perplexity", "many"),
+            'line 3: column test_perplexity: "many" is no number',
+        ),
+        (
+            "runs.csv",
+            cell("test_perplexity", "nan"),
+            'line 3: column test_perplexity: "nan" is no number',
+        ),
+        (
+            "runs.csv",
+            cell("uploaded_bytes", "1.5"),
+            'column uploaded_bytes: "1.5" is no whole number',
+        ),
+        (
+            "runs.csv",
+            cell("uploaded_bytes", ""),
+            "line 3: column uploaded_bytes: empty; must be a whole number",
+        ),
         ("runs.csv", cell("client", "eve"), "clients: ann, eve; the run's config has ann, bob"),
-        ("runs.csv", cell("config", "99", 0), "line 2: column config: 99; environment.json has 1 to 9"),
+        (
+            "runs.csv",
+            cell("config", "99", 0),
+            "line 2: column config: 99; environment.json has 1 to 9",
+        ),
         ("runs.csv", cell("seed", "7"), "line 3: column seed: 7; the first line of the run has 42"),
-        ("runs.csv", lambda text: text + "1,2\n", "line 20: column config: empty; must be a whole number"),
+        (
+            "runs.csv",
+            lambda text: text + "1,2\n",
+            "line 20: column config: empty; must be a whole number",
+        ),
         ("runs.csv", lambda text: text + "," * 99 + "\n", "more cells than the first line names"),
         ("runs.csv", lambda text: text + '"', "not CSV: unexpected end of data"),
         ("runs.csv", lambda text: "", "column run: missing"),
-        ("rounds.csv.gz", cell("round", "first"), 'line 3: column round: "first" is no whole number'),
+        (
+            "rounds.csv.gz",
+            cell("round", "first"),
+            'line 3: column round: "first" is no whole number',
+        ),
         ("rounds.csv.gz", cell("run", "other"), "column run: other is not in runs.csv"),
         ("environment.json", lambda text: text[:-9], "not JSON"),
         ("environment.json", lambda text: "[]", "damaged: no list of configs and environments"),
         ("environment.json", lambda text: text.replace('"method"', '"methd"'), "configs: 1: methd"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_packed_file_is_named(sweep: Path, capsys, file: str, change_, said: str) -> None:
     comigs(capsys, "compare", sweep, "--pack")
     without_folders(sweep)
@@ -241,10 +271,19 @@ def test_a_missing_packed_file_is_named(sweep: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("value", "cell_"),
     [
-        ("=1+1", "'=1+1"), ("+a", "'+a"), ("-a", "'-a"), ("@a", "'@a"), ("'a", "''a"), ("\ta", "'\ta"),
-        ("a=b", "a=b"), ("-", "-"), ("-1.5", "-1.5"), ("a", "a"), ("x'y", "x'y"),
+        ("=1+1", "'=1+1"),
+        ("+a", "'+a"),
+        ("-a", "'-a"),
+        ("@a", "'@a"),
+        ("'a", "''a"),
+        ("\ta", "'\ta"),
+        ("a=b", "a=b"),
+        ("-", "-"),
+        ("-1.5", "-1.5"),
+        ("a", "a"),
+        ("x'y", "x'y"),
     ],
-)  # fmt: skip
+)
 def test_no_spreadsheet_runs_what_is_in_a_cell(value: str, cell_: str) -> None:
     text = to_csv([{"a": value, "b": -0.5}])
     assert next(iter(csv.DictReader(io.StringIO(text))))["a"] == cell_
@@ -275,7 +314,8 @@ def test_without_pandas_one_line_says_what_to_install(sweep: Path, capsys, monke
 
 def test_pandas_is_imported_for_comparing_only() -> None:
     code = (
-        "import sys, comigs.app.cli, comigs.experiments.sweep.run, comigs.experiments.compare.pack\n"
+        "import sys, comigs.app.cli, comigs.experiments.sweep.run\n"
+        "import comigs.experiments.compare.pack\n"
         "assert 'pandas' not in sys.modules and 'scipy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -210,7 +210,9 @@ def _rounds(run: Run) -> tuple[Row, ...]:
 
     # Different lines of the metrics say different things of the same round.
     for t in run.train:
-        at(t.round, t.client).update(train_loss=t.train_nats_per_token, adopted_share=t.adopted_share)
+        at(t.round, t.client).update(
+            train_loss=t.train_nats_per_token, adopted_share=t.adopted_share
+        )
     for e in run.evaluations:
         if e.model == ("personal" if e.round else "base"):
             measured = {f"{e.split}_{metric}": getattr(e.score, metric) for metric in METRICS}
