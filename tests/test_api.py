@@ -13,8 +13,8 @@ import torch
 
 import comigs
 from comigs.app import api
-from comigs.app.setup import large
 from comigs.errors import UserError
+from comigs.text import large
 from tests.runs import ENVIRONMENT, files, finished, write_config
 
 

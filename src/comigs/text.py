@@ -61,6 +61,16 @@ def count(value: float | None) -> str:
     return _number(value, ",.0f")
 
 
+def large(number: int) -> str:
+    """Write three figures of a large number, as 4.2 M, 135 M and 7.1 B; a small one whole."""
+    for power, unit in ((10**9, "B"), (10**6, "M")):
+        if number >= 100 * power:
+            return f"{number / power:.0f} {unit}"
+        if number >= power:
+            return f"{number / power:.1f} {unit}"
+    return f"{number:,}"
+
+
 def size(value: float | None) -> str:
     """Write bytes with a decimal unit, as 0 B, 512 B, 98.3 kB and 1.2 MB."""
     if value is None or value < 1000:

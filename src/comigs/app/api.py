@@ -1,5 +1,4 @@
-"""What a person does with CoMiGS, as functions: run, resume, prepare, open a personal model. The
-CLI only prints.
+"""This module holds what a person does with CoMiGS, as functions; the command line only prints.
 
 import comigs
 
@@ -43,21 +42,25 @@ from comigs.text import Table, plural
 def run(
     config: Config, out: Path | str | None = None, report: Report = ignore, say: Say = ignore
 ) -> RunFolder:
-    """A whole run: prepare the text, train all clients, evaluate each one's own model.
+    """Run a config whole: prepare the text, train all clients, measure each one's own model.
 
     out: the new run folder; None: the next free `runs/NAME`. report: gets each line of metrics as
     it comes, and steps and notes in between. say: gets lines of progress before the first round.
-    Raises UserError for bad input.
+    Returns the run folder. Raises UserError for bad input.
     """
+    # what cannot be is refused before anything is loaded
     path = Path(out) if out is not None else free_folder(Path("runs") / config.name)
     require_free(path)
-    load_method(config)  # refuses what it cannot do before anything is loaded
+    load_method(config)
     require_text(config)
+
+    # text or memory that does not suffice leaves no folder behind
     base, config = load(config, say)
     data = read_texts(config, base, report, say)
     known = data.load_all() if everybody_trains(config) else data.outlines()
     with attached(config, base) as (attachment, shapes):
         require_memory(memory_needed(config, base, shapes, attachment), base.device)
+
     with RunFolder.create(path, config, environment(base, known)) as folder, _going_on(folder):
         say(f"run folder {path}")
         report(Note(message="measuring the base"))
@@ -68,30 +71,33 @@ def run(
 def resume(
     path: Path | str, report: Report = ignore, say: Say = ignore, workers: int | None = None
 ) -> RunFolder:
-    """Go on with a run that was stopped, from its last whole round; nothing but the result where it
-    is finished.
+    """Go on with a stopped run from its last whole round; a finished run is summed up again.
 
-    workers: in place of the config's, for another machine. Raises UserError.
+    workers: in place of the config's, for another machine. Returns the run folder. Raises
+    UserError.
     """
     with RunFolder.open(Path(path)) as folder, _going_on(folder):
         config, last = folder.config(), folder.rewind()
         if workers is not None:
             config = config.model_copy(update={"workers": workers})
         if last.finished:
-            say(
-                f"{path}: finished already, after {plural(last.round, 'round')}; nothing to go on with"
-            )
+            rounds = plural(last.round, "round")
+            say(f"{path}: finished already, after {rounds}; nothing to go on with")
             write_summary(folder, config, load_method(config))
             return folder
+
+        # another base or text would make it another run from here on
         base, _ = load(config, say)
-        recorded = folder.environment()
-        if recorded["base_fingerprint"] != base.fingerprint:
+        if folder.environment()["base_fingerprint"] != base.fingerprint:
             raise UserError(
-                f'{path}: base "{config.base.name}" is not the one this run began with (its weights differ)'
+                f'{path}: base "{config.base.name}" is not the one this run began with '
+                "(its weights differ)"
             )
         data = read_texts(config, base, report, say)
         _require_same_text(folder, data)
-        if everybody_trains(config):  # else what a client goes on from is checked when it is asked
+
+        # where few are asked, what a client goes on from is checked when it is asked
+        if everybody_trains(config):
             for part in last.newest:
                 folder.load(part)
         say(f"going on after round {last.round} of {config.rounds}")
@@ -101,10 +107,9 @@ def resume(
 
 
 def prepare(config: Config, say: Say = ignore) -> Texts:
-    """Read, split, check and tokenise the clients' text; what was tokenised before is compared with
-    its sha256.
+    """Read, split, check and tokenise the clients' text.
 
-    Raises UserError.
+    What was tokenised before is compared with its sha256. Raises UserError.
     """
     load_method(config)
     base, config = load(config)
@@ -117,12 +122,12 @@ def prepare(config: Config, say: Say = ignore) -> Texts:
 
 
 def open_run(path: Path | str) -> RunFolder:
-    """A run on disk. Raises UserError where it is none."""
+    """Open a run on disk. Raises UserError where there is none."""
     return RunFolder.open(Path(path))
 
 
 def open_personal_model(path: Path | str, client: str) -> PersonalModel:
-    """A client's own model from a run, finished or not. Raises UserError."""
+    """Open a client's own model from a run, finished or not. Raises UserError."""
     folder = open_run(path)
     folder.config().client_named(client)
     folder.require_a_round()
@@ -130,39 +135,32 @@ def open_personal_model(path: Path | str, client: str) -> PersonalModel:
     return PersonalModel(folder, client, base)
 
 
-def _with_a_device(config: Config) -> Config:
-    """For reading models where they were not made: where the run's GPU is not, whatever there
-    is.
-    """
-    name = config.base.device
-    if name == "auto" or is_here(torch.device(name)):
-        return config
-    return config.model_copy(update={"base": config.base.model_copy(update={"device": "auto"})})
-
-
 def evaluate(
     path: Path | str, split: Split = "test", client: str | None = None
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Measure clients' own models and the base again: client -> "base" and "personal" -> figures.
-    Raises UserError.
+    """Measure clients' own models and the base again.
+
+    client: only this one; None: all. Returns client -> "base" and "personal" -> figures. Raises
+    UserError.
     """
     split_named(split)
     folder = open_run(path)
     if "federation" in folder.environment():
         raise UserError(
-            f"{folder.path}: of a federation, whose text and models are on its devices; what they measured: "
-            f"{command('report', folder.path)}"
+            f"{folder.path}: of a federation, whose text and models are on its devices; "
+            f"what they measured: {command('report', folder.path)}"
         )
+
+    # what is wrong with a name or the text is said before any model is measured
     config = _with_a_device(folder.config())
-    names = (
-        [config.client_named(client).name]
-        if client is not None
-        else [c.name for c in config.clients]
-    )
+    names = [entry.name for entry in config.clients]
+    if client is not None:
+        names = [config.client_named(client).name]
     folder.require_a_round()
     base, _ = load(config)
     data = prepare_data(config, base.encoder)
     _require_same_text(folder, data)
+
     results = {}
     for name in names:
         with closing(PersonalModel(folder, name, base)) as model:
@@ -175,7 +173,7 @@ def evaluate(
 
 
 def split_named(name: str) -> Split:
-    """Raises UserError where there is no such split."""
+    """Return the split of that name. Raises UserError where there is none."""
     for split in SPLITS:
         if split == name:
             return split
@@ -185,23 +183,36 @@ def split_named(name: str) -> Split:
 
 
 def evaluation_table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], split: Split) -> Table:
-    """What `evaluate` returns, for people."""
-    rows = [
-        (name, f"{r['base']['perplexity']:.2f}", f"{r['personal']['perplexity']:.2f}",
-         f"{r['personal']['bits_per_byte']:.4f}", f"{r['personal']['tokens']:,}")
-        for name, r in results.items()
-    ]  # fmt: skip
-    headers = (
-        "client",
-        f"base {split} perplexity",
-        f"personal {split} perplexity",
-        "bits per byte",
-        "tokens",
-    )
-    return Table(headers, tuple(rows))
+    """Return what `evaluate` returns as a table for people."""
+    rows = []
+    for name, measured in results.items():
+        base, personal = measured["base"], measured["personal"]
+        perplexities = (f"{base['perplexity']:.2f}", f"{personal['perplexity']:.2f}")
+        bits, tokens = f"{personal['bits_per_byte']:.4f}", f"{personal['tokens']:,}"
+        rows.append((name, *perplexities, bits, tokens))
+    perplexities = (f"base {split} perplexity", f"personal {split} perplexity")
+    return Table(("client", *perplexities, "bits per byte", "tokens"), tuple(rows))
+
+
+def free_folder(path: Path) -> Path:
+    """Return `path`, or the first of `path-2`, `path-3`, ... that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _with_a_device(config: Config) -> Config:
+    """Return the config with a device that is here: models are read where they were not made."""
+    name = config.base.device
+    if name == "auto" or is_here(torch.device(name)):
+        return config
+    return config.model_copy(update={"base": config.base.model_copy(update={"device": "auto"})})
 
 
 def _go_on(folder: RunFolder, config: Config, base: Base, data: Texts, report: Report) -> None:
+    """Run the rounds that are left, and sum the run up."""
     method = load_method(config)
     engine = InProcess(config, method, base, data, folder, report)
     try:
@@ -222,16 +233,16 @@ def _going_on(folder: RunFolder) -> Iterator[None]:
         raise Stopped(f"every whole round is kept; go on with: {again}") from None
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{folder.path}: the memory of the device is full; every whole round is kept. Free some and resume, "
-            "or start a new run with a lower client.micro_batch_size and evaluation.batch_size"
+            f"{folder.path}: the memory of the device is full; every whole round is kept. Free "
+            "some and resume, or start a new run with a lower client.micro_batch_size and "
+            "evaluation.batch_size"
         ) from None
 
 
 def _require_same_text(folder: RunFolder, data: Texts) -> None:
-    then, now = (
-        _hashes(described)
-        for described in (folder.environment()["data"], describe(data.outlines()))
-    )
+    """Raise UserError where a client's text is not what it was when the run began."""
+    then = _hashes(folder.environment()["data"])
+    now = _hashes(describe(data.outlines()))
     changed = [name for name in now if now[name] != then.get(name)]
     if changed:
         raise UserError(
@@ -240,17 +251,9 @@ def _require_same_text(folder: RunFolder, data: Texts) -> None:
         )
 
 
-def _hashes(described: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: {split: facts["sha256"] for split, facts in own.items()}
-        for name, own in described.items()
-    }
-
-
-def free_folder(path: Path) -> Path:
-    """`path`, or the first of `path-2`, `path-3`, ... that does not exist."""
-    candidate, number = path, 1
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
+def _hashes(described: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return client -> split -> hashes of its text."""
+    hashes: dict[str, dict[str, Any]] = {}
+    for name, splits in described.items():
+        hashes[name] = {split: facts["sha256"] for split, facts in splits.items()}
+    return hashes

@@ -1,5 +1,6 @@
-"""What the command line shows: a live line on a terminal, plain lines elsewhere, the result only
-with --quiet.
+"""This module prints what the command line shows.
+
+That is a live line on a terminal, plain lines elsewhere, and the result only with --quiet.
 """
 
 from __future__ import annotations
@@ -28,34 +29,28 @@ LAST = "measuring the result"
 
 
 class Console:
-    """Listens to a run (`report`, `say`) and prints. Use as a context while something runs."""
+    """A console listens to a run (`report`, `say`) and prints. It is a context while a run goes on.
+
+    config: of the run; None where nothing is run. quiet: only results are shown.
+    """
 
     def __init__(self, config: Config | None = None, quiet: bool = False) -> None:
         self.out = RichConsole(highlight=False)
         self.config = config
         self.quiet = quiet
-        self.progress: Progress | None = None
-        self.began: tuple[float, float] | None = (
-            None  # (seconds, exchanges done) when the first step came
-        )
-        self.reached: dict[
-            str, float
-        ] = {}  # client -> which share of its steps in this round is done
-        self.trained: list[Train] = []  # of the round being shown, as is what is measured
+        self.progress: Progress | None = None  # the live line
+        self.began: tuple[float, float] | None = None  # time and exchanges done at the first step
+        # of the round being shown: the share of steps done by client, what is trained and measured
+        self.reached: dict[str, float] = {}
+        self.trained: list[Train] = []
         self.measured: dict[str, list[Evaluation]] = defaultdict(list)  # by model
 
     def __enter__(self) -> Self:
         if self.config is not None and not self.quiet:
-            c = self.config
-            clients, rounds, steps = (
-                f.plural(n, what)
-                for n, what in (
-                    (len(c.clients), "client"),
-                    (c.rounds, "round"),
-                    (c.client.steps, "step"),
-                )
-            )
-            self.say(f"{clients}, method {c.method}, {rounds} of {steps}")
+            clients = f.plural(len(self.config.clients), "client")
+            rounds = f.plural(self.config.rounds, "round")
+            steps = f.plural(self.config.client.steps, "step")
+            self.say(f"{clients}, method {self.config.method}, {rounds} of {steps}")
             if self.out.is_terminal:
                 self._start()
         return self
@@ -66,28 +61,32 @@ class Console:
             self.progress = None
 
     def say(self, line: str, style: str | None = None) -> None:
-        """A line of progress."""
+        """Show a line of progress."""
         if not self.quiet:
             self.result(line, style)
 
     def result(self, line: str, style: str | None = None) -> None:
-        """A line that is shown even with --quiet."""
+        """Show a line, even with --quiet."""
         self.out.print(Text(line), style=style, soft_wrap=True)
 
     def table(self, table: Table, title: str | None = None) -> None:
-        """A table with its closing row, words to the left and numbers to the right."""
+        """Show a table with its closing row, words to the left and numbers to the right."""
         shown = RichTable(
-            title=title, title_justify="left", title_style="bold", show_footer=table.last is not None,
-            box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1),
-        )  # fmt: skip
-        for number, header in enumerate(table.headers):
-            footer = table.last[number] if table.last else ""
-            shown.add_column(
-                header,
-                Text(footer),
-                justify="left" if number < table.names else "right",
-                overflow="fold",
-            )
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            show_footer=table.last is not None,
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1),
+        )
+
+        # long names go on in the next line: a table must fit into 80 columns
+        footers = table.last or ("",) * len(table.headers)
+        for number, (header, footer) in enumerate(zip(table.headers, footers, strict=True)):
+            side = "left" if number < table.names else "right"
+            shown.add_column(header, Text(footer), justify=side, overflow="fold")  # type: ignore[arg-type]
+
         style = dict.fromkeys(table.best, "bold") | dict.fromkeys(table.second, "underline")
         for r, row in enumerate(table.rows):
             shown.add_row(*(Text(cell, style.get((r, c), "")) for c, cell in enumerate(row)))
@@ -97,10 +96,12 @@ class Console:
         """Show an event: a step, a line of metrics.jsonl, or a note on what is going on."""
         if self.quiet:
             return
+
+        # what is not here, as the last download, is nothing that anybody waits for
         show: dict[type[Event], Callable[[Any], None]] = {
             Note: self._note,
             Step: self._step,
-            Train: self._train,
+            Train: self.trained.append,
             Evaluation: self._evaluation,
             Absent: self._absent,
             RoundEnd: self._round_end,
@@ -109,17 +110,26 @@ class Console:
         if type(event) in show:
             show[type(event)](event)
 
+    @property
+    def _run(self) -> Config:
+        """The config of the run that is shown."""
+        assert self.config is not None
+        return self.config
+
     def _start(self) -> None:
-        """The live line: what is going on, a bar, time left."""
+        """Start the live line: what is going on, a bar, time left."""
+        # a long client name must not push the bar out of the line
+        description = TextColumn(
+            "{task.description}",
+            markup=False,
+            table_column=Column(no_wrap=True, overflow="ellipsis"),
+        )
+        left = TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True))
         self.progress = Progress(
-            TextColumn(
-                "{task.description}",
-                markup=False,
-                table_column=Column(no_wrap=True, overflow="ellipsis"),
-            ),
+            description,
             BarColumn(bar_width=16),
             TaskProgressColumn(),
-            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+            left,
             console=self.out,
             transient=True,
         )
@@ -127,43 +137,29 @@ class Console:
         self.progress.start()
 
     def _show(self, description: str, done: float | None = None) -> None:
-        """Put words on the live line; done: exchanges so far, summed over clients."""
+        """Put words on the live line. done: exchanges so far, over all clients; None: as before."""
         if self.progress is None:
             return
-        task = self.progress.task_ids[0]
-        if done is None:
-            self.progress.update(task, description=description)
-        else:
-            self.progress.update(
-                task,
-                description=description,
-                completed=done,
-                total=self._total(),
-                left=self._left(done),
-            )
+        moved: dict[str, Any] = {}
+        if done is not None:
+            moved = {"completed": done, "total": self._total(), "left": self._left(done)}
+        self.progress.update(self.progress.task_ids[0], description=description, **moved)
 
-    def _before(self, round: int) -> int:
-        """Exchanges with clients before that round."""
-        assert self.config is not None
-        return (round - 1) * (
-            self.config.participation.clients_per_round or len(self.config.clients)
-        )
+    def _before(self, number: int) -> int:
+        """Return how many exchanges with clients come before that round."""
+        asked = self._run.participation.clients_per_round or len(self._run.clients)
+        return (number - 1) * asked
 
     def _total(self) -> int:
-        """Exchanges of the whole run: of those asked in each round, and the last one with all,
-        which only measures.
-        """
-        assert self.config is not None
-        return self._before(self.config.rounds + 1) + len(self.config.clients)
+        """Return the exchanges of the whole run, with the last one, which measures all clients."""
+        return self._before(self._run.rounds + 1) + len(self._run.clients)
 
     def _left(self, done: float) -> str:
-        """'about 20 s left', from the pace since the first step; '' before there is any."""
+        """Return 'about 20 s left', from the pace since the first step; '' before there is any."""
         if self.began is None or done <= self.began[1]:
             return ""
-        seconds = (
-            (time.monotonic() - self.began[0]) / (done - self.began[1]) * (self._total() - done)
-        )
-        return f"{f.duration(seconds, 'about')} left"
+        pace = (time.monotonic() - self.began[0]) / (done - self.began[1])
+        return f"{f.duration(pace * (self._total() - done), 'about')} left"
 
     def _note(self, note: Note) -> None:
         if note.say:
@@ -172,53 +168,50 @@ class Console:
             self._show(note.message)
 
     def _step(self, step: Step) -> None:
-        assert self.config is not None
         before = self._before(step.round)
         self.began = self.began or (time.monotonic(), before)
-        self.reached[step.client] = min(step.step / self.config.client.steps, 1)
-        where = f"round {step.round}/{self.config.rounds}  {step.client}"
+        self.reached[step.client] = min(step.step / self._run.client.steps, 1)
+        where = f"round {step.round}/{self._run.rounds}  {step.client}"
         done = before + sum(self.reached.values())
         self._show(f"{where}  {step.level} {step.nats_per_token:.3f} nats/token", done)
-
-    def _train(self, line: Train) -> None:
-        self.trained.append(line)
 
     def _evaluation(self, line: Evaluation) -> None:
         self.measured[line.model].append(line)
 
     def _absent(self, line: Absent) -> None:
-        assert self.config is not None
-        where = f"round {line.round}/{self.config.rounds}"
-        if line.round > self.config.rounds:
+        where = f"round {line.round}/{self._run.rounds}"
+        if line.round > self._run.rounds:
             where = "last exchange"
         self.say(f"{where}  {line.client}  absent: {line.reason}", style="yellow")
 
-    def _round_end(self, server: RoundEnd) -> None:
-        """A round is whole: a line per client, or of their means where there are many."""
-        assert self.config is not None
-        rounds, names = self.config.rounds, [line.client for line in self.trained]
-        groups = (
-            {f"{len(names)} clients' mean": names}
-            if len(names) > MANY
-            else {name: [name] for name in names}
-        )
+    def _round_end(self, end: RoundEnd) -> None:
+        """Show a whole round: a line for each client, or one of their means if there are many."""
+        rounds, names = self._run.rounds, [line.client for line in self.trained]
+        groups = {name: [name] for name in names}
+        if len(names) > MANY:
+            groups = {f"{len(names)} clients' mean": names}
         width = max(map(len, groups), default=0)
-        start = f"round {server.round}/{rounds}"
+        start = f"round {end.round}/{rounds}"
+
+        # the base is what all later figures are compared with, so all of it comes first
         for name, members in groups.items():
             if base := _measured(self.measured["base"], members):
                 self.say(f"{'base':{len(start)}}  {name:{width}}  {base}")
+
+        # a client is measured when it is asked, and so as the round before has left it
         for name, members in groups.items():
-            nats = _mean(
-                [line.train_nats_per_token for line in self.trained if line.client in members]
-            )
-            parts = [f"train {nats:.3f} nats/token"] if nats is not None else ["nothing trained"]
+            losses = [t.train_nats_per_token for t in self.trained if t.client in members]
+            nats = _mean(losses)
+            parts = ["nothing trained" if nats is None else f"train {nats:.3f} nats/token"]
             if personal := _measured(self.measured["personal"], members):
-                parts.append(f"{personal} after round {server.round - 1}")
+                parts.append(f"{personal} after round {end.round - 1}")
             self.say(f"{start}  {name:{width}}  {', '.join(parts)}")
-        done = self._before(server.round + 1)
-        if self.progress is None and server.round < rounds and (left := self._left(done)):
+
+        # the live line shows the time left already
+        done = self._before(end.round + 1)
+        if self.progress is None and end.round < rounds and (left := self._left(done)):
             self.say(f"{start}  {left}")
-        self._show(LAST if server.round == rounds else f"{start} done", done)
+        self._show(LAST if end.round == rounds else f"{start} done", done)
         self.trained.clear()
         self.measured.clear()
         self.reached.clear()
@@ -229,18 +222,18 @@ class Console:
 
 
 def _measured(lines: list[Evaluation], clients: list[str]) -> str:
-    """'valid perplexity 12.1, test perplexity 12.3': of these clients, or their mean; '' where
-    nothing was measured.
+    """Return 'valid perplexity 12.1, test perplexity 12.3': the mean of these clients.
+
+    '' where nothing was measured.
     """
     splits: dict[str, list[float | None]] = defaultdict(list)
     for line in lines:
         if line.client in clients:
             splits[line.split].append(line.perplexity)
-    return ", ".join(
-        f"{split} perplexity {f.perplexity(_mean(values))}" for split, values in splits.items()
-    )
+    parts = [f"{name} perplexity {f.perplexity(_mean(each))}" for name, each in splits.items()]
+    return ", ".join(parts)
 
 
 def _mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
+    known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

@@ -1,5 +1,6 @@
-"""What a run needs before its first round: the base, everybody's text, and experts attached to
-measure their shapes.
+"""This module makes what a run needs before its first round.
+
+That is the base, everybody's text, and experts attached to measure their shapes.
 """
 
 from __future__ import annotations
@@ -23,85 +24,89 @@ from comigs.runs.metrics import Note
 from comigs.server.protocol import Report
 from comigs.server.validation import shapes_of_clients
 from comigs.slots import Shapes
-from comigs.text import plural
+from comigs.text import large, plural
 
 Say = Callable[[str], None]
 
 
 def ignore(_: Any) -> None:
-    """The default listener: shows nothing."""
+    """Show nothing: the default listener."""
 
 
 def load(config: Config, say: Say = ignore) -> tuple[Base, Config]:
-    """The base, and the config with everything that was left to us filled in."""
+    """Return the base, and the config with everything filled in that was left to us.
+
+    Raises UserError where base and config do not go together.
+    """
+    # the base is loaded with as many threads as it will be used with
     workers, threads = config.workers, config.base.threads
     if threads is None and workers > 1:
         threads = max(1, cpus() // workers)
     if threads is not None:
         torch.set_num_threads(threads)
+
     base = load_base(config.base)
-    devices(workers, base.device)  # are there as many?
+    devices(workers, base.device)  # raises where there are not as many
     window = base.model.config.max_position_embeddings
     if config.data.sequence_length > window:
         raise UserError(
-            f"data.sequence_length: given {config.data.sequence_length}, but base {base.name} reads at most "
-            f"{window} tokens at once; set it to {window} or less"
+            f"data.sequence_length: given {config.data.sequence_length}, "
+            f"but base {base.name} reads at most {window} tokens at once; "
+            f"set it to {window} or less"
         )
+
+    # one line says what the speed depends on, and another one why it is not what it could be
     parameters = sum(p.numel() for p in base.model.parameters())
     dtype, threads = str(base.dtype).removeprefix("torch."), torch.get_num_threads()
-    device = plural(threads, "CPU thread") if base.device.type == "cpu" else str(base.device)
+    on_cpu = base.device.type == "cpu"
+    device = plural(threads, "CPU thread") if on_cpu else str(base.device)
     spread = f" in each of {workers} processes" if workers > 1 else ""
     say(f"base {base.name}: {large(parameters)} parameters, {dtype}, {device}{spread}")
-    if base.device.type == "cpu" and isinstance(why_not := csrc.attempt(), str):
+    if on_cpu and isinstance(why_not := csrc.attempt(), str):
         say(f"{why_not}: experts run in PyTorch, at a third of the speed")
+
+    # a resumed run must not depend on what another machine would choose
     lr = config.client.lr or base.architecture.lr
-    settings = {
+    filled_in: dict[str, dict[str, Any]] = {
         "base": {"dtype": dtype, "device": str(base.device), "threads": threads},
         "data": {"root": config.data.root.resolve()},
         "client": {"lr": lr, "router_lr": config.client.router_lr or lr},
     }
-    resolved = {
-        section: getattr(config, section).model_copy(update=values)
-        for section, values in settings.items()
-    }
-    return base, config.model_copy(update=resolved)
-
-
-def large(number: int) -> str:
-    """4.2 M, 135 M, 7.1 B; small numbers as they are."""
-    for power, unit in ((10**9, "B"), (10**6, "M")):
-        if number >= power:
-            return f"{number / power:.{1 if number < 100 * power else 0}f} {unit}"
-    return f"{number:,}"
+    sections = {}
+    for name, values in filled_in.items():
+        sections[name] = getattr(config, name).model_copy(update=values)
+    return base, config.model_copy(update=sections)
 
 
 def read_texts(config: Config, base: Base, report: Report, say: Say) -> Texts:
-    """Every client's data: tokenised, with one line each about how much there is, where all train
-    from the start.
+    """Return every client's text; where all train from the start, tokenise it and say how much.
+
+    report: gets notes on what is going on. say: gets a line for each client.
     """
     data = prepare(config, base.encoder, lambda line: report(Note(message=line)))
     if not everybody_trains(config):
-        say(
-            f"{plural(len(data.names), 'client')}: a client's text is tokenised when it is first asked"
-        )
+        clients = plural(len(data.names), "client")
+        say(f"{clients}: a client's text is tokenised when it is first asked")
         return data
+
     width = max(len(name) for name in data.names)
     for name, client in data.load_all().items():
-        amounts = (
-            f"{split} {sum(s.num_tokens for s in getattr(client, split)):,}" for split in SPLITS
-        )
+        amounts = []
+        for split in SPLITS:
+            tokens = sum(store.num_tokens for store in getattr(client, split))
+            amounts.append(f"{split} {tokens:,}")
         say(f"{name:{width}}  tokens: {', '.join(amounts)}")
     return data
 
 
 def everybody_trains(config: Config) -> bool:
-    """All clients are asked in every round, so everybody's text is needed from the start."""
+    """Return whether all clients are asked in every round, so that all text is needed at once."""
     return config.participation.clients_per_round is None
 
 
 @contextmanager
 def attached(config: Config, base: Base) -> Iterator[tuple[Attachment, dict[str, Shapes]]]:
-    """Experts on the base, and the shapes of every client's tensors."""
+    """Attach experts to the base, and give them with the shapes of every client's tensors."""
     method = load_method(config)
     with Attachment(
         base.model, base.architecture, config.experts, summed=method.mixing == "sum"
