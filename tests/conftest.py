@@ -22,7 +22,7 @@ from comigs.config import BaseSection, Config, ExpertShape, ExpertsSection, pars
 from comigs.data.prepare import prepare
 from comigs.engines.in_process import InProcess
 from comigs.experts.attach import Attachment
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 from comigs.runs.folder import RunFolder
 from comigs.slots import Slot
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from comigs.config import parse_config
-from comigs.methods.method import Method, mean_of_uploads
+from comigs.methods.merging import mean_of_uploads
+from comigs.methods.method import Method
 from comigs.runs.folder import RunFolder
 from comigs.server.protocol import Answers, Reply
 from comigs.server.rounds import run_rounds

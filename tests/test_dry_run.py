@@ -14,7 +14,7 @@ from comigs.bases.load import load_base
 from comigs.data.prepare import prepare
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 from comigs.server.validation import shapes_of_clients
 from tests.runs import ENVIRONMENT, comigs, files, refused, write_config
 
@@ -26,7 +26,7 @@ from comigs.config import parse_config
 from comigs.server.validation import shapes_of_clients
 from comigs.processes import peak_memory
 from comigs.experts.attach import Attachment
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 windows, length, specialists = map(int, sys.argv[1:])
 config = parse_config({
     "base": {"name": "mini", "device": "cpu"}, "data": {"sequence_length": length},

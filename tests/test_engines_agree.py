@@ -9,7 +9,7 @@ import pytest
 from comigs.app import api
 from comigs.engines.in_process import InProcess
 from comigs.federation.flower.engine import Flower
-from comigs.methods.method import list_methods, load_method
+from comigs.methods.loading import list_methods, load_method
 from comigs.runs.folder import RunFolder
 from tests.conftest import bits, run_config
 from tests.local_grid import Federation

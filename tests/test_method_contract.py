@@ -15,7 +15,8 @@ from comigs.client.client import PRIVATE
 from comigs.config import parse_config
 from comigs.errors import Stopped, UserError
 from comigs.experts.attach import Attachment
-from comigs.methods.method import RoundContext, list_methods, load_method
+from comigs.methods.loading import list_methods, load_method
+from comigs.methods.method import RoundContext
 from comigs.server.pending import next_downloads, pack_server, unpack_server
 from comigs.server.validation import check_upload, expected_upload, shapes_of_clients
 from comigs.slots import Slot

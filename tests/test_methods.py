@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from comigs.errors import UserError
-from comigs.methods.method import RoundContext, list_methods, load_method, mean, mean_of_uploads
+from comigs.methods.loading import list_methods, load_method
+from comigs.methods.merging import mean, mean_of_uploads
+from comigs.methods.method import RoundContext
 from comigs.slots import Slot
 from tests.conftest import bits, run_config, start_engine
 

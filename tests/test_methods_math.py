@@ -20,7 +20,8 @@ from comigs.client.client import Client
 from comigs.data.sampling import probe_windows
 from comigs.errors import Stopped, UserError
 from comigs.methods import fdlora, hetlora, pcl
-from comigs.methods.method import RoundContext, list_methods, load_method
+from comigs.methods.loading import list_methods, load_method
+from comigs.methods.method import RoundContext
 from comigs.server.diagnostics import drift
 from comigs.server.protocol import Task
 from comigs.slots import Slot

@@ -14,7 +14,7 @@ import torch
 from comigs.bases.load import load_base
 from comigs.data.prepare import prepare
 from comigs.engines.in_process import InProcess
-from comigs.methods.method import list_methods, load_method
+from comigs.methods.loading import list_methods, load_method
 from comigs.runs.folder import RunFolder
 from comigs.server.pending import next_downloads, unpack_server
 from comigs.server.protocol import Answers

@@ -9,7 +9,7 @@ import torch
 
 from comigs.config import parse_config
 from comigs.errors import UserError
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Absent, RoundEnd, Train
 from comigs.runs.summary import summarize

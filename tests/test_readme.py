@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from comigs.config import parse_config
-from comigs.methods.method import list_methods
+from comigs.methods.loading import list_methods
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ import pytest
 
 from comigs import text as f
 from comigs.errors import UserError
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 from comigs.runs.report import page, provenance, tables
 from comigs.runs.report.page import report_page, write_report, write_reports
 from comigs.runs.report.read import read_run

@@ -76,7 +76,7 @@ import sys, torch
 from pathlib import Path
 from comigs.engines.upload_store import UploadStore
 from comigs.processes import peak_memory
-from comigs.methods.method import mean
+from comigs.methods.merging import mean
 from comigs.slots import Slot
 store, slots = UploadStore(Path(sys.argv[1])), [Slot(layer, "up", "g0", "A") for layer in range(8)]
 add = lambda n: store.add(f"client{n}", {slot: torch.full((256, 1024), float(n)) for slot in slots})  # 8 MiB

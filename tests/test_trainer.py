@@ -32,7 +32,7 @@ from comigs.federation.messages import (
     config_for,
     our_version,
 )
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 from comigs.runs.folder import RunFolder
 from comigs.server import wire
 from comigs.server.protocol import Task

@@ -11,7 +11,8 @@ from comigs.client import steps
 from comigs.client.state import new_train_state
 from comigs.client.steps import MethodHooks, StepSettings, local_round
 from comigs.config import ClientSection
-from comigs.methods.method import RoundContext, mean_of_uploads
+from comigs.methods.merging import mean_of_uploads
+from comigs.methods.method import RoundContext
 from tests.authors_loop import leaky_gradients_for
 from tests.golden import load
 

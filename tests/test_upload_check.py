@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comigs.config import UploadSection
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 from comigs.runs.summary import summarize
 from comigs.server.protocol import Reply, Task
 from comigs.server.validation import check_lines, check_upload, common_start, step_length, too_long

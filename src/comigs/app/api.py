@@ -27,7 +27,7 @@ from comigs.data.prepare import prepare as prepare_data
 from comigs.engines.in_process import InProcess
 from comigs.errors import Stopped, UserError, nearest
 from comigs.files import command, require_free
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 from comigs.personal.model import PersonalModel
 from comigs.processes import interrupts
 from comigs.runs.environment import describe, environment

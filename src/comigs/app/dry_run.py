@@ -26,7 +26,8 @@ from comigs.data.prepare import Outline, require_text
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
-from comigs.methods.method import Method, RoundContext, Upload, load_method
+from comigs.methods.loading import load_method
+from comigs.methods.method import Method, RoundContext, Upload
 from comigs.runs.metrics import Note
 from comigs.seeds import generator
 from comigs.server.communication import traffic_by_client

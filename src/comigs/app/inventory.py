@@ -9,7 +9,7 @@ from comigs.app.dry_run import budgets
 from comigs.bases.load import load_base, loaders, modules
 from comigs.config import parse_config
 from comigs.data.sources import list_sources
-from comigs.methods.method import list_methods, load_method, method_module
+from comigs.methods.loading import list_methods, load_method, method_module
 from comigs.text import Table, size
 
 

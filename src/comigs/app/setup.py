@@ -18,7 +18,7 @@ from comigs.engines.workers import devices
 from comigs.errors import UserError
 from comigs.experts import csrc
 from comigs.experts.attach import Attachment
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 from comigs.processes import cpus
 from comigs.runs.metrics import Note
 from comigs.server.protocol import Report

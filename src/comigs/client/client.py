@@ -36,7 +36,8 @@ from comigs.data.sampling import BatchSource, Level, check_text, probe_windows
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
-from comigs.methods.method import Download, Method, Tensors, pairs
+from comigs.methods.merging import pairs
+from comigs.methods.method import Download, Method, Tensors
 from comigs.seeds import generator
 from comigs.slots import Slot
 

@@ -27,7 +27,8 @@ from comigs.engines.host import ClientHost
 from comigs.engines.upload_store import StoredUpload, UploadStore
 from comigs.errors import UserError
 from comigs.files import command
-from comigs.methods.method import Upload, load_method
+from comigs.methods.loading import load_method
+from comigs.methods.method import Upload
 from comigs.processes import Child, cpus
 from comigs.runs.folder import RunFolder
 from comigs.runs.json_lines import read_event

@@ -11,7 +11,8 @@ from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapte
 from comigs.config import Config, DataSection, ParticipationSection, Split
 from comigs.data.prepare import require_own_text_only
 from comigs.errors import UserError
-from comigs.methods.method import Method, list_methods, load_method
+from comigs.methods.loading import list_methods, load_method
+from comigs.methods.method import Method
 from comigs.server.protocol import Task
 from comigs.server.wire import Head
 

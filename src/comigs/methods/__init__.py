@@ -1,3 +1,1 @@
-"""Methods: who shares what, how the server merges, which level learns from what. One small file
-each, found by name.
-"""
+"""This room holds the methods: one small file each, found by its name."""

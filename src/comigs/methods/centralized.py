@@ -1,8 +1,7 @@
-"""All text in one place: one model, trained on everybody's text with as many times the batch. What
-sharing text buys.
+"""Centralized: one model, trained on everybody's text with as many times the batch.
 
-Nothing stays on a device here. It is the yardstick of a comparison, not a way to treat private
-text.
+It shows what sharing text buys. Nothing stays on a device here: it is the yardstick of a
+comparison, not a way to treat private text.
 """
 
 from dataclasses import replace
@@ -13,11 +12,12 @@ from comigs.methods.method import Method
 
 
 def method(config: Config) -> Method:
-    """The experts of fedavg, trained once on pooled text; every client is measured with them."""
+    """Return fedavg's experts, trained once on pooled text; every client is measured with them."""
     return replace(
         fedavg.method(config),
         name="centralized",
-        summary="one model on the pooled text of all clients, n times the batch; all text leaves the devices",
+        summary="one model on the pooled text of all clients, n times the batch; "
+        "all text leaves the devices",
         paper="-",
         weights="-",
         averages=False,

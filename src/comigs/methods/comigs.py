@@ -1,44 +1,34 @@
-"""CoMiGS: generalists averaged over all clients, specialists and router at home, the router taught
-by valid (bi-level).
+"""CoMiGS: generalists averaged over all clients, specialists and router at home. 2409.13931.
 
-2409.13931. Its variants are numbers: 1g1s, 2g (`generalists = 2, specialists = 0`), 2s
-(`generalists = 0, specialists = 2, share_attention = false`), 1gXs (`specialists` differs between
-clients).
+The router is taught by valid (bi-level). Variants are numbers: 1g1s, 2g (`generalists = 2,
+specialists = 0`), 2s (`generalists = 0, specialists = 2, share_attention = false`), 1gXs
+(`specialists` differs between clients).
 
 Two things are ours. A client's generalists go only as far towards a download as its valid asks
-(docs/decisions/0007).
-And where the config does not say how many experts there are, a client has a single one of all their
-ranks, which is averaged, and beside it what it did not adopt: the rest of the world, frozen (0013).
-`configs/paper.toml` has neither.
+(docs/decisions/0007). And where the config does not say how many experts there are, a client has a
+single one of all their ranks, which is averaged, and beside it what it did not adopt: the others'
+expert, frozen (0013). `configs/paper.toml` has neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 
-from comigs.config import Config, ExpertShape, Section
+from comigs.config import Config, Section
 from comigs.errors import UserError
-from comigs.methods.method import (
-    Download,
-    Method,
-    Mixed,
-    Tensors,
-    beside_others,
-    mean_of_uploads,
-    options,
-    others_of,
-    require_equal,
-)
+from comigs.methods.loading import options
+from comigs.methods.merging import mean_of_uploads
+from comigs.methods.method import Download, Method, Mixed, Nats, Tensors
+from comigs.methods.shapes import Shape, as_configured, beside_others, others_of, require_equal
 from comigs.slots import Slot
 
 
 class Options(Section):
-    """[options] of comigs."""
+    """The [options] of comigs."""
 
     adopt: Literal["all", "valid"] = Field(
         "valid", description='"all" of a download, or its generalists only as far as "valid" asks'
@@ -49,33 +39,34 @@ class Options(Section):
 
 
 def method(config: Config) -> Method:
-    """The paper's method with adoption, and with the rest of the world unless the config says how
-    many experts.
+    """Return the paper's method with adoption, and with the others' expert.
+
+    Where the config says how many experts there are, it is without the others' expert.
     """
     settings = options(config, Options)
     if not config.numbers_experts:
         if settings.adopt != "valid":
             raise UserError(
-                f'options.adopt: given "{settings.adopt}", which leaves nothing of a download to put beside the own '
-                'expert; give "valid", or say how many experts there are (experts.generalists, experts.specialists)'
+                f'options.adopt: given "{settings.adopt}", which leaves nothing of a download to '
+                'put beside the own expert; give "valid", or say how many experts there are '
+                "(experts.generalists, experts.specialists)"
             )
         return replace(with_others(config), probe=settings.probe_windows)
+    published = as_published(config)
     if settings.adopt == "all":
-        return as_published(config)
-    return replace(as_published(config), mix=mix_as_valid_asks, probe=settings.probe_windows)
+        return published
+    return replace(published, mix=mix_as_valid_asks, probe=settings.probe_windows)
 
 
 def as_published(
     config: Config,
-    shape: Callable[[ExpertShape], ExpertShape] = lambda shape: shape,
+    shape: Shape = as_configured,
     advice: str = "Set specialist_rank, which may differ",
 ) -> Method:
-    """The server's mean over generalists and, unless `experts.share_attention` is false, attention
-    LoRA.
-    """
-    require_equal(
-        config, "rank", f"{config.method} averages generalists entry by entry. {advice}", shape
-    )
+    """Return the method that averages generalists and, with share_attention, attention LoRA."""
+    why = f"{config.method} averages generalists entry by entry. {advice}"
+    require_equal(config, "rank", why, shape)
+    # Specialists and router are never shared, whatever the settings say.
     shared = {"generalist", "attention"} if config.experts.share_attention else {"generalist"}
 
     def shares(slot: Slot) -> bool:
@@ -83,7 +74,8 @@ def as_published(
 
     return Method(
         name="comigs",
-        summary="generalists averaged, specialists and router at home, router taught by valid (bi-level)",
+        summary="generalists averaged, specialists and router at home, "
+        "router taught by valid (bi-level)",
         paper="2409.13931",
         shares=shares,
         receives=shares,
@@ -93,61 +85,67 @@ def as_published(
 
 
 def with_others(config: Config) -> Method:
-    """One own expert of all ranks, and beside it the last download's, frozen, as in FedALT
-    (2503.11880).
+    """Return the method with one own expert of all ranks and, frozen beside it, the others'.
 
-    Where valid asks for all of a download, nothing of it is left to put beside the client's own;
-    where valid asks for none, the router chooses between both. In between, the weights are: the
-    router is as far open to the rest as the download was not adopted. Until the first download it
-    is closed. It learns with the experts from train, and by itself from valid.
+    The others' expert is the last download's, as in FedALT (2503.11880). Where valid asks for all
+    of a download, nothing of it is left to put beside the client's own; where valid asks for none,
+    the router chooses between both. In between, the weights are: the router's gate is as far open
+    to the others as the download was not adopted. Until the first download it is closed. The router
+    learns with the experts from train, and by itself from valid.
     """
 
-    def mix(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Mixed:
+    def mix(own: Tensors, download: Download, nats: Nats) -> Mixed:
         share = share_that_valid_asks(own, download, nats)
-        gates = {
-            slot: torch.full_like(tensor, 1 - share) for slot, tensor in own.items() if slot.is_gate
-        }
-        return {**towards(own, download, share), **others_of(download), **gates}, share
+        written = {**towards(own, download, share), **others_of(download)}
+        for slot, tensor in own.items():
+            if slot.is_gate:
+                written[slot] = torch.full_like(tensor, 1 - share)
+        return written, share
 
+    # Everything else is the published method's.
     shape = beside_others("gated")
     return replace(
         as_published(config, shape, "Say how many specialists there are, which may differ"),
-        summary="own experts averaged as far as valid asks, what is left of the others frozen beside them (bi-level)",
+        summary="own experts averaged as far as valid asks, "
+        "what is left of the others frozen beside them (bi-level)",
         shape=shape,
         schedule="both",
         mix=mix,
     )
 
 
-def mix_as_valid_asks(own: Tensors, download: Download, nats: Callable[[Tensors], float]) -> Mixed:
-    """A download as far as it helps: a client whose text has little in common with the others'
-    keeps what it learnt.
+def mix_as_valid_asks(own: Tensors, download: Download, nats: Nats) -> Mixed:
+    """Mix a download in as far as it helps, and return what is written and how far that is.
+
+    A client whose text has little in common with the others' keeps what it learnt.
     """
     share = share_that_valid_asks(own, download, nats)
     return towards(own, download, share), share
 
 
-def towards(own: Tensors, download: Download, share: float) -> Tensors:
-    """own + share * (download - own) of the generalists; attention LoRA is one for all, taken whole
-    (0007).
+def towards(own: Tensors, download: Download, share: float) -> dict[Slot, torch.Tensor]:
+    """Return own + share * (download - own) of the generalists.
+
+    Attention LoRA is one for all, and taken whole (0007).
     """
-    return {
-        s: t if s.role == "attention" else torch.lerp(own[s], t, share) for s, t in download.items()
-    }
+    mixed = {}
+    for slot, tensor in download.items():
+        whole = slot.role == "attention"
+        mixed[slot] = tensor if whole else torch.lerp(own[slot], tensor, share)
+    return mixed
 
 
-def share_that_valid_asks(
-    own: Tensors, download: Download, nats: Callable[[Tensors], float]
-) -> float:
-    """The best share of 1, 1/2, 0 and the lowest point of a parabola through them; of equally good
-    ones the first.
+def share_that_valid_asks(own: Tensors, download: Download, nats: Nats) -> float:
+    """Return the best share of 1, 1/2, 0 and the lowest point of a parabola through them.
 
-    The mixing of 2003.13461 (APFL), chosen anew each round, on valid.
+    Of equally good ones it is the first. This is the mixing of 2003.13461 (APFL), chosen anew each
+    round, on valid.
     """
     nats_at = {share: nats(towards(own, download, share)) for share in (1.0, 0.5, 0.0)}
     bend = nats_at[0.0] - 2 * nats_at[0.5] + nats_at[1.0]
     if bend > 0:
         lowest = min(1.0, max(0.0, 0.5 + (nats_at[0.0] - nats_at[1.0]) / (4 * bend)))
-        if lowest not in nats_at:  # measured as well, for a parabola may be wrong
+        # It is measured as well, for a parabola may be wrong.
+        if lowest not in nats_at:
             nats_at[lowest] = nats(towards(own, download, lowest))
     return min(nats_at, key=lambda share: nats_at[share])

@@ -1,10 +1,9 @@
-"""FDLoRA: a shared LoRA and a personal one, whose sum adapts the base; fused per client at the end.
-2406.07925.
+"""FDLoRA: a shared LoRA and a personal one, whose sum adapts the base. 2406.07925.
 
 At the end each client weighs the two anew, w1 * personal + w2 * shared, by what is best on its
 valid, found without gradients (their adaptive fusion): a compass search in [-1, 1]^2 from (1, 1),
-about ten evaluations, L1 term 0.05.
-Attention LoRA is one for all, as in every method here, and is not weighed.
+about ten evaluations, L1 term 0.05. Attention LoRA is one for all, as in every method here, and is
+not weighed.
 """
 
 from __future__ import annotations
@@ -16,11 +15,14 @@ from pydantic import Field
 
 from comigs.config import Config, Section
 from comigs.methods import comigs
-from comigs.methods.method import Method, Tensors, options
+from comigs.methods.loading import options
+from comigs.methods.method import Method, Nats, Tensors
+
+Point = tuple[float, float]  # the weights of the personal and of the shared LoRA
 
 
 class Options(Section):
-    """[options] of fdlora."""
+    """The [options] of fdlora."""
 
     evaluations: int = Field(
         10, ge=1, description="times that a client reads its valid to find its two weights"
@@ -29,19 +31,21 @@ class Options(Section):
 
 
 def method(config: Config) -> Method:
-    """Generalists are the shared LoRA, specialists the personal one."""
+    """Return the method whose generalists are the shared LoRA and specialists the personal one."""
     settings = options(config, Options)
 
-    def finish(tensors: Tensors, nats: Callable[[Tensors], float]) -> Tensors:
-        def cost(weights: tuple[float, float]) -> float:
+    def finish(tensors: Tensors, nats: Nats) -> Tensors:
+        def cost(weights: Point) -> float:
             return nats(weighed(tensors, *weights)) + settings.l1 * sum(map(abs, weights))
 
         return weighed(tensors, *compass_search(cost, settings.evaluations))
 
+    # The two are trained as comigs trains its experts, but summed instead of routed.
     return replace(
         comigs.as_published(config),
         name="fdlora",
-        summary="a shared LoRA plus a personal one; at the end each client weighs the two on its valid",
+        summary="a shared LoRA plus a personal one; "
+        "at the end each client weighs the two on its valid",
         paper="2406.07925",
         mixing="sum",
         finish=finish,
@@ -49,34 +53,32 @@ def method(config: Config) -> Method:
 
 
 def weighed(tensors: Tensors, personal: float, shared: float) -> Tensors:
-    """The tensors with both LoRA scaled, through B."""
-    factors = {"specialist": personal, "generalist": shared}
-    return {
-        s: t * factors[s.role] if s.matrix == "B" and s.role in factors else t
-        for s, t in tensors.items()
-    }
+    """Return the tensors with both LoRA scaled, through B."""
+    factors, scaled = {"specialist": personal, "generalist": shared}, dict(tensors)
+    for slot, tensor in tensors.items():
+        if slot.matrix == "B" and slot.role in factors:
+            scaled[slot] = tensor * factors[slot.role]
+    return scaled
 
 
-def compass_search(
-    cost: Callable[[tuple[float, float]], float], evaluations: int
-) -> tuple[float, float]:
-    """The best of `evaluations` points: steps of 1/2 along either axis inside [-1, 1]^2, halved
-    where none helps.
+def compass_search(cost: Callable[[Point], float], evaluations: int) -> Point:
+    """Return the best of `evaluations` points, or of fewer where steps get too small to matter.
 
-    Fewer points where steps get too small to matter.
+    Steps are 1/2 along either axis inside [-1, 1]^2, halved where none helps.
     """
     best, step = (1.0, 1.0), 0.5
     lowest, seen = cost(best), {best}
     while len(seen) < evaluations and step > 1e-6:
-        around = [
-            (best[0] + a * step, best[1] + b * step) for a, b in ((-1, 0), (0, -1), (1, 0), (0, 1))
-        ]
-        new = [p for p in around if p not in seen and max(map(abs, p)) <= 1]
-        better = False
-        for point in new[: evaluations - len(seen)]:
+        # The first point that is better is the next centre; the others around are not tried.
+        improved = False
+        for along, across in ((-1, 0), (0, -1), (1, 0), (0, 1)):
+            point = (best[0] + along * step, best[1] + across * step)
+            if point in seen or max(map(abs, point)) > 1 or len(seen) == evaluations:
+                continue
             seen.add(point)
             if (value := cost(point)) < lowest:
-                best, lowest, better = point, value, True
+                best, lowest, improved = point, value, True
                 break
-        step = step if better else step / 2
+        if not improved:
+            step /= 2
     return best

@@ -1,6 +1,4 @@
-"""FedProx: fedavg, and the local loss pulls what is shared back to the download. 1812.06127,
-equation 2.
-"""
+"""FedProx: fedavg, and the local loss pulls back to the download. 1812.06127, equation 2."""
 
 from dataclasses import replace
 
@@ -10,11 +8,12 @@ from torch import Tensor
 
 from comigs.config import Config, Section
 from comigs.methods import fedavg
-from comigs.methods.method import Method, Tensors, options
+from comigs.methods.loading import options
+from comigs.methods.method import Method, Tensors
 
 
 class Options(Section):
-    """[options] of fedprox."""
+    """The [options] of fedprox."""
 
     mu: float = Field(
         0.01, ge=0, description="weight of mu/2 * |theta - download|^2 in the local loss"
@@ -22,7 +21,7 @@ class Options(Section):
 
 
 def method(config: Config) -> Method:
-    """fedavg with the proximal term."""
+    """Return fedavg with the proximal term."""
     mu = options(config, Options).mu
 
     def penalty(tensors: Tensors, anchor: Tensors) -> Tensor:

@@ -1,8 +1,7 @@
-"""FlexLoRA: ranks differ; the server averages the products and gives each client their best factors
-of its rank.
+"""FlexLoRA: the server averages products, and factors them for each client's rank. 2402.11505.
 
-2402.11505, equations 3-5. The (out, in) product is never formed: the QR of the stacked factors
-leaves a small SVD.
+Ranks may differ: each client gets the best factors of its rank (equations 3-5). The (out, in)
+product is never formed: the QR of the stacked factors leaves a small SVD.
 """
 
 from __future__ import annotations
@@ -13,54 +12,42 @@ from torch import Tensor
 
 from comigs.config import Config
 from comigs.methods import lowrank
-from comigs.methods.method import (
-    Download,
-    Memory,
-    Method,
-    RoundContext,
-    Upload,
-    one_expert,
-    pairs,
-    shares_all,
-    slots,
-)
+from comigs.methods.merging import pairs, slots
+from comigs.methods.method import Download, Memory, Method, RoundContext, Upload
+from comigs.methods.shapes import one_expert, shares_all
 from comigs.slots import Slot
 
 
 def method(config: Config) -> Method:
-    """One expert per client, of the client's own rank."""
+    """Return the method with one expert per client, of the client's own rank."""
     shape, scale = one_expert("generalist"), config.experts.scale
-    shapes = {client.name: shape(config.shape_of(client)) for client in config.clients}
+    ranks = {client.name: shape(config.shape_of(client)).rank for client in config.clients}
 
     def aggregate(
         uploads: Mapping[str, Upload], memory: Memory, context: RoundContext
     ) -> tuple[dict[str, Download], Memory]:
-        factors = {name: pairs(upload) for name, upload in uploads.items()}
         total = sum(context.weights[name] for name in uploads)
-        downloads: dict[str, Download] = {}
-        merged: dict[int, dict[Slot, Tensor]] = {}  # by the client's rank
-        for client in context.clients:
-            rank = shapes[client].rank
-            if rank not in merged:
-                merged[rank] = {}
-                for at, (A, _) in next(iter(factors.values()), {}).items():
-                    wanted = rank if at[2] != "attention" else A.shape[0]
-                    weights = [
-                        context.weights[n] / total * scale(f[at][0].shape[0]) / scale(wanted)
-                        for n, f in factors.items()
-                    ]
-                    pair = lowrank.factorize(
-                        lowrank.stack([f[at] for f in factors.values()], weights), wanted
-                    )
-                    merged[rank] |= slots(
-                        at, pair, next(iter(next(iter(uploads.values())).values()))
-                    )
-            downloads[client] = merged[rank]
-        return downloads, memory
+        factors = {name: pairs(upload) for name, upload in uploads.items()}
+        merged: dict[int, dict[Slot, Tensor]] = {}
+        # Clients of one rank get one object.
+        for rank in {ranks[client] for client in context.clients}:
+            merged[rank] = {}
+            for place, (A, _) in next(iter(factors.values()), {}).items():
+                wanted = len(A) if place[2] == "attention" else rank
+                # LoRA's scale differs between ranks, so it is part of each product.
+                weights = []
+                for name, own in factors.items():
+                    weight = context.weights[name] / total
+                    weights.append(weight * scale(len(own[place][0])) / scale(wanted))
+                stacked = lowrank.stack([own[place] for own in factors.values()], weights)
+                like = next(iter(next(iter(uploads.values())).values()))
+                merged[rank] |= slots(place, lowrank.factorize(stacked, wanted), like)
+        return {client: merged[ranks[client]] for client in context.clients}, memory
 
     return Method(
         name="flexlora",
-        summary="ranks may differ: products averaged, each client gets their best factors of its rank (SVD)",
+        summary="ranks may differ: products averaged, "
+        "each client gets their best factors of its rank (SVD)",
         paper="2402.11505",
         weights="tokens in train, or clients.NAME.weight",
         shares=shares_all,

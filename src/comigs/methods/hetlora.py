@@ -1,5 +1,4 @@
-"""HetLoRA: ranks differ; smaller ones are padded with zeros, and clients prune ranks they do not
-use. 2401.06432.
+"""HetLoRA: smaller ranks are padded with zeros, clients prune ranks they do not use. 2401.06432.
 
 A client takes the first r_k rows of what the server has (the largest rank), and counts in the mean
 by the norm of its update, ||B_k A_k||_F. Its loss carries lambda ||A[t:]|| ||B[:, t:]||, t =
@@ -9,7 +8,8 @@ download, the tail is pruned: zero from then on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from pydantic import Field
@@ -17,26 +17,16 @@ from torch import Tensor
 
 from comigs.config import Config, Section
 from comigs.methods import lowrank
-from comigs.methods.method import (
-    Download,
-    Memory,
-    Method,
-    RoundContext,
-    Tensors,
-    Upload,
-    one_expert,
-    options,
-    pairs,
-    shares_all,
-    slots,
-)
+from comigs.methods.loading import options
+from comigs.methods.lowrank import Pair
+from comigs.methods.merging import Place, pairs, slots
+from comigs.methods.method import Download, Memory, Method, RoundContext, Tensors, Upload
+from comigs.methods.shapes import one_expert, shares_all
 from comigs.slots import Slot
-
-At = tuple[int, str, str]  # layer, site, part
 
 
 class Options(Section):
-    """[options] of hetlora."""
+    """The [options] of hetlora."""
 
     penalty: float = Field(
         0.01, ge=0, description="lambda: weight of the tail's norms in the local loss"
@@ -47,85 +37,55 @@ class Options(Section):
 
 
 def method(config: Config) -> Method:
-    """One expert per client, of the client's own rank."""
-    settings, shape = options(config, Options), one_expert("generalist")
+    """Return the method with one expert per client, of the client's own rank."""
+    settings, scale = options(config, Options), config.experts.scale
+    shape = one_expert("generalist")
     ranks = {client.name: shape(config.shape_of(client)).rank for client in config.clients}
 
     def aggregate(
         uploads: Mapping[str, Upload], memory: Memory, context: RoundContext
     ) -> tuple[dict[str, Download], Memory]:
-        """memory: "CLIENT/LAYER.SITE.PART" -> the ranks that the client had not pruned when it last
-        sent something.
-        """
-        factors = {name: rescaled(pairs(upload), up=True) for name, upload in uploads.items()}
-        sent = {
-            f"{c}/{at[0]}.{at[1]}.{at[2]}": torch.tensor(used_rank(f[at]))
-            for c, f in factors.items()
-            for at in f
-        }
-        memory = {**memory, **sent}
-        averages = {
-            at: weighted_mean([f[at] for f in factors.values()])
-            for at in next(iter(factors.values()), {})
-        }
-        likes = {at: next(iter(uploads.values()))[Slot(*at, "A")] for at in averages}
-        used = {at: used_rank(average) for at, average in averages.items()}
+        # LoRA's scale differs between ranks, so it is part of B here, and taken out again below.
+        # The memory holds the ranks that a client had not pruned when it last sent something.
+        factors: dict[str, dict[Place, Pair]] = {}
+        memory = dict(memory)
+        for name, upload in uploads.items():
+            factors[name] = {at: (A, B * scale(len(A))) for at, (A, B) in pairs(upload).items()}
+            for place, pair in factors[name].items():
+                memory[_key(name, place)] = torch.tensor(used_rank(pair))
+
+        averages, likes, used = {}, {}, {}
+        for place in next(iter(factors.values()), {}):
+            averages[place] = weighted_mean([own[place] for own in factors.values()])
+            likes[place] = next(iter(uploads.values()))[Slot(*place, "A")]
+            used[place] = used_rank(averages[place])
+
         downloads: dict[str, Download] = {}
-        made: dict[
-            tuple[tuple[int, int], ...], Download
-        ] = {}  # by ranks, and those of them that are kept
+        made: dict[tuple[tuple[int, int], ...], Download] = {}
         for client in context.clients:
-            rank = {
-                at: ranks[client] if at[2] != "attention" else len(A)
-                for at, (A, _) in averages.items()
-            }
-            kept = {
-                at: int(memory.get(f"{client}/{at[0]}.{at[1]}.{at[2]}", rank[at]))
-                for at in averages
-            }
-            if client not in factors and any(kept[at] > used[at] for at in averages):
-                continue  # it uses ranks that nobody sent: zeros there would never learn again
-            kind = tuple((rank[at], kept[at]) for at in averages)
+            rank, kept = {}, {}
+            for place, (A, _) in averages.items():
+                rank[place] = len(A) if place[2] == "attention" else ranks[client]
+                kept[place] = int(memory.get(_key(client, place), rank[place]))
+            # A client may use ranks that nobody sent: zeros there would never learn again.
+            if client not in factors and any(kept[place] > used[place] for place in averages):
+                continue
+            # Clients that have and keep the same ranks get one object.
+            kind = tuple((rank[place], kept[place]) for place in averages)
             if kind not in made:
-                cut = {
-                    at: lowrank.pad(lowrank.first_rows(averages[at], kept[at]), rank[at])
-                    for at in averages
-                }
-                parts = (slots(at, pair, likes[at]) for at, pair in rescaled(cut, up=False).items())
-                made[kind] = {slot: tensor for part in parts for slot, tensor in part.items()}
+                download: dict[Slot, Tensor] = {}
+                for place, pair in averages.items():
+                    A, B = lowrank.pad(lowrank.first_rows(pair, kept[place]), rank[place])
+                    download |= slots(place, (A, B / scale(len(A))), likes[place])
+                made[kind] = download
             downloads[client] = made[kind]
         return downloads, memory
-
-    def rescaled(factors: Mapping[At, lowrank.Pair], up: bool) -> dict[At, lowrank.Pair]:
-        """LoRA's scale, which differs between ranks, put into B on the way up and taken out again
-        on the way down.
-        """
-        result = {}
-        for at, (A, B) in factors.items():
-            scale = config.experts.scale(len(A))
-            result[at] = (A, B * scale if up else B / scale)
-        return result
-
-    def penalty(tensors: Tensors, anchor: Tensors) -> Tensor:
-        return (
-            settings.penalty
-            * torch.stack([tail_norm(pair, settings.gamma) for pair in both(tensors)]).sum()
-        )
-
-    def after_training(tensors: Tensors, anchor: Tensors) -> Tensors:
-        after = dict(tensors)
-        for slot in (s for s in tensors if s.matrix == "A"):
-            partner = Slot(slot.layer, slot.site, slot.part, "B")
-            now, then = (tensors[slot], tensors[partner]), (anchor[slot], anchor[partner])
-            if tail_norm(now, settings.gamma) < tail_norm(then, settings.gamma):
-                t = tail_start(now, settings.gamma)
-                after[slot], after[partner] = lowrank.pad(lowrank.first_rows(now, t), len(now[0]))
-        return after
 
     prunes = settings.gamma < 1
     return Method(
         name="hetlora",
-        summary="ranks may differ: padded with zeros, merged by the size of the update, ranks not needed pruned",
+        summary="ranks may differ: padded with zeros, merged by the size of the update, "
+        "ranks not needed pruned",
         paper="2401.06432",
         weights="norm of the client's update",
         shares=shares_all,
@@ -133,49 +93,70 @@ def method(config: Config) -> Method:
         aggregate=aggregate,
         shape=shape,
         mixing="uniform",
-        penalty=penalty if prunes and settings.penalty else None,
-        after_training=after_training if prunes else None,
+        penalty=partial(penalty, settings) if prunes and settings.penalty else None,
+        after_training=partial(pruned, settings) if prunes else None,
     )
 
 
-def both(tensors: Tensors) -> list[lowrank.Pair]:
-    """(A, B) of every LoRA."""
-    return [
-        (t, tensors[Slot(s.layer, s.site, s.part, "B")])
-        for s, t in tensors.items()
-        if s.matrix == "A"
-    ]
+def _key(client: str, place: Place) -> str:
+    layer, site, part = place
+    return f"{client}/{layer}.{site}.{part}"
 
 
-def weighted_mean(factors: list[lowrank.Pair]) -> lowrank.Pair:
-    """Mean of pairs padded to the largest rank, weighted by their products' norms (equally where
-    all are zero).
+def penalty(settings: Options, tensors: Tensors, anchor: Tensors) -> Tensor:
+    """Return lambda times the sum of the tails' norms, with gradient."""
+    norms = []
+    for slot_A, slot_B in loras(tensors):
+        norms.append(tail_norm((tensors[slot_A], tensors[slot_B]), settings.gamma))
+    return settings.penalty * torch.stack(norms).sum()
+
+
+def pruned(settings: Options, tensors: Tensors, anchor: Tensors) -> Tensors:
+    """Return the tensors with zeros where training made a tail smaller than it was."""
+    after = dict(tensors)
+    for slot_A, slot_B in loras(tensors):
+        now, then = (tensors[slot_A], tensors[slot_B]), (anchor[slot_A], anchor[slot_B])
+        if tail_norm(now, settings.gamma) < tail_norm(then, settings.gamma):
+            head = lowrank.first_rows(now, tail_start(now, settings.gamma))
+            after[slot_A], after[slot_B] = lowrank.pad(head, len(now[0]))
+    return after
+
+
+def loras(tensors: Tensors) -> list[tuple[Slot, Slot]]:
+    """Return the slots of A and B of every LoRA."""
+    return [(s, Slot(s.layer, s.site, s.part, "B")) for s in tensors if s.matrix == "A"]
+
+
+def weighted_mean(factors: Sequence[Pair]) -> Pair:
+    """Return the mean of pairs padded to the largest rank, weighted by their products' norms.
+
+    Where all are zero, the weights are equal.
     """
-    largest = max(len(A) for A, _ in factors)
     norms = [lowrank.product_norm(pair) for pair in factors]
     total = sum(norms)
-    weights = [norm / total if total > 0 else 1 / len(norms) for norm in norms]
-    padded = [lowrank.pad(pair, largest) for pair in factors]
-    A = torch.stack([w * pair[0] for w, pair in zip(weights, padded, strict=True)]).sum(dim=0)
-    B = torch.stack([w * pair[1] for w, pair in zip(weights, padded, strict=True)]).sum(dim=0)
-    return A, B
+    largest = max(len(A) for A, _ in factors)
+    parts_A, parts_B = [], []
+    for norm, pair in zip(norms, factors, strict=True):
+        weight = norm / total if total > 0 else 1 / len(norms)
+        A, B = lowrank.pad(pair, largest)
+        parts_A.append(weight * A)
+        parts_B.append(weight * B)
+    return torch.stack(parts_A).sum(dim=0), torch.stack(parts_B).sum(dim=0)
 
 
-def used_rank(pair: lowrank.Pair) -> int:
-    """Ranks before those that are pruned: the last row of A or column of B that is not all zero,
-    and those before.
-    """
+def used_rank(pair: Pair) -> int:
+    """Return the ranks before those that are pruned, which are zero in A and in B."""
     used = pair[0].any(dim=1) | pair[1].any(dim=0)
     return int(used.nonzero().max()) + 1 if bool(used.any()) else 0
 
 
-def tail_start(pair: lowrank.Pair, gamma: float) -> int:
-    """t = floor(gamma r), r the ranks still used; at least one rank stays."""
+def tail_start(pair: Pair, gamma: float) -> int:
+    """Return t = floor(gamma r), r the ranks still used; at least one rank stays."""
     return max(1, int(gamma * used_rank(pair)))
 
 
-def tail_norm(pair: lowrank.Pair, gamma: float) -> Tensor:
-    """||A[t:]|| ||B[:, t:]||, a scalar with gradient."""
+def tail_norm(pair: Pair, gamma: float) -> Tensor:
+    """Return ||A[t:]|| ||B[:, t:]||, a scalar with gradient."""
     t = tail_start(pair, gamma)
     norm: Tensor = torch.linalg.vector_norm(pair[0][t:]) * torch.linalg.vector_norm(pair[1][:, t:])
     return norm

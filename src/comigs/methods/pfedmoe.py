@@ -1,8 +1,7 @@
-"""pFedMoE: a shared expert, a private one and a private router, all trained together on train.
-2402.01350, adapted.
+"""pFedMoE: a shared expert, a private one and a private router, on one level. 2402.01350, adapted.
 
-Their shared part is a small model beside a big private one; here both are LoRA experts of one size,
-as for comigs.
+All are trained together on train. Their shared part is a small model beside a big private one; here
+both are LoRA experts of one size, as for comigs.
 """
 
 from dataclasses import replace
@@ -13,7 +12,7 @@ from comigs.methods.method import Method
 
 
 def method(config: Config) -> Method:
-    """comigs on one level."""
+    """Return comigs on one level."""
     return replace(
         comigs.as_published(config),
         name="pfedmoe",

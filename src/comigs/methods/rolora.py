@@ -4,27 +4,25 @@ The factor that rests is equal on all clients, so each merge is exactly the mean
 """
 
 from comigs.config import Config
-from comigs.methods.method import Method, mean_of_uploads, one_expert, require_equal, shares_all
-from comigs.slots import Slot
+from comigs.methods.merging import mean_of_uploads
+from comigs.methods.method import Method
+from comigs.methods.shapes import one_expert, require_equal, shares_all
 
 
 def method(config: Config) -> Method:
-    """One expert; B in odd rounds (B starts at zero, so A alone would learn nothing), A in even
-    ones.
+    """Return the method with one expert: B in odd rounds, A in even ones.
+
+    B starts at zero, so A alone would learn nothing.
     """
     shape = one_expert("generalist")
     require_equal(config, "rank", "rolora averages A and B entry by entry", shape)
-
-    def trains(slot: Slot, round: int) -> bool:
-        return slot.matrix == ("B" if round % 2 else "A")
-
     return Method(
         name="rolora",
         summary="one expert; rounds alternate: B trained and averaged, then A",
         paper="2502.01755",
         shares=shares_all,
         receives=shares_all,
-        trains=trains,
+        trains=lambda slot, round: slot.matrix == ("B" if round % 2 else "A"),
         aggregate=mean_of_uploads,
         shape=shape,
         mixing="uniform",

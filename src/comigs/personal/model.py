@@ -18,7 +18,7 @@ from comigs.client.state import load_tensors
 from comigs.data.corpus import TokenStore
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 from comigs.runs.folder import RunFolder
 
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from comigs.methods.method import Download, Tensors, Upload, mean
+from comigs.methods.merging import mean
+from comigs.methods.method import Download, Tensors, Upload
 from comigs.runs.metrics import Evaluation, Line, RoundEnd, Train, TrainReport, Warned
 
 COLLAPSED = 0.97  # mean routing weight of one expert in a block, over a whole evaluation

@@ -17,7 +17,7 @@ from comigs.experiments.packed import is_packed, read_packed
 from comigs.experiments.sweep.spec import Sweep, read_sweep, to_toml
 from comigs.experiments.sweep.state import RunState, look
 from comigs.files import ELSEWHERE, write_whole, writing
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 
 COPY = "sweep.toml"  # in the sweep's folder, where `comigs compare` reads axes and baseline
 

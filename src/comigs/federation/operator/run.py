@@ -17,7 +17,7 @@ from comigs.federation.messages import PROGRESS, federable_method
 from comigs.federation.operator import flwr_cli
 from comigs.federation.operator.folder import Federation
 from comigs.files import command
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 from comigs.runs.environment import environment
 from comigs.runs.folder import RunFolder
 from comigs.runs.json_lines import read_event

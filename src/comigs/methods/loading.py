@@ -1,0 +1,111 @@
+"""This module finds a method by its name and reads its options."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable
+from types import ModuleType
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from comigs import methods
+from comigs.config import Config, Section
+from comigs.config.errors import one_line
+from comigs.errors import UserError, nearest
+from comigs.methods.method import Method
+
+Settings = TypeVar("Settings", bound=Section)
+NO_METHODS = ("loading", "lowrank", "merging", "method", "shapes")  # what methods are made of
+
+
+def list_methods() -> list[str]:
+    """Return the names of the methods in this folder, as users type them."""
+    files = [module.name for module in pkgutil.iter_modules(methods.__path__)]
+    return [file.replace("_", "-") for file in files if file not in NO_METHODS]
+
+
+def method_module(name: str) -> ModuleType:
+    """Return the module that defines a method: a file of this folder, or `package.module`.
+
+    Raises UserError with the nearest name.
+    """
+    known = list_methods()
+    if not re.fullmatch(r"\w+(\.\w+)+", name) and name not in known:
+        raise UserError(
+            f'method: unknown method "{name}".{nearest(name, known)} Known: {", ".join(known)}'
+        )
+    path = name if "." in name else f"comigs.methods.{name.replace('-', '_')}"
+    try:
+        return importlib.import_module(path)
+    except ImportError as error:
+        raise UserError(
+            f'method: "{name}" cannot be used: {error}; expected a module with method(config)'
+        ) from None
+
+
+def load_method(config: Config) -> Method:
+    """Return the method that the config names. Raises UserError."""
+    name = config.method
+    module = method_module(name)
+    build: Callable[[Config], Method] | None = getattr(module, "method", None)
+    if build is None:
+        raise UserError(f'method: "{name}" cannot be used: expected a module with method(config)')
+
+    # Methods that build on another one read its options too, so unknown ones are refused here.
+    kind = getattr(module, "Options", Section)
+    unknown = [key for key in config.options if key not in kind.model_fields]
+    if unknown:
+        takes = ", ".join(kind.model_fields) or "none"
+        near = nearest(unknown[0], list(kind.model_fields))
+        raise UserError(
+            f'options.{unknown[0]}: "{name}" has no such option.{near} Its options: {takes}'
+        )
+    options(config, kind)
+    method = build(config)
+    _require_possible(config, method)
+    return method
+
+
+def options(config: Config, kind: type[Settings]) -> Settings:
+    """Return the config's [options] as the method's own section, or those of them that it has.
+
+    Raises UserError naming the field.
+    """
+    own = {key: value for key, value in config.options.items() if key in kind.model_fields}
+    try:
+        return kind.model_validate(own)
+    except ValidationError as error:
+        raise UserError(f"options.{one_line(error, dict(config.options), {'': kind})}") from None
+
+
+def _require_possible(config: Config, method: Method) -> None:
+    """Refuse settings of other sections that this method cannot follow.
+
+    Raises UserError naming the field.
+    """
+    merge = config.upload.merge
+    if merge != "mean" and not method.averages:
+        raise UserError(
+            f'upload.merge: given "{merge}", but {config.method} merges in its own way; '
+            f'must be "mean" (fedavg, comigs and others that average uploads can do "{merge}")'
+        )
+    # A token cannot choose more experts than there are; a single one needs no choice.
+    for client in config.clients:
+        experts, top_k = method.shape(config.shape_of(client)).num_experts, config.experts.top_k
+        if top_k > experts > 1:
+            raise UserError(
+                f'experts.top_k: {top_k} experts per token, but client "{client.name}" has '
+                f"{experts} with {config.method}; allowed: 1 to {experts}"
+            )
+    # Where text is centralized, one place has it all, and nobody can be away.
+    everybody = {"clients_per_round": len(config.clients), "min_clients": 1}
+    for name, allowed in everybody.items():
+        given = getattr(config.participation, name)
+        if method.centralized and given not in (None, allowed):
+            raise UserError(
+                f"participation.{name}: given {given}, but {config.method} trains one model in one "
+                "place on everybody's text; leave it out"
+            )
