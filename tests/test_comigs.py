@@ -110,7 +110,7 @@ def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(
                 assert slot.matrix == "A" or not tensor.any()  # as the base
         gates = {float(t) for s, t in own.items() if s.is_gate}
         assert len(gates) == 1 and 0 <= min(gates) <= 1 and (download or gates == {0.0})
-        shares = {line["adopted_share"] for line in replies["ada"].metrics}
+        shares = {line.adopted_share for line in replies["ada"].metrics}
         assert shares == ({1 - min(gates)} if download else {None})
         assert {s.role for s in uploads["ada"]} == {"generalist", "attention"}
         download = {
