@@ -12,14 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    field_serializer,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_serializer, field_validator
 
 from comigs.config import Split
 
@@ -279,14 +272,5 @@ class Summary(Record):
 Event = Line | Note | Problem  # whatever a run tells whoever listens
 Reported = Annotated[TrainReport | Evaluation, Field(discriminator="kind")]
 REPORTED: TypeAdapter[list[TrainReport | Evaluation]] = TypeAdapter(list[Reported])
-KINDS: dict[str, type[Event]] = {
-    "train": Train,
-    "evaluation": Evaluation,
-    "download": LastDownload,
-    "server": RoundEnd,
-    "absent": Absent,
-    "warning": Warned,
-    "step": Step,
-    "note": Note,
-    "error": Problem,
-}
+EVENTS = (Train, Evaluation, LastDownload, RoundEnd, Absent, Warned, Step, Note, Problem)
+KINDS: dict[str, type[Event]] = {event.model_fields["kind"].default: event for event in EVENTS}

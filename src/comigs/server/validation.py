@@ -24,17 +24,10 @@ from comigs.slots import Shapes, Slot
 
 Start = Callable[[Slot, tuple[int, ...]], Tensor]
 ENOUGH = 3  # uploads from which on their median says what is usual
-# A client writes every field but these, of which a device's messages are measured by the server.
+# A client writes every field but these: the server measures a device's messages itself.
 OTHERS = {"kind", "received_bytes", "sent_bytes"}
-MEASURED = (
-    "nats_per_token",
-    "perplexity",
-    "bits_per_byte",
-    "tokens",
-    "bytes",
-    "seconds",
-    "peak_memory_bytes",
-)
+SCORES = ("nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes")
+MEASURED = (*SCORES, "seconds", "peak_memory_bytes")
 
 
 def shapes_of_clients(config: Config, method: Method, attachment: Attachment) -> dict[str, Shapes]:

@@ -31,7 +31,9 @@ class LossCurves:
     def values(self) -> list[float]:
         """Everything drawn, to find the limits of the axes."""
         values = [y for _, y in (*self.by_step, *self.by_round, *self.valid)]
-        return values if self.base is None else [*values, self.base]
+        if self.base is not None:
+            values.append(self.base)
+        return values
 
 
 @dataclass(frozen=True)

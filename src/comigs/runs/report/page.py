@@ -52,36 +52,47 @@ def write_reports(run_folders: Iterable[str | Path], out: str | Path | None = No
 
 def report_page(run: Run) -> str:
     """Return the page of one run as HTML; equal runs give equal bytes."""
-    # A run that is not finished has no summary: the page says what its config and its metrics say.
-    r = results(run)
-    mean_perplexity = run.summary.mean.test.perplexity_of_mean if run.summary else None
-    uploaded = sum(c.uploaded_bytes for c in r.clients)
+    # A run that is not finished has no summary yet: its page says what its config says.
+    told: dict[str, Any] = {
+        "method": run.config.method,
+        "base": run.config.base.name,
+        "span": "so far",
+        "perplexity_of_mean": None,
+    }
+    if run.summary is not None:
+        told |= {"method": run.summary.method, "base": run.summary.base}
+        told["span"] = "over the whole run"
+        if run.summary.mean.test.perplexity_of_mean is not None:
+            of_mean = f.perplexity(run.summary.mean.test.perplexity_of_mean)
+            told["perplexity_of_mean"] = of_mean
+
+    # A number and its unit stay on one line.
+    headline = re.sub(r"(?<=\d) (?=[kMGT]?B|%)", "\N{NO-BREAK SPACE}", tables.headline(run))
+    clients = results(run).clients
+    uploaded = sum(client.uploaded_bytes for client in clients)
     return render(
         "report.html.j2",
         name=run.config.name,
-        method=run.summary.method if run.summary else run.config.method,
-        base=run.summary.base if run.summary else run.config.base.name,
         seed=run.config.seed,
         unfinished=run.summary is None,
         state=tables.state(run),
-        span="over the whole run" if run.summary else "so far",
-        headline=re.sub(r"(?<=\d) (?=[kMGT]?B|%)", "\N{NO-BREAK SPACE}", tables.headline(run)),
+        headline=headline,
         signs=diagnoses(run),
         clients=tables.client_table(run),
         absences=tables.absence_table(run),
-        num_clients=len(r.clients),
-        two_ranks=any(c.specialist_rank not in (None, c.rank) for c in r.clients),
-        perplexity_of_mean=None if mean_perplexity is None else f.perplexity(mean_perplexity),
+        num_clients=len(clients),
+        two_ranks=any(c.specialist_rank not in (None, c.rank) for c in clients),
         heat=routing_heatmap(run),
         experts=tables.expert_share_table(run),
         settings=provenance.settings(run),
         config=run.config_text,
-        uploaded=f.size(uploaded) if uploaded else None,
+        uploaded=uploaded and f.size(uploaded),
         roles=tables.role_table(run),
         apart=tables.roles_apart(run),
         costs=tables.cost_table(run),
         environment=provenance.environment_table(run),
         data=provenance.data_table(run),
+        **told,
         **_pictures(run),
     )
 

@@ -63,16 +63,21 @@ def data_table(run: Run) -> Table | None:
         return None
     rows = []
     for client, splits in data.items():
-        for split, facts in splits.items() if isinstance(splits, Mapping) else ():
-            if not isinstance(facts, Mapping):
-                continue
-            cells = []
-            for name in ("tokens", "bytes", "documents"):
-                number = facts.get(name)
-                cells.append(f.count(number) if isinstance(number, int) else f.NONE)
-            rows.append((str(client), str(split), *cells, _words(facts.get("sha256"))))
+        if not isinstance(splits, Mapping):
+            continue
+        for split, facts in splits.items():
+            if isinstance(facts, Mapping):
+                amounts = [_count(facts.get(name)) for name in ("tokens", "bytes", "documents")]
+                fingerprint = _words(facts.get("sha256"))
+                rows.append((str(client), str(split), *amounts, fingerprint))
+    if not rows:
+        return None
     headers = ("client", "split", "tokens", "bytes", "documents", "sha256")
-    return Table(headers, tuple(rows), names=2) if rows else None
+    return Table(headers, tuple(rows), names=2)
+
+
+def _count(value: Any) -> str:
+    return f.count(value) if isinstance(value, int) else f.NONE
 
 
 def _words(value: Any) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from comigs.config import ClientEntry, ExpertShape, Text
-from comigs.runs.metrics import ClientSummary, Score
+from comigs.config import ClientEntry, Text
+from comigs.runs.metrics import Score
 from comigs.runs.report.read import Run
 
 SHAPE = ("generalists", "specialists", "rank", "specialist_rank")
@@ -100,7 +100,10 @@ def results(run: Run) -> Results:
 
 def _client(run: Run, name: str) -> ClientResult:
     # Until there is a summary, config and lines say what it will say.
-    entry = next((client for client in run.config.clients if client.name == name), None)
+    text, has = "", None
+    for entry in run.config.clients:
+        if entry.name == name:
+            text, has = describe_text(entry), run.config.shape_of(entry)
     lines = [line for line in run.train if line.client == name]
     summary = run.summary.clients.get(name) if run.summary else None
     amounts: dict[str, Any] = {
@@ -108,19 +111,17 @@ def _client(run: Run, name: str) -> ClientResult:
         "uploaded_bytes": sum(line.uploaded_bytes for line in lines),
         "downloaded_bytes": sum(line.downloaded_bytes for line in lines),
     }
-    has: ClientSummary | ExpertShape | None = None
+    shape: dict[str, Any] = {field: getattr(has, field, None) for field in SHAPE}
     if summary is not None:
-        has = summary
+        shape = {field: getattr(summary, field) for field in SHAPE}
         base, personal = summary.base_test, summary.test
         amounts = {field: getattr(summary, field) for field in amounts}
     else:
         split = "test" if run.summary else "valid"
         base, personal = (_latest(run, name, split, model) for model in ("base", "personal"))
-        has = run.config.shape_of(entry) if entry else None
-    shape: dict[str, Any] = {field: getattr(has, field, None) for field in SHAPE}
     return ClientResult(
         name=name,
-        text=describe_text(entry) if entry else "",
+        text=text,
         base=base,
         personal=personal,
         trained_tokens=sum(line.trained_tokens for line in lines),

@@ -64,21 +64,12 @@ def client_table(run: Run, brief: bool = False) -> Table:
     """
     # Whoever has a result is in the mean, and the row says over how many the mean is.
     r = results(run)
-    headers = (
-        "client",
-        "text",
-        "base perplexity",
-        "personal perplexity",
-        "gain",
-        "base bits/byte",
-        "personal bits/byte",
-        f"{r.split} tokens",
-        "trained tokens",
-        "experts",
-        "rank",
-        "trained parameters",
-        "upload / round",
+    words = (
+        "client, text, base perplexity, personal perplexity, gain, base bits/byte, "
+        f"personal bits/byte, {r.split} tokens, trained tokens, experts, rank, "
+        "trained parameters, upload / round"
     )
+    headers = tuple(words.split(", "))
     rows = [_client_row(client, r) for client in r.clients]
     last = _mean_row(r)
     if not brief:
@@ -95,14 +86,7 @@ def _client_row(client: ClientResult, r: Results) -> tuple[str, ...]:
     rank = f.count(client.rank)
     if client.specialist_rank not in (None, client.rank):
         rank += f" / {client.specialist_rank}"
-    return (
-        client.name,
-        client.text,
-        f.perplexity(client.base.perplexity),
-        f.perplexity(client.personal.perplexity),
-        f.percent(client.gain),
-        f.decimal(client.base.bits_per_byte),
-        f.decimal(client.personal.bits_per_byte),
+    amounts = (
         f.count(client.tokens),
         f.count(client.trained_tokens),
         f"{f.count(client.generalists)} + {f.count(client.specialists)}",
@@ -111,6 +95,7 @@ def _client_row(client: ClientResult, r: Results) -> tuple[str, ...]:
         # A division by no rounds would say nothing of a run that has just begun.
         f.size(client.uploaded_bytes / max(1, r.rounds)),
     )
+    return client.name, client.text, *_scores(client), *amounts
 
 
 def _mean_row(r: Results) -> tuple[str, ...]:
@@ -118,20 +103,24 @@ def _mean_row(r: Results) -> tuple[str, ...]:
     name = "mean"
     if r.measured not in (0, len(r.clients)):
         name = f"mean of {r.measured}"
-    return (
-        name,
-        "",
-        f.perplexity(r.base.perplexity),
-        f.perplexity(r.personal.perplexity),
-        f.percent(r.gain),
-        f.decimal(r.base.bits_per_byte),
-        f.decimal(r.personal.bits_per_byte),
+    amounts = (
         f.count(mean(client.tokens for client in r.clients)),
         f.count(mean(client.trained_tokens for client in r.clients)),
         "",
         "",
         f.count(mean(client.trained_parameters for client in r.clients)),
         f.size(r.uploaded_per_client_and_round),
+    )
+    return name, "", *_scores(r), *amounts
+
+
+def _scores(of: ClientResult | Results) -> tuple[str, ...]:
+    return (
+        f.perplexity(of.base.perplexity),
+        f.perplexity(of.personal.perplexity),
+        f.percent(of.gain),
+        f.decimal(of.base.bits_per_byte),
+        f.decimal(of.personal.bits_per_byte),
     )
 
 
