@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from comigs.app.dry_run import budgets
 from comigs.bases.load import load_base, loaders, modules
 from comigs.config import parse_config
@@ -16,11 +13,6 @@ from comigs.text import Table, size
 def inventory() -> dict[str, Table]:
     """Return the tables of methods, bases and datasets, by those names."""
     return {"methods": _methods(), "bases": _bases(), "datasets": _datasets()}
-
-
-def first_line(function: Callable[..., Any]) -> str:
-    """Return the first line of a docstring."""
-    return (function.__doc__ or "").strip().partition("\n")[0]
 
 
 def _methods() -> Table:
@@ -59,7 +51,7 @@ def _bases() -> Table:
     for module in modules().values():
         if hasattr(module, "ARCHITECTURE"):
             families += module.ARCHITECTURE.model_types
-    rows = [(name, first_line(load)) for name, load in loaders().items()]
+    rows = [(name, loader.summary) for name, loader in loaders().items()]
     others = "a local folder or hub name of: " + ", ".join(families)
     rows.append(("FOLDER or ORG/MODEL", others))
     return Table(("base.name", "what it is"), tuple(rows), names=2)

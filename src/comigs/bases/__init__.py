@@ -1,3 +1,1 @@
-"""Frozen base models: where their MLPs and attention linears are, and how to load them. Names only,
-no forward pass.
-"""
+"""This room holds frozen base models: where experts go in a family, and how each is loaded."""

@@ -1,19 +1,19 @@
-"""The Architecture record: where experts go in a family of `transformers` models, and nothing
-else.
-"""
+"""This module says where experts go in a family of `transformers` models, and nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import nn
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of parts of a decoder-only model whose MLP is `down(act(up(x)))` or `down(act(gate(x))
-    * up(x))`.
+    """An architecture names the parts of a decoder-only model.
+
+    The model's MLP is `down(act(up(x)))` or `down(act(gate(x)) * up(x))`.
 
     model_types: `config.model_type` values this record fits.
     blocks: path from the model to its list of transformer blocks.
@@ -34,15 +34,20 @@ class Architecture:
     lr: float
 
     def mlp_linears(self) -> dict[str, str]:
-        """Site name -> name inside the MLP."""
+        """Return by site the names inside the MLP."""
         gate = {"gate": self.gate} if self.gate else {}
         return {**gate, "up": self.up, "down": self.down}
 
 
+class Loader(NamedTuple):
+    """A loader returns a model and its tokenizer; its summary is a line of `comigs list`."""
+
+    load: Callable[[], tuple[Any, Any]]
+    summary: str
+
+
 def linear_size(linear: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear: nn.Linear, or transformers' Conv1D, whose weight is stored (in,
-    out).
-    """
+    """Return (in, out) of an nn.Linear, or of transformers' Conv1D, whose weight is (in, out)."""
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
     return int(linear.nx), int(linear.nf)  # type: ignore[arg-type]

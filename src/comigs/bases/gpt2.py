@@ -1,4 +1,4 @@
-"""The GPT-2 family: GPT-2 in all sizes, DistilGPT-2, and our own mini."""
+"""This base is the GPT-2 family: GPT-2 in all sizes, DistilGPT-2, and our own mini."""
 
 from comigs.bases.base import Architecture
 

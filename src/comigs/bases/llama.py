@@ -1,4 +1,4 @@
-"""Llama-like models: Llama 3.x, SmolLM2, Mistral, Qwen2/2.5/3, Gemma 3 (text)."""
+"""This base is Llama-like models: Llama 3.x, SmolLM2, Mistral, Qwen2/2.5/3, Gemma 3 (text)."""
 
 from comigs.bases.base import Architecture
 

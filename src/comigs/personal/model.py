@@ -1,5 +1,6 @@
-"""A client's own model: the base with the client's experts on it, as an ordinary `transformers`
-model.
+"""This module holds a client's own model: the base with the client's experts on it.
+
+It is an ordinary `transformers` model.
 """
 
 from __future__ import annotations
@@ -20,84 +21,75 @@ from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.methods.loading import load_method
 from comigs.runs.folder import RunFolder
+from comigs.slots import Slot
 
 
 class PersonalModel:
-    """model: the base with the client's experts attached, usable as any `transformers` model;
-    tokenizer: its own.
+    """A personal model is a base with one client's experts attached, until `close`.
+
+    model: usable as any `transformers` model. tokenizer: its own.
     """
 
     def __init__(self, folder: RunFolder, client: str, base: Base) -> None:
         folder.require_a_round()
         config, method = folder.config(), load_method(folder.config())
-        shape = method.shape(config.shape_of(config.client_named(client)))
-        path = f"clients/{client}/{'personal' if folder.checkpoint().finished else 'experts'}"
-        if not folder.holds(path):
-            raise UserError(
-                f'{folder.path}: holds no model of client "{client}"; it was not asked yet, or its model is on its own '
-                "device"
-            )
-        recorded = folder.environment()["base_fingerprint"]
-        if recorded != base.fingerprint:
-            raise UserError(
-                f'{folder.path}: base "{base.name}" is not the one these experts were trained on'
-            )
+        require_model(folder, client)
+        require_same_base(folder, base)
         self.attachment = Attachment(
             base.model, base.architecture, config.experts, summed=method.mixing == "sum"
         )
         self.model, self.tokenizer = base.model, base.tokenizer
-        shapes = self.attachment.slot_shapes(shape, method.mixing == "routed", method.merges)
-        tensors = {slot: torch.empty(size, device=base.device) for slot, size in shapes.items()}
-        load_tensors(tensors, folder.load(path), client)
+        tensors = client_tensors(folder, client, base, self.attachment)
         self.attachment.bind(tensors)
         self.config, self.dtype, self.tensors = config, base.dtype, tensors
 
     def evaluate(self, stores: Sequence[TokenStore], untouched_base: bool = False) -> Measurement:
-        """Every token once, as in the run; with the base alone where asked."""
+        """Measure every token once, as in the run; with the base alone where asked."""
         self.attachment.bind({} if untouched_base else self.tensors)
-        result = evaluate(
-            self.attachment,
-            stores,
-            self.config.data.sequence_length,
-            self.config.evaluation.batch_size,
-            self.dtype,
-        )
+        length, size = self.config.data.sequence_length, self.config.evaluation.batch_size
+        result = evaluate(self.attachment, stores, length, size, self.dtype)
         self.attachment.bind(self.tensors)
         return result
 
     def generate(self, prompt: str, **settings: Any) -> str:
-        """The prompt and what the model writes after it; `settings` go to `transformers`'
-        generate.
+        """Return the prompt and what the model writes after it.
+
+        `settings` go to `transformers`' generate.
         """
         return prompt + "".join(self.stream(prompt, **settings))
 
     def stream(
         self, prompt: str, max_new_tokens: int = 60, seed: int | None = None, **settings: Any
     ) -> Iterator[str]:
-        """The continuation, piece by piece as it is written. seed: makes sampling repeatable.
-        Raises UserError.
+        """Yield the continuation, piece by piece as it is written.
+
+        A seed makes sampling repeatable. Raises UserError where the prompt is too long.
         """
         encoded = self.tokenizer(
             prompt or self.tokenizer.eos_token, return_tensors="pt", add_special_tokens=False
         )
-        room = self.model.config.max_position_embeddings - encoded["input_ids"].shape[1]
+        window = self.model.config.max_position_embeddings
+        room = window - encoded["input_ids"].shape[1]
         if room < 1:
-            raise UserError(
-                f"--prompt: longer than the {self.model.config.max_position_embeddings} tokens this base reads"
-            )
-        streamer, unwanted = (
-            TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-            Event(),
-        )
-        arguments = {
-            **encoded.to(self.model.device), "streamer": streamer, "max_new_tokens": min(max_new_tokens, room),
-            "pad_token_id": self.tokenizer.eos_token_id, "do_sample": False,
-            "use_cache": self.config.experts.routing != "sequence",  # which reads the whole text so far
-            **settings,
-            "stopping_criteria": StoppingCriteriaList([*settings.get("stopping_criteria", ()), _Once(unwanted)]),
-        }  # fmt: skip
-        sampling, failure = arguments["do_sample"], list[BaseException]()
+            raise UserError(f"--prompt: longer than the {window} tokens this base reads")
 
+        unwanted, failure = Event(), list[BaseException]()
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stopping = [*settings.get("stopping_criteria", ()), _Once(unwanted)]
+        arguments = {
+            **encoded.to(self.model.device),
+            "streamer": streamer,
+            "max_new_tokens": min(max_new_tokens, room),
+            "pad_token_id": self.tokenizer.eos_token_id,
+            "do_sample": False,
+            # Routing by sequence reads the whole text so far.
+            "use_cache": self.config.experts.routing != "sequence",
+            **settings,
+            "stopping_criteria": StoppingCriteriaList(stopping),
+        }
+        sampling = arguments["do_sample"]
+
+        # `generate` returns when all is written, so it works in a thread that feeds the streamer.
         def write() -> None:
             try:
                 with torch.random.fork_rng(enabled=sampling), torch.no_grad():
@@ -112,7 +104,8 @@ class PersonalModel:
         thread.start()
         try:
             yield from streamer
-        finally:  # nobody reads on: no thread may go on writing beside what its caller does next
+        # Where nobody reads on, no thread may go on writing beside what its caller does next.
+        finally:
             unwanted.set()
             thread.join()
         if failure:
@@ -123,11 +116,51 @@ class PersonalModel:
         self.attachment.detach()
 
 
+def model_path(folder: RunFolder, client: str) -> str:
+    """Return where a run has the newest tensors of a client."""
+    part = "personal" if folder.checkpoint().finished else "experts"
+    return f"clients/{client}/{part}"
+
+
+def require_model(folder: RunFolder, client: str) -> None:
+    """Raise UserError where a run has no such client, or holds no model of it."""
+    folder.config().client_named(client)
+    if not folder.holds(model_path(folder, client)):
+        raise UserError(
+            f'{folder.path}: holds no model of client "{client}"; it was not asked yet, or its '
+            "model is on its own device"
+        )
+
+
+def require_same_base(folder: RunFolder, base: Base) -> None:
+    """Raise UserError where a run was trained on another base."""
+    if folder.environment()["base_fingerprint"] != base.fingerprint:
+        raise UserError(
+            f'{folder.path}: base "{base.name}" is not the one these experts were trained on'
+        )
+
+
+def client_tensors(
+    folder: RunFolder, client: str, base: Base, attachment: Attachment
+) -> dict[Slot, Tensor]:
+    """Return the tensors of a client's own model, on the base's device. Raises UserError.
+
+    attachment: with the run's settings of experts.
+    """
+    config, method = folder.config(), load_method(folder.config())
+    shape = method.shape(config.shape_of(config.client_named(client)))
+    shapes = attachment.slot_shapes(shape, method.mixing == "routed", method.merges)
+    tensors = {slot: torch.empty(size, device=base.device) for slot, size in shapes.items()}
+    load_tensors(tensors, folder.load(model_path(folder, client)), client)
+    return tensors
+
+
 class _Once(StoppingCriteria):
-    """Stops writing once an event is set."""
+    """This criterion stops writing once an event is set."""
 
     def __init__(self, event: Event) -> None:
         self.event = event
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Return (batch,) whether each text stops."""
         return torch.full(input_ids.shape[:1], self.event.is_set(), device=input_ids.device)
