@@ -135,6 +135,15 @@ def test_a_run_that_is_not_finished_is_not_packed(sweep: Path, capsys) -> None:
     assert not (sweep / "runs.csv").exists()
 
 
+def test_what_a_spreadsheet_saves_is_read(sweep: Path, capsys) -> None:
+    comigs(capsys, "compare", sweep, "--pack")
+    without_folders(sweep)
+    expected = compare_runs([sweep]).tables()
+    text = (sweep / "runs.csv").read_text().replace("\n", "\r\n")
+    (sweep / "runs.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert compare_runs([sweep]).tables() == expected
+
+
 # For a sweep
 
 

@@ -262,7 +262,7 @@ def _read_environment(path: Path, folder: Path) -> tuple[list[Config], list[dict
 def _read(path: Path, unpack: Callable[[bytes], bytes] = bytes) -> str:
     """Return the text of a packed file. Raises UserError where it cannot be read."""
     try:
-        return unpack(path.read_bytes()).decode("utf-8")
+        return unpack(path.read_bytes()).decode("utf-8-sig")  # as spreadsheets write it
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
