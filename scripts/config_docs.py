@@ -1,4 +1,4 @@
-"""Write docs/config.md from the descriptions in comigs/config: `make docs`."""
+"""This script writes docs/config.md from the descriptions in comigs/config: `make docs`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 INTRO = """# The config
 
-Made from `src/comigs/config` by `make docs`; do not edit. A run is one TOML file; `configs/quickstart.toml` is a
-short one. What is not in the file has its default, and the resolved config is written into the run. Unknown keys are
-refused. A default of "none" cannot be written in TOML: leave the key out. On the command line:
-`--set client.steps=20`, `--set clients.fr.rank=4`.
+Made from `src/comigs/config` by `make docs`; do not edit. A run is one TOML file;
+`configs/quickstart.toml` is a short one. What is not in the file has its default, and the resolved
+config is written into the run. Unknown keys are refused. A default of "none" cannot be written in
+TOML: leave the key out. On the command line: `--set client.steps=20`, `--set clients.fr.rank=4`.
 """
 
 
 def kind(annotation: Any) -> str:
-    """A field's type in words; None is left out, as the default says it."""
+    """Return a field's type in words; None is left out, as the default says it."""
     options = [a for a in get_args(annotation) if a not in (type(None), Ellipsis)]
     if get_origin(annotation) is Literal:
         return ", ".join(f'`"{option}"`' for option in options)
@@ -33,29 +33,29 @@ def kind(annotation: Any) -> str:
 
 
 def row(key: str, field: FieldInfo) -> str:
-    """A line of a table; the default as TOML has it."""
-    bounds = [
-        f"{words} {getattr(m, n):g}"
-        for m in field.metadata
-        for n, words in BOUNDS.items()
-        if hasattr(m, n)
-    ]
-    value = list(field.default) if isinstance(field.default, tuple) else field.default
-    default = "none" if value is None else f"`{json.dumps(value, default=str)}`"
-    default = "required" if field.is_required() else default
-    return f"| `{key}` | {', '.join([kind(field.annotation), *bounds])} | {default} | {field.description} |"
+    """Return a line of a table; the default as TOML has it."""
+    allowed = [kind(field.annotation)]
+    for bound in field.metadata:
+        for name, words in BOUNDS.items():
+            if hasattr(bound, name):
+                allowed.append(f"{words} {getattr(bound, name):g}")
+    default = f"`{json.dumps(field.default, default=str)}`"
+    if field.is_required():
+        default = "required"
+    elif field.default is None:
+        default = "none"
+    return f"| `{key}` | {', '.join(allowed)} | {default} | {field.description} |"
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     parts = [INTRO]
     for name, section in SECTIONS.items():
-        rows = [
-            row(key, field)
-            for key, field in section.model_fields.items()
-            if name or key not in SECTIONS
-        ]
-        table = "\n".join(["| field | type | default | what |", "|---|---|---|---|", *rows])
+        rows = ["| field | type | default | what |", "|---|---|---|---|"]
+        for key, field in section.model_fields.items():
+            if name or key not in SECTIONS:  # a section has a table of its own
+                rows.append(row(key, field))
+        table = "\n".join(rows)
         parts.append(f"## {TITLES.get(name, f'[{name}]')}\n\n{table}\n")
     return "\n".join(parts)
 

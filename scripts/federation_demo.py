@@ -1,8 +1,7 @@
-"""A federation of four clients on this machine, with the commands that an operator and four owners
-would type.
+"""This script makes a federation of four clients on this machine: `make federation`.
 
-`make federation` runs it. Everything goes into runs/federation (or the folder given); what it
-starts, it ends.
+It gives the commands that an operator and four owners would type. Everything goes into
+runs/federation (or the folder given); what it starts, it ends.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ PATIENCE = 180  # seconds for all to be online
 
 
 def main() -> int:
-    """Found, invite, serve, join, run; the exit code is the run's."""
+    """Found, invite, serve, join and run; return the exit code of the run."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/federation")
     while folder.exists():  # runs/federation-2, ...
         stem, _, number = folder.name.partition("-")
@@ -42,29 +41,20 @@ def main() -> int:
         comigs("federation", "invite", "server", name)
     with ExitStack() as started:
         wait_for("is open at", [begin(started, "server.out", "federation", "server", "server")])
-        devices = [
-            begin(started, f"{name}.out", "federation", "client", f"{name}.bundle.toml", "--text", text,
-                  "--home", f"device-{name}", "--threads", "1")
-            for name, text in TEXT.items()
-        ]  # fmt: skip
+        devices = []
+        for name, text in TEXT.items():
+            join = ["federation", "client", f"{name}.bundle.toml", "--text", text]
+            own = ["--home", f"device-{name}", "--threads", "1"]
+            devices.append(begin(started, f"{name}.out", *join, *own))
         wait_for("is online", devices)
         comigs("federation", "status", "server")
-        words = [
-            "run",
-            os.path.relpath(CONFIG),
-            "--engine",
-            "flower",
-            "--federation",
-            "server",
-            "--out",
-            "run",
-        ]
-        code = comigs(*words, required=False)
+        config, engine = os.path.relpath(CONFIG), ["--engine", "flower", "--federation", "server"]
+        code = comigs("run", config, *engine, "--out", "run", required=False)
     return code
 
 
 def comigs(*words: str, required: bool = True) -> int:
-    """A command in the foreground."""
+    """Run a command in the foreground, and return its exit code."""
     print(f"$ {shlex.join(['comigs', *words])}", flush=True)
     code = subprocess.run([COMIGS, *words]).returncode
     if code and required:
@@ -73,7 +63,7 @@ def comigs(*words: str, required: bool = True) -> int:
 
 
 def begin(started: ExitStack, out: str, *words: str) -> tuple[subprocess.Popen[bytes], Path]:
-    """A command in the background, its output in a file; it ends with `started`."""
+    """Start a command that ends with `started`; return its process and the file of its output."""
     print(f"$ {shlex.join(['comigs', *words])} > {out} &", flush=True)
     file = started.enter_context(Path(out).open("wb"))  # noqa: SIM115  it is one
     process = subprocess.Popen([COMIGS, *words], stdout=file, stderr=file, start_new_session=True)
@@ -83,7 +73,7 @@ def begin(started: ExitStack, out: str, *words: str) -> tuple[subprocess.Popen[b
 
 
 def wait_for(said: str, programs: list[tuple[subprocess.Popen[bytes], Path]]) -> None:
-    """Until every program has said that."""
+    """Wait until every program has said that; end where one does not."""
     end = time.monotonic() + PATIENCE
     for process, out in programs:
         while said not in out.read_text(encoding="utf-8"):

@@ -378,7 +378,8 @@ def split(work: Path) -> None:
         row = {"source": source.name, "version": documents[0]["version"], "licence": source.licence}
         table.append(row | {f"{which}_bytes": size for which, size in kept.items()})
         print(
-            f"{source.name:26} {row['version']:24} {sum(kept.values()) / 1e6:6.2f} of {available / 1e6:6.2f} MB"
+            f"{source.name:26} {row['version']:24} "
+            f"{sum(kept.values()) / 1e6:6.2f} of {available / 1e6:6.2f} MB"
         )
     for name, documents in splits.items():
         write_jsonl(work / f"{name}.jsonl", documents)

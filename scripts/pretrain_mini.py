@@ -79,8 +79,9 @@ def tokenizer(work: Work = WORK) -> None:
 def new_model() -> GPT2LMHeadModel:
     torch.manual_seed(SEED)
     config = GPT2Config(
-        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=192, n_layer=6, n_head=6, bos_token_id=0, eos_token_id=0,
-        pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_new",
+        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=192, n_layer=6, n_head=6,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_new",
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
@@ -248,7 +249,8 @@ def export(work: Work = WORK, folder: Path = Path("src/comigs/bases/assets/mini"
     step, _ = load_checkpoint(work / "checkpoint.safetensors", model, [])
     model.half().save_pretrained(folder)
     PreTrainedTokenizerFast(
-        tokenizer_file=str(work / "tokenizer.json"), bos_token=END, eos_token=END, pad_token=END, unk_token=None,
+        tokenizer_file=str(work / "tokenizer.json"),
+        bos_token=END, eos_token=END, pad_token=END, unk_token=None,
         model_max_length=CONTEXT, clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)  # fmt: skip
     size = sum(file.stat().st_size for file in folder.iterdir())

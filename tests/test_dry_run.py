@@ -69,17 +69,17 @@ def test_time_counts_every_step_and_every_token_evaluated(tmp_path):
     )
     base, method = load_base(config.base), load_method(config)
     texts = prepare(config, base.encoder)
-    pace = dry_run.Throughput(step_seconds=1.0, evaluation_seconds=0.0)
+    speed = dry_run.Throughput(step_seconds=1.0, evaluation_seconds=0.0)
     outlines = texts.outlines()
     # 6 rounds of 2 steps, a router step after every 3 steps, two clients
-    assert dry_run.run_seconds(config, method, pace, outlines, 1.0) == 2 * (12 + 4)
-    pace = dry_run.Throughput(step_seconds=0.0, evaluation_seconds=1.0)
+    assert dry_run.run_seconds(config, method, speed, outlines, 1.0) == 2 * (12 + 4)
+    speed = dry_run.Throughput(step_seconds=0.0, evaluation_seconds=1.0)
     valid, test = (
         sum(getattr(outline, split)[0].num_bytes for outline in outlines.values())
         for split in ("valid", "test")
     )
     # the base: valid and test; after rounds 2, 4 and 6: valid; at the end: test
-    assert dry_run.run_seconds(config, method, pace, outlines, 1.0) == pytest.approx(
+    assert dry_run.run_seconds(config, method, speed, outlines, 1.0) == pytest.approx(
         4 * valid + 2 * test
     )
 

@@ -461,42 +461,38 @@ def test_what_makes_it_another_run(wanted, there, fields):
 def test_a_run_takes_as_long_as_those_most_like_it(sweep):
     edit(sweep, "seeds = [1, 2]", "seeds = [1, 2, 3]")
     runs = {r.label: r for r in read_plan(sweep).runs}
-    pace = Eta()
+    eta = Eta()
     todo = [
         (runs[label], RunState(), 0.0)
         for label in ("ours/seed-2", "fedavg/seed-2", "fedavg/seed-3")
     ]
-    assert pace.left(todo, 1) is None
-    pace.learn(runs["fedavg/seed-1"], RunState(round=1, begun=True, seconds=50.0))  # half of it
+    assert eta.left(todo, 1) is None
+    eta.learn(runs["fedavg/seed-1"], RunState(round=1, begun=True, seconds=50.0))  # half of it
     assert (
-        pace.seconds(runs["fedavg/seed-2"])
-        == pace.seconds(runs["ours/seed-2"])
-        == pytest.approx(100)
+        eta.seconds(runs["fedavg/seed-2"]) == eta.seconds(runs["ours/seed-2"]) == pytest.approx(100)
     )
-    pace.learn(runs["ours/seed-1"], RunState(round=2, begun=True, finished=True, seconds=300.0))
-    assert pace.left(todo, 1) == pytest.approx(300 + 100 + 100 + 3 * START)
-    assert pace.left(todo, 2) == pytest.approx(
-        310
-    )  # the longest one is longer than the half of all
-    pace.learn_start(RunState(), RunState(seconds=100.0), 104.0)
+    eta.learn(runs["ours/seed-1"], RunState(round=2, begun=True, finished=True, seconds=300.0))
+    assert eta.left(todo, 1) == pytest.approx(300 + 100 + 100 + 3 * START)
+    assert eta.left(todo, 2) == pytest.approx(310)  # the longest one is longer than the half of all
+    eta.learn_start(RunState(), RunState(seconds=100.0), 104.0)
     half = (runs["ours/seed-2"], RunState(round=1, begun=True, seconds=150.0), 30.0)
-    assert pace.left([half], 1) == pytest.approx(150 + 4 - 30)
+    assert eta.left([half], 1) == pytest.approx(150 + 4 - 30)
 
 
 def test_runs_of_another_machine_say_how_runs_compare_and_those_of_this_one_how_fast_it_is(sweep):
     edit(sweep, "seeds = [1, 2]", "seeds = [1, 2, 3]")
     runs = {r.label: r for r in read_plan(sweep).runs}
-    pace = Eta()
+    eta = Eta()
     for label, seconds in (("ours/seed-1", 300.0), ("fedavg/seed-1", 100.0)):
-        pace.learn(
+        eta.learn(
             runs[label], RunState(round=2, begun=True, finished=True, seconds=seconds), here=False
         )
-    assert pace.seconds(runs["fedavg/seed-2"]) == pytest.approx(100)
-    pace.learn(
+    assert eta.seconds(runs["fedavg/seed-2"]) == pytest.approx(100)
+    eta.learn(
         runs["ours/seed-2"], RunState(round=2, begun=True, finished=True, seconds=150.0)
     )  # twice as fast
-    assert pace.seconds(runs["fedavg/seed-2"]) == pytest.approx(50)
-    assert pace.seconds(runs["ours/seed-3"]) == pytest.approx(150)
+    assert eta.seconds(runs["fedavg/seed-2"]) == pytest.approx(50)
+    assert eta.seconds(runs["ours/seed-3"]) == pytest.approx(150)
 
 
 def test_how_time_is_said():

@@ -19,25 +19,8 @@ from comigs.config.toml import load_config, parse_config, read_toml, to_toml
 from comigs.config.tree import SECTIONS, VERSION, Config, dotted
 
 __all__ = [
-    "SECTIONS",
-    "SPLITS",
-    "VERSION",
-    "BaseSection",
-    "ClientEntry",
-    "ClientSection",
-    "Config",
-    "DataSection",
-    "EvaluationSection",
-    "ExpertShape",
-    "ExpertsSection",
-    "ParticipationSection",
-    "Section",
-    "Split",
-    "Text",
-    "UploadSection",
-    "dotted",
-    "load_config",
-    "parse_config",
-    "read_toml",
-    "to_toml",
-]
+    "SECTIONS", "SPLITS", "VERSION", "BaseSection", "ClientEntry", "ClientSection", "Config",
+    "DataSection", "EvaluationSection", "ExpertShape", "ExpertsSection", "ParticipationSection",
+    "Section", "Split", "Text", "UploadSection", "dotted", "load_config", "parse_config",
+    "read_toml", "to_toml",
+]  # fmt: skip
