@@ -70,12 +70,22 @@ def evaluation_of(round, client, split, model, nats=1.0):
 
 def train_of(round, client, nats=1.0):
     return {
-        "kind": "train", "round": round, "client": client, "local_steps": 1, "router_steps": 0, "learning_rate": 0.1,
-        "train_nats_per_token": nats, "train_nats_per_token_by_step": [nats], "router_nats_per_token": None,
-        "balance_loss": None, "generalist_share_by_layer": None, "expert_share_by_layer": None, "adopted_share": None,
+        "kind": "train",
+        "round": round,
+        "client": client,
+        "local_steps": 1,
+        "router_steps": 0,
+        "learning_rate": 0.1,
+        "train_nats_per_token": nats,
+        "train_nats_per_token_by_step": [nats],
+        "router_nats_per_token": None,
+        "balance_loss": None,
+        "generalist_share_by_layer": None,
+        "expert_share_by_layer": None,
+        "adopted_share": None,
         "trained_tokens": 9,
         "trained_parameters": 6,
-    }  # fmt: skip
+    }
 
 
 class Numbers:

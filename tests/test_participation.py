@@ -47,7 +47,6 @@ def asked(engine):
 
 
 # --- whom to ask
-# -----------------------------------------------------------------------------------------------------
 
 
 def test_participants_are_drawn_by_seed_and_round_and_come_in_the_configs_order():
@@ -143,7 +142,6 @@ def test_who_did_not_answer_when_first_asked_is_asked_about_the_base_again(tmp_p
 
 
 # --- who is absent
-# ---------------------------------------------------------------------------------------------------
 
 
 def test_an_absence_is_a_line_and_the_round_goes_on_without(tmp_path):
@@ -180,11 +178,16 @@ TRAINED = Train(**train_of(1, "bob"), uploaded_bytes=0, downloaded_bytes=0)
         ([absence(1, "bob"), server(1), server(2, "ada")], 1),  # it was not asked
         ([absence(1, "bob"), server(1), server(2, "ada"), absence(3, "bob"), server(3)], 2),
         ([absence(1, "bob"), server(1), server(2, "ada", "bob"), absence(3, "bob"), server(3)], 1),
-        ([absence(1, "bob"), server(1), absence(1, "bob"), server(2)], 0),  # a late one, dropped, and it answered
-        ([absence(1, "bob"), server(1), TRAINED, absence(2, "bob"), server(2)],
-         0),  # a late one that counted
+        (
+            [absence(1, "bob"), server(1), absence(1, "bob"), server(2)],
+            0,
+        ),  # a late one, dropped, and it answered
+        (
+            [absence(1, "bob"), server(1), TRAINED, absence(2, "bob"), server(2)],
+            0,
+        ),  # a late one that counted
     ],
-)  # fmt: skip
+)
 def test_failures_in_a_row_follow_from_the_metrics(history, expected):
     assert failures(history)["bob"] == expected and "ada" not in failures(history)
 
@@ -240,7 +243,6 @@ def test_a_resumed_run_knows_who_failed_before(tmp_path, round):
 
 
 # --- too few
-# ---------------------------------------------------------------------------------------------------------
 
 
 def first_time(round, *names):
@@ -348,7 +350,6 @@ def test_a_run_ends_whatever_clients_answer(tmp_path, answer):
 
 
 # --- late uploads
-# ----------------------------------------------------------------------------------------------------
 
 
 def late_in(round, *names):
@@ -368,8 +369,9 @@ def late_in(round, *names):
 def test_a_late_upload_is_dropped_and_said_so(tmp_path):
     folder = rounds_of(tmp_path, late_in(2, "bob"), rounds=4)
     assert [(x["round"], x["client"], x["reason"]) for x in lines_of(folder, "absent")] == [
-        (2, "bob", GONE), (2, "bob", "too late, in round 3: dropped"),
-    ]  # fmt: skip
+        (2, "bob", GONE),
+        (2, "bob", "too late, in round 3: dropped"),
+    ]
     without = rounds_of(
         tmp_path, Numbers("ada bob cyd", gone((2, "bob"))), name="without", rounds=4
     )
@@ -494,8 +496,9 @@ def test_what_comes_late_from_who_is_left_out_is_dropped(tmp_path):
 def test_what_comes_late_at_the_very_end_is_dropped(tmp_path):
     folder = rounds_of(tmp_path, late_in(3, "bob"), rounds=3, participation=DISCOUNT)
     assert [(x["round"], x["reason"]) for x in lines_of(folder, "absent")] == [
-        (3, GONE), (3, "too late, in round 4: dropped"),
-    ]  # fmt: skip
+        (3, GONE),
+        (3, "too late, in round 4: dropped"),
+    ]
 
 
 def test_a_late_upload_of_other_slots_than_the_rounds_is_dropped(tmp_path):
@@ -515,12 +518,13 @@ def test_a_late_upload_of_other_slots_than_the_rounds_is_dropped(tmp_path):
     engine = Numbers("ada bob cyd", trouble, slots=(A, B))
     folder = rounds_of(tmp_path, engine, by_turns, rounds=5, participation=DISCOUNT)
     assert [(x["round"], x["reason"]) for x in lines_of(folder, "absent")] == [
-        (3, GONE), (3, "too late, in round 4: it does not fit this round"), (4, GONE),
-    ]  # fmt: skip
+        (3, GONE),
+        (3, "too late, in round 4: it does not fit this round"),
+        (4, GONE),
+    ]
 
 
 # --- what idle clients cost
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("by_turns", [False, True])
@@ -556,24 +560,32 @@ def test_idle_clients_cost_the_server_a_number_each(tmp_path, by_turns):
 
 
 # --- bad input
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("participation", "says"),
     [
-        ({"clients_per_round": 5},
-         "participation.clients_per_round: given 5, but there are 4 clients; allowed: 1 to 4"),
+        (
+            {"clients_per_round": 5},
+            "participation.clients_per_round: given 5, but there are 4 clients; allowed: 1 to 4",
+        ),
         ({"clients_per_round": 0}, "participation.clients_per_round: given 0; must be 1 or more"),
-        ({"clients_per_round": 2, "min_clients": 3},
-         "participation.min_clients: given 3, but 2 clients are asked in a round; allowed: 1 to 2"),
-        ({"min_clients": 5}, "participation.min_clients: given 5, but 4 clients are asked in a round; allowed: 1 to 4"),
+        (
+            {"clients_per_round": 2, "min_clients": 3},
+            "participation.min_clients: given 3, but 2 clients are asked in a round; "
+            "allowed: 1 to 2",
+        ),
+        (
+            {"min_clients": 5},
+            "participation.min_clients: given 5, but 4 clients are asked in a round; "
+            "allowed: 1 to 4",
+        ),
         ({"deadline": 0}, "participation.deadline: given 0; must be above 0"),
         ({"late_discount": 1.5}, "participation.late_discount: given 1.5; must be 1.0 or less"),
         ({"max_failures": 0}, "participation.max_failures: given 0; must be 1 or more"),
         ({"late": "discard"}, "participation.late: given 'discard'; must be 'drop' or 'discount'"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_refused_in_one_line(participation, says):
     with pytest.raises(UserError) as error:
         config_of(4, **participation)
@@ -607,8 +619,11 @@ def test_lines_about_somebody_else_do_not_count(tmp_path):
     ):
 
         def trouble(name, task, reply, line=line):
-            return type(reply)(reply.upload, [*reply.metrics, line], reply.timing, 9, reply.round) if (
-                name == "eve") else reply  # fmt: skip
+            return (
+                type(reply)(reply.upload, [*reply.metrics, line], reply.timing, 9, reply.round)
+                if (name == "eve")
+                else reply
+            )
 
         folder = rounds_of(
             tmp_path,

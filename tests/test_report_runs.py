@@ -177,9 +177,13 @@ def summary(
         for name in clients
     }
     return {
-        "method": tree.get("method", "comigs"), "base": tree.get("base", {}).get("name", "mini"), "seed": 42,
-        "rounds": rounds, "clients": results, "mean": {"test": mean("personal"), "base_test": mean("base")},
-    }  # fmt: skip
+        "method": tree.get("method", "comigs"),
+        "base": tree.get("base", {}).get("name", "mini"),
+        "seed": 42,
+        "rounds": rounds,
+        "clients": results,
+        "mean": {"test": mean("personal"), "base_test": mean("base")},
+    }
 
 
 def change_metrics(folder: Path, **values: Any) -> None:
@@ -217,10 +221,12 @@ def write_experts(path: Path, layers: int, experts: int) -> None:
     names += [f"{i}.q.attention.{m}" for i in range(layers) for m in "AB"]
     names += [f"{i}.mlp.router.W" for i in range(layers)] if experts > 1 else []
     size = 256
-    header = json.dumps({
-        name: {"dtype": "F32", "shape": [8, 8], "data_offsets": [i * size, (i + 1) * size]}
-        for i, name in enumerate(names)
-    }).encode()  # fmt: skip
+    header = json.dumps(
+        {
+            name: {"dtype": "F32", "shape": [8, 8], "data_offsets": [i * size, (i + 1) * size]}
+            for i, name in enumerate(names)
+        }
+    ).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size * len(names)))
 
@@ -304,7 +310,8 @@ def test_numbers_that_are_none_of_json_count_as_not_measured(tmp_path: Path) -> 
     metrics = write_run(tmp_path, done=1) / "metrics.jsonl"
     with metrics.open("a") as file:
         file.write(
-            '{"kind": "server", "round": 2, "drift": NaN}\n{"kind": "server", "round": 3, "drift": 1e999}\n'
+            '{"kind": "server", "round": 2, "drift": NaN}\n'
+            '{"kind": "server", "round": 3, "drift": 1e999}\n'
         )
     assert [d.drift for d in read_run(tmp_path).drift[1:]] == [None, None]
 

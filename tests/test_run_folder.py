@@ -236,10 +236,18 @@ def test_a_flipped_byte_in_the_metrics_is_found(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"round": 1}', "\x00\x01",
-             '{"round": "1", "finished": false, "metrics_bytes": 0, "timings_bytes": 0, "files": {}}',
-             '{"round": 1, "finished": false, "metrics_bytes": 0, "timings_bytes": -1, "files": {}}']
-)  # fmt: skip
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"round": 1}',
+        "\x00\x01",
+        '{"round": "1", "finished": false, "metrics_bytes": 0, "timings_bytes": 0, "files": {}}',
+        '{"round": 1, "finished": false, "metrics_bytes": 0, "timings_bytes": -1, "files": {}}',
+    ],
+)
 def test_a_damaged_checkpoint_file_is_named(tmp_path, text):
     folder = new_run(tmp_path / "run")
     (folder.path / "checkpoint.json").write_text(text)

@@ -113,7 +113,6 @@ def test_a_step_is_too_long_by_itself_or_beside_the_others(lengths, limits, refu
 
 
 # --- in a run
-# --------------------------------------------------------------------------------------------------------
 
 LIES = {
     "NaN": lambda u: {A: u[A] * torch.nan},
@@ -217,7 +216,6 @@ def test_an_upload_that_is_too_long_is_named_with_its_setting(tmp_path):
 
 
 # --- what a client says about itself
-# ---------------------------------------------------------------------------------
 
 TASK = Task(round=3, train=True, evaluate=("valid",), evaluate_base=("test",))
 
@@ -242,18 +240,37 @@ def changed(number, **changes):
     [
         reply_of(evaluation_of(2, "ada", "test", "personal")),  # nobody asked
         reply_of(train_of(3, "ada")),  # twice
-        reply_of(seconds=float("nan")), reply_of(client="bob"), reply_of(round=2), reply_of(path="/home"),
-        changed(0, round=1), changed(1, round=3), changed(2, round=4), changed(2, client="bob"),
-        changed(1, split="train"), changed(1, model="mine"), changed(1, perplexity=float("inf")),
-        changed(1, tokens="9"), changed(1, note="x"), changed(2, kind="warning"), changed(2, kind="server"),
-        changed(2, train_nats_per_token_by_step=[float("nan")]), changed(2, trained_tokens=True),
-        changed(2, trained_tokens=-1), changed(2, trained_tokens=10**400), changed(1, tokens=10**400),
-        changed(1, perplexity=1.7e308), changed(1, expert_share_by_layer=[[]]), reply_of(seconds=1e308),
-        changed(1, expert_share_by_layer=[[0.5, 7.0]]), changed(2, train_nats_per_token=-1e300),
-        replace(reply_of(), metrics=[]), replace(reply_of(), upload=None), replace(reply_of(), round=2),
+        reply_of(seconds=float("nan")),
+        reply_of(client="bob"),
+        reply_of(round=2),
+        reply_of(path="/home"),
+        changed(0, round=1),
+        changed(1, round=3),
+        changed(2, round=4),
+        changed(2, client="bob"),
+        changed(1, split="train"),
+        changed(1, model="mine"),
+        changed(1, perplexity=float("inf")),
+        changed(1, tokens="9"),
+        changed(1, note="x"),
+        changed(2, kind="warning"),
+        changed(2, kind="server"),
+        changed(2, train_nats_per_token_by_step=[float("nan")]),
+        changed(2, trained_tokens=True),
+        changed(2, trained_tokens=-1),
+        changed(2, trained_tokens=10**400),
+        changed(1, tokens=10**400),
+        changed(1, perplexity=1.7e308),
+        changed(1, expert_share_by_layer=[[]]),
+        reply_of(seconds=1e308),
+        changed(1, expert_share_by_layer=[[0.5, 7.0]]),
+        changed(2, train_nats_per_token=-1e300),
+        replace(reply_of(), metrics=[]),
+        replace(reply_of(), upload=None),
+        replace(reply_of(), round=2),
         replace(reply_of(), timing={}),
     ],
-)  # fmt: skip
+)
 def test_lines_that_are_not_what_was_asked_for_are_refused(reply):
     assert check_lines(reply_of(), "ada", TASK) is None
     why = check_lines(reply, "ada", TASK)
