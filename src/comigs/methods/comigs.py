@@ -31,10 +31,11 @@ class Options(Section):
     """The [options] of comigs."""
 
     adopt: Literal["all", "valid"] = Field(
-        "valid", description='"all" of a download, or its generalists only as far as "valid" asks'
+        "valid",
+        description='A client adopts "all" of a download, or its generalists as far as "valid" asks.',
     )
     probe_windows: int = Field(
-        16, ge=1, description="windows of valid on which adopt decides, drawn anew each round"
+        16, ge=1, description="adopt decides on this many windows of valid, drawn anew each round."
     )
 
 

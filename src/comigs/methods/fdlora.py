@@ -25,9 +25,11 @@ class Options(Section):
     """The [options] of fdlora."""
 
     evaluations: int = Field(
-        10, ge=1, description="times that a client reads its valid to find its two weights"
+        10, ge=1, description="A client reads its valid this many times to find its two weights."
     )
-    l1: float = Field(0.05, ge=0, description="weight of |w1| + |w2| beside the nats per token")
+    l1: float = Field(
+        0.05, ge=0, description="|w1| + |w2| has this weight beside the nats per token."
+    )
 
 
 def method(config: Config) -> Method:

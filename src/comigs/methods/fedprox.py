@@ -16,7 +16,7 @@ class Options(Section):
     """The [options] of fedprox."""
 
     mu: float = Field(
-        0.01, ge=0, description="weight of mu/2 * |theta - download|^2 in the local loss"
+        0.01, ge=0, description="The local loss has mu/2 * |theta - download|^2 added."
     )
 
 

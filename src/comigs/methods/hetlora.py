@@ -29,10 +29,10 @@ class Options(Section):
     """The [options] of hetlora."""
 
     penalty: float = Field(
-        0.01, ge=0, description="lambda: weight of the tail's norms in the local loss"
+        0.01, ge=0, description="The tail's norms have this weight in the local loss (lambda)."
     )
     gamma: float = Field(
-        0.99, gt=0, le=1, description="share of a rank that is not its tail; 1: no pruning"
+        0.99, gt=0, le=1, description="This share of a rank is not its tail. 1: no pruning."
     )
 
 

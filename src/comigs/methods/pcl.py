@@ -19,7 +19,7 @@ class Options(Section):
     """The [options] of pcl."""
 
     probe_windows: int = Field(
-        16, ge=1, description="windows of valid on which a client measures every model, a round"
+        16, ge=1, description="A client measures every model on this many windows of valid a round."
     )
 
 
