@@ -32,7 +32,7 @@ class Options(Section):
 
     adopt: Literal["all", "valid"] = Field(
         "valid",
-        description='A client adopts "all" of a download, or its generalists as far as "valid" asks.',
+        description='A client adopts "all" of a download, or generalists as far as "valid" asks.',
     )
     probe_windows: int = Field(
         16, ge=1, description="adopt decides on this many windows of valid, drawn anew each round."
