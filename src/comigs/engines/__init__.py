@@ -1,3 +1,3 @@
-"""Engines carry downloads to clients and uploads back; the round loop is one and the same over all
-of them.
+"""This room carries downloads to clients and uploads back, for the round loop that is one and the
+same over all engines.
 """

@@ -1,5 +1,5 @@
-"""What a client does when it is asked, on whichever machine it is: receive, evaluate, train,
-send.
+"""This module is what a client does when it is asked, on whichever machine it is: receive,
+evaluate, train, send.
 """
 
 from __future__ import annotations
@@ -10,37 +10,56 @@ from typing import Any, Literal
 
 import torch
 
-from comigs.client.client import Client
+from comigs.bases.load import Base
+from comigs.client.client import Client, Workplace
 from comigs.client.evaluate import Measurement
 from comigs.client.steps import RoundLog
-from comigs.config import Split
+from comigs.config import Config, Split
 from comigs.data.sampling import Level
-from comigs.methods.method import Download, Upload
+from comigs.experts.attach import Attachment
+from comigs.methods.method import Download, Method, Upload
 from comigs.processes import peak_memory
 from comigs.runs.metrics import Evaluation, Step, Timing, TrainReport
 from comigs.server.protocol import Reply, Report, Task
 
 
-def of_the_base(client: Client, split: Split) -> Measurement:
-    """The base alone on a client's text."""
+def workplace(config: Config, method: Method, base: Base) -> Workplace:
+    """Attach the experts that clients of a config have to a base; return where clients can work."""
+    summed = method.mixing == "sum"
+    attachment = Attachment(base.model, base.architecture, config.experts, summed=summed)
+    return Workplace(config, method, base, attachment)
+
+
+def measure_base(client: Client, split: Split) -> Measurement:
+    """Measure the base alone on a client's text."""
     return client.evaluate(split, untouched_base=True)
 
 
 def run_task(
-    client: Client, task: Task, download: Download, report: Report,
-    base_evaluation: Callable[[Client, Split], Measurement] = of_the_base,
-) -> Reply:  # fmt: skip
-    """One exchange at the client's end. report: gets each step as it is done."""
+    client: Client,
+    task: Task,
+    download: Download,
+    report: Report,
+    base_evaluation: Callable[[Client, Split], Measurement] = measure_base,
+) -> Reply:
+    """Do one exchange at the client's end; return the client's reply.
+
+    report: called with each step as it is done. base_evaluation: measures the base alone.
+    """
     start = time.perf_counter()
     metrics: list[TrainReport | Evaluation] = []
     for split in task.evaluate_base:
         metrics.append(evaluated(client, split, 0, base_evaluation(client, split), "base"))
+
+    # What is evaluated is the model of the round before, with the merge of that round in it.
     client.receive(download, task.round)
     if not task.train:
         client.finish()
     for split in task.evaluate:
         metrics.append(evaluated(client, split, task.round - 1, client.evaluate(split), "personal"))
-    tokens_per_second: float | None = None
+
+    # Where text is centralized, one client trains for all; the others come here, too.
+    speed: float | None = None
     upload: Upload | None = None
     if task.train and client.is_trainer:
         began, step = time.perf_counter(), 0
@@ -48,34 +67,27 @@ def run_task(
         def on_step(level: Level, nats: float) -> None:
             nonlocal step
             step += level == "experts"
-            report(
-                Step(
-                    round=task.round,
-                    client=client.name,
-                    step=step,
-                    level=level,
-                    nats_per_token=nats,
-                )
-            )
+            name, number = client.name, task.round
+            report(Step(round=number, client=name, step=step, level=level, nats_per_token=nats))
 
         log = client.train(task.round, on_step)
         upload = client.send(task.round)
         metrics.append(trained(client, task.round, log))
-        tokens_per_second = log.trained_tokens / (time.perf_counter() - began)
+        speed = log.trained_tokens / (time.perf_counter() - began)
     timing = Timing(
         round=task.round,
         client=client.name,
-        tokens_per_second=tokens_per_second,
+        tokens_per_second=speed,
         seconds=time.perf_counter() - start,
         peak_memory_bytes=_peak_memory(),
     )
-    return Reply(
-        upload, metrics, timing, sum(store.num_tokens for store in client.data.train), task.round
-    )
+    tokens = sum(store.num_tokens for store in client.data.train)
+    return Reply(upload, metrics, timing, tokens, task.round)
 
 
 def trained(client: Client, round: int, log: RoundLog) -> TrainReport:
     """Return the "train" line of metrics.jsonl."""
+    # Routing weights are summed over tokens; a line has their means.
     shares_LE: list[list[float]] | None = None
     if log.share_sum_LE is not None:
         shares_LE = (log.share_sum_LE.double() / log.trained_tokens).tolist()
@@ -103,6 +115,7 @@ def evaluated(
     model: Literal["base", "personal"],
 ) -> Evaluation:
     """Return the "evaluation" line of metrics.jsonl."""
+    # The base alone takes no step towards any download.
     adopted = client.adopted_share if model == "personal" else None
     return Evaluation(
         round=round,
@@ -121,12 +134,12 @@ def evaluated(
 def _shares(
     client: Client, shares_LE: list[list[float]] | None, adopted: float | None
 ) -> dict[str, Any]:
-    others, generalists = client.shape.others != "none", client.shape.generalists
-    shared = (
-        None
-        if shares_LE is None
-        else [e[-1] if others else sum(e[:generalists]) for e in shares_LE]
-    )
+    # What others know is the last expert where it is one expert, else the generalists together.
+    shared: list[float] | None = None
+    if shares_LE is not None and client.shape.others != "none":
+        shared = [shares_E[-1] for shares_E in shares_LE]
+    elif shares_LE is not None:
+        shared = [sum(shares_E[: client.shape.generalists]) for shares_E in shares_LE]
     return {
         "generalist_share_by_layer": shared,
         "expert_share_by_layer": shares_LE,
@@ -139,7 +152,7 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _peak_memory() -> int:
-    """Largest memory so far in bytes: of the GPU where one is used, else of this process."""
+    """Return the most memory so far in bytes: the GPU's where one is used, else this process's."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     return peak_memory()

@@ -1,5 +1,5 @@
-"""The uploads of a round wait on the disk, so that memory holds what the server makes of them and
-not all of them.
+"""This module keeps the uploads of a round on the disk, so that memory holds what the server makes
+of them and not all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_OPEN = 128  # files at once, well below what a process may have
 
 
 class UploadStore:
-    """A folder of uploads, one safetensors file each. Made when it is needed."""
+    """An upload store is a folder of uploads, one safetensors file each, made when it is needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -30,30 +30,23 @@ class UploadStore:
         self._added = 0
 
     def add(self, client: str, tensors: Upload) -> StoredUpload:
-        """Put an upload on the disk: the same slots and values, read where they are looked at.
-
-        Usable until the folder is cleared. Raises UserError where the disk refuses.
+        """Put an upload on the disk; return the same slots and values, read where they are looked
+        at, until the store is cleared. Raises UserError where the disk refuses.
         """
+        # A file does not keep the order of its tensors, so their names begin with it.
         self._added += 1
         path = self.folder / f"{client}.{self._added}.safetensors"
+        numbered = {f"{n}/{slot}": tensor for n, (slot, tensor) in enumerate(tensors.items())}
         with writing(self.folder, "make room or allow writing, then go on with: comigs resume"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(
-                path,
-                {
-                    f"{number}/{slot}": tensor
-                    for number, (slot, tensor) in enumerate(tensors.items())
-                },
-            )
+            write_tensors(path, numbered)
         return self.read(path)
 
     def read(self, path: Path) -> StoredUpload:
-        """What a store has written to that file, slots in the same order."""
-        keys = [key.partition("/") for key in self.open(path).keys()]  # noqa: SIM118 a file is no mapping
-        ordered = sorted((int(number), name) for number, _, name in keys)
-        return StoredUpload(
-            self, path, {Slot.parse(name): f"{number}/{name}" for number, name in ordered}
-        )
+        """Return what a store has written to that file, slots in the same order."""
+        file = self.open(path)
+        names = sorted(file.keys(), key=lambda name: int(name.partition("/")[0]))
+        return StoredUpload(self, path, {Slot.parse(n.partition("/")[2]): n for n in names})
 
     def clear(self) -> None:
         """Remove all uploads."""
@@ -62,17 +55,17 @@ class UploadStore:
 
 
 class StoredUpload(Mapping[Slot, Tensor]):
-    """An upload in a file. Each look gives a tensor of its own, and leaves nothing in memory once
-    that is gone.
+    """A stored upload is in a file. Each look gives a tensor of its own, and leaves nothing in
+    memory once that is gone.
     """
 
     def __init__(self, store: UploadStore, path: Path, names: dict[Slot, str]) -> None:
         self.path = path
-        self._spool, self._names = store, names
+        self._store, self._names = store, names
 
     def __getitem__(self, slot: Slot) -> Tensor:
         # cloned: a product of what is not aligned as torch aligns it may differ in the last bit
-        tensor: Tensor = self._spool.open(self.path).get_tensor(self._names[slot]).clone()
+        tensor: Tensor = self._store.open(self.path).get_tensor(self._names[slot]).clone()
         return tensor
 
     def __iter__(self) -> Iterator[Slot]:
@@ -83,6 +76,5 @@ class StoredUpload(Mapping[Slot, Tensor]):
 
 
 def _open(path: Path) -> Any:
-    return safe_open(
-        path, framework="pt", backend="pread"
-    )  # mapped pages would count as memory while it is open
+    # Mapped pages would count as memory while the file is open.
+    return safe_open(path, framework="pt", backend="pread")

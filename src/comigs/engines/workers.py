@@ -1,8 +1,8 @@
-"""Processes beside the main one, each with a base of its own, on a GPU of its own where there are
-several.
+"""Workers are processes beside the main one, each with a base of its own, on a GPU of its own where
+there are several.
 
-Main and worker talk in lines of JSON over a socket that nobody else has; tensors go by files of the
-run folder. A worker ends with the main process, however that ends. No pickle.
+Main process and worker talk in lines of JSON over a socket that nobody else has; tensors go by
+files of the run folder. A worker ends with the main process, however that ends. No pickle.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from comigs.bases.load import load_base
 from comigs.config import Config
 from comigs.data.prepare import prepare
+from comigs.engines.client_task import workplace
 from comigs.engines.host import ClientHost
 from comigs.engines.upload_store import StoredUpload, UploadStore
 from comigs.errors import UserError
@@ -41,58 +42,62 @@ KILLED = -9  # how a process ends when the system is short of memory
 
 
 def devices(workers: int, device: torch.device) -> list[str]:
-    """The device of each worker. Raises UserError where this machine has fewer than there are
-    workers.
+    """Return the device of each worker. Raises UserError where this machine has fewer than there
+    are workers.
     """
     if workers == 1:
         return [str(device)]
-    gpus = device.type == "cuda"
-    there = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if gpus else ["cpu"] * cpus()
+    there, what = ["cpu"] * cpus(), "CPU cores"
+    if device.type == "cuda":
+        there, what = [f"cuda:{n}" for n in range(torch.cuda.device_count())], "GPUs"
     if workers > len(there):
-        what = "GPUs" if gpus else "CPU cores"
         raise UserError(
-            f"workers: given {workers}, but this machine has {len(there)} {what}; must be 1 to {len(there)}"
+            f"workers: given {workers}, but this machine has {len(there)} {what}; "
+            f"must be 1 to {len(there)}"
         )
     return there[:workers]
 
 
 class Workers:
-    """The processes beside this one. They start when there is something to do for them."""
+    """The workers are all processes of a run. Those beside this one start when there is something
+    to do for them.
+    """
 
     def __init__(
         self,
         config: Config,
-        device: torch.device,
+        own: torch.device,
         folder: RunFolder,
         store: UploadStore,
         report: Report,
     ) -> None:
-        """device: this process's own. Raises UserError where there are fewer devices than
-        workers.
+        """Plan the processes; `own` is this one's device. Raises UserError where there are fewer
+        devices than workers.
         """
-        self._devices = devices(config.workers, device)
-        self._folder, self._spool, self._report = folder, store, report
+        self._devices = devices(config.workers, own)
+        self._folder, self._store, self._report = folder, store, report
         self._one_at_a_time = threading.Lock()
         self._beside: list[Worker] = []
 
     def report(self, event: Event) -> None:
-        """Pass an event on, whichever process it is from; one at a time."""
+        """Report an event, whichever process it is from; one at a time."""
         with self._one_at_a_time:
             self._report(event)
 
     def parcels(self, tensors: Mapping[str, Upload]) -> dict[str, str]:
-        """Files with these tensors, for workers to read, by client; what several get is one
+        """Return files with these tensors, for workers to read, by client; what several get is one
         file.
         """
         if len(self._devices) == 1:
             return {}
+        # Most methods give one and the same download to everybody.
         files: dict[int, str] = {}
         for each in tensors.values():
             if id(each) not in files:
-                spooled = (
-                    each if isinstance(each, StoredUpload) else self._spool.add("parcel", each)
-                )
-                files[id(each)] = str(spooled.path)
+                stored = each
+                if not isinstance(stored, StoredUpload):
+                    stored = self._store.add("parcel", each)
+                files[id(each)] = str(stored.path)
         return {name: files[id(each)] for name, each in tensors.items()}
 
     def spread(
@@ -101,8 +106,10 @@ class Workers:
         here: Callable[[str], Result],
         there: Callable[[Worker, str], Result],
     ) -> dict[str, Result]:
-        """Do something for each client, as processes get free. Raises what the first one to fail
-        raised.
+        """Do something for each client, as processes get free; return the results in the order of
+        `names`. Raises what the first one to fail raised.
+
+        here: does it in this process. there: does it in a worker.
         """
         order, waiting = list(names), queue.SimpleQueue[str]()
         for name in order:
@@ -110,6 +117,7 @@ class Workers:
         results: dict[str, Result] = {}
         problems: list[Exception] = []
 
+        # Each process takes the next client; after the first problem nobody takes another.
         def work(do: Callable[[str], Result]) -> None:
             try:
                 while not problems:
@@ -123,11 +131,11 @@ class Workers:
         def work_beside(worker: Worker) -> None:
             work(lambda name: there(worker, name))
 
+        # Whatever ends this, Ctrl-C too, no process goes on with a client's files.
         try:
-            threads = [
-                threading.Thread(target=work_beside, args=(w,), daemon=True)
-                for w in self._ready(len(order))
-            ]
+            threads = []
+            for worker in self._ready(len(order)):
+                threads.append(threading.Thread(target=work_beside, args=(worker,), daemon=True))
             for thread in threads:
                 thread.start()
             work(here)
@@ -147,22 +155,21 @@ class Workers:
         self._beside = []
 
     def _ready(self, tasks: int) -> list[Worker]:
-        """As many processes as there is work for beside this one."""
+        """Start as many processes as there is work for beside this one, and return them."""
         wanted = min(len(self._devices), tasks)
         for number in range(len(self._beside) + 1, wanted):
-            self._beside.append(
-                Worker(number, self._devices[number], self._folder, self._spool, self.report)
-            )
+            device = self._devices[number]
+            self._beside.append(Worker(number, device, self._folder, self._store, self.report))
         return self._beside[: max(0, wanted - 1)]
 
 
 class Worker:
-    """One process, as the main one sees it. number: from 1; the main process is 0."""
+    """A worker is one process, as the main one sees it. number: from 1; the main process is 0."""
 
     def __init__(
         self, number: int, device: str, folder: RunFolder, store: UploadStore, report: Report
     ) -> None:
-        self._number, self._folder, self._spool, self._report = number, folder, store, report
+        self._number, self._folder, self._store, self._report = number, folder, store, report
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = Child(
@@ -175,34 +182,28 @@ class Worker:
         self._lines = self._socket.makefile("rw", encoding="utf-8")
 
     def exchange(self, name: str, task: Task, download: str | None) -> Reply:
-        """`ClientHost.exchange` there; download: a parcel. Raises what was raised there."""
-        said = self._ask(
-            {"do": "exchange", "name": name, "task": asdict(task), "download": download}
-        )
+        """Do `ClientHost.exchange` there; download: a parcel. Raises what was raised there."""
+        asked = {"do": "exchange", "name": name, "task": asdict(task), "download": download}
+        said = self._ask(asked)
         self._folder.take(said["staged"])
-        upload = None if said["upload"] is None else self._spool.read(Path(said["upload"]))
+        upload = None if said["upload"] is None else self._store.read(Path(said["upload"]))
         return Reply(upload, said["metrics"], said["timing"], said["train_tokens"], said["round"])
 
     def probe(self, name: str, uploads: Mapping[str, str], round: int) -> dict[str, float]:
-        """`ClientHost.probe` there; uploads: parcels. Raises what was raised there."""
+        """Do `ClientHost.probe` there; uploads: parcels. Raises what was raised there."""
         staged = self._folder.staged(f"clients/{name}/")
-        asked = {
-            "do": "probe",
-            "name": name,
-            "uploads": dict(uploads),
-            "round": round,
-            "staged": staged,
-        }
-        nats: dict[str, float] = self._ask(asked)["nats"]
+        asked = {"do": "probe", "name": name, "uploads": dict(uploads), "round": round}
+        nats: dict[str, float] = self._ask({**asked, "staged": staged})["nats"]
         return nats
 
     def close(self) -> None:
-        """End it. What it was doing is lost."""
+        """End the process. What it was doing is lost."""
         self._process.kill()
         self._process.wait()
         self._socket.close()
 
     def _ask(self, question: Line) -> Line:
+        # Steps are reported as they come; the answer, or what was raised there, is the last line.
         try:
             _say(self._lines, question)
             for line in self._lines:
@@ -216,18 +217,19 @@ class Worker:
                 self._report(event)
         except OSError:
             pass  # it has ended
+
+        # The system gives no reason for killing a process; memory is the one it mostly has.
         code = self._process.wait()
+        why = " (killed; perhaps memory was short)" if code == KILLED else ""
+        resume = command("resume", self._folder.path)
         raise UserError(
-            f"worker {self._number}: ended with code {code}{' (killed; perhaps memory was short)' * (code == KILLED)}; "
-            f"every whole round is kept. Go on with: {command('resume', self._folder.path)} --workers 1"
+            f"worker {self._number}: ended with code {code}{why}; every whole round is kept. "
+            f"Go on with: {resume} --workers 1"
         )
 
 
 def _problem(said: Line) -> Exception:
-    kinds: dict[str, type[Exception]] = {
-        "UserError": UserError,
-        "OutOfMemoryError": torch.OutOfMemoryError,
-    }
+    kinds = {"UserError": UserError, "OutOfMemoryError": torch.OutOfMemoryError}
     return kinds.get(said["type"], RuntimeError)(said["text"])
 
 
@@ -236,31 +238,31 @@ def _say(lines: Any, line: Mapping[str, Any]) -> None:
     lines.flush()
 
 
-class _Desk:
-    """A worker's own end: answers one question after the other."""
+class _Inside:
+    """A worker's own end answers one question after the other."""
 
     def __init__(self, folder: RunFolder, number: str, device: str, report: Report) -> None:
+        # The base is loaded as the main process has it, but for the device.
         config = folder.config()
         section = config.base.model_copy(update={"device": device})
         if section.threads is not None:
             torch.set_num_threads(section.threads)
         base = load_base(section)
-        self._folder, self._spool = folder, UploadStore(folder.scratch / "uploads" / number)
-        data = prepare(config, base.encoder)
-        self._bench = ClientHost(
-            config, load_method(config), base, data, folder, self._spool, report
-        )
+        place, texts = workplace(config, load_method(config), base), prepare(config, base.encoder)
+        self._folder, self._store = folder, UploadStore(folder.scratch / "uploads" / number)
+        self._host = ClientHost(place, texts, folder, self._store, report)
 
     def answer(self, question: Line) -> Line:
-        """What the main process gets back."""
+        """Answer what the main process asks: `do` says which function below, all else is for it."""
         self._folder.follow()
         do: Callable[..., Line] = getattr(self, f"_{question.pop('do')}")
         return do(**question)
 
     def _exchange(self, name: str, task: Line, download: str | None) -> Line:
+        # JSON has no tuples.
         splits = {key: tuple(task[key]) for key in ("evaluate", "evaluate_base")}
-        received = {} if download is None else self._spool.read(Path(download))
-        reply = self._bench.exchange(name, Task(**{**task, **splits}), received)
+        received = {} if download is None else self._store.read(Path(download))
+        reply = self._host.exchange(name, Task(**{**task, **splits}), received)
         upload = str(reply.upload.path) if isinstance(reply.upload, StoredUpload) else None
         return {
             "upload": upload,
@@ -271,31 +273,25 @@ class _Desk:
             "staged": self._folder.staged(f"clients/{name}/"),
         }
 
-    def _probe(
-        self,
-        name: str,
-        uploads: Mapping[str, str],
-        round: int,
-        staged: Mapping[str, tuple[str, str]],
-    ) -> Line:
+    def _probe(self, name: str, uploads: Line, round: int, staged: Line) -> Line:
         self._folder.take(staged)
-        read = {author: self._spool.read(Path(path)) for author, path in uploads.items()}
-        return {"nats": self._bench.probe(name, read, round)}
+        read = {author: self._store.read(Path(path)) for author, path in uploads.items()}
+        return {"nats": self._host.probe(name, read, round)}
 
 
 def main() -> None:
-    """RUN NUMBER DEVICE FILE-DESCRIPTOR: be a worker until the socket closes."""
+    """Serve `RUN NUMBER DEVICE FILE-DESCRIPTOR` as a worker until the socket closes."""
     path, number, device, descriptor = sys.argv[1:]
     lines = socket.socket(fileno=int(descriptor)).makefile("rw", encoding="utf-8")
-    desk: _Desk | None = None
+    inside: _Inside | None = None
     for line in lines:
+        # Whatever goes wrong, in loading the base, too, is an answer: the main process raises it.
         try:
-            question = json.loads(line)
-            if desk is None:
+            if inside is None:
                 folder = RunFolder.open(Path(path))
                 folder.follow()
-                desk = _Desk(folder, number, device, lambda event: _say(lines, event.as_json()))
-            _say(lines, {**desk.answer(question), "kind": "answer"})
+                inside = _Inside(folder, number, device, lambda event: _say(lines, event.as_json()))
+            _say(lines, {**inside.answer(json.loads(line)), "kind": "answer"})
         except Exception as problem:
             if not isinstance(problem, (UserError, torch.OutOfMemoryError)):
                 traceback.print_exc()

@@ -1,1 +1,1 @@
-"""The address that invited devices have pinned; the carrier is comigs.federation.flower."""
+"""This is the address that invited devices have pinned; the carrier is comigs.federation.flower."""

@@ -15,10 +15,10 @@ from tests.runs import outcome
 @pytest.fixture
 def measured(monkeypatch):
     """Every measurement that is really made."""
-    made, measure = [], base_evaluation_cache.of_the_base
+    made, measure = [], base_evaluation_cache.measure_base
     monkeypatch.setattr(
         base_evaluation_cache,
-        "of_the_base",
+        "measure_base",
         lambda client, split: made.append((client.name, split)) or measure(client, split),
     )
     return made
