@@ -51,12 +51,18 @@ def config_of(options: argparse.Namespace, method: str, merge: str, with_liar: b
         clients += [client for client in tree["clients"] if with_liar or client["name"] != LIAR]
     return parse_config(
         {
-            "seed": options.seed, "method": method, "rounds": options.rounds, "clients": clients,
-            "base": {"name": "mini", "threads": 1}, "data": {"root": str(CONFIGS)},
-            "client": {"steps": 8, "batch_size": 4, "router_every": 8, "router_steps": 3}, "upload": {"merge": merge},
-            "participation": {"max_failures": 1000}, "evaluation": {"every": 0},
+            "seed": options.seed,
+            "method": method,
+            "rounds": options.rounds,
+            "clients": clients,
+            "base": {"name": "mini", "threads": 1},
+            "data": {"root": str(CONFIGS)},
+            "client": {"steps": 8, "batch_size": 4, "router_every": 8, "router_steps": 3},
+            "upload": {"merge": merge},
+            "participation": {"max_failures": 1000},
+            "evaluation": {"every": 0},
         }
-    )  # fmt: skip
+    )
 
 
 Exchange = Callable[[InProcess, Mapping[str, Task], Mapping[str, Download]], Answers]

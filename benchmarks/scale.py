@@ -139,10 +139,18 @@ def in_its_own_process(options: argparse.Namespace, clients: int) -> dict[str, A
         path = write_clients(Path(scratch), options, clients)
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
         done = subprocess.run(
-            [sys.executable, __file__, "--measure", path.name, *["--rounds-only"] * options.rounds_only],
-            cwd=scratch, env=environment, check=True,
+            [
+                sys.executable,
+                __file__,
+                "--measure",
+                path.name,
+                *["--rounds-only"] * options.rounds_only,
+            ],
+            cwd=scratch,
+            env=environment,
+            check=True,
             stdout=subprocess.PIPE,
-        )  # fmt: skip
+        )
     measured: dict[str, Any] = json.loads(done.stdout)
     return measured
 
@@ -166,10 +174,14 @@ def table_of(options: argparse.Namespace, results: list[dict[str, Any]]) -> Tabl
         round, work = statistics.median(r["round_seconds"]), statistics.median(r["work_seconds"])
         last = r["last_exchange_seconds"]
         table.add_row(
-            f"{r['clients']:,}", f"{r['start_up_seconds']:.1f}", f"{round:.2f}", f"{work / round:.0%}",
+            f"{r['clients']:,}",
+            f"{r['start_up_seconds']:.1f}",
+            f"{round:.2f}",
+            f"{work / round:.0%}",
             "-" if last is None else f"{last:.1f}",
-            f"{r['peak_round_bytes'] / 1e6:,.0f}", f"{r['peak_bytes'] / 1e6:,.0f}",
-        )  # fmt: skip
+            f"{r['peak_round_bytes'] / 1e6:,.0f}",
+            f"{r['peak_bytes'] / 1e6:,.0f}",
+        )
     return table
 
 

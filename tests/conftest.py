@@ -50,9 +50,12 @@ def shape_of(
     generalists: int, specialists: int, rank: int = 3, specialist_rank: int | None = None
 ) -> ExpertShape:
     return ExpertShape(
-        generalists=generalists, specialists=specialists, rank=rank, specialist_rank=specialist_rank or rank,
+        generalists=generalists,
+        specialists=specialists,
+        rank=rank,
+        specialist_rank=specialist_rank or rank,
         attention_rank=2,
-    )  # fmt: skip
+    )
 
 
 def random_tensors(
@@ -79,8 +82,12 @@ def attach(model: Any, architecture: Architecture, top_k: int = 2, **settings: A
     )
 
 
-def run_config(root: Path, names: str = "ada bob", entries: Mapping[str, Mapping[str, Any]] | None = None,
-               **tree: Any) -> Config:  # fmt: skip
+def run_config(
+    root: Path,
+    names: str = "ada bob",
+    entries: Mapping[str, Mapping[str, Any]] | None = None,
+    **tree: Any,
+) -> Config:
     """A small run of these clients on tiny-gpt2. entries: more of a [[clients]] table; tree:
     sections.
     """

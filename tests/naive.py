@@ -191,10 +191,23 @@ class NumpyAdamW:
 
 
 def naive_train(
-    model: Any, start: Mapping[Any, Tensor], top_k: int, draw: Any, *, lr: float, router_lr: float, steps: int,
-    total_steps: int, router_every: int, router_steps: int, balance_coef: float, share: float,
-    betas: tuple[float, float], weight_decay: float, schedule: str = "alternating",
-) -> tuple[dict[str, Tensor], list[float]]:  # fmt: skip
+    model: Any,
+    start: Mapping[Any, Tensor],
+    top_k: int,
+    draw: Any,
+    *,
+    lr: float,
+    router_lr: float,
+    steps: int,
+    total_steps: int,
+    router_every: int,
+    router_steps: int,
+    balance_coef: float,
+    share: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    schedule: str = "alternating",
+) -> tuple[dict[str, Tensor], list[float]]:
     """Bi-level training from scratch: tensors by name after `steps` local steps, and the nats of
     every step in order.
 

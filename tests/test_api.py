@@ -26,7 +26,10 @@ def test_every_public_name_is_there():
 
 
 def test_reading_a_config_needs_no_torch():
-    code = "import sys, comigs; comigs.load_config; comigs.UserError; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, comigs; comigs.load_config; comigs.UserError; assert 'torch' not in "
+        "sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)
 
 

@@ -54,46 +54,102 @@ def run_refused(capsys, config, *words):
     "old, new, line",
     [
         ("rounds = 2", "rounds = ", "cannot be read as TOML: Invalid value (at line 1, column 10)"),
-        ("rounds = 2", "ruonds = 2", 'ruonds: unknown key. Did you mean "rounds"? Allowed: version, name, seed'),
+        (
+            "rounds = 2",
+            "ruonds = 2",
+            'ruonds: unknown key. Did you mean "rounds"? Allowed: version, name, seed',
+        ),
         ("rounds = 2", "rounds = 0", "rounds: given 0; must be 1 or more"),
-        ("rounds = 2", "rounds = 2\nversion = 2", "version: written for config format 2, this comigs reads up to 1"),
+        (
+            "rounds = 2",
+            "rounds = 2\nversion = 2",
+            "version: written for config format 2, this comigs reads up to 1",
+        ),
         ("rounds = 2", "rounds = 2\nversion = 0", "version: given 0; must be 1 or more"),
         ("rounds = 2", 'name = "../x"', "name: given '../x'; must be a folder's name"),
-        ("rounds = 2", 'method = "comgis"', 'method: unknown method "comgis". Did you mean "comigs"? Known: '),
+        (
+            "rounds = 2",
+            'method = "comgis"',
+            'method: unknown method "comgis". Did you mean "comigs"? Known: ',
+        ),
         ("rounds = 2", 'method = "no.such"', 'method: "no.such" cannot be used: No module named'),
         ("rounds = 2", 'method = "./my.py"', 'method: unknown method "./my.py". Known: '),
         ("rounds = 2", 'method = ".x"', 'method: unknown method ".x".'),
         ("threads = 1", "threads = 100000", "base.threads: given 100000; must be 1024 or less"),
-        ('"tiny-gpt2"', '"tiny-gtp2"', 'base.name: unknown base "tiny-gtp2". Did you mean "tiny-gpt2"? Known: '),
+        (
+            '"tiny-gpt2"',
+            '"tiny-gtp2"',
+            'base.name: unknown base "tiny-gtp2". Did you mean "tiny-gpt2"? Known: ',
+        ),
         ('"cpu"', '"gpu"', 'base.device: "gpu" is no device; allowed: auto, cpu, cuda'),
         ('"cpu"', '"cuda:97"', 'base.device: "cuda:97" is not on this machine'),
         ('"cpu"', '"meta"', 'base.device: "meta"'),
         ('"cpu"', '"mps"', 'base.device: "mps"'),
-        ('"float32"', '"float23"', "must be 'auto', 'float64', 'float32' or 'bfloat16'. Did you mean \"float32\"?"),
-        ("sequence_length = 32", "sequence_length = 65", "data.sequence_length: given 65, but base tiny-gpt2 reads"),
-        ("steps = 2", "stepz = 2", 'client.stepz: unknown key. Did you mean "steps"? Allowed: steps, batch_size'),
+        (
+            '"float32"',
+            '"float23"',
+            "must be 'auto', 'float64', 'float32' or 'bfloat16'. Did you mean \"float32\"?",
+        ),
+        (
+            "sequence_length = 32",
+            "sequence_length = 65",
+            "data.sequence_length: given 65, but base tiny-gpt2 reads",
+        ),
+        (
+            "steps = 2",
+            "stepz = 2",
+            'client.stepz: unknown key. Did you mean "steps"? Allowed: steps, batch_size',
+        ),
         ("steps = 2", 'steps = "two"', "client.steps: given 'two'; must be a whole number"),
         ("steps = 2", "lr = nan", "client.lr: given nan; must be a finite number"),
         ("[data]", "[experts]\nrank = 0\n[data]", "experts.rank: given 0; must be 1 or more"),
         ("[data]", "[experts]\nrank = -3\n[data]", "experts.rank: given -3; must be 1 or more"),
-        ("[data]", "[experts]\ntop_k = 3\n[data]", 'experts.top_k: 3 experts per token, but client "ann" has 2'),
-        ("[data]", "[experts]\ngeneralists = 0\nspecialists = 0\n[data]", "clients.ann: 0 experts; give it at least"),
+        (
+            "[data]",
+            "[experts]\ntop_k = 3\n[data]",
+            'experts.top_k: 3 experts per token, but client "ann" has 2',
+        ),
+        (
+            "[data]",
+            "[experts]\ngeneralists = 0\nspecialists = 0\n[data]",
+            "clients.ann: 0 experts; give it at least",
+        ),
         ("[data]", "[expert]\nrank = 2\n[data]", 'expert: unknown key. Did you mean "experts"?'),
         ('name = "bob"', 'name = "ann"', 'clients: the name "ann" is given twice'),
-        ('name = "bob"', 'name = "ANN"', 'clients: the name "ANN" is given twice; names must differ (case aside)'),
+        (
+            'name = "bob"',
+            'name = "ANN"',
+            'clients: the name "ANN" is given twice; names must differ (case aside)',
+        ),
         ('name = "bob"', 'name = "b/b"', "clients.b/b.name: given 'b/b'; 1 to 64 letters"),
-        ('text = "bob"', 'text = "bob"\nrnak = 2', 'clients.bob.rnak: unknown key. Did you mean "rank"?'),
-        ('text = "bob"', "text = 3", 'clients.bob.text: given 3; must be "source:argument" or a path'),
+        (
+            'text = "bob"',
+            'text = "bob"\nrnak = 2',
+            'clients.bob.rnak: unknown key. Did you mean "rank"?',
+        ),
+        (
+            'text = "bob"',
+            "text = 3",
+            'clients.bob.text: given 3; must be "source:argument" or a path',
+        ),
         ('text = "bob"', 'text = {train = "bob", valid = "bob"}', "clients.bob.text.test: missing"),
         ('text = "bob"', 'text = "bob"\ngeneralists = 2', "clients.bob.generalists: unknown key"),
         ('text = "bob"', 'text = "nobody"', "nobody: no such file or folder"),
-        ('text = "bob"', 'text = "~nobody-here/x"', "~nobody-here/x: no such user; give the whole path"),
+        (
+            'text = "bob"',
+            'text = "~nobody-here/x"',
+            "~nobody-here/x: no such user; give the whole path",
+        ),
         ('text = "bob"', 'text = "debian-fax:fr"', 'no source "debian-fax"; there are: debian-faq'),
-        ('text = "bob"', 'text = "debian-faq:en"', "debian-faq:en: no such language; there are: de, fr, it, nl"),
+        (
+            'text = "bob"',
+            'text = "debian-faq:en"',
+            "debian-faq:en: no such language; there are: de, fr, it, nl",
+        ),
         ('text = "bob"', 'text = "ann"', "the same text is in client"),
         ("[[clients]]", "[clients]", "cannot be read as TOML"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_config(config, capsys, old, new, line):
     edit(config, old, new)
     assert line in run_refused(capsys, config)
@@ -302,7 +358,10 @@ def half_run(config, capsys):
 
 def test_changed_text_is_refused(half_run, capsys):
     Path("bob/9.txt").write_text("one more document than before")
-    line = "runs/tiny: the text of bob has changed since this run began; put it back or start a new run"
+    line = (
+        "runs/tiny: the text of bob has changed since this run began; put it back or "
+        "start a new run"
+    )
     assert line in refused(capsys, "resume", half_run)
     assert line in refused(capsys, "evaluate", half_run)
     Path("bob/9.txt").unlink()
@@ -384,11 +443,13 @@ def refuse_to_write(monkeypatch, folder, number):
     [
         (
             errno.ENOSPC,
-            "no space left on the disk; make room or allow writing, then go on with: comigs resume runs/tiny",
+            "no space left on the disk; make room or allow writing, then go on with: comigs "
+            "resume runs/tiny",
         ),
         (
             errno.EACCES,
-            "no permission to write here; make room or allow writing, then go on with: comigs resume",
+            "no permission to write here; make room or allow writing, then go on with: "
+            "comigs resume",
         ),
         (errno.EROFS, "no permission to write here"),
         (errno.EIO, "cannot be written: Input/output error"),

@@ -60,7 +60,8 @@ def test_help_needs_no_torch():
         "from comigs.app.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: code = end.code\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'matplotlib', 'safetensors'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'matplotlib', 'safetensors'} "
+        "& set(sys.modules)\n"
         "assert not heavy and code == 0, (heavy, code)"
     )
     done = subprocess.run(

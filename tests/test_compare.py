@@ -105,12 +105,16 @@ def test_what_does_not_change_a_result_makes_no_setting(tmp_path: Path) -> None:
             [{}, {"experts": {"generalists": 2, "specialists": 0}}, {"method": "local"}],
             ["comigs", "comigs, generalists=2, specialists=0", "local"],
         ),
-        ([{"method": m, "rounds": n} for m in ("comigs", "local") for n in (1, 2)],
-         ["comigs, rounds=1", "comigs, rounds=2", "local, rounds=1", "local, rounds=2"]),
-        ([{"client": {"lr": 1e-3}}, {"client": {"lr": 1e-3, "router_lr": 1e-3}}],
-         ["router_lr=none", "router_lr=0.001"]),
+        (
+            [{"method": m, "rounds": n} for m in ("comigs", "local") for n in (1, 2)],
+            ["comigs, rounds=1", "comigs, rounds=2", "local, rounds=1", "local, rounds=2"],
+        ),
+        (
+            [{"client": {"lr": 1e-3}}, {"client": {"lr": 1e-3, "router_lr": 1e-3}}],
+            ["router_lr=none", "router_lr=0.001"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_settings_are_called_by_what_sets_them_apart(
     tmp_path: Path, kinds: list[dict[str, Any]], expected: list[str]
 ) -> None:
@@ -307,8 +311,10 @@ def test_other_seeds_are_said_and_only_common_ones_paired(tmp_path: Path) -> Non
         2,
         pytest.approx(0.25),
     )
-    assert any("not every setting has the same seeds" in note and "only seeds that both have" in note
-               for note in compared.notes)  # fmt: skip
+    assert any(
+        "not every setting has the same seeds" in note and "only seeds that both have" in note
+        for note in compared.notes
+    )
     table = main_table(compared.comparison, only(compared))
     assert table.rows[0][table.headers.index("common seeds")] == "2"
 
@@ -434,9 +440,10 @@ def test_ranks_are_among_settings_that_all_datasets_have_and_ties_share(tmp_path
     compared = compare_runs([several_datasets(tmp_path)])
     assert names(compared) == ["comigs, rounds=2", "comigs, rounds=3", "fedavg", "local"]
     assert ranks(compared.comparison) == {
-        "comigs, rounds=2": pytest.approx((1 + 2 + 2) / 3), "fedavg": pytest.approx((2 + 1 + 2) / 3),
+        "comigs, rounds=2": pytest.approx((1 + 2 + 2) / 3),
+        "fedavg": pytest.approx((2 + 1 + 2) / 3),
         "local": pytest.approx((3 + 3 + 2) / 3),
-    }  # fmt: skip
+    }
     assert headline(compared.comparison) == (
         "Best mean rank over 3 datasets: comigs, rounds=2 and fedavg (1.7), then local (2.7); "
         "of the 3 settings that all of them have."

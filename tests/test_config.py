@@ -17,22 +17,67 @@ from comigs.errors import UserError
 ROOT = Path(__file__).parents[1]
 ANN = {"name": "ann", "text": "x"}
 FULL = {
-    "version": 1, "name": "full", "seed": 7, "method": "fedavg", "rounds": 3,
+    "version": 1,
+    "name": "full",
+    "seed": 7,
+    "method": "fedavg",
+    "rounds": 3,
     "base": {"name": "tiny-llama", "dtype": "float64", "device": "cpu", "threads": 2},
-    "data": {"root": "/a b", "cache": "c", "sequence_length": 9, "distribution": "out", "valid_fraction": 0.2},
-    "experts": {"generalists": 2, "specialists": 3, "rank": 4, "specialist_rank": 5, "attention_rank": 6,
-                "share_attention": False, "alpha": 8.5, "scaling": "lora", "top_k": 1},
-    "client": {"steps": 1, "batch_size": 2, "micro_batch_size": 1, "lr": 1e-3, "router_lr": 0.5, "betas": [0.1, 0.2]},
+    "data": {
+        "root": "/a b",
+        "cache": "c",
+        "sequence_length": 9,
+        "distribution": "out",
+        "valid_fraction": 0.2,
+    },
+    "experts": {
+        "generalists": 2,
+        "specialists": 3,
+        "rank": 4,
+        "specialist_rank": 5,
+        "attention_rank": 6,
+        "share_attention": False,
+        "alpha": 8.5,
+        "scaling": "lora",
+        "top_k": 1,
+    },
+    "client": {
+        "steps": 1,
+        "batch_size": 2,
+        "micro_batch_size": 1,
+        "lr": 1e-3,
+        "router_lr": 0.5,
+        "betas": [0.1, 0.2],
+    },
     "evaluation": {"every": 0, "splits": ["train", "valid"], "batch_size": 1},
-    "participation": {"clients_per_round": 2, "min_clients": 2, "deadline": 60.5, "late": "discount",
-                      "late_discount": 0.25, "max_failures": 1},
-    "upload": {"format": "int8", "merge": "trimmed", "trim": 0.1, "max_norm": 5, "max_norm_ratio": 2.5},
+    "participation": {
+        "clients_per_round": 2,
+        "min_clients": 2,
+        "deadline": 60.5,
+        "late": "discount",
+        "late_discount": 0.25,
+        "max_failures": 1,
+    },
+    "upload": {
+        "format": "int8",
+        "merge": "trimmed",
+        "trim": 0.1,
+        "max_norm": 5,
+        "max_norm_ratio": 2.5,
+    },
     "clients": [
-        {"name": "ann", "text": 'folder:"quoted"\\é', "specialists": 1, "rank": 2, "specialist_rank": 1, "weight": 1},
+        {
+            "name": "ann",
+            "text": 'folder:"quoted"\\é',
+            "specialists": 1,
+            "rank": 2,
+            "specialist_rank": 1,
+            "weight": 1,
+        },
         {"name": "b-o.b_2", "text": {"train": "a", "valid": "b", "test": "c"}, "weight": 2.5},
         {"name": "away", "weight": 0.5},
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("tree", [{"clients": [ANN]}, FULL], ids=["defaults", "everything"])
@@ -68,12 +113,16 @@ def test_a_base_in_a_folder_is_found_from_anywhere(tmp_path, monkeypatch):
     path = tmp_path / "configs" / "a.toml"
     path.write_text('[[clients]]\nname = "ann"\ntext = "x"\n')
     monkeypatch.chdir(tmp_path / "here")
-    names = {given: load_config(path, [f'base.name="{given}"']).base.name
-             for given in ("models/mine", "models/other", "models/none", "mini")}  # fmt: skip
+    names = {
+        given: load_config(path, [f'base.name="{given}"']).base.name
+        for given in ("models/mine", "models/other", "models/none", "mini")
+    }
     assert names == {
-        "models/mine": str(tmp_path / "configs/models/mine"), "models/other": str(tmp_path / "here/models/other"),
-        "models/none": "models/none", "mini": "mini",
-    }  # fmt: skip
+        "models/mine": str(tmp_path / "configs/models/mine"),
+        "models/other": str(tmp_path / "here/models/other"),
+        "models/none": "models/none",
+        "mini": "mini",
+    }
 
 
 def test_a_config_cannot_be_changed():
@@ -127,7 +176,8 @@ def test_the_nearest_name_is_given_in_every_section(name):
 def overridden(tmp_path, *overrides):
     path = tmp_path / "x.toml"
     path.write_text(
-        '[client]\nsteps = 3\n[[clients]]\nname = "ann"\ntext = "x"\n[[clients]]\nname = "bob"\ntext = "y"\n'
+        '[client]\nsteps = 3\n[[clients]]\nname = "ann"\ntext = "x"\n[[clients]]\nname = '
+        '"bob"\ntext = "y"\n'
     )
     return load_config(path, overrides)
 

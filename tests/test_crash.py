@@ -148,8 +148,17 @@ def test_the_command_stopped_from_outside(tmp_path, capsys, sign):
     def command():
         os.dup2(os.open(error, os.O_WRONLY | os.O_CREAT), 2)
         sys.stderr = os.fdopen(2, "w", closefd=False)
-        sys.argv = ["comigs", "run", str(finished() / "tiny.toml"), "--out", str(run), "--set", "rounds=50",
-                    "--set", f'data.cache="{finished() / "cache"}"']  # fmt: skip
+        sys.argv = [
+            "comigs",
+            "run",
+            str(finished() / "tiny.toml"),
+            "--out",
+            str(run),
+            "--set",
+            "rounds=50",
+            "--set",
+            f'data.cache="{finished() / "cache"}"',
+        ]
         try:
             cli.main()
         except SystemExit as end:
@@ -198,7 +207,8 @@ def test_a_stop_in_any_phase_is_one_line_and_130(tmp_path, capsys, monkeypatch, 
     for phase, said in {
         "comigs.app.setup.load_base": "stopped\n",
         "comigs.app.setup.prepare": "stopped\n",
-        "comigs.engines.host.Client.train": "stopped: every whole round is kept; go on with: comigs resume runs/",
+        "comigs.engines.host.Client.train": "stopped: every whole round is kept; go on with: "
+        "comigs resume runs/",
         "comigs.runs.report.page.write_report": "stopped\n",
     }.items():
         with patch(phase, lambda *a, **k: signal.raise_signal(sign)):

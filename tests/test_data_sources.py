@@ -190,7 +190,7 @@ Une phrase assez longue pour que groff la coupe ou l'étire si on le laissait fa
 Traduit par Quelqu'un <quelquun@example.org>.
 .SH "VOIR AUSSI"
 bonjour(1)
-"""
+"""  # noqa: E501  a page is one text
 
 
 @pytest.fixture
@@ -208,8 +208,10 @@ def man_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_manpages_are_rendered_without_people_and_licences(man_root: Path) -> None:
     (document,) = open_source("manpages:fr", man_root)
     assert document == Document(
-        "NOM\ngreet - dire bonjour à quelqu'un\n\nDESCRIPTION\nUne phrase assez longue pour que groff la coupe ou "
-        "l'étire si on le laissait faire, et encore quelques mots de plus.\n\nVOIR AUSSI\nbonjour(1)\n",
+        "NOM\ngreet - dire bonjour à quelqu'un\n\nDESCRIPTION\nUne phrase assez longue pour "
+        "que groff la coupe ou "
+        "l'étire si on le laissait faire, et encore quelques mots de plus.\n\nVOIR "
+        "AUSSI\nbonjour(1)\n",
         "greet.1",
         key="greet.1",
     )

@@ -5,7 +5,6 @@ for the router.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +89,7 @@ def test_every_text_of_a_mixture_is_as_likely_and_has_its_own_folds():
         assert {fold_of(p, s.num_tokens, 4) for p in own.ravel()} == {1}
 
 
-def test_the_routers_fold_is_the_one_its_experts_did_not_see_since_the_last_phase_and_folds_take_turns():
+def test_the_routers_fold_is_the_one_its_experts_did_not_see_lately_and_folds_take_turns():
     settings = ClientSection(
         batch_size=16, router_every=3, router_steps=2, router_data="crossfit", folds=4
     )
@@ -181,8 +180,18 @@ def test_a_client_in_a_run_learns_from_what_its_config_says(tmp_path, source):
 @pytest.mark.parametrize("source", ["train", "crossfit"])
 def test_a_router_taught_by_train_never_reads_valid(tmp_path, source):
     """Whatever valid says: the model of a client is the same to the bit."""
-    config = run_config(tmp_path, "ada", client={"steps": 4, "batch_size": 4, "router_every": 2, "router_steps": 2,
-                                                 "router_data": source, "lr": 5e-3})  # fmt: skip
+    config = run_config(
+        tmp_path,
+        "ada",
+        client={
+            "steps": 4,
+            "batch_size": 4,
+            "router_every": 2,
+            "router_steps": 2,
+            "router_data": source,
+            "lr": 5e-3,
+        },
+    )
     clients = [start_engine(config).clients["ada"] for _ in range(2)]
     clients[1].text = replace(clients[1].text, valid=())
     logs = [client.train(1, QUIET) for client in clients]
@@ -209,10 +218,23 @@ def test_no_text_is_left_out_where_no_router_would_read_it(tmp_path, method):
     """Uniform mixing, one level, or one expert: crossfit has nothing to set aside."""
     experts = {"rank": 2, "specialists": 0} if method == "comigs" else {"rank": 2}
     made = [
-        start_engine(run_config(tmp_path, "ada", method=method, experts=experts, client={
-            "steps": 3, "batch_size": 4, "router_every": 2, "router_data": source, "lr": 5e-3})).clients["ada"]
+        start_engine(
+            run_config(
+                tmp_path,
+                "ada",
+                method=method,
+                experts=experts,
+                client={
+                    "steps": 3,
+                    "batch_size": 4,
+                    "router_every": 2,
+                    "router_data": source,
+                    "lr": 5e-3,
+                },
+            )
+        ).clients["ada"]
         for source in ("valid", "crossfit")
-    ]  # fmt: skip
+    ]
     for client in made:
         client.train(1, QUIET)
     assert same(made[0].train_state.tensors, made[1].train_state.tensors)

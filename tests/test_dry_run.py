@@ -30,7 +30,8 @@ from comigs.methods.loading import load_method
 windows, length, specialists = map(int, sys.argv[1:])
 config = parse_config({
     "base": {"name": "mini", "device": "cpu"}, "data": {"sequence_length": length},
-    "experts": {"specialists": specialists}, "client": {"batch_size": windows}, "evaluation": {"batch_size": windows},
+    "experts": {"specialists": specialists}, "client": {"batch_size": windows},
+    "evaluation": {"batch_size": windows},
     "clients": [{"name": "ann", "text": "ann"}],
 })
 base = load_base(config.base)

@@ -247,10 +247,15 @@ def test_no_server_ever_forms_a_whole_product(tmp_path, method):
     draw = lambda *shape: torch.from_numpy(random.normal(size=shape)).float()  # noqa: E731
     parts = {"g0": dict(zip(NAMES, ranks, strict=True)), "attention": dict.fromkeys(NAMES, 3)}
     uploads = {
-        name: {Slot(0, site, part, matrix): draw(rank[name], size) if matrix == "A" else draw(size, rank[name])
-               for site, (part, rank) in zip(("up", "q"), parts.items(), strict=True) for matrix in "AB"}
+        name: {
+            Slot(0, site, part, matrix): draw(rank[name], size)
+            if matrix == "A"
+            else draw(size, rank[name])
+            for site, (part, rank) in zip(("up", "q"), parts.items(), strict=True)
+            for matrix in "AB"
+        }
         for name in NAMES
-    }  # fmt: skip
+    }
     with Largest() as largest:
         load_method(config).aggregate(uploads, {}, RoundContext(NAMES, TOKENS))
     assert size * 4 <= largest.elements <= size * (sum(ranks) + 4)
@@ -351,8 +356,10 @@ def test_fedalt_keeps_the_own_lora_and_learns_beside_a_frozen_mean_of_the_others
         tmp_path, "fedalt", client={"steps": 2, "batch_size": 4, "lr": 5e-2}, rounds=3
     )
     for round in (1, 2, 3):
-        world = {n: {s: t for s, t in copy_of(c.train_state.tensors).items() if s.role == "rest"}
-                 for n, c in engine.clients.items()}  # fmt: skip
+        world = {
+            n: {s: t for s, t in copy_of(c.train_state.tensors).items() if s.role == "rest"}
+            for n, c in engine.clients.items()
+        }
         for name, client in engine.clients.items():
             start = copy_of(client.train_state.tensors)
             client.train(round, QUIET)
@@ -386,13 +393,16 @@ def test_fedalt_refuses_more_experts_per_token_than_it_has(tmp_path):
     )
     with pytest.raises(
         UserError,
-        match=r"^experts\.top_k: 3 experts per token, but client \"ada\" has 2 with fedalt; allowed: 1 to 2",
+        match=(
+            r"^experts\.top_k: 3 experts per token, but client \"ada\" has 2 with fedalt; "
+            r"allowed: 1 to 2"
+        ),
     ):
         load_method(config)
 
 
 # --- pcl
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_pcl_weighs_models_by_softmax_of_minus_perplexity(tmp_path):
@@ -460,7 +470,7 @@ def test_pcl_measures_each_model_whole_on_the_readers_valid(tmp_path):
 
 
 # --- penalties
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def pull_of_fedprox(theta, anchor):
@@ -539,9 +549,14 @@ def test_the_penalties_are_their_formulas(tmp_path):
     random = np.random.default_rng(1)
     make = lambda *shape: torch.from_numpy(random.normal(size=shape))  # noqa: E731
     tensors, anchor = (
-        {Slot(0, "up", "g0", "A"): make(5, 7), Slot(0, "up", "g0", "B"): make(6, 5),
-         Slot(0, "q", "attention", "A"): make(3, 7), Slot(0, "q", "attention", "B"): make(7, 3)} for _ in range(2)
-    )  # fmt: skip
+        {
+            Slot(0, "up", "g0", "A"): make(5, 7),
+            Slot(0, "up", "g0", "B"): make(6, 5),
+            Slot(0, "q", "attention", "A"): make(3, 7),
+            Slot(0, "q", "attention", "B"): make(7, 3),
+        }
+        for _ in range(2)
+    )
     prox = load_method(config_of(tmp_path, "fedprox", options={"mu": 0.7})).penalty(tensors, anchor)
     assert prox.item() == pytest.approx(
         0.35 * sum(((double(tensors[s]) - double(anchor[s])) ** 2).sum() for s in tensors),
@@ -590,7 +605,7 @@ def test_a_penalty_of_nothing_is_fedavg_to_the_bit(tmp_path):
 
 
 # --- hetlora
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def zero_padded(matrix, rows, columns):
@@ -648,8 +663,12 @@ def test_hetlora_prunes_where_the_tails_product_of_norms_shrank_and_only_there(
     A, B, C, D = (
         Slot(0, site, part, m) for site, part in (("up", "g0"), ("q", "attention")) for m in "AB"
     )
-    anchor = {A: random.normal(size=(rank, 7)), B: random.normal(size=(6, rank)),
-              C: random.normal(size=(3, 7)), D: random.normal(size=(7, 3))}  # fmt: skip
+    anchor = {
+        A: random.normal(size=(rank, 7)),
+        B: random.normal(size=(6, rank)),
+        C: random.normal(size=(3, 7)),
+        D: random.normal(size=(7, 3)),
+    }
     now = {slot: value.copy() for slot, value in anchor.items()}
     now[A][t:] *= 3 * factor  # one factor may grow while the product shrinks
     now[B][:, t:] /= 3
@@ -793,7 +812,7 @@ def test_a_tail_starts_at_the_floor_and_leaves_a_rank():
 
 
 # --- fdlora
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -863,8 +882,13 @@ def added(tensors):
     """
     whole = {slot: t for slot, t in tensors.items() if slot.role == "attention"}
     for slot in (s for s in tensors if s.part == "g0" and s.matrix == "A"):
-        pairs = [(tensors[Slot(slot.layer, slot.site, p, "A")], tensors[Slot(slot.layer, slot.site, p, "B")])
-                 for p in ("g0", "s0")]  # fmt: skip
+        pairs = [
+            (
+                tensors[Slot(slot.layer, slot.site, p, "A")],
+                tensors[Slot(slot.layer, slot.site, p, "B")],
+            )
+            for p in ("g0", "s0")
+        ]
         total = sum(len(A) for A, _ in pairs)
         whole[slot] = torch.cat([A for A, _ in pairs])
         scales = [float(scaled(len(A)) / scaled(total)) for A, _ in pairs]
@@ -881,9 +905,15 @@ def test_fdlora_finishes_once_with_weights_no_worse_on_valid_and_that_is_the_per
     the run keeps.
     """
     options = {"evaluations": 9, "l1": 0.05}
-    config = config_of(tmp_path, "fdlora", names=("ada", "bob"), options=options, rounds=3,
-                       experts={"specialists": 1, "specialist_rank": 4},
-                       client={"steps": 4, "batch_size": 4, "lr": 5e-2})  # fmt: skip
+    config = config_of(
+        tmp_path,
+        "fdlora",
+        names=("ada", "bob"),
+        options=options,
+        rounds=3,
+        experts={"specialists": 1, "specialist_rank": 4},
+        client={"steps": 4, "batch_size": 4, "lr": 5e-2},
+    )
     finish, finished = Client.finish, []
 
     def watched(client):
@@ -1050,8 +1080,12 @@ def test_what_a_comigs_client_adopts_is_one_share_of_a_download_judged_on_its_ow
     client.receive(download, 2)
     experts = {s: t for s, t in download.items() if s.role == "generalist"}
     way = sum(((double(experts[s]) - double(own[s])) ** 2).sum() for s in experts)
-    gone = sum(((double(client.train_state.tensors[s]) - double(own[s])) * (double(t) - double(own[s]))).sum()
-               for s, t in experts.items())  # fmt: skip
+    gone = sum(
+        (
+            (double(client.train_state.tensors[s]) - double(own[s])) * (double(t) - double(own[s]))
+        ).sum()
+        for s, t in experts.items()
+    )
     share = gone / way
     for slot, tensor in client.train_state.tensors.items():
         if slot.role == "attention":
@@ -1078,7 +1112,7 @@ def test_what_a_comigs_client_adopts_is_one_share_of_a_download_judged_on_its_ow
 
 
 # --- all methods
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list_methods())

@@ -30,21 +30,37 @@ from tests import naive
 from tests.conftest import attach, copy_of, random_tensors, shape_of, tiny
 
 SMALL = {
-    "vocab_size": 97, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.1,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, mlp_bias=True, attention_bias=True),
     "mistral": MistralConfig(**SMALL, head_dim=8),
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL, head_dim=8),
-    "gemma3_text": Gemma3TextConfig(**SMALL, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=0.5),
+    "gemma3_text": Gemma3TextConfig(
+        **SMALL, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=0.5
+    ),
     "gpt2": GPT2Config(
-        vocab_size=97, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.1, bos_token_id=0,
+        vocab_size=97,
+        n_positions=32,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.1,
+        bos_token_id=0,
         eos_token_id=1,
     ),
-}  # fmt: skip
+}
 EXPERTS_AND_TOP_K = [(E, K) for E in (1, 2, 3, 4) for K in range(1, E + 1)]
 
 
@@ -73,7 +89,7 @@ def loss_and_gradients(model, embeddings, targets, tensors):
 
 def assert_equals_naive(
     model, architecture, shape, top_k, routed, tolerance=1e-5, dtype=torch.float32, routing="token"
-):  # fmt: skip
+):
     """Forward and gradients of the attached model and of the naive one, from the same tensors and
     input.
     """
@@ -175,9 +191,14 @@ def one_expert(tensors, parts, alpha=16.0):
     return whole
 
 
-@pytest.mark.parametrize(("shape", "parts"), [
-    (shape_of(1, 1, 2, 5), ("g0", "s0")), (shape_of(2, 1), ("g0", "g1", "s0")), (shape_of(1, 0), ("g0",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        (shape_of(1, 1, 2, 5), ("g0", "s0")),
+        (shape_of(2, 1), ("g0", "g1", "s0")),
+        (shape_of(1, 0), ("g0",)),
+    ],
+)
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_experts_whose_sum_adapts_the_base_equal_one_expert_of_all_their_factors(
     model_type, shape, parts
@@ -455,9 +476,17 @@ def test_zero_experts_and_a_router_are_the_base_itself(base):
         torch.testing.assert_close(attachment.model(input_ids).logits, untouched, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("num_experts", "top_k", "mixing"), [
-    (2, 2, "routed"), (3, 3, "routed"), (2, 1, "uniform"), (3, 2, "uniform"), (3, 1, "sum"), (1, 1, "uniform"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "mixing"),
+    [
+        (2, 2, "routed"),
+        (3, 3, "routed"),
+        (2, 1, "uniform"),
+        (3, 2, "uniform"),
+        (3, 1, "sum"),
+        (1, 1, "uniform"),
+    ],
+)
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_experts_that_share_the_weight_evenly_act_like_one_lora_of_all_their_ranks(
     model_type, num_experts, top_k, mixing

@@ -58,10 +58,13 @@ def test_a_personal_model_is_the_one_that_was_measured_and_writes_what_it_finds_
 ):
     method, experts = KINDS[kind]
     config = run_config(
-        tmp_path, method=method, experts={"rank": 2, **experts}, evaluation={"every": 0, "batch_size": 8},
+        tmp_path,
+        method=method,
+        experts={"rank": 2, **experts},
+        evaluation={"every": 0, "batch_size": 8},
         client={"steps": 3, "batch_size": 4, "router_every": 2, "router_steps": 2, "lr": 3e-2},
         base={"name": base, "dtype": "float32", "device": "cpu", "threads": 1},
-    )  # fmt: skip
+    )
     folder = api.run(config, tmp_path / "run")
     again = api.evaluate(folder.path)
     for name, figures in folder.summary().as_json()["clients"].items():
@@ -97,9 +100,11 @@ def test_a_model_routed_by_sequence_reads_the_whole_text_again_for_each_token(tm
     something else.
     """
     config = run_config(
-        tmp_path, "ada", experts={"rank": 2, "routing": "sequence", "router_start": 2.0},
+        tmp_path,
+        "ada",
+        experts={"rank": 2, "routing": "sequence", "router_start": 2.0},
         client={"steps": 6, "batch_size": 4, "router_every": 2, "router_steps": 4, "lr": 5e-2},
-    )  # fmt: skip
+    )
     folder = api.run(config, tmp_path / "run")
     with closing(api.open_personal_model(folder.path, "ada")) as model:
         cached = []

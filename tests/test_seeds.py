@@ -10,10 +10,17 @@ import numpy as np
 from comigs.seeds import generator
 
 NAMES = [
-    (), ("batch",), ("batch", "fr"), ("batch", "fr", "train", 1), ("batch", "fr", "train", 11),
-    ("batch", "fr", "train", "1"), ("batch", "fr", "valid", 1), ("batch", "de", "train", 1), ("batch", "frtrain", 1),
+    (),
+    ("batch",),
+    ("batch", "fr"),
+    ("batch", "fr", "train", 1),
+    ("batch", "fr", "train", 11),
+    ("batch", "fr", "train", "1"),
+    ("batch", "fr", "valid", 1),
+    ("batch", "de", "train", 1),
+    ("batch", "frtrain", 1),
     ("start", "fr", "train", 1),
-]  # fmt: skip
+]
 
 
 def test_equal_names_draw_equal_numbers_whatever_was_drawn_between():

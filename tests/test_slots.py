@@ -9,9 +9,14 @@ import pytest
 from comigs.slots import Slot, expert_parts
 
 ROLES = {
-    "g0": "generalist", "g12": "generalist", "s0": "specialist", "s3": "specialist", "router": "router",
-    "attention": "attention", "rest": "rest",
-}  # fmt: skip
+    "g0": "generalist",
+    "g12": "generalist",
+    "s0": "specialist",
+    "s3": "specialist",
+    "router": "router",
+    "attention": "attention",
+    "rest": "rest",
+}
 
 
 @pytest.mark.parametrize(("part", "role"), ROLES.items())
@@ -28,10 +33,29 @@ def test_text_and_back(layer, part, matrix):
 
 
 NO_SLOTS = [
-    "", "0.up.g0", "0.up.g0.A.B", "x.up.g0.A", "-1.up.g0.A", "0.up.g.A", "0.up.h0.A", "0.up.g0.C", "0.up.generalist.A",
-    "0.up.g-1.A", "0.up.s.B", "0.up.routers.W", "0.up.g0.a", "01.up.g0.A", "+1.up.g0.A", " 1.up.g0.A",
-    "1_0.up.g0.A", "0.up.g00.A", "0.up.g².A", "0..g0.A", "٣.up.g0.A", "0.up.g0.A\n",
-]  # fmt: skip
+    "",
+    "0.up.g0",
+    "0.up.g0.A.B",
+    "x.up.g0.A",
+    "-1.up.g0.A",
+    "0.up.g.A",
+    "0.up.h0.A",
+    "0.up.g0.C",
+    "0.up.generalist.A",
+    "0.up.g-1.A",
+    "0.up.s.B",
+    "0.up.routers.W",
+    "0.up.g0.a",
+    "01.up.g0.A",
+    "+1.up.g0.A",
+    " 1.up.g0.A",
+    "1_0.up.g0.A",
+    "0.up.g00.A",
+    "0.up.g².A",
+    "0..g0.A",
+    "٣.up.g0.A",
+    "0.up.g0.A\n",
+]
 
 
 @pytest.mark.parametrize("text", NO_SLOTS)

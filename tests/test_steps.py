@@ -51,8 +51,14 @@ def settings_of(**changes):
 
 
 def plan_of(settings, dtype=torch.float32, total_steps=20, **more):
-    return StepSettings(settings, lr=settings.lr, router_lr=settings.router_lr or settings.lr, total_steps=total_steps,
-                dtype=dtype, **more)  # fmt: skip
+    return StepSettings(
+        settings,
+        lr=settings.lr,
+        router_lr=settings.router_lr or settings.lr,
+        total_steps=total_steps,
+        dtype=dtype,
+        **more,
+    )
 
 
 class Case:
@@ -161,10 +167,22 @@ def test_two_rounds_equal_an_independent_training_loop(name, shape, top_k, toler
     case.round(seen=seen)
     case.attachment.detach()
     expected, nats = naive.naive_train(
-        case.base.model, case.start, top_k, draw, lr=s.lr, router_lr=s.router_lr, steps=6, total_steps=20,
-        router_every=2, router_steps=2, balance_coef=s.balance_coef, share=s.generalist_share, betas=s.betas,
-        weight_decay=s.weight_decay, schedule=schedule,
-    )  # fmt: skip
+        case.base.model,
+        case.start,
+        top_k,
+        draw,
+        lr=s.lr,
+        router_lr=s.router_lr,
+        steps=6,
+        total_steps=20,
+        router_every=2,
+        router_steps=2,
+        balance_coef=s.balance_coef,
+        share=s.generalist_share,
+        betas=s.betas,
+        weight_decay=s.weight_decay,
+        schedule=schedule,
+    )
     assert [nats for _, nats in seen] == pytest.approx(nats, rel=1e-6)
     for slot, tensor in case.train_state.tensors.items():
         assert (tensor - case.start[slot]).abs().max() > 1e-5  # it learnt

@@ -114,8 +114,10 @@ def test_every_run_is_as_if_run_by_hand_and_is_not_run_again(sweep, capsys):
     assert (done.code, done.err) == (0, ""), done
     lines = done.out.splitlines()
     assert lines[:3] == [
-        "4 runs in runs/main: 4 new", "estimate after the first round, 2 runs at once", "preparing 1 text"
-    ]  # fmt: skip
+        "4 runs in runs/main: 4 new",
+        "estimate after the first round, 2 runs at once",
+        "preparing 1 text",
+    ]
     over = [line for line in lines if line.startswith("[")]
     pattern = r"\[(\d)/4\] (\S+) +perplexity [\d,.]+  \d+ s(  left about \d+ s)?"
     assert [re.fullmatch(pattern, line)[1] for line in over] == ["1", "2", "3", "4"]
@@ -160,8 +162,11 @@ def test_runs_made_by_hand_are_taken_over(sweep, capsys):
     assert shown[0] == "4 runs in runs/main: 1 done, 1 to resume, 2 new"
     assert re.fullmatch(r"about \d+ s, 2 runs at once", shown[1])
     assert [re.match(r"(\S+) +(new|to resume|done) ", line).groups() for line in shown[2:]] == [
-        ("fedavg/seed-1", "to resume"), ("ours/seed-1", "new"), ("fedavg/seed-2", "done"), ("ours/seed-2", "new")
-    ]  # fmt: skip
+        ("fedavg/seed-1", "to resume"),
+        ("ours/seed-1", "new"),
+        ("fedavg/seed-2", "done"),
+        ("ours/seed-2", "new"),
+    ]
     assert "round 1 of 2" in shown[2] and "perplexity" in shown[4] and "about" in shown[3]
     done = comigs(capsys, "sweep", sweep, "--only", "fedavg")
     assert done.code == 0 and "[2/2] fedavg/seed-1" in done.out
@@ -221,7 +226,7 @@ def test_ctrl_c_leaves_whole_rounds_and_no_process(sweep, capsys):
     assert done.err == (
         "stopped: every whole round of every run is kept; "
         f"go on with: comigs sweep {sweep} --jobs 2 --only seed-2\n"
-    )  # fmt: skip
+    )
     assert len(started) == 3 and [process.returncode for process in started] == [0, 130, 130]
     assert 0 < RunFolder.open(first).rewind().round < 400
 
@@ -235,8 +240,8 @@ def test_a_run_that_somebody_works_on_is_left_to_the_end(sweep, capsys):
     assert done.code == 1
     assert "[1/2] ours/seed-1" in done.out
     assert (
-        "[2/2] fedavg/seed-1  failed: another process is working on it; when it is done, go on with:"
-        in done.out
+        "[2/2] fedavg/seed-1  failed: another process is working on it; when it is done, go "
+        "on with:" in done.out
     )
 
 
@@ -263,8 +268,11 @@ def test_seeds_are_outermost_and_axes_are_folders(sweep):
         2,
     )
     assert [r.label for r in read_plan(sweep, only=["fedavg/seed-2", "ours"]).runs] == [
-        "a/ours/seed-1", "a/fedavg/seed-2", "a/ours/seed-2", "b/fedavg/seed-2"
-    ]  # fmt: skip
+        "a/ours/seed-1",
+        "a/fedavg/seed-2",
+        "a/ours/seed-2",
+        "b/fedavg/seed-2",
+    ]
 
 
 def test_dotted_keys_and_sections_are_the_same():
@@ -396,7 +404,8 @@ def test_a_run_with_another_config_is_refused_and_left_alone(sweep, capsys):
     api.run(load_config("tiny.toml", ["method='fedavg'", "seed=2"]), "runs/main/fedavg/seed-2")
     before = files(Path("runs"))
     assert (
-        "runs/main/fedavg/seed-2: a run with another config is there: client.lr is 0.002 in it and 0.001 in this "
+        "runs/main/fedavg/seed-2: a run with another config is there: client.lr is 0.002 in "
+        "it and 0.001 in this "
         "sweep; nothing was changed. Move it away, or choose another folder with --out"
     ) in refused(capsys, "sweep", sweep)
     edit(Path("runs/main/fedavg/seed-2/config.toml"), "rounds = 2", "laps = 2")
@@ -436,17 +445,25 @@ def test_the_folder_of_another_sweep_is_refused(sweep, capsys):
         ({}, {"base": {"dtype": "float32", "device": "cpu", "threads": 3}}, []),
         ({}, {"client": {"lr": 2e-3, "router_lr": 2e-3}}, []),
         ({}, {"name": "x", "data": {"root": "/a", "cache": "elsewhere"}}, []),
-        ({}, {"client": {"lr": 5e-4, "router_lr": 5e-4}}, ["client.lr"]),  # no base's default: somebody gave it
+        (
+            {},
+            {"client": {"lr": 5e-4, "router_lr": 5e-4}},
+            ["client.lr"],
+        ),  # no base's default: somebody gave it
         ({"client": {"lr": 1.0}}, {"client": {"lr": 1.0, "router_lr": 2.0}}, ["client.router_lr"]),
         ({"base": {"dtype": "float64"}}, {"base": {"dtype": "float32"}}, ["base.dtype"]),
         ({"seed": 1}, {"seed": 2}, ["seed"]),
         ({"options": {"mu": 0.1}}, {}, ["options.mu"]),
         ({"clients": [{"name": "ann", "text": "y"}]}, {}, ["clients.ann.text"]),
         ({"data": {"root": "/a"}}, {"data": {"root": "/a/../b"}}, ["clients.ann.text"]),
-        ({"data": {"root": "/a"}}, {"data": {"root": "/b"}, "clients": [{"name": "ann", "text": "../a/x"}]}, []),
+        (
+            {"data": {"root": "/a"}},
+            {"data": {"root": "/b"}, "clients": [{"name": "ann", "text": "../a/x"}]},
+            [],
+        ),
         ({"clients": [{"name": "bob", "text": "x"}]}, {}, ["clients.bob.name", "clients.bob.text"]),
     ],
-)  # fmt: skip
+)
 def test_what_makes_it_another_run(wanted, there, fields):
     ann = {"clients": [{"name": "ann", "text": "x"}], "data": {"root": "/a"}}
     found = [
@@ -503,8 +520,12 @@ def test_how_time_is_said():
         "2 h 05 min",
     ]
     assert [duration(s, "about") for s in (50, 300, 5400, 18000, 43200)] == [
-        "about 50 s", "about 5 min", "about 1.5 h", "about 5.0 h", "about 12 h"
-    ]  # fmt: skip
+        "about 50 s",
+        "about 5 min",
+        "about 1.5 h",
+        "about 5.0 h",
+        "about 12 h",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -552,7 +573,10 @@ def test_the_whole_thing_in_real_processes(tmp_path, monkeypatch, capsys):
 
 
 def test_reading_a_sweep_needs_no_torch():
-    code = "import sys, comigs.experiments.sweep.spec, comigs.experiments.sweep.process; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, comigs.experiments.sweep.spec, comigs.experiments.sweep.process; "
+        "assert 'torch' not in sys.modules"
+    )
     with tempfile.TemporaryFile() as errors:
         done = process.subprocess.run([sys.executable, "-c", code], stderr=errors)
     assert done.returncode == 0

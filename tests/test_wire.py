@@ -229,8 +229,11 @@ def test_an_upload_is_exactly_what_was_asked_for(format):
 
 
 def test_a_download_has_slots_and_finite_numbers_only():
-    for bad in ({"../../etc": torch.zeros(1)}, {"0.up.g0.A": torch.tensor([[float("nan")]])},
-                {"0.up.g0.A": torch.zeros(1, 1, dtype=torch.int8)}):  # fmt: skip
+    for bad in (
+        {"../../etc": torch.zeros(1)},
+        {"0.up.g0.A": torch.tensor([[float("nan")]])},
+        {"0.up.g0.A": torch.zeros(1, 1, dtype=torch.int8)},
+    ):
         with pytest.raises(WireError):
             wire.decode_download(bad)
 
@@ -273,13 +276,17 @@ STRANGE = {
     "a head of other types": message(headed('{"text": "", "number": "0"}')),
     "NaN in the head": message(headed('{"text": "", "number": NaN}')),
     "a huge number": message(headed('{"text": "", "number": 1' + "0" * 5000 + "}")),
-    "a tensor without data": message(headed(x={"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]})),
-    "a tensor larger than all": message(headed(x={"dtype": "F32", "shape": [1 << 62, 4], "data_offsets": [0, 0]})),
+    "a tensor without data": message(
+        headed(x={"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]})
+    ),
+    "a tensor larger than all": message(
+        headed(x={"dtype": "F32", "shape": [1 << 62, 4], "data_offsets": [0, 0]})
+    ),
     "a negative shape": message(headed(x=FOUR | {"shape": [-1]}), b"1234"),
     "an unknown dtype": message(headed(x=FOUR | {"dtype": "PICKLE"}), b"1234"),
     "overlapping tensors": message(headed(**dict.fromkeys("xy", FOUR)), b"1234"),
     "data that nobody names": message(headed(), b"1234"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", STRANGE)

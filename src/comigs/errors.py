@@ -18,7 +18,8 @@ class Stopped(UserError):
 
 
 def nearest(name: str, allowed: list[str]) -> str:
-    """Return ' Did you mean "x"?' for the allowed name closest to `name`; '' where none is close."""
+    """Return ' Did you mean "x"?' for the allowed name closest to `name`; '' where none is "
+    "close."""
     from difflib import get_close_matches
 
     close = get_close_matches(name, allowed, n=1, cutoff=0.5)

@@ -73,6 +73,6 @@ Shapes = Mapping[Slot, tuple[int, ...]]
 
 
 def expert_parts(generalists: int, specialists: int, others: bool = False) -> list[str]:
-    """Return the parts of a client's experts in the router's order; the others' are the last one."""
+    """Return the parts of a client's experts in the router's order, the others' last."""
     parts = [f"g{i}" for i in range(generalists)] + [f"s{i}" for i in range(specialists)]
     return [*parts, OTHERS] if others else parts
