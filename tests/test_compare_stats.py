@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from comigs.experiments.compare import student
-from comigs.experiments.compare.student import Paired, spread, two_sided
+from comigs.experiments.compare.t_test import Paired, spread, two_sided
 
 # Critical values of Student's t, two-sided: NIST/SEMATECH e-Handbook 1.3.6.7.2
 TABLE = {  # freedom -> t at p = 0.10, 0.05, 0.02, 0.01, 0.002

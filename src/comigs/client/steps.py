@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from comigs.client.balance import batch_densities, mean_balance_loss
+from comigs.client.balance_loss import batch_densities, mean_balance_loss
 from comigs.client.loss import autocast, sum_cross_entropy
 from comigs.client.state import TrainState
 from comigs.config import ClientSection, Config

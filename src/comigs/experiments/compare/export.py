@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from comigs.experiments.compare.statistics import Comparison, Results, Row
-from comigs.experiments.compare.student import Spread
+from comigs.experiments.compare.t_test import Spread
 from comigs.experiments.compare.tables import perplexity_change
 from comigs.experiments.csv_file import Row as Line
 from comigs.experiments.csv_file import to_csv

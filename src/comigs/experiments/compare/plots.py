@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from comigs import text as f
 from comigs.experiments.compare.statistics import Comparison, Row, mean_by_round
-from comigs.experiments.compare.student import Spread
+from comigs.experiments.compare.t_test import Spread
 from comigs.experiments.compare.tables import WORDS
 from comigs.runs.report.plots import COLOUR, MAX_COLOURS, bare, svg
 

@@ -15,7 +15,7 @@ from comigs.errors import UserError, nearest
 from comigs.experiments.compare.baseline import Baseline
 from comigs.experiments.compare.costs import Costs, costs, with_ratios
 from comigs.experiments.compare.settings import Dataset, Setting
-from comigs.experiments.compare.student import Paired, Spread, mean_over_clients, paired, spread
+from comigs.experiments.compare.t_test import Paired, Spread, mean_over_clients, paired, spread
 from comigs.experiments.packed import METRICS, Metric
 
 

@@ -18,7 +18,7 @@ from comigs.experiments.compare.statistics import (
     mean_difference,
     ranks,
 )
-from comigs.experiments.compare.student import Paired, Spread
+from comigs.experiments.compare.t_test import Paired, Spread
 from comigs.experiments.packed import METRICS
 from comigs.text import Table
 
