@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from comigs.experiments.compare import student
+from comigs.experiments.compare import t_test
 from comigs.experiments.compare.t_test import Paired, spread, two_sided
 
 # Critical values of Student's t, two-sided: NIST/SEMATECH e-Handbook 1.3.6.7.2
@@ -69,7 +69,7 @@ def test_spread_divides_by_n_minus_1_and_has_none_of_one() -> None:
 def paired(a: dict[int, dict[str, float]], b: dict[int, dict[str, float]]) -> Paired | None:
     """Compare seed -> client -> value."""
     one, other = (pd.DataFrame.from_dict(runs, orient="index") for runs in (a, b))
-    return student.paired(one, other)
+    return t_test.paired(one, other)
 
 
 def random_runs(
