@@ -4,7 +4,7 @@
 # Expected: Renyi accounting gives an upper bound, so for the same event, relation and delta its epsilon is at least
 #           that of the exact accountant (PLD); and replacing a record costs more than adding or removing one.
 # Happens:  the PLD accountant takes REPLACE_ONE as two changes, a sensitivity of 2. The Renyi accountant answers as
-#           it does for ADD_OR_REMOVE_ONE: half of the exact epsilon and less. Neither warns; Renyi does refuse the
+#           it does for ADD_OR_REMOVE_ONE: about half of the exact epsilon. Neither warns; Renyi does refuse the
 #           relation for Poisson sampling, so it looks as if it were handled.
 # Matters:  federated training with a fixed number of clients per round needs REPLACE_ONE and can only be counted by
 #           the Renyi accountant (PLD refuses that sampling): the epsilon that gets published is too small. Divide

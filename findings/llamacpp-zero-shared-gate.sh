@@ -5,7 +5,7 @@
 # Happens:  llama.cpp computes the gate's sigmoid as silu(g) / g. A gate of zero weights makes that 0 / 0, and every
 #           logit of every token is NaN. No error: the server answers, with text, and null in place of log
 #           probabilities. The same file with a gate of 0.001 agrees with the formula (numpy, below).
-# Matters:  Qwen2-MoE is one of the few architectures that do not renormalise router weights, so a mixture of LoRA
+# Matters:  Qwen2-MoE is an architecture that does not renormalise its router weights, so that a mixture of LoRA
 #           experts with top-1 routing is exported as one. It has no shared expert of its own, the architecture
 #           demands one, and zeros are the obvious filler. Fill the gate with ones: 0 times 1/2 to 1 is still 0.
 #
@@ -20,7 +20,7 @@ python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -qq --disable-pip-version-check \
   xllamacpp==2026.10.11549 gguf==0.19.0 numpy==2.4.6
 cd "$folder"
-venv/bin/python - 2>log <<'PY'
+timeout 300 venv/bin/python - 2>log <<'PY' || { tail -n 1 log; exit 1; }
 import sys
 from importlib.metadata import version
 
@@ -137,7 +137,11 @@ for gate in (0.0, 0.001, 1.0):
     write(f"{gate}.gguf", tensors)
     got, wanted = llama_cpp(f"{gate}.gguf", token=5), by_hand(tensors, token=5)
     seen[gate] = (int(np.isnan(got).sum()), float(np.nanmax(np.abs(got - wanted), initial=0)))
-    print(f"gate {gate:5}: {seen[gate][0]} of {len(TOKENS)} log probabilities are NaN, the rest at most {seen[gate][1]:.1e} off")
+    missing, off = seen[gate]
+    print(
+        f"gate {gate:5}: {missing} of {len(TOKENS)} log probabilities are NaN, "
+        f"the rest at most {off:.1e} off"
+    )
 
 as_expected = seen[0.0][0] == len(TOKENS) and all(
     seen[gate][0] == 0 and seen[gate][1] < 1e-2 for gate in (0.001, 1.0)
