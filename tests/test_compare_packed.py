@@ -247,6 +247,7 @@ def left_out(column: str):
         ("rounds.csv.gz", cell("run", "other"), "column run: other is not in runs.csv"),
         ("environment.json", lambda text: text[:-9], "not JSON"),
         ("environment.json", lambda text: "[]", "damaged: no list of configs and environments"),
+        ("environment.json", lambda text: "[" * 9999, "damaged: lists or objects are nested too"),
         ("environment.json", lambda text: text.replace('"method"', '"methd"'), "configs: 1: methd"),
     ],
 )

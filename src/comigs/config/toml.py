@@ -11,11 +11,14 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
+from comigs.config.address import set_field
 from comigs.config.errors import one_line
 from comigs.config.tree import SECTIONS, VERSION, Config
-from comigs.errors import UserError, nearest
+from comigs.errors import UserError
 from comigs.files import folder_or_name
 
+MAX_DEPTH = 32  # levels of sections and lists; the deepest field of a config or sweep has six
+TOO_DEEP = f"sections or lists are nested too deeply; at most {MAX_DEPTH} levels"
 RETIRED = {  # a field that older versions wrote into runs -> the only value it may still have
     "client.leaky_gradients": False,
 }
@@ -44,15 +47,38 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def read_toml(path: Path, what: str = "config") -> dict[str, Any]:
     """Return a TOML file as plain values. what: what the file is, for the UserErrors raised."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        # some editors put a byte order mark in front, which TOML has no word for
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what} file") from None
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror or error}; a {what} is a TOML file"
         ) from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: {TOO_DEEP}") from None
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from None
+    require_shallow(tree, str(path))
+    return tree
+
+
+def require_shallow(tree: Any, source: str) -> None:
+    """Raise UserError where values are nested so deeply that looking at them would not end well.
+
+    source: what the tree was read from, which begins the line.
+    """
+    level = [tree]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for node in level:
+            if isinstance(node, Mapping):
+                below += node.values()
+            elif isinstance(node, list):
+                below += node
+        level = below
+    if level:
+        raise UserError(f"{source}: {TOO_DEEP}")
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
@@ -61,6 +87,7 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
     Raises UserError that says the field, what was given and what is allowed. source: what the tree
     was read from, which begins the line.
     """
+    require_shallow(tree, source)
     tree = _without_retired(tree, source)
     version = tree.get("version", VERSION)
     if isinstance(version, int) and version > VERSION:
@@ -97,40 +124,20 @@ def to_toml(config: Config) -> str:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value`, a client's by its name or position: `clients.fr.rank=4`."""
+    """Set one `section.key=value`, a client's by its name: `clients.fr.rank=4`."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {override}: expected KEY=VALUE, for example client.steps=20")
+    # a bare word is a string
+    value: Any = text.strip()
     try:
-        value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string
-
-    # a section that the file leaves out is made on the way to the key
-    *parents, last = key.strip().split(".")
-    node: Any = tree
-    for depth, part in enumerate(parents, start=1):
-        node = _entry(node, part, override) if isinstance(node, list) else node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise UserError(
-                f"--set {override}: {'.'.join(parents[:depth])} is a value, not a section"
-            )
-    if isinstance(node, list):
-        raise UserError(
-            f"--set {override}: say which field of the client, for example {key}.rank=4"
-        )
-    node[last] = value
-
-
-def _entry(clients: list[Any], part: str, override: str) -> Any:
-    """Return the first of the [[clients]] with that name or position. Raises UserError for none."""
-    names = []
-    for position, entry in enumerate(clients):
-        if isinstance(entry, dict):
-            names.append(str(entry.get("name")))
-            if part in (entry.get("name"), str(position)):
-                return entry
-    raise UserError(
-        f'--set {override}: no client "{part}"; '
-        f"there are: {', '.join(names)}.{nearest(part, names)}"
-    )
+        read = tomllib.loads(f"x = {text}")
+        value = read["x"] if len(read) == 1 else value
+    except RecursionError:
+        raise UserError(f"--set {key}: {TOO_DEEP}") from None
+    except ValueError:
+        pass
+    try:
+        set_field(tree, key, value)
+    except UserError as error:
+        raise UserError(f"--set {override}: {error}") from None

@@ -255,6 +255,8 @@ def _read_environment(path: Path, folder: Path) -> tuple[list[Config], list[dict
         return configs, [dict(entry) for entry in tree["environments"]]
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{path}: damaged: lists or objects are nested too deeply") from None
     except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged: no list of configs and environments: {error}") from None
 

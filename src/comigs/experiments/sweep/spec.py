@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from comigs.config import Section, read_toml
+from comigs.config import SPLITS, Section, read_toml
 from comigs.config.errors import one_line
 from comigs.errors import UserError, nearest
 
@@ -221,7 +221,10 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Fields:
     """
     fields: Fields = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping) and key.rpartition(".")[2] != "text":
+        is_section = isinstance(value, Mapping)
+        if is_section and key.rpartition(".")[2] == "text":  # or the name of a client
+            is_section = not {*value} <= {*SPLITS}
+        if is_section:
             fields |= flat(value, f"{prefix}{key}.")
         else:
             fields[f"{prefix}{key}"] = value
