@@ -32,6 +32,8 @@ ONLY = {  # a third-party module -> where it may be imported
     "matplotlib": ("runs/report/plots.py", "experiments/compare/plots.py"),
     "flwr": ("federation/flower",),
     "pandas": ("experiments/compare/",),
+    "uvicorn": ("federation/security/", "personal/serve/"),
+    "starlette": ("federation/security/", "personal/serve/"),
     "typer": ("app/cli",),
     "rich": ("app/console.py",),
 }
