@@ -131,8 +131,12 @@ def open_personal_model(path: Path | str, client: str) -> PersonalModel:
     folder = open_run(path)
     folder.config().client_named(client)
     folder.require_a_round()
-    base, _ = load(_with_a_device(folder.config()))
-    return PersonalModel(folder, client, base)
+    return PersonalModel(folder, client, base_of(folder))
+
+
+def base_of(folder: RunFolder) -> Base:
+    """Return the base of a run, for reading its models here. Raises UserError."""
+    return load(_with_a_device(folder.config()))[0]
 
 
 def evaluate(

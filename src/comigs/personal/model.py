@@ -16,6 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 from comigs.bases.load import Base
 from comigs.client.evaluate import Measurement, evaluate
 from comigs.client.state import load_tensors
+from comigs.config import ExpertShape
 from comigs.data.corpus import TokenStore
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
@@ -39,7 +40,11 @@ class PersonalModel:
             base.model, base.architecture, config.experts, summed=method.mixing == "sum"
         )
         self.model, self.tokenizer = base.model, base.tokenizer
-        tensors = client_tensors(folder, client, base, self.attachment)
+        try:
+            tensors = client_tensors(folder, client, base, self.attachment)
+        except UserError:  # the base goes on without these experts
+            self.close()
+            raise
         self.attachment.bind(tensors)
         self.config, self.dtype, self.tensors = config, base.dtype, tensors
 
@@ -140,6 +145,12 @@ def require_same_base(folder: RunFolder, base: Base) -> None:
         )
 
 
+def client_shape(folder: RunFolder, client: str) -> ExpertShape:
+    """Return which experts a client of this run has. Raises UserError where it has no such one."""
+    config = folder.config()
+    return load_method(config).shape(config.shape_of(config.client_named(client)))
+
+
 def client_tensors(
     folder: RunFolder, client: str, base: Base, attachment: Attachment
 ) -> dict[Slot, Tensor]:
@@ -147,8 +158,7 @@ def client_tensors(
 
     attachment: with the run's settings of experts.
     """
-    config, method = folder.config(), load_method(folder.config())
-    shape = method.shape(config.shape_of(config.client_named(client)))
+    method, shape = load_method(folder.config()), client_shape(folder, client)
     shapes = attachment.slot_shapes(shape, method.mixing == "routed", method.merges)
     tensors = {slot: torch.empty(size, device=base.device) for slot, size in shapes.items()}
     load_tensors(tensors, folder.load(model_path(folder, client)), client)

@@ -1,0 +1,62 @@
+"""From a conversation to the tokens that a base reads: by its chat template, or as one text where
+it has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from comigs.errors import UserError
+
+Message = Mapping[str, str]  # "role": system, user or assistant; "content": text
+
+
+def conversation_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Return the tokens after which the assistant's next words come. Raises UserError where the
+    template refuses.
+    """
+    if not tokenizer.chat_template:
+        return text_ids(tokenizer, plain_text(messages))
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+    except TemplateError as error:
+        raise UserError(f"messages: the base's chat template refuses them: {error}") from None
+    return list(ids)
+
+
+def plain_text(messages: Sequence[Message]) -> str:
+    """Return a conversation as one text to go on from.
+
+    An answer is the continuation of the text before it, so nothing stands between them; whatever is
+    not an answer begins on a line of its own.
+    """
+    text = ""
+    for message in messages:
+        separator = "\n" if text and message["role"] != "assistant" else ""
+        text += separator + message["content"]
+    return text
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text to go on from; of an empty one, the token that stands before each
+    document.
+    """
+    ids: list[int] = tokenizer(
+        text or tokenizer.eos_token, add_special_tokens=False, verbose=False
+    )["input_ids"]
+    return ids
+
+
+def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end a text: the base's own and the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return frozenset(id for id in [*listed, tokenizer.eos_token_id] if id is not None)
