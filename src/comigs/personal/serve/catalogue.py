@@ -1,0 +1,96 @@
+"""The models that a server offers: every client of every run, read onto one base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from comigs.bases.load import Base
+from comigs.errors import UserError
+from comigs.personal.model import model_path, require_same_base
+from comigs.personal.serve.app import Served
+from comigs.personal.serve.packed import read_client
+from comigs.runs.folder import RunFolder
+
+Say = Callable[[str], None]
+
+
+def in_dtype(base: Base, dtype: torch.dtype) -> Base:
+    """Return the base in another precision. Its weights stay what the experts were trained on."""
+    return replace(base, model=base.model.to(dtype), dtype=dtype)
+
+
+def read_models(folders: Sequence[RunFolder], base: Base, say: Say) -> dict[str, Served]:
+    """Read every client that has a model: id (run/client) -> model. Raises UserError where one
+    cannot be read.
+
+    base: as in the runs, and in the precision in which it will serve; the tensors of a run are
+    dropped once packed.
+    """
+    models: dict[str, Served] = {}
+    ids = ids_of(folders)
+    for id, (folder, client) in ids.items():
+        created = int((folder.path / "checkpoint.json").stat().st_mtime)
+        models[id] = Served(read_client(folder, client, base, id, len(models)), created)
+    for folder in folders:
+        here = [client for owner, client in ids.values() if owner is folder]
+        if without := [c.name for c in folder.config().clients if c.name not in here]:
+            say(f"{folder.path}: no model here of {', '.join(without)}")
+    return models
+
+
+def ids_of(folders: Sequence[RunFolder]) -> dict[str, tuple[RunFolder, str]]:
+    """Return every model that there is: id (run/client) -> its run and client. Raises UserError
+    where there is none.
+    """
+    found = {}
+    for folder, name in zip(folders, names_of([folder.path for folder in folders]), strict=True):
+        for client in folder.config().clients:
+            if folder.holds(model_path(folder, client.name)):
+                found[f"{name}/{client.name}"] = (folder, client.name)
+    if not found:
+        raise UserError(
+            f"{folders[0].path}: holds no client's model; they are on the clients' own devices"
+        )
+    return found
+
+
+def open_folders(paths: Sequence[Path]) -> list[RunFolder]:
+    """Open runs that can be served together. Raises UserError where one has no round or another
+    base.
+    """
+    folders = [RunFolder.open(path) for path in paths]
+    for folder in folders:
+        folder.require_a_round()
+    first, *others = folders
+    for other in others:
+        if other.environment()["base_fingerprint"] != first.environment()["base_fingerprint"]:
+            raise UserError(
+                f"{other.path}: trained on another base than {first.path} (or in another "
+                "precision); one server has one base: serve them apart"
+            )
+    return folders
+
+
+def require_base(folders: Sequence[RunFolder], base: Base) -> None:
+    """Raises UserError where a run was trained on another base than the one that is loaded."""
+    for folder in folders:
+        require_same_base(folder, base)
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of paths that tell them apart, in whole folder names.
+
+    Raises UserError for equal paths.
+    """
+    whole = [path.resolve().parts for path in paths]
+    if len(set(whole)) < len(whole):
+        raise UserError("RUN: a run is given twice")
+    for length in range(1, max(map(len, whole)) + 1):
+        names = ["/".join(parts[-length:]) for parts in whole]
+        if len(set(names)) == len(names):
+            break
+    return [name.lstrip("/") for name in names]
