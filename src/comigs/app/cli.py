@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from comigs.app import cli_experiments, cli_federation, cli_personal
+from comigs.app import cli_experiments, cli_federation, cli_personal, cli_serving
 from comigs.app.cli_personal import RunPath
 from comigs.app.exit import exit_code, finish
 from comigs.errors import UserError
@@ -176,6 +176,8 @@ app.command()(cli_experiments.report)
 app.command()(cli_experiments.sweep)
 app.command()(cli_experiments.compare)
 app.command()(cli_personal.generate)
+app.command()(cli_serving.chat)
+app.command()(cli_serving.serve)
 
 
 @app.command()

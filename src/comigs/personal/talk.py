@@ -1,0 +1,142 @@
+"""`comigs chat`: a conversation in the terminal. A line is a message, or a command that begins with
+a slash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from comigs.errors import UserError
+from comigs.personal.chat import Chat, RoutedToken
+
+HELP = """\
+/reset         forget what was said
+/system TEXT   begin anew after this text (none: without one)
+/client NAME   go on with another client's model
+/routes        the last answer, coloured by the weight of the generalists
+/save FILE     write the conversation as JSON
+/help          this
+/quit          end (as Ctrl-D does); Ctrl-C stops an answer"""
+
+
+def talk(chat: Chat, prompts: bool) -> None:
+    """Read lines from standard input until its end. prompts: show who speaks."""
+    if prompts:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (editing and history of the line that is typed)
+        click.echo(_greeting(chat))
+    while True:
+        # Ctrl-C while nothing is written ends nothing; the end of the input does.
+        try:
+            line = input(f"{chat.folder.path.name}/{chat.client}> " if prompts else "")
+        except EOFError:
+            if prompts:
+                click.echo()
+            return
+        except KeyboardInterrupt:
+            click.echo("\n(Ctrl-D ends)")
+            continue
+        # What goes wrong with one line is said, and the next line is read.
+        if line.strip() == "/quit":
+            return
+        try:
+            handle(chat, line)
+        except UserError as error:
+            click.echo(f"error: {error}", err=True)
+        except KeyboardInterrupt:  # between two pieces, or while a command runs
+            click.echo("\n(stopped)")
+
+
+def _greeting(chat: Chat) -> str:
+    kind = (
+        "its chat template"
+        if chat.base.tokenizer.chat_template
+        else "no chat template: it goes on from your text"
+    )
+    return (
+        f"{chat.client} of {chat.folder.path}, on {chat.base.name} ({kind}); /help lists commands"
+    )
+
+
+def handle(chat: Chat, line: str) -> None:
+    """Do what a line says. Raises UserError."""
+    if line.startswith("/"):
+        name, _, argument = line.partition(" ")
+        if name not in COMMANDS:
+            raise UserError(f"{name}: no such command; there are: {', '.join(COMMANDS)}, /quit")
+        COMMANDS[name](chat, argument.strip())
+    elif line.strip():
+        _answer(chat, line)
+
+
+def _answer(chat: Chat, text: str) -> None:
+    """Show an answer as it is written; Ctrl-C stops it, and keeps what is there."""
+    pieces = chat.ask(text)
+    try:
+        for piece in pieces:
+            click.echo(piece, nl=False)
+        click.echo()
+    except KeyboardInterrupt:
+        click.echo("\n(stopped)")
+    finally:
+        pieces.close()
+
+
+def _reset(chat: Chat, argument: str) -> None:
+    chat.reset()
+    click.echo("(forgotten)")
+
+
+def _system(chat: Chat, argument: str) -> None:
+    chat.set_system(argument)
+    click.echo("(a new conversation)")
+
+
+def _client(chat: Chat, argument: str) -> None:
+    if argument:
+        chat.change_client(argument)
+    names = [client.name for client in chat.folder.config().clients]
+    click.echo(f"({chat.client}; clients of this run: {', '.join(names)})")
+
+
+def _routes(chat: Chat, argument: str) -> None:
+    tokens = chat.routes()
+    mean = sum(token.weight for token in tokens) / len(tokens)
+    click.echo("".join(_coloured(token) for token in tokens))
+    click.echo(f"(weight of the generalists: mean {mean:.2f}, blue 0, red 1)")
+
+
+def _coloured(token: RoutedToken) -> str:
+    """Return a token on a ground between blue and red; where there are no colours, with its weight
+    behind it.
+    """
+    context = click.get_current_context(silent=True)
+    if not click.get_text_stream("stdout").isatty() and not (context and context.color):
+        return f"{token.text}[{token.weight:.2f}]"
+    red = round(40 + 150 * token.weight)
+    return click.style(token.text, fg="bright_white", bg=(red, 40, 230 - red))
+
+
+def _save(chat: Chat, argument: str) -> None:
+    if not argument:
+        raise UserError("/save: name a file")
+    chat.save(Path(argument).expanduser())
+    click.echo(f"(written to {argument})")
+
+
+def _help(chat: Chat, argument: str) -> None:
+    click.echo(HELP)
+
+
+COMMANDS: dict[str, Callable[[Chat, str], None]] = {
+    "/reset": _reset,
+    "/system": _system,
+    "/client": _client,
+    "/routes": _routes,
+    "/save": _save,
+    "/help": _help,
+}
