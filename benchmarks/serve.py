@@ -1,0 +1,250 @@
+"""`comigs serve` under load: many streams at once against one after the other, on one base.
+
+python benchmarks/serve.py [--base smollm2-135m] [--clients 4] [--streams 8] [--repeats 3]
+
+Requests go through the real server over the loopback, with the `openai` package (the extra
+`dev`), as many clients' as there are. Every turn asks one after the other and then at once, so
+that noise of the machine meets both; the ratio is the median over the turns. Answers must be
+the same texts.
+
+Then, with all streams running, further requests of one prompt length after another: how many
+forward passes until each has its first token. Last, how much memory the process takes for each
+further client, over the bytes of the client's tensors. The experts are random, of the default
+shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from openai import OpenAI
+
+from comigs.bases.load import Base, load_base
+from comigs.config import BaseSection, Config, parse_config
+from comigs.experts.attach import Attachment
+from comigs.experts.init import starting_tensors
+from comigs.methods.method import load_method
+from comigs.personal.serve.answers import Bounds
+from comigs.personal.serve.app import Api, Served
+from comigs.personal.serve.jobs import Event, Job, Settings
+from comigs.personal.serve.model import RowModel
+from comigs.personal.serve.packed import PackedClient, pack
+from comigs.personal.serve.scheduler import Limits, Scheduler
+from comigs.personal.serve.server import Server, listen, uvicorn_settings
+from comigs.personal.serve.text import Vocabulary
+
+FURTHER = 8  # clients whose memory is measured
+GOALS = {"speedup": 3.0, "passes": 3, "memory": 1.2}
+
+
+def random_client(base: Base, config: Config, number: int) -> tuple[PackedClient, int]:
+    """Return a client with the default experts, away from the base, and the bytes of its
+    tensors.
+    """
+    shape = load_method(config).shape(config.shape_of(config.clients[0]))
+    with Attachment(base.model, base.architecture, config.experts) as attachment:
+        shapes = attachment.slot_shapes(shape, routed=True)
+        tensors = starting_tensors(shapes, seed=number, client=str(number))
+        random = torch.Generator().manual_seed(number)
+        for slot, tensor in tensors.items():
+            if slot.matrix == "B" and slot.role != "router":
+                tensor.normal_(0, 0.02, generator=random)
+            elif slot.matrix == "B":
+                tensor.fill_(0.5)
+        attachment.bind(tensors)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return pack(attachment, f"run/{number}", number, base.dtype), size
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers at `address`."""
+
+    address: str
+    scheduler: Scheduler
+
+
+@contextmanager
+def serving(base: Base, clients: list[PackedClient], rows: int) -> Iterator[Running]:
+    """Run the real server in a thread. Nothing ends a text, so that every answer is as long."""
+    model = RowModel(base)
+    scheduler = Scheduler(model, Vocabulary(base.tokenizer), frozenset(), Limits(rows=rows))
+    models = {client.name: Served(client, 0) for client in clients}
+    listener, ready = listen("127.0.0.1", 0), threading.Event()
+    api = Api(models, scheduler, Bounds(context=2048))
+    server = Server(uvicorn_settings(api, 5), scheduler, 5, ready.set)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    scheduler.start()
+    thread.start()
+    try:
+        ready.wait()
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", scheduler)
+    finally:
+        server.should_exit = True
+        thread.join()
+        scheduler.stop(0)
+        scheduler.join()
+        model.close()
+
+
+def prompt(number: int, length: int) -> list[int]:
+    """Return any tokens."""
+    random = torch.Generator().manual_seed(number)
+    return torch.randint(1000, 8000, (length,), generator=random).tolist()
+
+
+def stream(client: OpenAI, model: str, number: int, settings: argparse.Namespace) -> str:
+    """Ask for one answer as a stream; return its text."""
+    answer = client.completions.create(
+        model=model,
+        prompt=prompt(number, settings.prompt),
+        max_tokens=settings.tokens,
+        temperature=0,
+        stream=True,
+    )
+    return "".join(chunk.choices[0].text for chunk in answer)
+
+
+def speeds(served: Running, names: list[str], settings: argparse.Namespace) -> dict[str, Any]:
+    """Return tokens a second one after the other and at once, and whether the texts are the
+    same.
+    """
+    client = OpenAI(base_url=served.address, api_key="none", max_retries=0, timeout=600)
+    work = [(names[n % len(names)], n) for n in range(settings.streams)]
+    tokens = settings.tokens * settings.streams
+    turns = []
+    same = True
+    for _ in range(settings.repeats):
+        alone, slow = timed(lambda: [stream(client, name, n, settings) for name, n in work])
+        with ThreadPoolExecutor(settings.streams) as threads:
+            together, fast = timed(
+                lambda pool=threads: list(pool.map(lambda w: stream(client, *w, settings), work))
+            )
+        turns.append([(tokens / a, tokens / b, a / b) for a, b in zip(slow, fast, strict=True)])
+        same = same and alone == together
+    found: dict[str, Any] = {"same_texts": same}
+    for kind, name in enumerate(("wall", "cpu")):
+        of_kind = [turn[kind] for turn in turns]
+        for place, what in enumerate(("one_after_the_other", "at_once", "speedup")):
+            found[f"{what}_{name}"] = statistics.median(figures[place] for figures in of_kind)
+    return found
+
+
+def timed(work: Callable[[], list[str]]) -> tuple[list[str], tuple[float, float]]:
+    """Return what `work` returns, and the seconds that it took by the clock and of the CPU."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    done = work()
+    return done, (time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def first_tokens(served: Running, clients: list[PackedClient], streams: int) -> dict[int, int]:
+    """Return how many passes a request waits for its first token beside running streams.
+
+    The keys are lengths of prompts in tokens.
+    """
+    scheduler = served.scheduler
+    load = [job(clients[n % len(clients)], prompt(n, 32), 2000) for n in range(streams)]
+    scheduler.submit([each for each, _, _ in load])
+    passes = {}
+    for length in (8, 32, 128, 512):
+        while scheduler.load()[0] < streams:
+            time.sleep(0.01)
+        asked, heard, _ = job(clients[0], prompt(length, length), 1)
+        heard_at: list[int] = []
+        asked.deliver = lambda event, at=heard_at, done=heard: (  # type: ignore[misc]
+            at.append(scheduler.passes), done.set()
+        )  # fmt: skip
+        before = scheduler.passes  # the pass that runs now began without this request
+        scheduler.submit([asked])
+        heard.wait()
+        passes[length] = heard_at[0] - before
+    for each, _, _ in load:
+        each.cancelled = True
+    return passes
+
+
+def job(
+    client: PackedClient, ids: list[int], tokens: int
+) -> tuple[Job, threading.Event, list[Event]]:
+    """Return a job that says when it has heard something."""
+    heard, events = threading.Event(), list[Event]()
+    settings = Settings(tokens, temperature=0)
+    made = Job(client, ids, settings, range(1), time.monotonic() + 3600, events.append)
+    return made, heard, events
+
+
+def memory(base: Base, config: Config) -> float:
+    """Return the bytes that the process takes for a further client over those of its tensors."""
+    process = psutil.Process()
+    kept = [
+        random_client(base, config, 100)[0]
+    ]  # what the first one brings along is not the others'
+    gc.collect()
+    before = process.memory_info().rss
+    sizes = 0
+    for number in range(FURTHER):
+        client, size = random_client(base, config, 101 + number)
+        kept.append(client)
+        sizes += size
+    gc.collect()
+    return (process.memory_info().rss - before) / sizes
+
+
+def main() -> None:
+    """Print what was measured, and write it where it was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens")
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    settings = parser.parse_args()
+    torch.set_num_threads(settings.threads)
+    section = BaseSection(name=settings.base, dtype=settings.dtype, device=settings.device)
+    base = load_base(section)
+    config = parse_config(
+        {"base": {"name": settings.base}, "clients": [{"name": "x", "text": "x"}]}
+    )
+    per_client = memory(base, config)
+    clients = [random_client(base, config, number)[0] for number in range(settings.clients)]
+    with serving(base, clients, rows=settings.streams + 1) as served:
+        found = speeds(served, [client.name for client in clients], settings)
+        passes = first_tokens(served, clients, settings.streams)
+    found |= {"passes_to_first_token": passes, "memory_over_tensors": per_client}
+    found["bytes_of_a_client"] = clients[0].num_bytes()
+    who = f"{settings.streams} streams of {settings.clients} clients"
+    print(f"{who} on {base.name}, {settings.dtype}, {settings.device}")
+    for kind in ("wall", "cpu"):
+        print(f"  one after the other {found[f'one_after_the_other_{kind}']:.1f} tokens per {kind} "
+              f"second, at once {found[f'at_once_{kind}']:.1f}: "
+              f"{found[f'speedup_{kind}']:.2f} times (goal {GOALS['speedup']})")  # fmt: skip
+    print(f"  the same texts: {found['same_texts']}")
+    for length, count in passes.items():
+        print(f"  first token after a prompt of {length}: {count} passes (goal {GOALS['passes']})")
+    print(f"  a client: {found['bytes_of_a_client'] / 1e6:.1f} MB, "
+          f"memory {per_client:.2f} times its tensors (goal {GOALS['memory']})")  # fmt: skip
+    if settings.out is not None:
+        settings.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
