@@ -260,6 +260,20 @@ def test_stopping_refuses_what_waits_and_ends_what_writes_in_time(base, clients)
     assert done.finish() == "length" and cut.failure is STOPPING and refused.events == [STOPPING]
 
 
+def test_a_second_stop_can_only_bring_the_end_nearer(base, clients):
+    with scheduler_on(base) as scheduler:
+        endless, cut = job_for(scheduler, clients[1], prompt_of(1, 4), max_tokens=10**6)
+        scheduler.submit([endless])
+        scheduler.start()
+        scheduler.stop(60)
+        scheduler.stop(0.1)
+        scheduler.stop(60)
+        began = time.monotonic()
+        scheduler.join()
+        assert time.monotonic() - began < 5
+    assert cut.failure is STOPPING
+
+
 def test_the_thread_sleeps_until_it_is_asked_and_ends_when_stopped(base, clients):
     with scheduler_on(base) as scheduler:
         scheduler.start()

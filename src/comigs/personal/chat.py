@@ -135,11 +135,9 @@ class Chat:
 
     def _read(self, ids: list[int]) -> Tensor:
         """Read tokens; return the logits of the next (V,)."""
-        row, self._row = (
-            self._row,
-            None,
-        )  # a pass that is stopped half-way leaves no row to go on with
-        assert row is not None
+        assert self._row is not None
+        # A pass that is stopped half-way leaves no row to go on with.
+        row, self._row = self._row, None
         logits_V = self._model.forward(make_pass([(row, ids)]))[0]
         self._row = row
         self._row_ids += ids
@@ -214,7 +212,7 @@ class Chat:
         """Return the last answer token by token with the weight of the generalists. Raises
         UserError without routes.
 
-        Beside a single own expert, the generalist is the rest of the world, as in the report.
+        Beside a single own expert, the generalist is the others' mean, as in the report.
         """
         if self._last is None:
             raise UserError("/routes: there is no answer of this model yet")

@@ -107,12 +107,13 @@ class Scheduler:
         self._thread.start()
 
     def stop(self, seconds: float) -> None:
-        """Take nothing more, refuse what waits, and end what runs within so many seconds. Returns
-        at once.
+        """Take nothing more, refuse what waits, and end what runs within so many seconds.
+
+        Returns at once. A second call can only bring the end nearer.
         """
         with self._changed:
-            if self._stop_at is None:
-                self._stop_at = time.monotonic() + seconds
+            until = time.monotonic() + seconds
+            self._stop_at = until if self._stop_at is None else min(until, self._stop_at)
             self._changed.notify()
 
     def join(self) -> None:
@@ -203,9 +204,8 @@ class Scheduler:
         # The pass has put the rows of a client next to each other.
         place = {id(span.row): number for number, span in enumerate(this.spans)}
         for writer in batch:
-            if (
-                writer.feed or writer not in self.writers
-            ):  # its prompt goes on, or its job has failed
+            # Its prompt goes on, or its job has failed a moment ago.
+            if writer.feed or writer not in self.writers:
                 continue
             logits_V = logits_BV[place[id(writer.row)]]
             if not bool(torch.isfinite(logits_V).all()):
