@@ -1,16 +1,16 @@
 """`comigs serve` under load: many streams at once against one after the other, on one base.
 
-python benchmarks/serve.py [--base smollm2-135m] [--clients 4] [--streams 8] [--repeats 3]
+    python benchmarks/serve.py [--base smollm2-135m] [--clients 4] [--streams 8] [--repeats 3]
 
-Requests go through the real server over the loopback, with the `openai` package (the extra
-`dev`), as many clients' as there are. Every turn asks one after the other and then at once, so
-that noise of the machine meets both; the ratio is the median over the turns. Answers must be
-the same texts.
+Requests go through the real server over the loopback, with the `openai` package (the extra `dev`)
+in a process of its own. Every turn asks one after the other and then at once, so that noise of the
+machine meets both; the ratio is the median over the turns, by the clock and by the server's CPU
+seconds, of which a busy machine changes less. Answers must be the same texts.
 
-Then, with all streams running, further requests of one prompt length after another: how many
-forward passes until each has its first token. Last, how much memory the process takes for each
-further client, over the bytes of the client's tensors. The experts are random, of the default
-shape.
+Then, with all streams running, further requests with longer and longer prompts: how many forward
+passes until each has its first token, the pass that is under way when it comes not left out. Last,
+how much memory the process takes for each further client, over the bytes of the client's tensors.
+The experts are random, of the default shape.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import argparse
 import asyncio
 import gc
 import json
+import multiprocessing
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from comigs.bases.load import Base, load_base
 from comigs.config import BaseSection, Config, parse_config
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 from comigs.personal.serve.answers import Bounds
 from comigs.personal.serve.app import Api, Served
 from comigs.personal.serve.jobs import Event, Job, Settings
@@ -107,35 +108,57 @@ def prompt(number: int, length: int) -> list[int]:
     return torch.randint(1000, 8000, (length,), generator=random).tolist()
 
 
-def stream(client: OpenAI, model: str, number: int, settings: argparse.Namespace) -> str:
+@dataclass(frozen=True)
+class Asked:
+    """What a client asks for: an answer of `tokens` tokens after a prompt of `prompt`."""
+
+    address: str
+    prompt: int
+    tokens: int
+
+
+def stream(asked: Asked, model: str, number: int) -> str:
     """Ask for one answer as a stream; return its text."""
-    answer = client.completions.create(
-        model=model,
-        prompt=prompt(number, settings.prompt),
-        max_tokens=settings.tokens,
-        temperature=0,
-        stream=True,
-    )
-    return "".join(chunk.choices[0].text for chunk in answer)
+    with OpenAI(base_url=asked.address, api_key="none", max_retries=0, timeout=3600) as client:
+        answer = client.completions.create(
+            model=model,
+            prompt=prompt(number, asked.prompt),
+            max_tokens=asked.tokens,
+            temperature=0,
+            stream=True,
+        )
+        return "".join(chunk.choices[0].text for chunk in answer)
 
 
-def speeds(served: Running, names: list[str], settings: argparse.Namespace) -> dict[str, Any]:
-    """Return tokens a second one after the other and at once, and whether the texts are the
-    same.
+def one_after_the_other(asked: Asked, work: list[tuple[str, int]]) -> list[str]:
+    """Return the texts of all answers, each asked for when the one before has ended."""
+    return [stream(asked, model, number) for model, number in work]
+
+
+def at_once(asked: Asked, work: list[tuple[str, int]]) -> list[str]:
+    """Return the texts of all answers, asked for at the same time."""
+    with ThreadPoolExecutor(len(work)) as threads:
+        return list(threads.map(lambda each: stream(asked, *each), work))
+
+
+def speeds(running: Running, names: list[str], settings: argparse.Namespace) -> dict[str, Any]:
+    """Return tokens a second in both ways, and whether the texts are the same.
+
+    Who asks is a process of its own, so that the CPU seconds of this one are the server's.
     """
-    client = OpenAI(base_url=served.address, api_key="none", max_retries=0, timeout=600)
+    asked = Asked(running.address, settings.prompt, settings.tokens)
     work = [(names[n % len(names)], n) for n in range(settings.streams)]
     tokens = settings.tokens * settings.streams
     turns = []
     same = True
-    for _ in range(settings.repeats):
-        alone, slow = timed(lambda: [stream(client, name, n, settings) for name, n in work])
-        with ThreadPoolExecutor(settings.streams) as threads:
-            together, fast = timed(
-                lambda pool=threads: list(pool.map(lambda w: stream(client, *w, settings), work))
-            )
-        turns.append([(tokens / a, tokens / b, a / b) for a, b in zip(slow, fast, strict=True)])
-        same = same and alone == together
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as clients:
+        clients.submit(one_after_the_other, asked, work[:1]).result()  # imports, first pages
+        for _ in range(settings.repeats):
+            alone, slow = timed(clients.submit, one_after_the_other, asked, work)
+            together, fast = timed(clients.submit, at_once, asked, work)
+            turns.append([(tokens / a, tokens / b, a / b) for a, b in zip(slow, fast, strict=True)])
+            same = same and alone == together
     found: dict[str, Any] = {"same_texts": same}
     for kind, name in enumerate(("wall", "cpu")):
         of_kind = [turn[kind] for turn in turns]
@@ -144,19 +167,19 @@ def speeds(served: Running, names: list[str], settings: argparse.Namespace) -> d
     return found
 
 
-def timed(work: Callable[[], list[str]]) -> tuple[list[str], tuple[float, float]]:
-    """Return what `work` returns, and the seconds that it took by the clock and of the CPU."""
+def timed(submit: Callable[..., Any], *work: Any) -> tuple[list[str], tuple[float, float]]:
+    """Return the result of some work, and the seconds by the clock and of this process's CPU."""
     wall, cpu = time.perf_counter(), time.process_time()
-    done = work()
+    done: list[str] = submit(*work).result()
     return done, (time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def first_tokens(served: Running, clients: list[PackedClient], streams: int) -> dict[int, int]:
+def first_tokens(running: Running, clients: list[PackedClient], streams: int) -> dict[int, int]:
     """Return how many passes a request waits for its first token beside running streams.
 
     The keys are lengths of prompts in tokens.
     """
-    scheduler = served.scheduler
+    scheduler = running.scheduler
     load = [job(clients[n % len(clients)], prompt(n, 32), 2000) for n in range(streams)]
     scheduler.submit([each for each, _, _ in load])
     passes = {}
@@ -226,9 +249,9 @@ def main() -> None:
     )
     per_client = memory(base, config)
     clients = [random_client(base, config, number)[0] for number in range(settings.clients)]
-    with serving(base, clients, rows=settings.streams + 1) as served:
-        found = speeds(served, [client.name for client in clients], settings)
-        passes = first_tokens(served, clients, settings.streams)
+    with serving(base, clients, rows=settings.streams + 1) as running:
+        found = speeds(running, [client.name for client in clients], settings)
+        passes = first_tokens(running, clients, settings.streams)
     found |= {"passes_to_first_token": passes, "memory_over_tensors": per_client}
     found["bytes_of_a_client"] = clients[0].num_bytes()
     who = f"{settings.streams} streams of {settings.clients} clients"

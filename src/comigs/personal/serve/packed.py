@@ -20,7 +20,7 @@ from comigs.bases.load import Base
 from comigs.experts.attach import Attachment
 from comigs.experts.lora import LoraLinear
 from comigs.experts.mixture import Mixture
-from comigs.methods.method import load_method
+from comigs.methods.loading import load_method
 from comigs.personal.model import client_tensors
 from comigs.runs.folder import RunFolder
 
