@@ -247,9 +247,11 @@ def test_two_runs_behind_keys_until_sigterm(run, tmp_path):
         assert process.stdout.read() == "stopped\n" and process.stderr.read() == ""
 
 
-def test_ctrl_c_is_an_end_too(run):
-    with served(run) as (address, process, _):
+def test_in_bfloat16_and_until_ctrl_c(run):
+    with served(run, "--dtype", "bfloat16") as (address, process, shown):
+        assert "2 models on tiny-gpt2 in bfloat16" in shown
         with openai.OpenAI(base_url=address, api_key="none") as client:
-            assert client.models.list().data
+            answer = client.completions.create(model="run/ann", prompt="the cat", max_tokens=5)
+            assert answer.choices[0].text
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0

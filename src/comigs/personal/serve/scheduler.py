@@ -5,6 +5,10 @@ A job waits in a queue until there are rows for all its choices. Its prompt is r
 of its first choice, together with the next token of every row that writes; the other choices then
 fork off. A request is heard of after one pass where its prompt fits into `Limits.pass_tokens`, and
 no pass is much longer than that.
+
+`transformers` has continuous batching too. It packs rows as we do, but no module learns which row a
+token is of, so experts could not follow; and it has one seed for all requests and tells the log
+probability of the chosen token alone.
 """
 
 from __future__ import annotations
