@@ -85,6 +85,7 @@ def serving(base: Base, clients: list[PackedClient], rows: int) -> Iterator[Runn
     model = RowModel(base)
     scheduler = Scheduler(model, Vocabulary(base.tokenizer), frozenset(), Limits(rows=rows))
     models = {client.name: Served(client, 0) for client in clients}
+    # As `comigs serve` does it, but in a thread, whose end is not a signal.
     listener, ready = listen("127.0.0.1", 0), threading.Event()
     api = Api(models, scheduler, Bounds(context=2048))
     server = Server(uvicorn_settings(api, 5), scheduler, 5, ready.set)
@@ -151,6 +152,7 @@ def speeds(running: Running, names: list[str], settings: argparse.Namespace) -> 
     tokens = settings.tokens * settings.streams
     turns = []
     same = True
+    # A fork would take this process's threads and memory along.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as clients:
         clients.submit(one_after_the_other, asked, work[:1]).result()  # imports, first pages
@@ -182,6 +184,7 @@ def first_tokens(running: Running, clients: list[PackedClient], streams: int) ->
     scheduler = running.scheduler
     load = [job(clients[n % len(clients)], prompt(n, 32), 2000) for n in range(streams)]
     scheduler.submit([each for each, _, _ in load])
+    # Each request comes when all streams are writing.
     passes = {}
     for length in (8, 32, 128, 512):
         while scheduler.load()[0] < streams:
@@ -241,6 +244,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     settings = parser.parse_args()
+    # Memory comes first, while nothing else has grown the process.
     torch.set_num_threads(settings.threads)
     section = BaseSection(name=settings.base, dtype=settings.dtype, device=settings.device)
     base = load_base(section)
