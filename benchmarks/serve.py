@@ -20,6 +20,7 @@ import asyncio
 import gc
 import json
 import multiprocessing
+import queue
 import statistics
 import threading
 import time
@@ -41,7 +42,7 @@ from comigs.experts.init import starting_tensors
 from comigs.methods.loading import load_method
 from comigs.personal.serve.answers import Bounds
 from comigs.personal.serve.app import Api, Served
-from comigs.personal.serve.jobs import Event, Job, Settings
+from comigs.personal.serve.jobs import Event, Job, Piece, Settings
 from comigs.personal.serve.model import RowModel
 from comigs.personal.serve.packed import PackedClient, pack
 from comigs.personal.serve.scheduler import Limits, Scheduler
@@ -87,7 +88,7 @@ def serving(base: Base, clients: list[PackedClient], rows: int) -> Iterator[Runn
     models = {client.name: Served(client, 0) for client in clients}
     # As `comigs serve` does it, but in a thread, whose end is not a signal.
     listener, ready = listen("127.0.0.1", 0), threading.Event()
-    api = Api(models, scheduler, Bounds(context=2048))
+    api = Api(models, scheduler, Bounds(context_of(base)))
     server = Server(uvicorn_settings(api, 5), scheduler, 5, ready.set)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     scheduler.start()
@@ -182,35 +183,53 @@ def first_tokens(running: Running, clients: list[PackedClient], streams: int) ->
     The keys are lengths of prompts in tokens.
     """
     scheduler = running.scheduler
-    load = [job(clients[n % len(clients)], prompt(n, 32), 2000) for n in range(streams)]
-    scheduler.submit([each for each, _, _ in load])
-    # Each request comes when all streams are writing.
+    window = context_of(scheduler.model.base)
+    ignored: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+    load = []
+    for number in range(streams):
+        client = clients[number % len(clients)]
+        load.append(job(scheduler, client, prompt(number, 32), window - 32, ignored))
+    scheduler.submit(load)
+    # Each request comes when all streams are writing; the pass that runs then began without it.
     passes = {}
-    for length in (8, 32, 128, 512):
+    for length in (length for length in (8, 32, 128, 512) if length < window):
         while scheduler.load()[0] < streams:
             time.sleep(0.01)
-        asked, heard, _ = job(clients[0], prompt(length, length), 1)
-        heard_at: list[int] = []
-        asked.deliver = lambda event, at=heard_at, done=heard: (  # type: ignore[misc]
-            at.append(scheduler.passes), done.set()
-        )  # fmt: skip
-        before = scheduler.passes  # the pass that runs now began without this request
+        heard: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        asked = job(scheduler, clients[0], prompt(length, length), 1, heard)
+        before = scheduler.passes
         scheduler.submit([asked])
-        heard.wait()
-        passes[length] = heard_at[0] - before
-    for each, _, _ in load:
+        after, event = heard.get()
+        assert isinstance(event, Piece), event
+        passes[length] = after - before
+    for each in load:
         each.cancelled = True
     return passes
 
 
 def job(
-    client: PackedClient, ids: list[int], tokens: int
-) -> tuple[Job, threading.Event, list[Event]]:
-    """Return a job that says when it has heard something."""
-    heard, events = threading.Event(), list[Event]()
+    scheduler: Scheduler,
+    client: PackedClient,
+    ids: list[int],
+    tokens: int,
+    heard: queue.SimpleQueue[tuple[int, Event]],
+) -> Job:
+    """Return a job whose events go to `heard`, each with the pass after which it came."""
     settings = Settings(tokens, temperature=0)
-    made = Job(client, ids, settings, range(1), time.monotonic() + 3600, events.append)
-    return made, heard, events
+    deadline = time.monotonic() + 3600
+    return Job(
+        client,
+        ids,
+        settings,
+        range(1),
+        deadline,
+        lambda event: heard.put((scheduler.passes, event)),
+    )
+
+
+def context_of(base: Base) -> int:
+    """Return how many tokens a prompt and its answer have together."""
+    return min(2048, int(base.model.config.max_position_embeddings))
 
 
 def memory(base: Base, config: Config) -> float:
