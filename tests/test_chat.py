@@ -4,29 +4,19 @@ terminal.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
-import re
-import select
-import subprocess
-import sys
-import termios
-import time
 from contextlib import closing
 
 import pytest
 import torch
 
-from comigs import load_config
 from comigs.app import api
 from comigs.errors import UserError
 from comigs.personal.chat import Chat, Style
 from comigs.personal.model import PersonalModel
 from comigs.personal.prompts import conversation_ids, plain_text, text_ids
-from tests.conftest import tiny
-from tests.runs import ENVIRONMENT, comigs, finished, refused, write_config
+from tests.runs import finished
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}"
@@ -215,121 +205,3 @@ def test_routes_are_the_weights_of_the_router_on_each_token_of_the_answer(chat, 
     assert [token.weight for token in routes] == pytest.approx(expected.tolist(), abs=1e-6)
     assert len(routes) == len(ids) - len("the cat")
     assert all(0 <= token.weight <= 1 for token in routes)
-
-
-# in the terminal
-
-
-def test_lines_from_a_pipe_are_answered_one_by_one(capsys, monkeypatch, tmp_path):
-    import io
-
-    lines = ["the cat", "/routes", "/client bob", "the cat", "/nothing", "/client zed", "/save", ""]
-    file = tmp_path / "said.json"
-    monkeypatch.setattr(
-        "sys.stdin", io.StringIO("\n".join([*lines, f"/save {file}", "/help", "/quit", "x"]))
-    )
-    done = comigs(capsys, "chat", finished() / "run", "--client", "ann", "--max-new-tokens", 5)
-    assert done.code == 0
-    with closing(api.open_personal_model(finished() / "run", "ann")) as model:
-        assert done.out.startswith(
-            model.generate("the cat", max_new_tokens=5)[len("the cat") :] + "\n"
-        )
-    assert re.search(r"\[[01]\.\d\d\]", done.out) and "mean 0." in done.out
-    assert "(bob; clients of this run: ann, bob)" in done.out and "/system TEXT" in done.out
-    nothing, zed, save = done.err.splitlines()
-    assert nothing.startswith("error: /nothing: no such command; there are: /reset, /system")
-    assert '"zed"' in zed and save == "error: /save: name a file"
-    assert len(json.loads(file.read_text(encoding="utf-8"))["messages"]) == 4
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("--client", "zed"), '"zed"'),
-        (("--client", "ann", "--temperature", "nan"), "temperature"),
-        (("--client", "ann", "--max-new-tokens", "0"), "max-new-tokens"),
-    ],
-)
-def test_what_is_wrong_is_one_line(capsys, words, said):
-    assert said in refused(capsys, "chat", finished() / "run", *words)
-
-
-def test_a_run_without_a_round_has_nobody_to_talk_to(capsys, tmp_path):
-    assert "no such run folder" in refused(capsys, "chat", tmp_path / "none", "--client", "ann")
-
-
-class Terminal:
-    """`comigs chat` on a terminal of its own."""
-
-    def __init__(self, *words):
-        self.main, side = pty.openpty()
-        program = "from comigs.app.cli import main; main()"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program, *map(str, words)],
-            stdin=side,
-            stdout=side,
-            stderr=side,
-            env={**ENVIRONMENT, "TERM": "dumb"},
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # whose Ctrl-C is ours
-        )
-        os.close(side)
-        self.shown = ""
-
-    def wait_for(self, text, seconds=40):
-        """Read until the text is shown; it is used up."""
-        until = time.monotonic() + seconds
-        while text not in self.shown:
-            assert time.monotonic() < until, f"{text!r} was not shown: {self.shown!r}"
-            if select.select([self.main], [], [], 0.1)[0]:
-                self.shown += os.read(self.main, 65536).decode(errors="replace")
-        before, _, self.shown = self.shown.partition(text)
-        return before
-
-    def wait_for_more(self):
-        """Read until anything at all is shown."""
-        while not self.shown:
-            if select.select([self.main], [], [], 40)[0]:
-                self.shown += os.read(self.main, 65536).decode(errors="replace")
-
-    def type(self, text):
-        os.write(self.main, text.encode())
-
-
-@pytest.fixture(scope="module")
-def long_run(tmp_path_factory):
-    """A run on a base that reads 16,384 tokens: an answer takes long enough to be stopped."""
-    folder = tmp_path_factory.mktemp("long")
-    base = tiny("tiny-llama")
-    base.model.config.max_position_embeddings = 16384
-    base.model.save_pretrained(folder / "base")
-    base.tokenizer.save_pretrained(folder / "base")
-    given = [f'base.name="{folder / "base"}"', f'data.cache="{folder / "cache"}"']
-    api.run(load_config(write_config(folder, rounds=1), given), folder / "run")
-    return folder / "run"
-
-
-def test_ctrl_c_stops_an_answer_and_not_the_program(long_run):
-    terminal = Terminal("chat", long_run, "--client", "ann", "--max-new-tokens", 8000)
-    try:
-        terminal.wait_for("run/ann> ")
-        terminal.type("\x03")  # while nothing is written
-        terminal.wait_for("(Ctrl-D ends)")
-        terminal.wait_for("run/ann> ")
-        for question in ("the cat", "sat"):
-            terminal.type(f"{question}\n")
-            terminal.wait_for(f"{question}\r\n")
-            terminal.wait_for_more()
-            terminal.type("\x03")
-            answer = terminal.wait_for("(stopped)", seconds=10)
-            assert 0 < len(answer) < 8000
-            terminal.wait_for("run/ann> ")
-        terminal.type("/routes\n")
-        terminal.wait_for("weight of the generalists")
-        terminal.wait_for("run/ann> ")
-        terminal.type("\x04")
-        assert terminal.process.wait(20) == 0
-    finally:
-        terminal.process.kill()
-        terminal.process.wait()
-        os.close(terminal.main)
