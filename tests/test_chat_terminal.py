@@ -1,4 +1,4 @@
-"""`comigs chat` as a person meets it: lines from a pipe, a terminal with Ctrl-C, what is refused."""
+"""`comigs chat` as a person meets it: a pipe, a terminal with Ctrl-C, and what is refused."""
 
 from __future__ import annotations
 
