@@ -30,7 +30,7 @@ from comigs.files import command, require_free
 from comigs.methods.loading import load_method
 from comigs.personal.model import PersonalModel
 from comigs.processes import interrupts
-from comigs.runs.environment import describe, environment
+from comigs.runs.environment import describe, environment, require_same_base
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Note
 from comigs.runs.summary import write_summary
@@ -88,11 +88,7 @@ def resume(
 
         # another base or text would make it another run from here on
         base, _ = load(config, say)
-        if folder.environment()["base_fingerprint"] != base.fingerprint:
-            raise UserError(
-                f'{path}: base "{config.base.name}" is not the one this run began with '
-                "(its weights differ)"
-            )
+        require_same_base(folder, base)
         data = read_texts(config, base, report, say)
         _require_same_text(folder, data)
 

@@ -12,12 +12,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from comigs import bases
 from comigs.bases.base import Architecture, Loader
+from comigs.bases.pretrained import load_pretrained
 from comigs.bases.tokenizer import TextEncoder
+from comigs.bases.usable import require_usable
 from comigs.config import BaseSection
 from comigs.errors import UserError, nearest
 
@@ -46,10 +48,16 @@ def load_base(section: BaseSection) -> Base:
     dtype = _dtype(section.dtype, device)
     model, tokenizer = _named(section.name)
     architecture = architecture_of(model)
+    require_usable(model, tokenizer, architecture)
     attention = section.attention
     if attention == "auto":
         attention = "eager" if device.type == "cpu" else "sdpa"
     model.set_attn_implementation(attention)
+    # How the next token is chosen is for who asks: no beams, penalties or sampling of the base's.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id
+    )
     # Windows have no padding; else transformers warns wherever the id occurs in text.
     model.config.pad_token_id = None
     model.requires_grad_(False).eval().to(device=device, dtype=dtype)
@@ -108,6 +116,10 @@ def _named(name: str) -> tuple[Any, Any]:
     ours = loaders()
     if name in ours:
         return ours[name].load()
+    if Path(name).is_file():
+        raise UserError(
+            f'base.name: unknown base "{name}": it is a file; give the folder that it is in'
+        )
     # The hub would take long to say that it has no such name.
     if not Path(name).is_dir() and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         known = list(ours)
@@ -115,12 +127,7 @@ def _named(name: str) -> tuple[Any, Any]:
             f'base.name: unknown base "{name}".{nearest(name, known)} Known: {", ".join(known)}; '
             "or a local folder, or a hub name like org/model"
         )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)
-        return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        problem = str(error).splitlines()[0]
-        raise UserError(f'base.name: "{name}" cannot be loaded: {problem}') from None
+    return load_pretrained(name)
 
 
 def is_here(device: torch.device) -> bool:

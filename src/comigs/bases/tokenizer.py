@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from comigs.bases.usable import highest_id, separator
+
 
 class TextEncoder:
     """A text encoder is a `transformers` fast tokenizer as data/corpus.py's Encoder.
@@ -16,9 +18,8 @@ class TextEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.id = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        self.vocabulary_size = len(tokenizer)
-        end = tokenizer.eos_token_id
-        self.separator = int(tokenizer.bos_token_id if end is None else end)
+        self.vocabulary_size = highest_id(tokenizer) + 1
+        self.separator = separator(tokenizer)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text. Special tokens written out in a user's text stay text."""

@@ -31,6 +31,7 @@ from comigs.files import command
 from comigs.methods.loading import load_method
 from comigs.methods.method import Upload
 from comigs.processes import Child, cpus
+from comigs.runs.environment import require_same_base
 from comigs.runs.folder import RunFolder
 from comigs.runs.json_lines import read_event
 from comigs.runs.metrics import Event
@@ -242,12 +243,13 @@ class _Inside:
     """A worker's own end answers one question after the other."""
 
     def __init__(self, folder: RunFolder, number: str, device: str, report: Report) -> None:
-        # The base is loaded as the main process has it, but for the device.
+        # The base is as the main process has it, but for the device, or nothing is trained.
         config = folder.config()
         section = config.base.model_copy(update={"device": device})
         if section.threads is not None:
             torch.set_num_threads(section.threads)
         base = load_base(section)
+        require_same_base(folder, base)
         place, texts = workplace(config, load_method(config), base), prepare(config, base.encoder)
         self._folder, self._store = folder, UploadStore(folder.scratch / "uploads" / number)
         self._host = ClientHost(place, texts, folder, self._store, report)

@@ -17,7 +17,9 @@ from comigs.bases.load import Base
 from comigs.config import SPLITS
 from comigs.data.corpus import TokenStore
 from comigs.data.prepare import ClientData, Outline, SplitText
+from comigs.errors import UserError
 from comigs.experts import csrc
+from comigs.runs.folder import RunFolder
 
 PACKAGES = ("comigs", "torch", "transformers", "tokenizers", "numpy")
 
@@ -44,6 +46,15 @@ def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[st
         "tokenizer": base.encoder.id,
         "data": describe(data),
     }
+
+
+def require_same_base(folder: RunFolder, base: Base) -> None:
+    """Raise UserError where what is loaded now is not what the run began with."""
+    if folder.environment()["base_fingerprint"] != base.fingerprint:
+        raise UserError(
+            f'{folder.path}: base "{base.name}" is not the one this run began with '
+            "(its weights differ)"
+        )
 
 
 def describe(data: Mapping[str, ClientData | Outline]) -> dict[str, Any]:
