@@ -113,14 +113,14 @@ VERBS = frozenset(
     Carry Check Choose Clear Close Collect Combine Commit Compare Compile Compute Connect
     Continue Convert Copy Count Create Cut Decide Decode Delete Deliver Describe Detach Discount
     Divide Do Drain Draw Drop Encode End Ensure Enter Estimate Evaluate Exchange Expect Explain
-    Export Fill Find Finish Fit Fold Follow Format Forward Found Gather Generate Get Give Go
-    Group Guard Guess Handle Hash Hold Import Initialize Interrupt Invite Join Judge Keep Label
-    Leave Let List Listen Load Lock Look Make Map Mark Match Mean Measure Merge Mix Move
-    Multiply Name Note Open Pack Pad Parse Pause Pick Place Plan Plot Point Poll Prepare Print
-    Probe Project Prune Pull Push Put Raise Rank Read Rebuild Receive Record Refuse Register
-    Release Remove Render Repeat Replace Report Require Reset Resolve Restore Resume Return
-    Revoke Rewind Round Route Run Sample Save Say Scale Scan See Select Send Serve Set Share
-    Show Shut Sign Skip Sort Split Stage Stand Start State Stop Store Stream Submit Sum
+    Export Fill Find Finish Fit Fold Follow Forget Format Forward Found Gather Generate Get Give
+    Go Group Guard Guess Handle Hash Hold Import Initialize Interrupt Invite Join Judge Keep
+    Label Lay Leave Let List Listen Load Lock Look Make Map Mark Match Mean Measure Merge Mix
+    Move Multiply Name Note Open Pack Pad Parse Pause Pick Place Plan Plot Point Poll Prepare
+    Print Probe Project Prune Pull Push Put Queue Raise Rank Read Rebuild Receive Record Refuse
+    Register Release Remove Render Repeat Replace Report Require Reset Resolve Restore Resume
+    Return Revoke Rewind Round Route Run Sample Save Say Scale Scan See Select Send Serve Set
+    Share Show Shut Sign Skip Sort Split Stage Stand Start State Stop Store Stream Submit Sum
     Summarize Take Tell Test Time Tokenize Train Translate Truncate Try Turn Unpack Unregister
     Update Use Validate Wait Walk Warn Watch Weigh Wrap Write Yield
     """.split()  # noqa: SIM905

@@ -76,7 +76,7 @@ def open_folders(paths: Sequence[Path]) -> list[RunFolder]:
 
 
 def require_base(folders: Sequence[RunFolder], base: Base) -> None:
-    """Raises UserError where a run was trained on another base than the one that is loaded."""
+    """Raise UserError where a run was trained on another base than the one that is loaded."""
     for folder in folders:
         require_same_base(folder, base)
 

@@ -18,7 +18,7 @@ class Keys:
     """The keys of a server. What is held are their hashes, which are as long as each other."""
 
     def __init__(self, keys: dict[str, str]) -> None:
-        """keys: model id -> key."""
+        """Keep these keys: model id -> key."""
         self._hashes = {model: _hash(key) for model, key in keys.items()}
 
     def opens(self, key: str) -> str | None:

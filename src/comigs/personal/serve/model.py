@@ -100,7 +100,7 @@ class RowMixture(nn.Module):
         self.act = activation_of(getattr(mlp, base.architecture.activation), base.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (1, T, D) -> (1, T, D)."""
+        """Map x (1, T, D) to (1, T, D)."""
         this, x_TD = PASS.get(), x[0]
         # The frozen products are the same for everybody: once, for all rows.
         frozen = [self.linears[site](x_TD) for site in self.inputs]
@@ -210,7 +210,7 @@ class RowLinear(nn.Module):
         self.site = site
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (1, T, in) -> (1, T, out)."""
+        """Map x (1, T, in) to (1, T, out)."""
         y: Tensor = self.linear(x)
         for group in PASS.get().groups:
             lora: PackedLora = group.client.blocks[self.layer].attention[self.site]
@@ -226,7 +226,7 @@ def rows_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, sliding_window: int | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Causal attention of each row to its own tokens, in the way `transformers` calls an attention
+    """Return causal attention of each row to its own tokens, in the way `transformers` calls an attention
     function.
 
     query (1, H, T, d), key and value (1, H of keys, T, d) -> (1, T, H, d).

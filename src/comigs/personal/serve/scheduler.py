@@ -48,7 +48,7 @@ log = logging.getLogger("comigs.serve")
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the scheduler.
+    """These are the bounds of a scheduler.
 
     rows: sequences in one pass at most. queue: jobs that wait at most. pass_tokens: tokens of
     prompts in one pass.
@@ -79,7 +79,7 @@ class Scheduler:
     def __init__(
         self, model: RowModel, vocabulary: Vocabulary, ends: frozenset[int], limits: Limits
     ) -> None:
-        """ends: the tokens that end a text."""
+        """Serve `model`. ends: the tokens that end a text."""
         self.model = model
         self.vocabulary = vocabulary
         self.ends = ends
