@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# datasets: a JSON column of text whose values all look like dates is rewritten, even where features say "string".
+# datasets: a JSON column of text whose values all look like dates is rewritten, even where features
+# say "string".
 #
-# Expected: a quoted JSON value is text; or at least features={"text": Value("string")} keeps it as it was written.
-# Happens:  the type is guessed from each file's values. Where all of them look like ISO 8601, the column becomes
-#           timestamp[s] and rows hold datetime objects, moved to UTC. Features that say string change the type
-#           back *after* the guess: it is text again, but another text, with another hour. to_json writes numbers.
-#           One value of another form, and the whole file is read as it stands.
-# Matters:  in a federation every client loads its own file: one of them trains on answers that nobody wrote, or
-#           fails in its tokenizer, while all the others are fine. Parse the lines yourself and use from_list.
+# Expected: a quoted JSON value is text; or at least features={"text": Value("string")} keeps it as
+#           it was written.
+# Happens:  the type is guessed from each file's values. Where all of them look like ISO 8601, the
+#           column becomes timestamp[s] and rows hold datetime objects, moved to UTC. Features that
+#           say string change the type back *after* the guess: it is text again, but another text,
+#           with another hour. to_json writes numbers. One value of another form, and the whole file
+#           is read as it stands.
+# Matters:  in a federation every client loads its own file: one of them trains on answers that
+#           nobody wrote, or fails in its tokenizer, while all the others are fine. Parse the lines
+#           yourself and use from_list.
 #
-# Seen 2026-11 with datasets 5.2.0, pyarrow 26.0.1; the first row was written as '2026-11-28T10:00:00+02:00':
+# Seen 2026-11 with datasets 5.2.0, pyarrow 26.0.1; the first row was written as
+# '2026-11-28T10:00:00+02:00':
 #   all dates           timestamp[s]  first row datetime.datetime(2026, 11, 28, 8, 0)
 #   the same, to_json   1795852800000
 #   features: string    string        first row '2026-11-28 08:00:00'

@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# dp-accounting: asked for "replace one", its two accountants of one Gaussian mechanism are a factor of two apart.
+# dp-accounting: asked for "replace one", its two accountants of one Gaussian mechanism are a factor
+# of two apart.
 #
-# Expected: Renyi accounting gives an upper bound, so for the same event, relation and delta its epsilon is at least
-#           that of the exact accountant (PLD); and replacing a record costs more than adding or removing one.
-# Happens:  the PLD accountant takes REPLACE_ONE as two changes, a sensitivity of 2. The Renyi accountant answers as
-#           it does for ADD_OR_REMOVE_ONE: about half of the exact epsilon. Neither warns; Renyi does refuse the
-#           relation for Poisson sampling, so it looks as if it were handled.
-# Matters:  federated training with a fixed number of clients per round needs REPLACE_ONE and can only be counted by
-#           the Renyi accountant (PLD refuses that sampling): the epsilon that gets published is too small. Divide
-#           the noise multiplier by two by hand, or sample by Poisson and account for add-or-remove.
+# Expected: Renyi accounting gives an upper bound, so for the same event, relation and delta its
+#           epsilon is at least that of the exact accountant (PLD); and replacing a record costs
+#           more than adding or removing one.
+# Happens:  the PLD accountant takes REPLACE_ONE as two changes, a sensitivity of 2. The Renyi
+#           accountant answers as it does for ADD_OR_REMOVE_ONE: about half of the exact epsilon.
+#           Neither warns; Renyi does refuse the relation for Poisson sampling, so it looks as if it
+#           were handled.
+# Matters:  federated training with a fixed number of clients per round needs REPLACE_ONE and can
+#           only be counted by the Renyi accountant (PLD refuses that sampling): the epsilon that
+#           gets published is too small. Divide the noise multiplier by two by hand, or sample by
+#           Poisson and account for add-or-remove.
 #
 # Seen 2026-11 with dp-accounting 0.6.0, delta 1e-5:
 #   noise 1.0: replace one 4.73 by Renyi, 10.00 by PLD, 10.00 exact; add or remove 4.73, 4.38, 4.38
@@ -71,13 +75,16 @@ for multiplier in (1.0, 2.0, 5.0):
     }
     renyi, pld = row["RdpAccountant", "REPLACE_ONE"], row["PLDAccountant", "REPLACE_ONE"]
     print(
-        f"noise {multiplier}: replace one {renyi:.2f} by Renyi, {pld:.2f} by PLD, {exact(multiplier / 2):.2f} exact; "
+        f"noise {multiplier}: replace one {renyi:.2f} by Renyi, {pld:.2f} by PLD, "
+        f"{exact(multiplier / 2):.2f} exact; "
         f"add or remove {row['RdpAccountant', 'ADD_OR_REMOVE_ONE']:.2f}, "
         f"{row['PLDAccountant', 'ADD_OR_REMOVE_ONE']:.2f}, {exact(multiplier):.2f}"
     )
     as_expected &= renyi == row["RdpAccountant", "ADD_OR_REMOVE_ONE"] and renyi < 0.6 * pld
     as_expected &= abs(pld / exact(multiplier / 2) - 1) < 0.01
-fixed = dp_accounting.SampledWithoutReplacementDpEvent(1000, 100, dp_accounting.GaussianDpEvent(1.0))
+fixed = dp_accounting.SampledWithoutReplacementDpEvent(
+    1000, 100, dp_accounting.GaussianDpEvent(1.0)
+)
 by_pld = epsilon(PLDAccountant, Relation.REPLACE_ONE, fixed)
 by_renyi = epsilon(RdpAccountant, Relation.REPLACE_ONE, fixed)
 print(f"100 of 1000 without replacement, replace one: {by_renyi:.2f} by Renyi, {by_pld} by PLD")

@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Flower: the clipping norm of its adaptive differential privacy runs away from the updates' norm, in both directions.
+# Flower: the clipping norm of its adaptive differential privacy runs away from the updates' norm,
+# in both directions.
 #
-# Expected: DifferentialPrivacyServerSideAdaptiveClipping follows Andrew et al. (2021): where more than the target
-#           share of the updates is clipped, the norm grows; where fewer are, it shrinks; it settles at the quantile.
-# Happens:  the rule is applied to the share of updates that *were* clipped, where the paper's counts those that were
-#           not, and the sign stayed. Updates larger than the norm make it smaller, without end, and updates smaller
-#           than it make it larger: it never settles, whatever the learning rate.
-# Matters:  too small a norm, and clients' updates are scaled away to nothing; too large a norm, and the noise, which
-#           is proportional to it, buries them, round by round. No error, no warning; accuracy just fades. Use a
-#           fixed norm, or a rule of your own.
+# Expected: DifferentialPrivacyServerSideAdaptiveClipping follows Andrew et al. (2021): where more
+#           than the target share of the updates is clipped, the norm grows; where fewer are, it
+#           shrinks; it settles at the quantile.
+# Happens:  the rule is applied to the share of updates that *were* clipped, where the paper's
+#           counts those that were not, and the sign stayed. Updates larger than the norm make it
+#           smaller, without end, and updates smaller than it make it larger: it never settles,
+#           whatever the learning rate.
+# Matters:  too small a norm, and clients' updates are scaled away to nothing; too large a norm, and
+#           the noise, which is proportional to it, buries them, round by round. No error, no
+#           warning; accuracy just fades. Use a fixed norm, or a rule of your own.
 #
 # Seen 2026-11 with flwr 1.41.0, numpy 2.4.6; the clipping norm starts at 1:
 #   updates of norm 10  : clipping norm 0.889 after 1, 0.383 after 10, 0.141 after 20, 0.0489 after 30
@@ -43,7 +46,7 @@ class FourNodes:
 
 
 def norms(update_norm):
-    """Return the clipping norm after some rounds in which every client's update has this l2 norm."""
+    """Return the clipping norm after some rounds; every client's update has this l2 norm."""
     np.random.seed(0)
     strategy = DifferentialPrivacyServerSideAdaptiveClipping(
         FedAvg(fraction_evaluate=0),
@@ -59,7 +62,9 @@ def norms(update_norm):
         replies = []
         for task in tasks:
             arrays, metrics = ArrayRecord({"w": Array(update)}), MetricRecord({"num-examples": 1})
-            replies.append(Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=task))
+            replies.append(
+                Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=task)
+            )
         strategy.aggregate_train(number, replies)
         if number in ROUNDS:
             seen.append(strategy.clipping_norm)

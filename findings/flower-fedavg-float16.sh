@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Flower: FedAvg weighs and adds float16 uploads in float16; the mean of 400 equal, small updates is zero.
+# Flower: FedAvg weighs and adds float16 uploads in float16; the mean of 400 equal, small updates is
+# zero.
 #
 # Expected: a mean is formed in float32 or better, and the mean of equal uploads is that upload.
-# Happens:  each upload is multiplied by its weight (1/400, say) in its own dtype and added into an array of the
-#           first reply's dtype. 400 clients that all upload 0.00001 in float16 give exactly 0, since every share
-#           is rounded away; 100 give a fifth too much. A float32 reply that comes first makes the result float32
-#           but does not save the others' shares.
-# Matters:  float16 halves the upload and is the obvious wire format for LoRA deltas. Small updates and
-#           many clients are just where it fails, without a word: the model stops learning. Cast replies to float32
-#           before FedAvg sees them, or write aggregate_train yourself.
+# Happens:  each upload is multiplied by its weight (1/400, say) in its own dtype and added into an
+#           array of the first reply's dtype. 400 clients that all upload 0.00001 in float16 give
+#           exactly 0, since every share is rounded away; 100 give a fifth too much. A float32 reply
+#           that comes first makes the result float32 but does not save the others' shares.
+# Matters:  float16 halves the upload and is the obvious wire format for LoRA deltas. Small updates
+#           and many clients are just where it fails, without a word: the model stops learning. Cast
+#           replies to float32 before FedAvg sees them, or write aggregate_train yourself.
 #
-# Seen 2026-11 with flwr 1.41.0, numpy 2.4.6; every upload is 1e-05 (1.00136e-05 in float16), the mean of
+# Seen 2026-11 with flwr 1.41.0, numpy 2.4.6; every upload is 1e-05 (1.00136e-05 in float16), the
+# mean of
 #   400 float32                  float32  1e-05
 #   100 float16                  float16  1.19209e-05
 #   400 float16                  float16  0

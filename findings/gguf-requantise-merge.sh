@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# GGUF: a LoRA merged into a base that came from a 4-bit file is undone by quantising to the same type again.
+# GGUF: a LoRA merged into a base that came from a 4-bit file is undone by quantising to the same
+# type again.
 #
-# Expected: the same type as the base's file is the natural and the gentlest choice: nothing new is lost.
-# Happens:  the base's weights lie exactly on that type's grid, and an update smaller than half a step of it is
-#           rounded back to where it was; what differs is little more than the blocks' scales. Another grid keeps
-#           most of the update on average, also a coarser one (Q4_0 for a base from Q4_1), since its rounding errors
-#           hardly depend on the update, though they are far larger than it. Q8_0 keeps it with little noise.
-# Matters:  personal updates are small (1 to 3 % of a weight's size). A person's model exported like this answers
-#           as the base does, every tool reports success, and a check by file size or by sane text passes. Ship
-#           Q8_0 or the LoRA beside the base, and compare the export with the merged model, not with the base.
+# Expected: the same type as the base's file is the natural and the gentlest choice: nothing new is
+#           lost.
+# Happens:  the base's weights lie exactly on that type's grid, and an update smaller than half a
+#           step of it is rounded back to where it was; what differs is little more than the blocks'
+#           scales. Another grid keeps most of the update on average, also a coarser one (Q4_0 for a
+#           base from Q4_1), since its rounding errors hardly depend on the update, though they are
+#           far larger than it. Q8_0 keeps it with little noise.
+# Matters:  personal updates are small (1 to 3 % of a weight's size). A person's model exported like
+#           this answers as the base does, every tool reports success, and a check by file size or
+#           by sane text passes. Ship Q8_0 or the LoRA beside the base, and compare the export with
+#           the merged model, not with the base.
 #
 # Seen 2026-11 with gguf 0.19.0, numpy 2.4.6; random base, low-rank update of 1.4 % of its norm:
 #   base from Q4_0, merged and written as Q4_0:   3% of the update is left, error 1.1 x the update
@@ -53,8 +57,8 @@ for source in (Type.Q4_0, Type.Q4_1):
         error = float(np.linalg.norm(left - update) / np.linalg.norm(update))
         kept[source, target] = share
         print(
-            f"base from {source.name}, merged and written as {target.name}: {share:4.0%} of the update is left, "
-            f"error {error:.1f} x the update"
+            f"base from {source.name}, merged and written as {target.name}: "
+            f"{share:4.0%} of the update is left, error {error:.1f} x the update"
         )
 
 as_expected = (

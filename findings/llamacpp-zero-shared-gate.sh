@@ -2,12 +2,14 @@
 # llama.cpp: a Qwen2-MoE whose shared expert is switched off by zeros answers NaN, and says nothing.
 #
 # Expected: a shared expert of zero weights adds 0, whatever its gate says; sigmoid(0) is 1/2.
-# Happens:  llama.cpp computes the gate's sigmoid as silu(g) / g. A gate of zero weights makes that 0 / 0, and every
-#           logit of every token is NaN. No error: the server answers, with text, and null in place of log
-#           probabilities. The same file with a gate of 0.001 agrees with the formula (numpy, below).
-# Matters:  Qwen2-MoE is an architecture that does not renormalise its router weights, so that a mixture of LoRA
-#           experts with top-1 routing is exported as one. It has no shared expert of its own, the architecture
-#           demands one, and zeros are the obvious filler. Fill the gate with ones: 0 times 1/2 to 1 is still 0.
+# Happens:  llama.cpp computes the gate's sigmoid as silu(g) / g. A gate of zero weights makes that
+#           0 / 0, and every logit of every token is NaN. No error: the server answers, with text,
+#           and null in place of log probabilities. The same file with a gate of 0.001 agrees with
+#           the formula (numpy, below).
+# Matters:  Qwen2-MoE is an architecture that does not renormalise its router weights, so that a
+#           mixture of LoRA experts with top-1 routing is exported as one. It has no shared expert
+#           of its own, the architecture demands one, and zeros are the obvious filler. Fill the
+#           gate with ones: 0 times 1/2 to 1 is still 0.
 #
 # Seen 2026-11 with xllamacpp 2026.10.11549 (llama.cpp), gguf 0.19.0, numpy 2.4.6:
 #   gate   0.0: 98 of 98 log probabilities are NaN, the rest at most 0.0e+00 off
@@ -29,12 +31,12 @@ import numpy as np
 import xllamacpp
 
 WIDTH, HIDDEN, HEADS, EXPERTS, USED = 64, 96, 4, 4, 1
-# Printable ASCII, the byte vocabulary's space and line feed, one merge (a vocabulary without merges is refused).
+# Printable ASCII, the byte vocabulary's space and line feed, one merge (it must have one), an end.
 TOKENS = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a", "ab", "<end>"]
 
 
 def weights(gate):
-    """Return a random model of one layer; its shared expert is zero, and its gate has this weight throughout."""
+    """Return a random model of one layer with a zero shared expert and this weight in its gate."""
     random = np.random.default_rng(0)
 
     def normal(*shape):
@@ -103,7 +105,9 @@ def llama_cpp(path, token):
     settings.n_parallel = 1
     settings.cpuparams.n_threads = 1
     server = xllamacpp.Server(settings)
-    answer = server.handle_completions({"prompt": [token], "max_tokens": 1, "logprobs": len(TOKENS)})
+    answer = server.handle_completions(
+        {"prompt": [token], "max_tokens": 1, "logprobs": len(TOKENS)}
+    )
     result = np.full(len(TOKENS), np.nan)
     for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
         result[entry["id"]] = np.nan if entry["logprob"] is None else entry["logprob"]
@@ -111,7 +115,7 @@ def llama_cpp(path, token):
 
 
 def by_hand(tensors, token):
-    """Return the same in numpy; at the first position the rotation is none and attention is the value itself."""
+    """Return the same in numpy; at the first position attention is the value itself."""
 
     def norm(x):
         return x / np.sqrt((x * x).mean() + 1e-6)

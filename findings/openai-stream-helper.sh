@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# openai: chunks that `create(stream=True)` reads without complaint come to nothing through its helper `.stream()`.
+# openai: chunks that `create(stream=True)` reads without complaint come to nothing through its
+# helper `.stream()`.
 #
-# Expected: the two ways in which the client reads one and the same stream of chunks give the same text.
-# Happens:  `create(stream=True)` returns chunks that lack "object" or the choice's "index", text and all. Without
-#           "object" the helper `.stream()` drops every chunk in silence: no event, no error, no text; only whoever
-#           goes on to ask for the final completion sees an AssertionError, which names no field. Without "index"
-#           it stops with a TypeError about list indices. "id" and "created" may be left out in both.
-# Matters:  whoever serves personal models under an address of their own writes these chunks by hand, tests with
-#           the first way, and gives silence to applications that use the second. Send every field; test both ways.
+# Expected: the two ways in which the client reads one and the same stream of chunks give the same
+#           text.
+# Happens:  `create(stream=True)` returns chunks that lack "object" or the choice's "index", text
+#           and all. Without "object" the helper `.stream()` drops every chunk in silence: no event,
+#           no error, no text; only whoever goes on to ask for the final completion sees an
+#           AssertionError, which names no field. Without "index" it stops with a TypeError about
+#           list indices. "id" and "created" may be left out in both.
+# Matters:  whoever serves personal models under an address of their own writes these chunks by
+#           hand, tests with the first way, and gives silence to applications that use the second.
+#           Send every field; test both ways.
 #
 # Seen 2026-11 with openai 3.57.0:
 #   without nothing  create 'Bonjour'  helper 'Bonjour', then 'Bonjour'
@@ -75,7 +79,7 @@ def plain(without):
 
 
 def helper(without):
-    """Return the text of the helper's events and of its final completion, or the errors in their places."""
+    """Return the text of the helper's events and of its final completion, or errors instead."""
     with client.chat.completions.stream(model=without, messages=messages) as stream:
         try:
             text = "".join(event.delta for event in stream if event.type == "content.delta")

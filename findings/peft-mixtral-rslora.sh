@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# peft + transformers: a Mixtral adapter with rsLoRA is loaded with its gate and up projections sqrt(2) too strong.
+# peft + transformers: a Mixtral adapter with rsLoRA is loaded with its gate and up projections
+# sqrt(2) too strong.
 #
-# Expected: a PEFT folder means the same model as when it was written: W + alpha / sqrt(r) * B A with use_rslora.
-# Happens:  transformers 5 keeps w1 and w3 of all experts as one fused tensor, so peft rewrites the folder's
-#           per-expert LoRA on loading: two of rank r become one of rank 2 r, with 2 alpha. That keeps alpha / r as
-#           it was, but alpha / sqrt(r) grows by sqrt(2). w2 is right, and so is all of it without rsLoRA. What is
-#           saved afterwards has the wrong strength in it. The one warning that peft gives says that the new rank
-#           and alpha "were ignored" (they are in use), and gives it for plain LoRA too.
-# Matters:  per-expert adapters are how mixtures travel between PEFT users, and the model still talks sense. With
-#           use_rslora, multiply the scale into B and store the folder as plain LoRA with alpha = r.
+# Expected: a PEFT folder means the same model as when it was written: W + alpha / sqrt(r) * B A
+#           with use_rslora.
+# Happens:  transformers 5 keeps w1 and w3 of all experts as one fused tensor, so peft rewrites the
+#           folder's per-expert LoRA on loading: two of rank r become one of rank 2 r, with 2 alpha.
+#           That keeps alpha / r as it was, but alpha / sqrt(r) grows by sqrt(2). w2 is right, and
+#           so is all of it without rsLoRA. What is saved afterwards has the wrong strength in it.
+#           peft only warns that the new rank and alpha "were ignored"; they are in use, and the
+#           warning comes with plain LoRA too.
+# Matters:  per-expert adapters are how mixtures travel between PEFT users, and the model still
+#           talks sense. With use_rslora, multiply the scale into B and store the folder as plain
+#           LoRA with alpha = r.
 #
-# Seen 2026-11 with peft 0.21.2, transformers 5.23.0, torch 2.13.0+cpu; strength against the folder's own formula:
+# Seen 2026-11 with peft 0.21.2, transformers 5.23.0, torch 2.13.0+cpu; strength against the
+# folder's own formula:
 #   use_rslora=False w1: scale 2.0000, meant 2.0000, 1.0000 of it
 #   use_rslora=False w2: scale 2.0000, meant 2.0000, 1.0000 of it
 #   use_rslora=False w3: scale 2.0000, meant 2.0000, 1.0000 of it
@@ -59,7 +64,7 @@ def base():
 
 
 def adapter(folder, use_rslora):
-    """Write a PEFT folder with LoRA on every expert's linears; return what each B A is, without a scale."""
+    """Write a PEFT folder with LoRA on every expert's linears; return every B A, unscaled."""
     torch.manual_seed(1)
     tensors, products = {}, {}
     for expert in range(EXPERTS):
@@ -84,7 +89,7 @@ def adapter(folder, use_rslora):
 
 
 def strengths(folder, products):
-    """Return, for each linear, the scale with which peft adds its B A to the base's weight, and how exactly."""
+    """Return the scale with which peft adds each linear's B A to the base, and its warnings."""
     before = base().model.layers[0].mlp.experts
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -103,7 +108,9 @@ def strengths(folder, products):
     return result, said
 
 
-print("peft", peft.__version__, "transformers", transformers.__version__, "torch", torch.__version__)
+print(
+    "peft", peft.__version__, "transformers", transformers.__version__, "torch", torch.__version__
+)
 seen = {}
 for use_rslora in (False, True):
     folder = f"rslora-{use_rslora}"
@@ -112,7 +119,10 @@ for use_rslora in (False, True):
     meant = ALPHA / (math.sqrt(RANK) if use_rslora else RANK)
     for name, scale in found.items():
         seen[use_rslora, name] = scale / meant
-        print(f"use_rslora={use_rslora!s:5} {name}: scale {scale:.4f}, meant {meant:.4f}, {scale / meant:.4f} of it")
+        print(
+            f"use_rslora={use_rslora!s:5} {name}: scale {scale:.4f}, meant {meant:.4f}, "
+            f"{scale / meant:.4f} of it"
+        )
     for warning in said:
         print(f"  warned: {warning}")
 

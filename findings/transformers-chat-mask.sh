@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# transformers: the mask of the assistant's tokens goes wrong at both ends of a chat: where it is cut, where spaces end.
+# transformers: the mask of the assistant's tokens goes wrong at both ends of a chat: where it is
+# cut, where spaces end.
 #
-# Expected: return_assistant_tokens_mask marks the words inside {% generation %}, and those only, of what is left.
-# Happens:  (1) Cut from the left so that the first answer loses a word or all: *every* answer is masked out, also
-#           those that are there in full, and the row trains nothing. Leave it one word more, and all is well.
-#           (2) An answer inside {% generation %} that ends in a space, before a tokenizer that drops spaces: from
-#           there on everything is marked, the user's later words too, and is trained as if the model had said it.
-# Matters:  personal chats are long, and one keeps their ends: truncation_side="left" is the natural choice. (1) loses
-#           rows at random, (2) teaches a personal model to speak as its owner's correspondents. Make the mask of
-#           the whole chat first, cut ids and mask afterwards, and let no template end an answer with a space.
+# Expected: return_assistant_tokens_mask marks the words inside {% generation %}, and those only, of
+#           what is left.
+# Happens:  (1) Cut from the left so that the first answer loses a word or all: *every* answer is
+#           masked out, also those that are there in full, and the row trains nothing. Leave it one
+#           word more, and all is well. (2) An answer inside {% generation %} that ends in a space,
+#           before a tokenizer that drops spaces: from there on everything is marked, the user's
+#           later words too, and is trained as if the model had said it.
+# Matters:  personal chats are long, and one keeps their ends: truncation_side="left" is the natural
+#           choice. (1) loses rows at random, (2) teaches a personal model to speak as its owner's
+#           correspondents. Make the mask of the whole chat first, cut ids and mask afterwards, and
+#           let no template end an answer with a space.
 #
 # Seen 2026-11 with transformers 5.23.0, tokenizers 0.23.3 (marked words in capitals):
 #   plain, 13 tokens: user: how are you bot: FINE THANKS user: and now bot: BETTER YES
@@ -46,7 +50,9 @@ TURN = (
 
 def marked(template, length):
     """Return the chat, cut from the left to this many tokens, with the marked words in capitals."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", truncation_side="left"

@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# transformers: in a Mixtral with one expert per token the router's weight is always 1, and the router cannot learn.
+# transformers: in a Mixtral with one expert per token the router's weight is always 1, and the
+# router cannot learn.
 #
-# Expected: the chosen expert's output is multiplied by its probability, as in a Switch transformer and as Mixtral
-#           does with its two; a mixture with top-1 routing can be exported as Mixtral with num_experts_per_tok=1.
-# Happens:  Mixtral divides the chosen weights by their sum. Of one weight that is always 1, so the output is another
-#           model's, and the language-model loss gives the router a gradient of rounding errors only: fine-tuned,
-#           it stays where it was. Qwen2-MoE with norm_topk_prob=False keeps the probability and its gradient. No
-#           configuration of Mixtral does, and nothing is said.
-# Matters:  whoever exports a routed mixture of LoRA experts as a standard model reaches for Mixtral first; with top-1
-#           it loads, talks, and is wrong. The auxiliary loss is then all that a router would be trained by.
+# Expected: the chosen expert's output is multiplied by its probability, as in a Switch transformer
+#           and as Mixtral does with its two; a mixture with top-1 routing can be exported as
+#           Mixtral with num_experts_per_tok=1.
+# Happens:  Mixtral divides the chosen weights by their sum. Of one weight that is always 1, so the
+#           output is another model's, and the language-model loss gives the router a gradient of
+#           rounding errors only: fine-tuned, it stays where it was. Qwen2-MoE with
+#           norm_topk_prob=False keeps the probability and its gradient. No configuration of Mixtral
+#           does, and nothing is said.
+# Matters:  whoever exports a routed mixture of LoRA experts as a standard model reaches for Mixtral
+#           first; with top-1 it loads, talks, and is wrong. The auxiliary loss is then all that a
+#           router would be trained by.
 #
 # Seen 2026-11 with transformers 5.23.0, torch 2.13.0+cpu:
 #   Mixtral  1 of 4 experts: router weights 1.000 to 1.000, gradient 1.0e-08 of the experts'
@@ -43,7 +47,9 @@ def models(used):
     """Return the two families with `used` of four experts for each token."""
     torch.manual_seed(0)
     mixtral = transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=used, initializer_range=0.2)
+        transformers.MixtralConfig(
+            **SIZES, num_local_experts=4, num_experts_per_tok=used, initializer_range=0.2
+        )
     )
     qwen = transformers.Qwen2MoeForCausalLM(
         transformers.Qwen2MoeConfig(
