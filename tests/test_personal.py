@@ -4,15 +4,24 @@ again.
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
+import tempfile
 import threading
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from comigs.app import api
+from comigs.bases.load import load_base
+from comigs.bases.tiny import tiny_gpt2
+from comigs.config import BaseSection
 from comigs.errors import UserError
-from tests.runs import copied_run, finished
+from tests.runs import ENVIRONMENT, copied_run, finished
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +153,69 @@ def test_experts_of_another_shape_are_refused(tmp_path):
         match=r"client ann: saved tensor .* the checkpoint belongs to another config or base",
     ):
         api.open_personal_model(run, "ann")
+
+
+def penalised():
+    """The model with a base's own wishes about how tokens are chosen, as it is loaded."""
+    own = GenerationConfig(
+        num_beams=4, repetition_penalty=50.0, no_repeat_ngram_size=1, do_sample=True, top_k=3
+    )
+    folder = Path(tempfile.mkdtemp())
+    loaded, tokenizer = tiny_gpt2()
+    loaded.save_pretrained(folder)
+    own.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_base(BaseSection(name=str(folder), dtype="float32", device="cpu"))
+
+
+def test_the_bases_beams_and_penalties_change_nothing(model):
+    """What is asked for decides: without sampling, the likeliest token each time."""
+    base = penalised()
+    before = model.model.generation_config
+    try:
+        plain = model.generate("the the the ", max_new_tokens=8)
+        sampled = model.generate("the ", max_new_tokens=8, do_sample=True, seed=1)
+        model.model.generation_config = base.model.generation_config
+        assert model.generate("the the the ", max_new_tokens=8) == plain
+        assert model.generate("the ", max_new_tokens=8, do_sample=True, seed=1) == sampled
+    finally:
+        model.model.generation_config = before
+
+
+def test_a_special_token_that_the_base_does_not_read_is_refused_in_a_prompt(model):
+    own = model.tokenizer
+    model.tokenizer = copy.deepcopy(own)
+    model.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    try:
+        with pytest.raises(UserError, match=r'--prompt: holds "\[PAD\]", which this base does not'):
+            model.generate("x [PAD]")
+    finally:
+        model.tokenizer = own
+
+
+LOST = """
+import sys
+from comigs.app import api
+keep = api.open_personal_model(sys.argv[1], "ann").stream("the ", max_new_tokens=50)
+next(keep)
+raise SystemExit(5)
+"""
+
+
+def test_a_reader_that_ends_the_process_ends_the_writer_first():
+    """The iterator is kept, so that nobody closes it while Python ends."""
+    command = [sys.executable, "-c", LOST, str(finished() / "run")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=False)
+    assert done.returncode == 5 and not done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+def test_an_output_that_is_not_utf_8_gets_replacements(encoding):
+    words = ["generate", str(finished() / "run"), "--client", "ann", "--prompt", "\u65e5 the "]
+    done = subprocess.run(
+        [sys.executable, "-m", "comigs", *words],
+        env={**ENVIRONMENT, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0 and not done.stderr and b" the " in done.stdout

@@ -5,6 +5,7 @@ Heavy imports wait until a command needs them, so that `comigs --help` is quick.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -220,6 +221,9 @@ app.add_typer(cli_federation.app)
 def main() -> None:
     """Be the command `comigs`: do what its words say, and exit."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # an output that is not UTF-8 gets a question mark for what it cannot show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     # warnings of transformers are for people who call it themselves
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(exit_code(lambda: app(standalone_mode=False, prog_name="comigs")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,8 +63,10 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature}
     model = api.open_personal_model(run, client)
     pieces = model.stream(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)
-    first = next(pieces, "")
-    typer.echo(prompt + first, nl=False)
-    for piece in pieces:
-        typer.echo(piece, nl=False)
-    typer.echo()
+    # whatever ends the reading, as `| head` does, ends the writing first
+    with closing(pieces):
+        first = next(pieces, "")
+        typer.echo(prompt + first, nl=False)
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+        typer.echo()

@@ -5,8 +5,8 @@ It is an ordinary `transformers` model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from threading import Event, Thread
+from collections.abc import Generator, Sequence
+from threading import Event, Thread, main_thread
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from comigs.bases.load import Base
+from comigs.bases.usable import separator
 from comigs.client.evaluate import Measurement, evaluate
 from comigs.client.state import load_tensors
 from comigs.config import ExpertShape
@@ -65,14 +66,19 @@ class PersonalModel:
 
     def stream(
         self, prompt: str, max_new_tokens: int = 60, seed: int | None = None, **settings: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Yield the continuation, piece by piece as it is written.
 
-        A seed makes sampling repeatable. Raises UserError where the prompt is too long.
+        A seed makes sampling repeatable. Raises UserError where the prompt is too long, or holds a
+        special token that the base does not read.
         """
-        encoded = self.tokenizer(
-            prompt or self.tokenizer.eos_token, return_tensors="pt", add_special_tokens=False
-        )
+        start = separator(self.tokenizer)
+        prompt = prompt or self.tokenizer.convert_ids_to_tokens(start)
+        encoded = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        highest, rows = encoded["input_ids"].max(), self.model.get_input_embeddings().num_embeddings
+        if highest >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(int(highest))
+            raise UserError(f'--prompt: holds "{token}", which this base does not read')
         window = self.model.config.max_position_embeddings
         room = window - encoded["input_ids"].shape[1]
         if room < 1:
@@ -85,7 +91,7 @@ class PersonalModel:
             **encoded.to(self.model.device),
             "streamer": streamer,
             "max_new_tokens": min(max_new_tokens, room),
-            "pad_token_id": self.tokenizer.eos_token_id,
+            "pad_token_id": start,
             "do_sample": False,
             # Routing by sequence reads the whole text so far.
             "use_cache": self.config.experts.routing != "sequence",
@@ -105,7 +111,8 @@ class PersonalModel:
                 failure.append(error)
                 streamer.end()
 
-        thread = Thread(target=write, daemon=True)
+        # No daemon: the interpreter would end beneath it, in C++, and abort.
+        thread = Thread(target=write)
         thread.start()
         try:
             yield from streamer
@@ -166,11 +173,12 @@ def client_tensors(
 
 
 class _Once(StoppingCriteria):
-    """This criterion stops writing once an event is set."""
+    """This criterion stops writing once an event is set, or the process is about to end."""
 
     def __init__(self, event: Event) -> None:
         self.event = event
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Return (batch,) whether each text stops."""
-        return torch.full(input_ids.shape[:1], self.event.is_set(), device=input_ids.device)
+        done = self.event.is_set() or not main_thread().is_alive()
+        return torch.full(input_ids.shape[:1], done, device=input_ids.device)
