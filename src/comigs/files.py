@@ -25,19 +25,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("COMIGS_CACHE", Path.home() / ".cache" / "comigs"))
 
 
-def folder_or_name(name: str, beside: Path) -> str:
-    """Return the whole path of the folder that `name` means, so that it is found from anywhere.
-
-    The folder lies in `beside` or in the working folder. What has no slash or is no folder is a
-    name, and is returned as it is.
-    """
-    if "/" in name:
-        for path in (beside / name, Path(name)):
-            if path.is_dir():
-                return str(path.resolve())
-    return name
-
-
 def require_free(path: Path) -> None:
     """Raise UserError where something is at `path` already, or nothing can be made there."""
     with writing(path, ELSEWHERE):

@@ -69,7 +69,7 @@ def load(config: Config, say: Say = ignore) -> tuple[Base, Config]:
     lr = config.client.lr or base.architecture.lr
     filled_in: dict[str, dict[str, Any]] = {
         "base": {"dtype": dtype, "device": str(base.device), "threads": threads},
-        "data": {"root": config.data.root.resolve()},
+        "data": {"root": config.data.root.resolve(), "cache": config.data.cache.resolve()},
         "client": {"lr": lr, "router_lr": config.client.router_lr or lr},
     }
     sections = {}

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+NAMED_BASES = ("mini", "smollm2-135m", "tiny-gpt2", "tiny-llama")
 
 
 class Section(BaseModel):
@@ -26,8 +27,8 @@ class BaseSection(Section):
 
     name: str = Field(
         "mini",
-        description="The base is mini, smollm2-135m, tiny-gpt2, tiny-llama, a local folder "
-        "(models/mine) or a name on the Hugging Face hub.",
+        description=f"The base is {', '.join(NAMED_BASES)}, a local folder (models/mine) beside "
+        "the config file or in the working folder, or a name on the Hugging Face hub.",
     )
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = Field(
         "auto",
@@ -60,11 +61,12 @@ class DataSection(Section):
     root: Path = Field(
         Path("."),
         description="Relative paths in `text` start from this folder, which itself starts from the "
-        "config file's.",
+        "config file's. Every path may begin with `~`.",
     )
     cache: Path = Field(
         Path(".cache/comigs"),
-        description="Tokens are stored in this folder, relative to the working folder.",
+        description="Tokens are stored in this folder, which starts from the config file's. "
+        "Default: .cache/comigs in the working folder.",
     )
     sequence_length: int = Field(128, ge=2, description="A window has this many tokens.")
     distribution: Literal["in", "out"] = Field(

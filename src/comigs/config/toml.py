@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from comigs.config.address import set_field
 from comigs.config.errors import one_line
+from comigs.config.paths import place
 from comigs.config.tree import SECTIONS, VERSION, Config
 from comigs.errors import UserError
-from comigs.files import folder_or_name
 
 MAX_DEPTH = 32  # levels of sections and lists; the deepest field of a config or sweep has six
 TOO_DEEP = f"sections or lists are nested too deeply; at most {MAX_DEPTH} levels"
@@ -36,11 +36,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     # what depends on where the file lies is made to mean the same from everywhere
     tree.setdefault("name", path.stem)
-    data, base = tree.setdefault("data", {}), tree.get("base")
-    if isinstance(data, dict):
-        data["root"] = str((path.parent / str(data.get("root", "."))).resolve())
-    if isinstance(base, dict) and isinstance(base.get("name"), str):
-        base["name"] = folder_or_name(base["name"], path.parent)
+    place(tree, path.parent, str(path))
     return parse_config(tree, source=str(path))
 
 

@@ -8,20 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from comigs.config.paths import resolve as resolve
 from comigs.errors import UserError
 
 BYTE_ORDER_MARK = "\ufeff"
-
-
-def resolve(argument: str, root: Path) -> Path:
-    """Return the path of an argument: absolute, from a home folder (`~`), or relative to `root`.
-
-    Raises UserError where a home folder is nobody's.
-    """
-    try:
-        return root / Path(argument).expanduser()
-    except RuntimeError:
-        raise UserError(f"{argument}: no such user; give the whole path") from None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from comigs.config import SPLITS, Config, parse_config
+from comigs.config import SPLITS, Config, parse_config, place, relative
 from comigs.errors import UserError
 from comigs.experiments.csv_file import Row, from_csv, to_csv
 from comigs.files import write_files, writing
@@ -153,9 +153,8 @@ def write_packed(runs: Sequence[RunData], home: Path, out: Path) -> None:
     for run in runs:
         label = os.path.relpath(run.folder.resolve(), home.resolve())
         # Seeds and commands differ from run to run: without them many runs share one entry.
-        tree = run.config.model_dump(mode="json", exclude_none=True)
+        tree = relative(run.config, out).model_dump(mode="json", exclude_none=True)
         del tree["seed"]
-        tree["data"]["root"] = os.path.relpath(run.config.data.root, out.resolve())
         environment = {name: v for name, v in run.environment.items() if name != "command"}
         head = {
             "run": label,
@@ -250,8 +249,9 @@ def _read_environment(path: Path, folder: Path) -> tuple[list[Config], list[dict
         tree = json.loads(_read(path))
         configs = []
         for number, entry in enumerate(tree["configs"], start=1):
-            entry["data"]["root"] = str((folder / entry["data"]["root"]).resolve())
-            configs.append(parse_config(entry, source=f"{path}: configs: {number}"))
+            source = f"{path}: configs: {number}"
+            place(entry, folder, source)
+            configs.append(parse_config(entry, source))
         return configs, [dict(entry) for entry in tree["environments"]]
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from comigs.config import Config, load_config, to_toml
+from comigs.config import Config, load_config, relative, to_toml
 from comigs.errors import UserError
 from comigs.files import command, require_free, write_whole, writing
 from comigs.processes import locked
@@ -77,12 +77,9 @@ class RunFolder:
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
                 made = cls(Path(scratch) / "run")
                 made.path.mkdir()
-                # The root is relative, so that a run and its text can move together and no path of
-                # this machine is passed on. Links are resolved, as they are where it is read.
-                root = Path(os.path.relpath(config.data.root, path.resolve()))
-                data = config.data.model_copy(update={"root": root})
-                moved = config.model_copy(update={"data": data})
-                _write_text(made.path / "config.toml", to_toml(moved))
+                # Paths are relative, so that a run and its text can move together and no path of
+                # this machine is passed on.
+                _write_text(made.path / "config.toml", to_toml(relative(config, path)))
                 _write_text(made.path / "env.json", json.dumps(environment, indent=1))
                 (made.path / METRICS).touch()
                 (made.path / TIMINGS).touch()

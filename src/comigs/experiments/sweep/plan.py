@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from comigs.config import Config, load_config
+from comigs.config import Config, load_config, resolve
 from comigs.errors import UserError, nearest
 from comigs.experiments.packed import is_packed, read_packed
 from comigs.experiments.sweep.spec import Sweep, read_sweep, to_toml
@@ -122,7 +122,10 @@ def one_per_text(runs: list[Run]) -> list[Run]:
 def _run(file: Path, folder: Path, sweep: Sweep, choice: Mapping[str, str], seed: int) -> Run:
     # a missing file is said with the place in the sweep that names it
     written, where = sweep.config_of(choice)
-    source = file.parent / written
+    try:
+        source = resolve(written, file.parent)
+    except UserError as error:
+        raise UserError(f"{file}: {where}: {error}") from None
     if not source.is_file():
         close = nearest(source.name, sorted(path.name for path in source.parent.glob("*.toml")))
         raise UserError(f"{file}: {where}: {source}: no such config file.{close}")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from comigs.config import SPLITS, Section, read_toml
+from comigs.config import SPLITS, Section, read_toml, resolve
 from comigs.config.errors import one_line
 from comigs.errors import UserError, nearest
 
@@ -209,7 +209,7 @@ def to_toml(sweep: Sweep, source: Path, folder: Path) -> str:
     tree = sweep.model_dump(mode="json", exclude_none=True)
     for fields in [tree, *chain.from_iterable(named.values() for named in tree["axes"].values())]:
         if "config" in fields:
-            config = source.parent.resolve() / fields["config"]
+            config = resolve(fields["config"], source.parent.resolve())
             fields["config"] = os.path.relpath(config, folder.resolve())
     return tomli_w.dumps(tree)
 

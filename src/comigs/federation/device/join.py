@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event
 from typing import NoReturn
 
-from comigs.config import Text
+from comigs.config import Text, folder_or_name
 from comigs.data.sources import open_source
 from comigs.errors import UserError
 from comigs.federation.bundle import Bundle, read_bundle, write_bundle
@@ -22,7 +22,7 @@ from comigs.federation.operator import flwr_cli
 from comigs.federation.operator.server import free_port
 from comigs.federation.security.private_files import make_private, write_private
 from comigs.federation.supervisor import Supervisor, keep, wait_until
-from comigs.files import command, folder_or_name, writing
+from comigs.files import command, writing
 from comigs.processes import locked
 
 Say = Callable[[str], None]
