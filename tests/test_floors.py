@@ -35,7 +35,7 @@ ONLY = {  # a third-party module -> where it may be imported
     "uvicorn": ("federation/security/", "personal/serve/"),
     "starlette": ("federation/security/", "personal/serve/"),
     "typer": ("app/cli",),
-    "rich": ("app/console.py",),
+    "rich": ("app/console.py", "app/tables.py"),
 }
 NEVER = {  # a place -> what it must do without, so that it starts fast and reads files only
     "runs/report/": ("torch", "safetensors", "transformers"),

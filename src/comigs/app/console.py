@@ -10,14 +10,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
-from rich import box
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from comigs import text as f
+from comigs.app.tables import show_table
 from comigs.runs.metrics import Absent, Evaluation, Event, Note, RoundEnd, Step, Train, Warned
 
 if TYPE_CHECKING:
@@ -70,27 +69,8 @@ class Console:
         self.out.print(Text(line), style=style, soft_wrap=True)
 
     def table(self, table: Table, title: str | None = None) -> None:
-        """Show a table with its closing row, words to the left and numbers to the right."""
-        shown = RichTable(
-            title=title,
-            title_justify="left",
-            title_style="bold",
-            show_footer=table.last is not None,
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            padding=(0, 1),
-        )
-
-        # long names go on in the next line: a table must fit into 80 columns
-        footers = table.last or ("",) * len(table.headers)
-        for number, (header, footer) in enumerate(zip(table.headers, footers, strict=True)):
-            side = "left" if number < table.names else "right"
-            shown.add_column(header, Text(footer), justify=side, overflow="fold")  # type: ignore[arg-type]
-
-        style = dict.fromkeys(table.best, "bold") | dict.fromkeys(table.second, "underline")
-        for r, row in enumerate(table.rows):
-            shown.add_row(*(Text(cell, style.get((r, c), "")) for c, cell in enumerate(row)))
-        self.out.print(shown)
+        """Show a table with its closing row: see `show_table`."""
+        show_table(self.out, table, title)
 
     def report(self, event: Event) -> None:
         """Show an event: a step, a line of metrics.jsonl, or a note on what is going on."""
