@@ -1,4 +1,4 @@
-"""What server and device say to each other: the heads of their messages. No flwr."""
+"""This module is what server and device say to each other: the heads of their messages. No flwr."""
 
 from __future__ import annotations
 
@@ -18,14 +18,23 @@ from comigs.server.wire import Head
 
 RUN_ID = ".run-id"  # a file in the server's run folder: what devices call the run
 PROGRESS = ".progress.jsonl"  # likewise: a line for each event, for whoever watches
-RunId = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{7,63}$")
-]  # also a folder's name on the device
+# A run's id is also a folder's name on the device.
+RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{7,63}$")]
 Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,32}$")]
 Splits = Annotated[tuple[Split, ...], Field(max_length=3)]
 Code = Literal[
-    "unreadable", "version", "refused", "not-ready", "base", "disk", "loss", "over", "ahead", "lost", "failed"
-]  # fmt: skip
+    "unreadable",
+    "version",
+    "refused",
+    "not-ready",
+    "base",
+    "disk",
+    "loss",
+    "over",
+    "ahead",
+    "lost",
+    "failed",
+]
 SAID: dict[Code, str] = {  # what the server makes of a code; the device says the rest to its owner
     "unreadable": "could not read the request",
     "version": "has another comigs",
@@ -42,13 +51,13 @@ SAID: dict[Code, str] = {  # what the server makes of a code; the device says th
 
 
 class Request(Head):
-    """To a device. exchange: the tensors are its download; probe: uploads to measure, as
-    NUMBER/SLOT.
+    """A request goes to a device. Of an exchange the tensors are its download, of a probe the
+    uploads to measure, as NUMBER/SLOT.
 
     run: the run's id. after: the last round whose answer the server has from this client, 0: none.
-    since: the last round that it answered in time; the download holds whatever was merged from then
-    on. config: without anybody's text or paths, and with one client. comigs: the server's version.
-    base: fingerprint. probed: number of uploads.
+    since: the last round that the client answered in time; the download holds whatever was merged
+    from then on. config: without anybody's text or paths, and with one client. comigs: the server's
+    version. base: its fingerprint. probed: the number of uploads.
     """
 
     kind: Literal["exchange", "probe"]
@@ -66,12 +75,12 @@ class Request(Head):
 
     @property
     def task(self) -> Task:
-        """As rounds know it."""
+        """The task as rounds know it."""
         return Task(self.round, self.train, self.evaluate, self.evaluate_base)
 
 
 class Answered(Head):
-    """A device's answer to an exchange. trained: the tensors are its upload. metrics, timing: as in
+    """A device answers an exchange so. trained: the tensors are its upload. metrics, timing: as in
     a Reply.
     """
 
@@ -84,8 +93,8 @@ class Answered(Head):
 
 
 class Probed(Head):
-    """nats: per token of each upload of the request, in its order, on a sample of the reader's
-    valid.
+    """A device answers a probe so. nats: per token of each upload of the request, in its order, on
+    a sample of the device's valid text.
     """
 
     kind: Literal["probed"] = "probed"
@@ -95,8 +104,8 @@ class Probed(Head):
 
 
 class Refusal(Head):
-    """A device cannot answer. Nothing but a code, its version and the type of an error leaves
-    it.
+    """A device cannot answer. Nothing but a code, its version and the type of an error leaves the
+    device.
     """
 
     kind: Literal["refusal"] = "refusal"
@@ -105,7 +114,7 @@ class Refusal(Head):
     error: str = Field("", pattern=r"^[A-Za-z0-9_]{0,64}$")
 
     def reason(self) -> str:
-        """In a few words, for the server's records."""
+        """Say why in a few words, for the server's records."""
         if self.code == "version" or (self.code == "unreadable" and self.comigs != our_version()):
             return f"comigs {our_version()} here, {self.comigs} there"
         return f"{SAID[self.code]}: {self.error}" if self.error else SAID[self.code]
@@ -118,38 +127,36 @@ ANSWERS: TypeAdapter[Answered | Probed | Refusal] = TypeAdapter(
 
 
 def our_version() -> str:
-    """Of this package; both ends must have the same."""
+    """Return the version of this package; both ends must have the same."""
     return version("comigs")
 
 
 def config_for(config: Config, client: str) -> dict[str, Any]:
-    """What a device is told of the config: no text, no path of the server, nothing of other
+    """Return what a device is told of the config: no text, no path of the server, nothing of other
     clients.
     """
     entry = config.client_named(client).model_copy(update={"text": None})
+    # A base in a folder is called by the folder's name alone; the device has one of its own.
     name = config.base.name
-    base = {
-        "device": "auto",
-        "threads": None,
-        "name": Path(name).name if Path(name).is_dir() else name,
+    if Path(name).is_dir():
+        name = Path(name).name
+    base = {"device": "auto", "threads": None, "name": name}
+    places = {n: DataSection.model_fields[n].default for n in ("root", "cache")}
+    sections = {
+        "clients": (entry,),
+        "participation": ParticipationSection(),
+        "data": config.data.model_copy(update=places),
+        "base": config.base.model_copy(update=base),
     }
-    told = config.model_copy(
-        update={
-            "clients": (entry,),
-            "participation": ParticipationSection(),
-            "data": config.data.model_copy(
-                update={n: DataSection.model_fields[n].default for n in ("root", "cache")}
-            ),
-            "base": config.base.model_copy(update=base),
-        }
-    )
+    told = config.model_copy(update=sections)
     return told.model_dump(mode="json", exclude_none=True)
 
 
 def federable_method(config: Config) -> Method:
-    """The config's method. Raises UserError for what clients on machines of their own cannot or
-    will not do.
+    """Return the config's method. Raises UserError for what clients on machines of their own cannot
+    or will not do.
     """
+    # A device runs the comigs that is installed there, and nobody else's code.
     if config.method not in list_methods():
         raise UserError(
             f'method: "{config.method}" is not part of comigs, and devices run nothing else; '
@@ -158,8 +165,8 @@ def federable_method(config: Config) -> Method:
     method = load_method(config)
     if method.centralized:
         raise UserError(
-            f'method: "{config.method}" trains on the text of all clients in one place, which a federation has not; '
-            "choose another method, or run it in-process"
+            f'method: "{config.method}" trains on the text of all clients in one place, which a '
+            "federation has not; choose another method, or run it in-process"
         )
     require_own_text_only(config)
     return method

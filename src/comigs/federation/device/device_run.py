@@ -1,5 +1,5 @@
-"""A run on a device: an ordinary run folder with one client, and the last answer, to be repeated
-when asked for.
+"""This module is a run on a device: an ordinary run folder with one client, and the last answer, to
+be repeated when asked for.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from comigs.slots import Slot
 
 
 class Refused(Exception):
-    """A request that is not answered. code: all that the server learns. line: what the device's
-    owner reads.
+    """A request is not answered. code: all that the server learns. line: what the device's owner
+    reads.
     """
 
     def __init__(self, code: Code, line: str) -> None:
@@ -43,8 +43,8 @@ class Refused(Exception):
 
 @contextmanager
 def refusing(code: Code) -> Iterator[None]:
-    """What is wrong with text, disk or training here is told to the owner in full, to the server as
-    a code.
+    """Turn a UserError into a refusal: what is wrong with text, disk or training here is told to
+    the owner in full, to the server as a code.
     """
     try:
         yield
@@ -53,37 +53,37 @@ def refusing(code: Code) -> Iterator[None]:
 
 
 class DeviceRun:
-    """What this device has of a run. answered: the last round that it answered, 0 before the
-    first.
+    """A device run is what this device has of a run. answered: the last round that it answered, 0
+    before the first.
     """
 
     def __init__(self, folder: RunFolder, config: Config, method: Method) -> None:
         last = folder.rewind()
         self.folder, self.config, self.method = folder, config, method
         (self.name,) = (client.name for client in config.clients)
-        self.answered = (
-            last.round + last.finished
-        )  # the last exchange comes one round after the last
+        # The last exchange comes one round after the last round.
+        self.answered = last.round + last.finished
 
     def state(self) -> ClientState | None:
-        """What the client goes on from; None: from its start."""
+        """Return what the client goes on from; None: from its start."""
         if not self.folder.holds(self._path("experts")):
             return None
         return {part: self.folder.load(self._path(part)) for part in ("experts", "optimizer")}
 
     def residual(self) -> dict[Slot, Tensor]:
-        """What rounding left over of its uploads so far (wire.encode)."""
+        """Return what rounding left over of its uploads so far (wire.encode)."""
         return {Slot.parse(name): tensor for name, tensor in self._held("residual").items()}
 
     def unseen(self, download: Download, since: int) -> Download:
-        """A download without the updates that were added here already.
+        """Return a download without the updates that were added here already.
 
         since: the last round that the server knows to have reached this client. If that is not its
         last answer, the download begins with what came with that answer's request: the first ranks
         of every update.
         """
+        # Updates are stacked along the rank, oldest first, so what was added is cut off there.
         merged = {} if since >= self.answered else self._held("merged")
-        rest: dict[Slot, Tensor] = {}
+        unseen: dict[Slot, Tensor] = {}
         for slot, tensor in download.items():
             seen = int(merged[str(slot)]) if str(slot) in merged else 0
             side = 0 if slot.matrix == "A" else 1
@@ -92,42 +92,38 @@ class DeviceRun:
                     "lost", f"the server's updates end before those of round {self.answered}"
                 )
             if seen < tensor.shape[side]:
-                rest[slot] = tensor.narrow(side, seen, tensor.shape[side] - seen)
-        return rest
+                unseen[slot] = tensor.narrow(side, seen, tensor.shape[side] - seen)
+        return unseen
 
     def is_answered(self, round: int, after: int) -> bool:
-        """The server lacks the last answer, and is to get it again. Raises Refused where there is
-        no way on from here.
+        """Return whether the server lacks the last answer, and is to get it again. Raises Refused
+        where there is no way on from here.
 
-        round: it asks for. after: the last round that it has an answer of.
+        round: the server asks for it. after: the last round that the server has an answer of.
         """
-        if round < self.answered:
-            raise Refused(
-                "over",
-                f"{self.folder.path}: asked for round {round}, but has answered round {self.answered}",
-            )
-        if self.answered < after:
+        path, last = self.folder.path, self.answered
+        # Either folder may have been put back to an earlier state, the server's or this one.
+        if round < last:
+            raise Refused("over", f"{path}: asked for round {round}, but has answered round {last}")
+        if last < after:
             raise Refused(
                 "lost",
-                f"{self.folder.path}: ends with round {self.answered}, but round {after} was answered from here",
+                f"{path}: ends with round {last}, but round {after} was answered from here",
             )
         return round == self.answered or self.answered > after
 
     def said(self) -> bytes:
-        """The last answer, as it was sent."""
+        """Return the last answer, as it was sent. Raises Refused where it is missing."""
         if self.answered > self.config.rounds:
             self._summarize()
+        file = self._answer_file(self.answered)
         try:
-            return self._answer_file(self.answered).read_bytes()
+            return file.read_bytes()
         except OSError:
-            raise Refused(
-                "lost",
-                f"{self._answer_file(self.answered)}: missing; the answer cannot be repeated",
-            ) from None
+            raise Refused("lost", f"{file}: missing; the answer cannot be repeated") from None
 
     def keep(
         self,
-        round: int,
         raw: bytes,
         reply: Reply,
         client: Client,
@@ -137,30 +133,32 @@ class DeviceRun:
         """Make this answer what the run is continued from. Raises UserError where the disk
         refuses.
         """
+        # After the last round only the client's own model stays: there is nothing to go on with.
+        round, finished = reply.round, reply.upload is None
         state = client.state()
         parts: dict[str, Mapping[str, Tensor]] = {"personal": state["experts"]}
-        if reply.upload is not None:
-            parts = {**state, **({"residual": plain(residual)} if residual else {})}
+        if not finished:
+            parts = dict(state)
+            if residual:
+                parts["residual"] = plain(residual)
             if self.method.merges:
-                parts["merged"] = {
-                    str(slot): _rank(slot, t)
-                    for slot, t in download.items()
-                    if slot.role == "update"
-                }
+                updates = {slot: t for slot, t in download.items() if slot.role == "update"}
+                parts["merged"] = {str(slot): _rank(slot, t) for slot, t in updates.items()}
         for part, tensors in parts.items():
             self.folder.stage(self._path(part), tensors, round)
         with writing(self.folder.path, "make room or allow writing; the server will ask again"):
             write_whole(self._answer_file(round), lambda path: path.write_bytes(raw))
-        format, finished = self.config.upload.format, reply.upload is None
+
+        # The device counts what travelled itself, as the server does for all clients.
+        format = self.config.upload.format
         moved = traffic(reply.upload or {}, download, format)
         lines: list[Line] = []
         if finished:
             lines.append(last_download(self.name, round, download, format))
         for line in reply.metrics:
             lines.append(with_traffic(line, moved) if isinstance(line, TrainReport) else line)
-        self.folder.commit(
-            self.config.rounds if finished else round, lines, [reply.timing], finished
-        )
+        last = self.config.rounds if finished else round
+        self.folder.commit(last, lines, [reply.timing], finished)
         self._answer_file(self.answered).unlink(missing_ok=True)
         self.answered = round
         if finished:
@@ -180,11 +178,12 @@ class DeviceRun:
 
 
 def open_folder(path: Path, config: Config, base: Base, data: ClientData, after: int) -> RunFolder:
-    """The run's folder on this device, made where it is new. after: the last round that the server
-    had an answer of.
+    """Return the run's folder on this device, made where it is new. after: the last round that the
+    server had an answer of.
 
     Raises UserError, and Refused where the run is not the one that was begun here.
     """
+    # A new folder would begin from nothing, which is wrong where the server has had answers.
     everyone = {config.clients[0].name: data}
     if not path.exists():
         if after:
@@ -194,6 +193,8 @@ def open_folder(path: Path, config: Config, base: Base, data: ClientData, after:
             )
         own = {"on_device_of": config.clients[0].name}  # only its server can go on with it
         return RunFolder.create(path, config, environment(base, everyone) | own)
+
+    # With another config, text or base it would be another run under the same name.
     folder = RunFolder.open(path)
     if _told(folder.config()) != _told(config):
         raise Refused(
@@ -210,7 +211,7 @@ def open_folder(path: Path, config: Config, base: Base, data: ClientData, after:
 
 
 def _told(config: Config) -> dict[str, Any]:
-    """The settings that the server decides."""
+    """Return the settings that the server decides."""
     told = config_for(config, config.clients[0].name)
     return told | {"base": told["base"] | {"name": ""}}
 

@@ -1,10 +1,10 @@
-"""A device's resident process: holds the base, does what the server asks, keeps the client's state.
-No flwr.
+"""This module is a device's resident process: it holds the base, does what the server asks and
+keeps the client's state. No flwr.
 
 HOME/runs/RUN is an ordinary run folder with one client. A request is answered from what is
 committed there, and what came of it is committed before the answer leaves: killed at any moment, a
-device is where its last answer left it.
-Whoever asks again gets the same answer again, byte for byte, and nothing is trained twice.
+device is where its last answer left it. Whoever asks again gets the same answer again, byte for
+byte, and nothing is trained twice.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from comigs.bases.load import Base, load_base
-from comigs.client.client import Client, Workplace
+from comigs.client.client import Client
 from comigs.config import BaseSection, Config, Text, parse_config
 from comigs.data.prepare import ClientData, prepare_client
-from comigs.engines.client_task import run_task
-from comigs.experts.attach import Attachment
+from comigs.engines.client_task import run_task, workplace
 from comigs.federation import messages
 from comigs.federation.device.device_run import DeviceRun, Refused, open_folder, refusing
 from comigs.federation.messages import Request, our_version
@@ -40,13 +39,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Device:
-    """What a device's owner decides.
+    """A device is what its owner decides.
 
-    name: of the client. text: as in a config's [[clients]]. home: where state and tokens go, for
-    its owner only.
-    root: where relative paths in `text` start. base: a local folder or name to load instead of what
-    the server names; it must be the same model. accelerator: as base.device. threads: CPU threads;
-    None: as torch finds them.
+    name: the client's. text: as in a config's [[clients]]. home: where state and tokens go, for the
+    owner only. root: where relative paths in `text` start. base: a local folder or name to load
+    instead of what the server names; it must be the same model. accelerator: as base.device.
+    threads: CPU threads; None: as torch finds them.
     """
 
     name: str
@@ -59,13 +57,15 @@ class Device:
 
 
 class Trainer:
-    """One device. `answer` is all it does; `link.serve` lets a ClientApp ask it."""
+    """A trainer is one device at work. `answer` is all it does; `trainer_socket.serve` lets a
+    ClientApp ask it.
+    """
 
     def __init__(
         self, device: Device, say: Say = print, report: Report = lambda event: None
     ) -> None:
-        """say: gets lines for the owner, also what goes wrong, in full. report: gets steps as they
-        are done.
+        """Begin without a base. say: called with lines for the owner, also what goes wrong, in
+        full. report: called with steps as they are done.
         """
         self.device, self.say, self.report = device, say, report
         device.home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -75,9 +75,7 @@ class Trainer:
         self._data: tuple[Config, ClientData] | None = None
 
     def answer(self, raw: bytes) -> bytes:
-        """The answer to a request; whatever goes wrong is a refusal that holds a code and nothing
-        else.
-        """
+        """Answer a request; whatever goes wrong is a refusal that holds a code and nothing else."""
         try:
             return self._answer(raw)
         except Refused as refused:
@@ -90,58 +88,55 @@ class Trainer:
 
     def _answer(self, raw: bytes) -> bytes:
         request, tensors = _read(raw)
+        # What the owner can change, such as the text or the disk, is no error of the run's.
         with refusing("not-ready"), ExitStack() as stack:
             config, method = self._plan(request)
             base = self._base_for(config.base, request.base)
             config = _resolved(config, base)
             data = self._data_for(config, base)
-            folder = open_folder(
-                self.device.home / "runs" / request.run, config, base, data, request.after
-            )
+            path = self.device.home / "runs" / request.run
+            folder = open_folder(path, config, base, data, request.after)
             run = DeviceRun(stack.enter_context(folder), config, method)
             if request.kind == "exchange" and run.is_answered(request.round, request.after):
                 self.say(f"{request.run}: what was answered in round {run.answered} is sent again")
                 return run.said()
-            attachment = Attachment(
-                base.model, base.architecture, config.experts, summed=method.mixing == "sum"
-            )
-            stack.enter_context(attachment)
-            place = Workplace(config, method, base, attachment)
+
+            # The base is left as it was, whatever the next request is for.
+            place = workplace(config, method, base)
+            stack.enter_context(place.attachment)
             client = Client(self.device.name, place, data, run.state())
             if request.kind == "probe":
                 return _probe(request, tensors, run, client)
             return self._exchange(request, tensors, run, client)
 
     def _plan(self, request: Request) -> tuple[Config, Method]:
-        """The config as this device runs it. Raises Refused for what it does not do."""
+        """Return the config as this device runs it, and its method. Raises Refused for what it does
+        not do.
+        """
+        # The server may ask for this client only, in the order of rounds, and nobody else's code.
         device = self.device
         with refusing("refused"):
             told = parse_config(request.config, "the server's config")
             names = [client.name for client in told.clients]
             if names != [device.name]:
-                raise Refused(
-                    "refused",
-                    f"the server asked for {', '.join(names)}, but this device is {device.name}",
-                )
+                asked = f"the server asked for {', '.join(names)}"
+                raise Refused("refused", f"{asked}, but this device is {device.name}")
             if request.kind == "exchange" and request.train != (request.round <= told.rounds):
-                raise Refused(
-                    "refused", f"the server asked for round {request.round} of {told.rounds}"
-                )
+                asked = f"the server asked for round {request.round} of {told.rounds}"
+                raise Refused("refused", asked)
             method = messages.federable_method(told)
+
+        # Where the text is and what it runs on is the owner's to decide.
         entry = told.clients[0].model_copy(update={"text": device.text})
-        data = told.data.model_copy(
-            update={"root": device.root.resolve(), "cache": (device.home / "cache").resolve()}
-        )
-        own = {
-            "name": device.base or told.base.name,
-            "device": device.accelerator,
-            "threads": device.threads,
-        }
+        cache = (device.home / "cache").resolve()
+        data = told.data.model_copy(update={"root": device.root.resolve(), "cache": cache})
+        name = device.base or told.base.name
+        own = {"name": name, "device": device.accelerator, "threads": device.threads}
         sections = {"clients": (entry,), "data": data, "base": told.base.model_copy(update=own)}
         return told.model_copy(update=sections), method
 
     def _base_for(self, section: BaseSection, fingerprint: str) -> Base:
-        """The base, kept for as long as the same is asked for."""
+        """Return the base, kept for as long as the same is asked for. Raises Refused."""
         if self._base is None or self._base[0] != section:
             if section.threads is not None:
                 torch.set_num_threads(section.threads)
@@ -152,12 +147,13 @@ class Trainer:
         if base.fingerprint != fingerprint:
             raise Refused(
                 "base",
-                f'base "{section.name}" ({base.dtype}) is not the one of this run: weights, dtype or tokenizer differ',
+                f'base "{section.name}" ({base.dtype}) is not the one of this run: '
+                "weights, dtype or tokenizer differ",
             )
         return base
 
     def _data_for(self, config: Config, base: Base) -> ClientData:
-        """The text as tokens, kept likewise."""
+        """Return the text as tokens, kept likewise."""
         if self._data is None or self._data[0] != config:
             self._data = config, prepare_client(config, self.device.name, base.encoder, self.say)
         return self._data[1]
@@ -166,17 +162,16 @@ class Trainer:
         self, request: Request, tensors: wire.Encoded, run: DeviceRun, client: Client
     ) -> bytes:
         """Do what is asked, keep what came of it, and only then answer."""
-        download = _download(tensors)
+        download, format = _download(tensors), run.config.upload.format
         with refusing("loss"):
             reply = run_task(client, request.task, run.unseen(download, request.since), self.report)
             try:
-                sent = wire.encode(
-                    reply.upload or {}, download, run.config.upload.format, run.residual()
-                )
+                sent = wire.encode(reply.upload or {}, download, format, run.residual())
             except wire.WireError as error:
-                raise Refused(
-                    "loss", f"{run.folder.path}: round {request.round}: {error}"
-                ) from None
+                problem = f"{run.folder.path}: round {request.round}: {error}"
+                raise Refused("loss", problem) from None
+
+        # The answer is kept as it is sent, to be sent again where it gets lost on its way.
         head = messages.Answered(
             run=request.run,
             round=request.round,
@@ -186,11 +181,10 @@ class Trainer:
         )
         raw = wire.pack(head, sent[0])
         with refusing("disk"):
-            run.keep(request.round, raw, reply, client, sent[1], download)
+            run.keep(raw, reply, client, sent[1], download)
         done = "trained and answered" if request.train else "has its own model"
-        self.say(
-            f"{request.run}: round {min(request.round, run.config.rounds)} of {run.config.rounds}: {done}"
-        )
+        rounds = run.config.rounds
+        self.say(f"{request.run}: round {min(request.round, rounds)} of {rounds}: {done}")
         return raw
 
 
@@ -202,7 +196,8 @@ def _read(raw: bytes) -> tuple[Request, dict[str, Tensor]]:
     if request.comigs != our_version():
         raise Refused(
             "version",
-            f"the server has comigs {request.comigs}, this device {our_version()}; install the same one",
+            f"the server has comigs {request.comigs}, this device {our_version()}; "
+            "install the same one",
         )
     return request, tensors
 
@@ -215,12 +210,12 @@ def _download(tensors: wire.Encoded) -> dict[Slot, Tensor]:
 
 
 def _probe(request: Request, tensors: wire.Encoded, run: DeviceRun, client: Client) -> bytes:
-    """Measure others' uploads in this client's place. Nothing is kept."""
+    """Measure others' uploads in this client's place, and answer. Nothing is kept."""
+    asked = f"asked to measure round {request.round}"
     if run.answered != request.round:
-        raise Refused(
-            "ahead",
-            f"asked to measure round {request.round}, but round {run.answered} was the last here",
-        )
+        raise Refused("ahead", f"{asked}, but round {run.answered} was the last here")
+
+    # Uploads come without names, by their numbers.
     uploads: dict[str, dict[str, Tensor]] = {str(number): {} for number in range(request.probed)}
     for name, tensor in tensors.items():
         number, _, slot = name.partition("/")
@@ -229,17 +224,14 @@ def _probe(request: Request, tensors: wire.Encoded, run: DeviceRun, client: Clie
         uploads[number][slot] = tensor
     nats = client.probe({number: _download(of) for number, of in uploads.items()}, request.round)
     if not all(map(math.isfinite, nats.values())):
-        raise Refused(
-            "loss",
-            f"{run.folder.path}: round {request.round}: another client's upload has no finite loss here",
-        )
-    return wire.pack(
-        messages.Probed(run=request.run, round=request.round, nats=list(nats.values()))
-    )
+        where = f"{run.folder.path}: round {request.round}"
+        raise Refused("loss", f"{where}: another client's upload has no finite loss here")
+    head = messages.Probed(run=request.run, round=request.round, nats=list(nats.values()))
+    return wire.pack(head)
 
 
 def _resolved(config: Config, base: Base) -> Config:
-    """The config with what this device decided filled in."""
+    """Return the config with what this device decided filled in."""
     dtype = str(base.dtype).removeprefix("torch.")
     own = {"dtype": dtype, "device": str(base.device), "threads": torch.get_num_threads()}
     return config.model_copy(update={"base": config.base.model_copy(update=own)})

@@ -1,11 +1,10 @@
-"""Who is asked, who is waited for and for how long: one exchange over a network on which devices
-come and go.
+"""This module decides who is asked, who is waited for and for how long: one exchange over a network
+on which devices come and go.
 
 A client has answered (or failed), or its message is out, or it is busy with one of an earlier
-exchange, or it is away.
-An exchange ends when nothing is out any more, at the latest at its deadline, which counts from the
-first message. Who is away gets a while to come back. An exchange never begins with nobody: until
-one client can be asked, it waits.
+exchange, or it is away. An exchange ends when nothing is out any more, at the latest at its
+deadline, which counts from the first message. Whoever is away gets a while to come back. An
+exchange never begins with nobody: until one client can be asked, it waits.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from comigs.runs.metrics import Note
 from comigs.server.protocol import Report
 from comigs.server.wire import WireError
 
-LIVES = 2  # deadlines that a message lives for; what is answered still later is answered again when asked again
+LIVES = 2  # deadlines that a message lives for; a still later answer comes when asked for again
 SHOWN = 5  # names in a note
 EVERY = 10.0  # seconds between notes that say nothing new
 
@@ -30,7 +29,7 @@ class OfRound(Protocol):
 
     @property
     def round(self) -> int:
-        """From 1."""
+        """The round, from 1."""
 
 
 Answer = TypeVar("Answer", bound=OfRound)
@@ -38,8 +37,8 @@ Answer = TypeVar("Answer", bound=OfRound)
 
 @dataclass(frozen=True)
 class Question(Generic[Answer]):
-    """What one client is asked. write: the message. accept(raw, size of the message): the answer;
-    raises WireError.
+    """A question is what one client is asked. write(): the message. accept(raw, size of the
+    message): the answer; raises WireError.
     """
 
     client: str
@@ -50,10 +49,9 @@ class Question(Generic[Answer]):
 
 @dataclass(frozen=True)
 class Polling:
-    """Seconds. deadline: of an exchange, from its first message. patience: for clients that are
-    away to come back.
-
-    look, seldom: between looks for answers, at first and after a while.
+    """Polling has these seconds. deadline: for an exchange, from its first message. patience: for
+    clients that are away to come back. look, seldom: between looks for answers, at first and after
+    a while.
     """
 
     deadline: float
@@ -64,8 +62,8 @@ class Polling:
 
 @dataclass
 class Gathered(Generic[Answer]):
-    """What came. answers: to what was asked now. late: to what was asked before. absent: client ->
-    why nothing came.
+    """This is what came. answers: to what was asked now. late: to what was asked before. absent:
+    client -> why nothing came.
     """
 
     answers: dict[str, Answer] = field(default_factory=dict)
@@ -75,7 +73,7 @@ class Gathered(Generic[Answer]):
 
 @dataclass(frozen=True)
 class _Out(Generic[Answer]):
-    """A message that is out. started: when its node did, to notice a restart. ends: when it is
+    """A message is out. started: when its node did, to notice a restart. ends: when the message is
     given up.
     """
 
@@ -86,15 +84,15 @@ class _Out(Generic[Answer]):
 
 
 class Dispatcher(Generic[Answer]):
-    """Carries questions to clients. A message may stay out from one exchange to the next, one for
-    each client.
+    """A dispatcher carries questions to clients. A message may stay out from one exchange to the
+    next, one for each client.
     """
 
     def __init__(
-        self, post: GridTransport, nodes: Mapping[str, int], pace: Polling, report: Report
+        self, grid: GridTransport, nodes: Mapping[str, int], polling: Polling, report: Report
     ) -> None:
-        """nodes: client -> Flower's node id. Who has none is never there."""
-        self._post, self._nodes, self._pace, self._report = post, nodes, pace, report
+        """Carry over `grid`. nodes: client -> Flower's node id; who has none is never there."""
+        self._grid, self._nodes, self._polling, self._report = grid, nodes, polling, report
         self._out: dict[str, _Out[Answer]] = {}  # by message
 
     def gather(
@@ -104,23 +102,25 @@ class Dispatcher(Generic[Answer]):
 
         others: also take in what clients that are not asked now answer to something earlier.
         """
-        exchange = _Exchange(questions, self._pace, self._report)
+        exchange = _Exchange(questions, self._polling, self._report)
+        # What has come in is taken first: who has answered something earlier can be asked now.
         while True:
-            self._collect(
-                exchange,
-                [m for m, o in self._out.items() if others or o.question.client in questions],
-            )
-            online = self._post.online()
+            looked_for = []
+            for message, sent in self._out.items():
+                if others or sent.question.client in questions:
+                    looked_for.append(message)
+            self._collect(exchange, looked_for)
+            online = self._grid.online()
             self._forget(online)
             self._push(exchange, online)
             out = {o.question.client: o.question.round for o in self._out.values()}
             if exchange.is_over(out):
                 return exchange.result(out)
             exchange.tell(out)
-            time.sleep(min(self._pace.seldom, max(self._pace.look, exchange.age() / 20)))
+            time.sleep(min(self._polling.seldom, max(self._polling.look, exchange.age() / 20)))
 
     def _collect(self, exchange: _Exchange[Answer], messages: Sequence[str]) -> None:
-        for message, content in self._post.pull(messages).items():
+        for message, content in self._grid.pull(messages).items():
             out = self._out.pop(message)
             if isinstance(content, Failure):
                 exchange.failed(out.question, content.reason)
@@ -131,7 +131,7 @@ class Dispatcher(Generic[Answer]):
                 exchange.failed(out.question, str(error))
 
     def _forget(self, online: Mapping[int, str]) -> None:
-        """Messages that nobody will answer: too old, or taken by a node that has restarted
+        """Drop messages that nobody will answer: too old, or taken by a node that has restarted
         since.
         """
         now = time.monotonic()
@@ -142,37 +142,36 @@ class Dispatcher(Generic[Answer]):
 
     def _push(self, exchange: _Exchange[Answer], online: Mapping[int, str]) -> None:
         busy = {out.question.client for out in self._out.values()}
-        life = LIVES * self._pace.deadline
+        life = LIVES * self._polling.deadline
         for client, question in exchange.open().items():
             node = self._nodes.get(client)
             if client not in busy and node is not None and node in online:
                 raw = question.write()
-                if (message := self._post.push(node, raw, life)) is not None:
-                    self._out[message] = _Out(
-                        question, len(raw), online[node], time.monotonic() + life
-                    )
+                if (message := self._grid.push(node, raw, life)) is not None:
+                    ends = time.monotonic() + life
+                    self._out[message] = _Out(question, len(raw), online[node], ends)
 
 
 class _Exchange(Generic[Answer]):
-    """One exchange as far as it has come."""
+    """An exchange is known as far as it has come."""
 
     def __init__(
-        self, questions: Mapping[str, Question[Answer]], pace: Polling, report: Report
+        self, questions: Mapping[str, Question[Answer]], polling: Polling, report: Report
     ) -> None:
-        self._questions, self._pace, self._report = questions, pace, report
+        self._questions, self._polling, self._report = questions, polling, report
         self._came = Gathered[Answer]()
         self._began = time.monotonic()
         self._deadline: float | None = None
-        self._back_by = dict.fromkeys(questions, self._began + pace.patience)
+        self._back_by = dict.fromkeys(questions, self._began + polling.patience)
         self._told: tuple[object, ...] = ()
         self._told_at = 0.0
 
     def age(self) -> float:
-        """Seconds since it began."""
+        """Return the seconds since it began."""
         return time.monotonic() - self._began
 
     def open(self) -> dict[str, Question[Answer]]:
-        """What is not answered yet."""
+        """Return what is not answered yet, by client."""
         done = self._came.answers.keys() | self._came.absent.keys()
         return {name: question for name, question in self._questions.items() if name not in done}
 
@@ -181,8 +180,8 @@ class _Exchange(Generic[Answer]):
         return now is not None and now.round == question.round
 
     def answered(self, question: Question[Answer], answer: Answer) -> None:
-        """Something came: what was asked now, or what was asked before, after which it can be asked
-        again.
+        """Take an answer: to what was asked now, or to what was asked before, after which its
+        client can be asked again.
         """
         if self._asks(question) and answer.round == question.round:
             self._came.answers[question.client] = answer
@@ -190,55 +189,52 @@ class _Exchange(Generic[Answer]):
             self._came.late[question.client] = answer
 
     def failed(self, question: Question[Answer], reason: str) -> None:
-        """No answer will come; from who is gone, perhaps later."""
+        """Note that no answer will come; from who is gone, perhaps later."""
         if self._asks(question):
             if reason == GONE:
-                self._back_by[question.client] = time.monotonic() + self._pace.patience
+                self._back_by[question.client] = time.monotonic() + self._polling.patience
             else:
                 self._came.absent[question.client] = reason
 
     def is_over(self, out: Mapping[str, int]) -> bool:
-        """out: client -> round of the message that it has."""
+        """Return whether nobody is waited for any more. out: client -> round of its message."""
         now, open = time.monotonic(), self.open()
         waiting = [name for name, question in open.items() if out.get(name) == question.round]
         if waiting and self._deadline is None:
-            self._deadline = now + self._pace.deadline
+            self._deadline = now + self._polling.deadline
         if not open or (self._deadline is not None and now >= self._deadline):
             return True
-        return self._deadline is not None and not waiting and not any(
-            now < self._back_by[name] for name in open if name not in out
-        )  # fmt: skip
+        away = [name for name in open if name not in out]
+        may_come = any(now < self._back_by[name] for name in away)
+        return self._deadline is not None and not waiting and not may_come
 
     def result(self, out: Mapping[str, int]) -> Gathered[Answer]:
-        """At its end."""
+        """Return what came, at its end, with a reason for each client that did not answer."""
         for name, question in self.open().items():
-            busy = name in out and out[name] != question.round
-            reason = (
-                f"busy with round {out[name]}"
-                if busy
-                else "no answer by the deadline"
-                if name in out
-                else GONE
-            )
+            reason = GONE
+            if name in out and out[name] != question.round:
+                reason = f"busy with round {out[name]}"
+            elif name in out:
+                reason = "no answer by the deadline"
             self._came.absent[name] = reason
         return self._came
 
     def tell(self, out: Mapping[str, int]) -> None:
-        """Say how it stands, when that has changed or after a while."""
+        """Report how it stands, when that has changed or after a while."""
         missing, count = list(self.open()), len(self._questions)
         stuck = self._deadline is None
         state = (len(missing), stuck, *missing)
         if state == self._told and time.monotonic() - self._told_at < EVERY:
             return
+
+        # A long list of names would say less than how many there are.
+        names = ", ".join(missing[:SHOWN])
+        if len(missing) > SHOWN:
+            names += f" and {len(missing) - SHOWN} more"
+        how = f"{count - len(missing)} of {count} in, waiting for {names}"
+        if stuck:
+            how = f"nobody can be asked yet, waiting for {names}"
         first = next(iter(self._questions.values()))
-        names = ", ".join(missing[:SHOWN]) + (
-            f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-        )
-        how = (
-            f"nobody can be asked yet, waiting for {names}"
-            if stuck
-            else f"{count - len(missing)} of {count} in, waiting for {names}"
-        )
         message = f"round {first.round}: {how} ({self.age():.0f} s)"
         self._report(Note(message=message, say=stuck and state != self._told))
         self._told, self._told_at = state, time.monotonic()

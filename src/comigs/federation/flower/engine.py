@@ -1,10 +1,13 @@
-"""Rounds over Flower: what each client is asked, and what its answer must be to count."""
+"""This module is the engine over Flower: what each client is asked, and what its answer must be to
+count.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -30,97 +33,109 @@ from comigs.server.validation import expected_upload
 from comigs.server.wire import WireError
 from comigs.slots import Shapes
 
-SEEN = "server/clients"  # path in the run: of each client, the last round it answered, and the last it did in time
+# Path in the run: of each client, the last round it answered, and the last it answered in time.
+SEEN = "server/clients"
 ROOM = 1 << 21  # bytes of an answer beside its numbers
 KEPT = 2  # downloads of a client that an upload may still be a step from
 
 
+@dataclass(frozen=True)
+class FederatedRun:
+    """A federated run is one run as its server knows it.
+
+    id: the same after a resume. fingerprint: of the base. shapes: of every tensor that a client
+    has, by client.
+    """
+
+    id: str
+    config: Config
+    method: Method
+    fingerprint: str
+    shapes: Mapping[str, Shapes]
+
+
 class Flower:
-    """An engine whose clients are on machines of their own."""
+    """This engine's clients are on machines of their own."""
 
     def __init__(
-        self, config: Config, method: Method, folder: RunFolder, run: str, fingerprint: str,
-        shapes: Mapping[str, Shapes], courier: Dispatcher[Reply | Probed],
-    ) -> None:  # fmt: skip
-        """run: the run's id, the same after a resume. fingerprint: of the base."""
-        self.shapes = shapes
-        self._config, self._method, self._folder, self._courier = config, method, folder, courier
-        self._run, self._fingerprint = run, fingerprint
-        self._spool, self._round = UploadStore(folder.scratch / "uploads"), 0
+        self, run: FederatedRun, folder: RunFolder, dispatcher: Dispatcher[Reply | Probed]
+    ) -> None:
+        """Carry a run's exchanges; what it must know after a resume is in the run folder."""
+        self.shapes = run.shapes
+        self._run, self._config, self._method = run, run.config, run.method
+        self._folder, self._dispatcher = folder, dispatcher
+        self._store, self._round = UploadStore(folder.scratch / "uploads"), 0
         self._sent: dict[str, dict[int, Download]] = defaultdict(dict)
         seen = folder.load(SEEN) if folder.holds(SEEN) else {}
         self._seen = {name: (int(rounds[0]), int(rounds[1])) for name, rounds in seen.items()}
 
     def exchange(self, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
-        """One message to each client that can be reached, and what comes back by the deadline."""
+        """Send a message to each client that can be reached; return what comes back by the
+        deadline.
+        """
+        # A round that is asked again needs the uploads that have come in already.
         self._round, before = max(task.round for task in tasks.values()), self._round
         if self._round != before:
-            self._spool.clear()
-        came = self._courier.gather(
-            {n: self._question(n, task, downloads.get(n, {})) for n, task in tasks.items()}
-        )
+            self._store.clear()
+        questions = {n: self._question(n, task, downloads.get(n, {})) for n, task in tasks.items()}
+        came = self._dispatcher.gather(questions)
+
+        # Replies go on in the order of the tasks, whoever was first.
         replies = _replies({name: came.answers[name] for name in tasks if name in came.answers})
         for name in replies:
             self._seen[name] = (self._round, self._round)
-        self._folder.stage(
-            SEEN, {n: torch.tensor(rounds) for n, rounds in self._seen.items()}, self._round
-        )
+        seen = {name: torch.tensor(rounds) for name, rounds in self._seen.items()}
+        self._folder.stage(SEEN, seen, self._round)
         return Answers(replies, came.absent, _replies(came.late))
 
     def probe(self, uploads: Mapping[str, Upload], round: int) -> dict[str, dict[str, float]]:
-        """reader -> author -> nats per token of the author's upload; of readers that answer.
+        """Return reader -> author -> nats per token of the author's upload, of readers that answer.
 
         Uploads travel as downloads do, and without their authors' names.
         """
         questions = {reader: self._probe_question(reader, uploads, round) for reader in uploads}
-        came = self._courier.gather(
-            questions, others=False
-        )  # late uploads wait for the next exchange
-        probed = {
-            reader: nats
-            for reader in uploads
-            if isinstance(nats := came.answers.get(reader), Probed)
-        }
-        return {
-            reader: dict(zip(uploads, answer.nats, strict=True))
-            for reader, answer in probed.items()
-        }
+        # Late uploads wait for the next exchange.
+        came = self._dispatcher.gather(questions, others=False)
+        nats = {}
+        for reader in uploads:
+            answer = came.answers.get(reader)
+            if isinstance(answer, Probed):
+                nats[reader] = dict(zip(uploads, answer.nats, strict=True))
+        return nats
 
     def _question(self, name: str, task: Task, download: Download) -> Question[Reply | Probed]:
         format = self._config.upload.format
 
+        # In int8 an upload is a step from what was sent, which has to be here when it comes.
         def write() -> bytes:
             if format == "int8":
                 self._sent[name][task.round] = download
                 for old in sorted(self._sent[name])[:-KEPT]:
                     del self._sent[name][old]
-            return wire.pack(
-                self._request("exchange", name, task), wire.encode_download(download, format)
-            )
+            head = self._request("exchange", name, task)
+            return wire.pack(head, wire.encode_download(download, format))
 
-        return Question(
-            name, task.round, write, lambda raw, size: self._reply(name, task.round, raw, size)
-        )
+        def accept(raw: bytes, size: int) -> Reply:
+            return self._reply(name, task.round, raw, size)
+
+        return Question(name, task.round, write, accept)
 
     def _probe_question(
         self, name: str, uploads: Mapping[str, Upload], round: int
     ) -> Question[Reply | Probed]:
+        # Only a reader that is reached has its message written, for that is all uploads at once.
         def write() -> bytes:
             tensors: dict[str, Tensor] = {}
             for number, upload in enumerate(uploads.values()):
                 encoded = wire.encode_download(upload, self._config.upload.format)
                 tensors |= {f"{number}/{slot}": tensor for slot, tensor in encoded.items()}
-            return wire.pack(
-                self._request("probe", name, Task(round, False, (), ()), len(uploads)), tensors
-            )
+            task = Task(round, False, (), ())
+            return wire.pack(self._request("probe", name, task, len(uploads)), tensors)
 
         def accept(raw: bytes, size: int) -> Probed:
             head, _ = self._opened(raw, name)
-            if (
-                not isinstance(head, Probed)
-                or head.round != round
-                or len(head.nats) != len(uploads)
-            ):
+            fits = isinstance(head, Probed) and len(head.nats) == len(uploads)
+            if not isinstance(head, Probed) or not fits or head.round != round:
                 raise WireError("answered something else")
             return head
 
@@ -130,27 +145,38 @@ class Flower:
         self, kind: Literal["exchange", "probe"], name: str, task: Task, probed: int = 0
     ) -> Request:
         after, since = self._seen.get(name, (0, 0))
+        # A device is told all that it needs with each request, for it may have missed any other.
         return Request(
-            kind=kind, run=self._run, after=after, since=since, round=task.round, train=task.train,
-            evaluate=task.evaluate, evaluate_base=task.evaluate_base, config=config_for(self._config, name),
-            comigs=our_version(), base=self._fingerprint, probed=probed,
-        )  # fmt: skip
+            kind=kind,
+            run=self._run.id,
+            after=after,
+            since=since,
+            round=task.round,
+            train=task.train,
+            evaluate=task.evaluate,
+            evaluate_base=task.evaluate_base,
+            config=config_for(self._config, name),
+            comigs=our_version(),
+            base=self._run.fingerprint,
+            probed=probed,
+        )
 
     def _opened(self, raw: bytes, name: str) -> tuple[Answered | Probed, dict[str, Tensor]]:
-        """Raises WireError where it is no answer of this run, or a refusal."""
-        shared = [
-            math.prod(dims) for slot, dims in self.shapes[name].items() if self._method.shares(slot)
-        ]
+        """Return an answer's head and tensors. Raises WireError where it is no answer of this run,
+        or a refusal.
+        """
+        shapes = self.shapes[name].items()
+        shared = [math.prod(dims) for slot, dims in shapes if self._method.shares(slot)]
         head, tensors = wire.unpack(raw, ANSWERS, 4 * sum(shared) + ROOM)
         if isinstance(head, Refusal):
             raise WireError(head.reason())
-        if head.run != self._run:
+        if head.run != self._run.id:
             raise WireError("answered in another run")
         return head, tensors
 
     def _reply(self, name: str, round: int, raw: bytes, size: int) -> Reply:
-        """An answer to an exchange of that round, or to an earlier one whose answer did not come
-        in.
+        """Return the reply to an exchange of that round, or to an earlier one whose answer did not
+        come in. Raises WireError.
         """
         head, tensors = self._opened(raw, name)
         after, since = self._seen.get(name, (0, 0))
@@ -158,25 +184,25 @@ class Flower:
             head.round == round or after < head.round < round
         ):
             raise WireError("answered something else")
-        self._seen[name] = (head.round, since)  # whatever is wrong with the rest: it is done there
+        # Whatever is wrong with all else: this round is done there, and is not asked for again.
+        self._seen[name] = (head.round, since)
         if head.trained != (head.round <= self._config.rounds):
             raise WireError("answered something else")
         upload = self._upload(name, head.round, tensors) if head.trained else None
-        kept = upload if upload is None else self._spool.add(name, upload)
+        kept = upload if upload is None else self._store.add(name, upload)
         timing = head.timing | {"received_bytes": size, "sent_bytes": len(raw)}
         return Reply(kept, head.metrics, timing, 1, head.round)
 
     def _upload(self, name: str, round: int, tensors: wire.Encoded) -> Upload | None:
-        """The upload; None where it is a step from a download that is not here any more. Raises
-        WireError.
+        """Return the upload, or None where it is a step from a download that is not here any more.
+        Raises WireError.
         """
         format, sent = self._config.upload.format, self._sent[name]
         if format == "int8" and round not in sent:
             return None
         reference = wire.as_received(sent[round], format) if format == "int8" else {}
-        return wire.decode(
-            tensors, expected_upload(self._method, self.shapes[name], round), reference, format
-        )
+        expected = expected_upload(self._method, self.shapes[name], round)
+        return wire.decode(tensors, expected, reference, format)
 
 
 def _replies(came: Mapping[str, Reply | Probed]) -> dict[str, Reply]:

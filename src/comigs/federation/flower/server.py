@@ -1,4 +1,6 @@
-"""A run on the server: from a run folder's last commit to its end, as Flower starts it."""
+"""This module is a run on the server, from a run folder's last commit to its end, as Flower starts
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from comigs.config import Config
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.federation.flower.dispatch import Dispatcher, Polling
-from comigs.federation.flower.engine import Flower
+from comigs.federation.flower.engine import FederatedRun, Flower
 from comigs.federation.flower.grid import GridTransport
 from comigs.federation.messages import PROGRESS, RUN_ID, federable_method
 from comigs.files import write_whole
@@ -30,11 +32,10 @@ from comigs.slots import Shapes
 
 
 def go_on(
-    grid: Grid, path: Path, federation: Path, pace: Callable[[float], Polling] = Polling
+    grid: Grid, path: Path, federation: Path, polling: Callable[[float], Polling] = Polling
 ) -> None:
-    """A run to its end. federation: its folder. pace: from the deadline. What goes wrong is an
-    "error" event, too.
-    """
+    """Run a run to its end. federation: its folder. polling: made of the deadline."""
+    # Whoever watches reads the file, where what goes wrong is an event, too.
     with (path / PROGRESS).open("a", encoding="utf-8") as progress:
 
         def report(event: Event) -> None:
@@ -45,9 +46,8 @@ def go_on(
             with RunFolder.open(path) as folder:
                 nodes = _nodes(folder, federation)
                 deadline = folder.config().participation.deadline
-                rounds(
-                    folder, Dispatcher(GridTransport(grid), nodes, pace(deadline), report), report
-                )
+                transport = GridTransport(grid)
+                rounds(folder, Dispatcher(transport, nodes, polling(deadline), report), report)
         except UserError as error:
             report(Problem(message=str(error)))
             raise
@@ -57,8 +57,9 @@ def go_on(
             raise
 
 
-def rounds(folder: RunFolder, courier: Dispatcher[Any], report: Report) -> None:
-    """All rounds that are left. Raises UserError."""
+def rounds(folder: RunFolder, dispatcher: Dispatcher[Any], report: Report) -> None:
+    """Run all rounds that are left. Raises UserError."""
+    # The server needs the base to know what clients have, and that it is the one they have.
     config = folder.config()
     method = federable_method(config)
     report(Note(message="reading the base"))
@@ -68,18 +69,13 @@ def rounds(folder: RunFolder, courier: Dispatcher[Any], report: Report) -> None:
             f'{folder.path}: base "{config.base.name}" is not the one this run began with'
         )
     folder.rewind()
-    run_rounds(
-        config,
-        method,
-        Flower(config, method, folder, _run_id(folder), fingerprint, shapes, courier),
-        folder,
-        report,
-    )
+    run = FederatedRun(_run_id(folder), config, method, fingerprint, shapes)
+    run_rounds(config, method, Flower(run, folder, dispatcher), folder, report)
 
 
 def _base(config: Config, method: Method) -> tuple[str, dict[str, Shapes]]:
-    """The base's fingerprint and the shapes of what is put on it. The server needs no more of
-    it.
+    """Return the base's fingerprint and the shapes of what is put on it; the server needs no more
+    of it.
     """
     base = load_base(config.base)
     with Attachment(base.model, base.architecture, config.experts) as attachment:
@@ -87,16 +83,14 @@ def _base(config: Config, method: Method) -> tuple[str, dict[str, Shapes]]:
 
 
 def _nodes(folder: RunFolder, federation: Path) -> dict[str, int]:
-    """client -> node id. Raises UserError naming who was not invited, unless the run has begun:
-    then it was revoked.
-    """
+    """Return client -> node id. Raises UserError where a client was not invited."""
+    # Once the run has begun, who is missing was revoked, and stays away.
     file, has_begun = federation / "clients.json", folder.checkpoint().round > 0
     names = [client.name for client in folder.config().clients]
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-        return {
-            name: int(known[name]["node_id"]) for name in names if name in known or not has_begun
-        }
+        asked = [name for name in names if name in known or not has_begun]
+        return {name: int(known[name]["node_id"]) for name in asked}
     except KeyError as error:
         raise UserError(
             f"{file}: no client {error}; invite it with: comigs federation invite DIR NAME"
@@ -108,7 +102,9 @@ def _nodes(folder: RunFolder, federation: Path) -> dict[str, int]:
 
 
 def _run_id(folder: RunFolder) -> str:
-    """The same for as long as the folder lives; with the run's name in front, for people."""
+    """Return the run's id, the same for as long as the folder lives; the name in front is for
+    people.
+    """
     file = folder.path / RUN_ID
     if not file.exists():
         name = re.sub(r"[^A-Za-z0-9]+", "-", folder.config().name).strip("-")[:40]

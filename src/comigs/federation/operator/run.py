@@ -1,5 +1,5 @@
-"""A run in a federation, as the operator sees it: checked, submitted to the server, followed to its
-end.
+"""This module is a run in a federation, as the operator sees it: checked, submitted to the server,
+followed to its end.
 """
 
 from __future__ import annotations
@@ -32,25 +32,30 @@ LET_GO = 30.0  # seconds for a stopped run's process to end
 
 
 def check(config: Config, path: Path) -> Federation:
-    """The federation that can run this config. Raises UserError where it cannot."""
+    """Return the federation that can run this config. Raises UserError where it cannot."""
+    # Text and cores are the devices' own; a config that names them means another engine.
     federation = Federation.open(path)
     for client in config.clients:
         if client.text is not None:
             raise UserError(
-                f"clients.{client.name}.text: given, but in a federation each client's text is on its own device; "
-                "leave it out"
+                f"clients.{client.name}.text: given, but in a federation each client's text is on "
+                "its own device; leave it out"
             )
     if config.workers > 1:
         raise UserError(
-            f"workers: given {config.workers}, but devices of a federation work by themselves; leave it out"
+            f"workers: given {config.workers}, but devices of a federation work by themselves; "
+            "leave it out"
         )
     federable_method(config)
+
+    # Devices would be sent something else than they were asked to run, and refuse it.
     federation.require_running()
     _require_members(config, federation)
     if (app := flwr_cli.app_hash()) != federation.settings.app:
         raise UserError(
-            f"{path}: Flower or Python here now make another app bundle ({app[:12]}...) than devices were told to run "
-            f"({federation.settings.app[:12]}...); go back to the versions it was founded with, or found a new one"
+            f"{path}: Flower or Python here now make another app bundle ({app[:12]}...) than "
+            f"devices were told to run ({federation.settings.app[:12]}...); go back to the "
+            "versions it was founded with, or found a new one"
         )
     return federation
 
@@ -58,7 +63,9 @@ def check(config: Config, path: Path) -> Federation:
 def run(
     config: Config, base: Base, out: Path, federation: Federation, report: Report, say: Say
 ) -> RunFolder:
-    """A whole run of a checked and resolved config. Raises UserError, and Stopped after Ctrl-C."""
+    """Run a checked and resolved config as a whole; return the run folder. Raises UserError, and
+    Stopped after Ctrl-C.
+    """
     where = {"folder": str(federation.path), "id": federation.settings.id}
     folder = RunFolder.create(out, config, environment(base, {}) | {"federation": where})
     say(f"run folder {out}")
@@ -77,20 +84,21 @@ def resume(folder: RunFolder, report: Report, say: Say) -> None:
         say(f"{folder.path}: finished already; nothing to go on with")
         _summarize(folder)
         return
+
+    # Another federation has other devices, even where it is at the same place.
     where = folder.environment()["federation"]
     federation = Federation.open(Path(where["folder"]))
     if federation.settings.id != where["id"]:
         raise UserError(
-            f"{folder.path}: began in federation {where['id']}, but {federation.path} is now federation "
-            f"{federation.settings.id}"
+            f"{folder.path}: began in federation {where['id']}, but {federation.path} is now "
+            f"federation {federation.settings.id}"
         )
     federation.require_running()
-    members = federation.clients()
-    revoked = (
-        [client.name for client in config.clients if client.name not in members]
-        if last.round
-        else []
-    )
+
+    # A run that has begun goes on without those who were revoked since.
+    members, revoked = federation.clients(), []
+    if last.round:
+        revoked = [client.name for client in config.clients if client.name not in members]
     _require_members(config, federation, revoked)
     if revoked:
         say(f"not in the federation any more, so absent from now on: {', '.join(revoked)}")
@@ -102,13 +110,14 @@ def _require_members(config: Config, federation: Federation, but: Collection[str
     for client in config.clients:
         if client.name not in but and federation.client_named(client.name).node_id is None:
             raise UserError(
-                f'{federation.path}: "{client.name}" is not registered yet; start the server again: '
-                f"{command('federation server', federation.path)}"
+                f'{federation.path}: "{client.name}" is not registered yet; '
+                f"start the server again: {command('federation server', federation.path)}"
             )
 
 
 def _go(folder: RunFolder, federation: Federation, report: Report, say: Say) -> None:
-    progress = folder.path / PROGRESS
+    # What an earlier start of the run reported is in the file already.
+    progress, again = folder.path / PROGRESS, command("resume", folder.path)
     events = _events(progress, progress.stat().st_size if progress.exists() else 0)
     run_id = flwr_cli.submit(federation, folder.path.resolve())
     say(f"submitted as run {run_id}")
@@ -118,11 +127,8 @@ def _go(folder: RunFolder, federation: Federation, report: Report, say: Say) -> 
         with suppress(UserError):  # the server may be gone
             flwr_cli.stop_run(federation, run_id)
         _wait_until_free(folder)
-        raise Stopped(
-            f"every whole round is kept; go on with: {command('resume', folder.path)}"
-        ) from None
+        raise Stopped(f"every whole round is kept; go on with: {again}") from None
     if status != "finished:completed" or not folder.checkpoint().finished:
-        again = command("resume", folder.path)
         raise UserError(
             f"{folder.path}: {problem or status}; every whole round is kept, go on with: {again}"
         )
@@ -136,7 +142,8 @@ def _follow(
     events: Iterator[Event | None],
     report: Report,
 ) -> tuple[str, str]:
-    """Report what happens until the run has ended; returns its true status and what went wrong."""
+    """Report what happens until the run has ended; return its true status and what went wrong."""
+    # To ask the server costs it time, so it is asked when the run seems to be over, else seldom.
     status, problem, wait, asked = "", "", 2.0, time.monotonic()
     for event in events:
         if event is not None:
@@ -160,8 +167,8 @@ def _follow(
 
 
 def _events(file: Path, start: int) -> Iterator[Event | None]:
-    """What is written to the file after `start` bytes, line by line; None whenever there is nothing
-    new.
+    """Yield what is written to the file after `start` bytes, line by line; None whenever there is
+    nothing new.
     """
     while not file.exists():
         yield None
@@ -178,7 +185,7 @@ def _events(file: Path, start: int) -> Iterator[Event | None]:
 
 
 def _wait_until_free(folder: RunFolder) -> None:
-    """A stopped run's process lets go of the folder only when it notices."""
+    """Wait until a stopped run's process has noticed, and lets go of the folder."""
     end = time.monotonic() + LET_GO
     while time.monotonic() < end:
         with suppress(UserError), folder:
