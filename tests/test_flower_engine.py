@@ -539,7 +539,7 @@ def test_nothing_private_is_in_any_byte_of_any_message(federation, tmp_path):
 
 
 def test_an_app_ends_with_the_process_that_started_it():
-    app = "apps.GRACE = 0; apps.end_with_starter(); print(os.getpid(), flush=True); time.sleep(600)"
+    app = "apps.GRACE = 0; apps.end_with_superexec(); print(os.getpid(), flush=True); time.sleep(600)"
     app = f"import os, time; from comigs.federation.flower import apps; {app}"
     starter = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); sys.stdin.read()"
     command = [sys.executable, "-c", starter, app]

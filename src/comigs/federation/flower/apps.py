@@ -29,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run a run from its last commit to its end. Its run_config has "run-folder" and "federation",
     paths on the server.
     """
-    _end_with_superexec()
+    end_with_superexec()
     # It imports torch, which the ClientApp in this file must not wait for.
     from comigs.federation.flower.server import go_on
 
@@ -42,7 +42,7 @@ def train(message: Message, context: Context) -> Message:
     """Send a request to the trainer, whose socket is node_config["trainer"]; return its answer. Of
     an error only the type leaves the device.
     """
-    _end_with_superexec()
+    end_with_superexec()
     try:
         reply = envelope(ask(Path(str(context.node_config["trainer"])), opened(message.content)))
     except Exception as error:
@@ -50,7 +50,7 @@ def train(message: Message, context: Context) -> Message:
     return Message(reply, reply_to=message)
 
 
-def _end_with_superexec() -> None:
+def end_with_superexec() -> None:
     """End this process soon after the SuperExec that started it.
 
     Flower only interrupts it, and its threads then try for ten minutes and more to reach a server
