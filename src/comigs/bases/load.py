@@ -40,6 +40,11 @@ class Base:
     dtype: torch.dtype
     fingerprint: str
 
+    @property
+    def title(self) -> str:
+        """Its name for others: a folder's last part, so that no path of this machine goes out."""
+        return Path(self.name).name if Path(self.name).is_dir() else self.name
+
 
 def load_base(section: BaseSection) -> Base:
     """Load, freeze and place the base that the config names. Raises UserError."""
@@ -47,6 +52,8 @@ def load_base(section: BaseSection) -> Base:
     device = _device(section.device)
     dtype = _dtype(section.dtype, device)
     model, tokenizer = _named(section.name)
+    if section.tokenizer != "own":
+        _read_as_before(section, tokenizer)
     architecture = architecture_of(model)
     require_usable(model, tokenizer, architecture)
     attention = section.attention
@@ -128,6 +135,19 @@ def _named(name: str) -> tuple[Any, Any]:
             "or a local folder, or a hub name like org/model"
         )
     return load_pretrained(name)
+
+
+def _read_as_before(section: BaseSection, tokenizer: Any) -> None:
+    """Give the tokenizer the rule that runs of this base began with before it had its own. Raises UserError."""
+    older: dict[str, Any] = {}
+    for module in modules().values():
+        older |= getattr(module, "OLDER_RULES", {})
+    if section.name not in older:
+        raise UserError(
+            f'base.tokenizer: given "{section.tokenizer}", which is for {", ".join(older)} only; '
+            f'base {section.name} has its own rule, "own"'
+        )
+    tokenizer.backend_tokenizer.pre_tokenizer = older[section.name]()
 
 
 def is_here(device: torch.device) -> bool:

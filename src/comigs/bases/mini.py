@@ -18,3 +18,4 @@ def mini() -> tuple[Any, Any]:
 
 SUMMARY = "GPT-2 architecture, 4 M parameters, 8k byte-level BPE, context 256."
 LOADERS = {"mini": Loader(mini, SUMMARY)}
+LICENSE = "Apache-2.0"

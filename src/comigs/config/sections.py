@@ -45,6 +45,12 @@ class BaseSection(Section):
         description='The base computes on "cpu", "cuda", "cuda:1", ...; auto is cuda where there '
         "is one, else cpu.",
     )
+    tokenizer: Literal["own", "gpt-2"] = Field(
+        "own",
+        description="This rule cuts text into words before they are cut into tokens. own is the "
+        "base's own rule. gpt-2 is for smollm2-135m only: runs from before this field read it so, "
+        "and go on with it.",
+    )
     threads: int | None = Field(
         None,
         gt=0,

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from comigs.config import Config, load_config, relative, to_toml
+from comigs.config import Config, load_config, read_toml, relative, to_toml
 from comigs.errors import UserError
 from comigs.files import command, require_free, write_whole, writing
 from comigs.processes import locked
@@ -111,8 +111,16 @@ class RunFolder:
         self._lock.close()
 
     def config(self) -> Config:
-        """Read the resolved config of the run."""
-        return load_config(self.path / "config.toml")
+        """Read the resolved config of the run.
+
+        A run of SmolLM2 without base.tokenizer is from before there was that field, and was read by
+        GPT-2's rule (decision 14).
+        """
+        path = self.path / "config.toml"
+        base = read_toml(path).get("base", {})
+        if base.get("name") == "smollm2-135m" and "tokenizer" not in base:
+            return load_config(path, ['base.tokenizer="gpt-2"'])
+        return load_config(path)
 
     def summary(self) -> Summary:
         """Read the result (summary.json). Raises UserError where the run is not finished."""
