@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from comigs.app.api import open_personal_model, prepare, resume, run
+    from comigs.app.export import export
     from comigs.config import Config, load_config
     from comigs.errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["Config", "UserError", "load_config", "open_personal_model", "prepare", "resume", "run"]
+__all__ = [
+    "Config", "UserError", "export", "load_config", "open_personal_model", "prepare", "resume",
+    "run",
+]  # fmt: skip
 
 _LIGHT = {"Config": "comigs.config", "load_config": "comigs.config", "UserError": "comigs.errors"}
 

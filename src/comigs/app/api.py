@@ -90,7 +90,7 @@ def resume(
         base, _ = load(config, say)
         require_same_base(folder, base)
         data = read_texts(config, base, report, say)
-        _require_same_text(folder, data)
+        require_same_text(folder, data)
 
         # where few are asked, what a client goes on from is checked when it is asked
         if everybody_trains(config):
@@ -159,7 +159,7 @@ def evaluate(
     folder.require_a_round()
     base, _ = load(config)
     data = prepare_data(config, base.encoder)
-    _require_same_text(folder, data)
+    require_same_text(folder, data)
 
     results = {}
     for name in names:
@@ -239,7 +239,7 @@ def _going_on(folder: RunFolder) -> Iterator[None]:
         ) from None
 
 
-def _require_same_text(folder: RunFolder, data: Texts) -> None:
+def require_same_text(folder: RunFolder, data: Texts) -> None:
     """Raise UserError where a client's text is not what it was when the run began."""
     then = _hashes(folder.environment()["data"])
     now = _hashes(describe(data.outlines()))

@@ -179,6 +179,7 @@ app.command()(cli_experiments.compare)
 app.command()(cli_personal.generate)
 app.command()(cli_serving.chat)
 app.command()(cli_serving.serve)
+app.command()(cli_personal.export)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""This module holds the commands of personal models: evaluate and generate. cli.py mounts them."""
+"""This module holds the commands of personal models: evaluate, generate and export. cli.py mounts them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def evaluate(
         str, typer.Option(metavar="SPLIT", help="Which text: train, valid or test.")
     ] = "test",
     client: Annotated[str | None, typer.Option(metavar="NAME", help="One client only.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Measure this export of the run instead.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure each client's own model, and the base, on every token of a split."""
@@ -28,7 +31,12 @@ def evaluate(
     from comigs.app.console import Console
 
     which = api.split_named(split)
-    results = api.evaluate(run, which, client)
+    if model is None:
+        results = api.evaluate(run, which, client)
+    else:
+        from comigs.app.export import evaluate_export
+
+        results = evaluate_export(run, model, which, client)
     if as_json:
         typer.echo(json.dumps(results, indent=1))
     else:
@@ -70,3 +78,30 @@ def generate(
         for piece in pieces:
             typer.echo(piece, nl=False)
         typer.echo()
+
+
+def export(
+    run: RunPath,
+    client: Annotated[str, typer.Option(metavar="NAME", help="Whose model.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT", help="transformers, gguf, gguf-base, gguf-adapter, peft or flat."
+        ),
+    ] = "flat",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder, or FILE.gguf. Default: exports/RUN-CLIENT-FORMAT."),
+    ] = None,
+    type: Annotated[
+        str | None, typer.Option(help="Of the stored numbers, as q8_0. Default: the format's first.")
+    ] = None,
+) -> None:
+    """Write a client's own model for other programs, and check it. See docs/export.md."""
+    from comigs.app.console import Console
+    from comigs.app.export import export as write
+
+    console = Console()
+    done = write(run, client, to, out, type, console.say)
+    for line in done.lines():
+        console.result(line)

@@ -5,7 +5,8 @@ It is an ordinary `transformers` model.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Event, Thread, main_thread
 from typing import Any
 
@@ -56,6 +57,15 @@ class PersonalModel:
         result = evaluate(self.attachment, stores, length, size, self.dtype)
         self.attachment.bind(self.tensors)
         return result
+
+    @contextmanager
+    def without_experts(self) -> Iterator[None]:
+        """The base alone inside, the client's own model again after."""
+        self.attachment.unbind()
+        try:
+            yield
+        finally:
+            self.attachment.bind(self.tensors)
 
     def generate(self, prompt: str, **settings: Any) -> str:
         """Return the prompt and what the model writes after it.

@@ -1,0 +1,1 @@
+"""A personal model as what other programs load: one file per format in `formats/`."""

@@ -1,0 +1,149 @@
+"""The model card of an export: what it is, how good it is, what is in it and how to run it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from comigs.bases.load import modules
+from comigs.personal.export.form import Format
+from comigs.personal.export.source import Source
+
+if TYPE_CHECKING:
+    from comigs.personal.export.export import Exported
+
+ROLES = {"g": "generalist", "s": "specialist"}
+
+
+def model_card(source: Source, exported: Exported, form: Format) -> str:
+    """Return the whole README.md of an export."""
+    # The header is for the hub, the table for people.
+    config, environment = source.model.config, source.folder.environment()
+    versions = environment.get("versions", {})
+    rows = [
+        ("base", f"{source.base.title} ({license_of(source.base.name)})"),
+        ("method", f"{config.method}: {source.method.summary}"),
+        ("run", f"{config.name}, {trained(source)}, seed {config.seed}"),
+        (
+            "comigs",
+            f"{versions.get('comigs')}, commit {environment.get('commit') or 'not recorded'}",
+        ),
+        ("format", f"{exported.format}, {exported.type}: {form.summary}"),
+        ("size", f"{exported.bytes:,} bytes"),
+        ("in it", contents(source, form)),
+        ("private", privacy(source, exported)),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    notes = "\n".join(f"- {note}" for note in exported.notes)
+    header = (
+        f"---\nlibrary_name: {library(exported.format)}\ntags: [comigs, federated-learning]\n---\n"
+    )
+    return f"""{header}
+# {source.client}'s own model, from the run {config.name}
+
+Trained with CoMiGS in a run of {len(config.clients)} clients, and exported with `comigs export`.
+
+| what | |
+|---|---|
+{table}
+
+{measured(source, exported)}
+{notes}
+
+## How to run it
+{form.run(source)}
+"""
+
+
+def contents(source: Source, form: Format) -> str:
+    """Say which of the client's experts are in it."""
+    if "experts" not in form.holds:
+        return "the base alone, nothing of any client"
+    return ", ".join(names_of(source.parts))
+
+
+def measured(source: Source, exported: Exported) -> str:
+    """Return the perplexities, and how near the export is to the run's own model."""
+    rows = [
+        ("the base alone", exported.base),
+        ("the run's own model", exported.personal),
+        ("this export", exported.export),
+    ]
+    table = "\n".join(f"| {name} | {perplexity:.4g} |" for name, perplexity in rows)
+    # Whether it computes the same is one thing, how its numbers are stored another.
+    cost = exported.export / exported.personal - 1
+    nearness = "It is near the run's own model"
+    if exported.exact:
+        nearness = (
+            f"It computes what the run's own model does, its numbers stored as {exported.type}"
+        )
+    # A finished run has measured all of test.
+    test = ""
+    summary = source.folder.summary() if source.folder.checkpoint().finished else {}
+    of_client = summary.get("clients", {}).get(source.client, {})
+    if of_client.get("test"):
+        base, own = (of_client[key]["perplexity"] for key in ("base_test", "test"))
+        test = f" On all of test the run measured {base:.4g} (base) and {own:.4g} (its own model)."
+    return f"""## Perplexity
+On {exported.tokens:,} tokens of this client's validation text, in float32, read back from the
+files:
+
+| model | perplexity |
+|---|---|
+{table}
+
+{nearness}: {cost:+.3%} in perplexity, logits at most {exported.difference:.2g} apart.{test}
+"""
+
+
+def trained(source: Source) -> str:
+    """Say how far the run is."""
+    rounds = source.folder.checkpoint().round
+    return f"{rounds} of {source.model.config.rounds} rounds"
+
+
+def names_of(parts: list[str]) -> list[str]:
+    """Return the experts for people: "generalist 0", "specialist 0", "the rest of the world"."""
+    words = []
+    for part in parts:
+        if part == "rest":
+            words.append("the rest of the world (the other clients' mean expert)")
+        elif part in ("router", "attention"):
+            words.append(part)
+        else:
+            words.append(f"{ROLES[part[0]]} {part[1:]}")
+    return words
+
+
+def privacy(source: Source, exported: Exported) -> str:
+    """Say whether what never left the client is in it, and what protects the rest."""
+    kept = ", ".join(names_of(list(exported.private_parts)))
+    protected = privacy_level(source.model.config)
+    if kept:
+        return (
+            f"**yes**: {kept} never left the client before; whoever gets this gets what they "
+            f"learnt from its text. {protected}"
+        )
+    return f"nothing that the other participants' server has not seen. {protected}"
+
+
+def privacy_level(config: Any) -> str:
+    """Say what the run did against text being read out of its numbers."""
+    privacy = getattr(config, "privacy", None)
+    if privacy is None:
+        return "The run had no differential privacy and no secure aggregation."
+    return f"Privacy of the run: {privacy}."
+
+
+def license_of(base: str) -> str:
+    """Return the licence of a base of ours; else where to find it."""
+    for module in modules().values():
+        if base in getattr(module, "LOADERS", {}) and hasattr(module, "LICENSE"):
+            return f"{module.LICENSE}"
+    return "its own licence applies"
+
+
+def library(format: str) -> str:
+    """Return the library that the hub names for such a file."""
+    if format in ("peft", "flat"):
+        return "peft"
+    return "transformers" if format == "transformers" else "gguf"

@@ -1,0 +1,1 @@
+"""One file per format of an export, found by its name."""

@@ -1,0 +1,122 @@
+"""The personal model that an export is made of, and how its experts are weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from comigs.bases.load import Base
+from comigs.data.batches import Batch, evaluation_windows
+from comigs.data.corpus import TokenStore
+from comigs.errors import UserError
+from comigs.experts.attach import Attachment
+from comigs.experts.mixture import Mixture
+from comigs.methods.method import Method, load_method
+from comigs.personal.model import PersonalModel
+from comigs.runs.folder import RunFolder
+from comigs.slots import OTHERS
+
+WINDOWS = 32  # of valid, on which an export is fitted, measured and checked
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source is a client's own model in float32 on the CPU, and windows of its valid.
+
+    base is the base that carries the experts. windows hold inputs and targets, (1, length) each.
+    """
+
+    folder: RunFolder
+    client: str
+    base: Base
+    model: PersonalModel
+    windows: Sequence[Batch]
+
+    @property
+    def attachment(self) -> Attachment:
+        """Return the experts on the base, bound to the client's tensors."""
+        return self.model.attachment
+
+    @cached_property
+    def method(self) -> Method:
+        """Return the method that the run was made with."""
+        return load_method(self.model.config)
+
+    @cached_property
+    def mixing(self) -> Mixing:
+        """Return how the experts of this model are weighed."""
+        return mixing_of(self.attachment.mixtures)
+
+    @property
+    def parts(self) -> list[str]:
+        """Return the experts' names in the router's order: "g0", "s0", "rest"."""
+        config, method = self.model.config, self.method
+        return method.shape(config.shape_of(config.client_named(self.client))).parts
+
+    @property
+    def private_parts(self) -> list[str]:
+        """Return the parts that never left the client: experts, router or attention."""
+        kept = {s.part for s in self.model.tensors if not self.method.shares(s)}
+        return sorted(kept - {OTHERS, "merged"})
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """This record says what decides the weights of E experts, K of which a token uses.
+
+    routing is "token", "sequence" or "constant". weights_LE holds the constant weights of each
+    block. gated says that the router is only so far open to the rest of the world, and starts
+    with an offset, which no standard architecture has.
+    """
+
+    num_experts: int
+    top_k: int
+    routing: str
+    weights_LE: Tensor | None = None
+    gated: bool = False
+
+    @property
+    def is_dense(self) -> bool:
+        """Return whether every token has the same weights, so that one wider MLP is the same."""
+        return self.routing == "constant"
+
+    @property
+    def is_uniform(self) -> bool:
+        """Return whether all experts weigh the same, as without a router."""
+        weights_LE = self.weights_LE
+        return weights_LE is not None and bool((weights_LE == 1 / self.num_experts).all())
+
+    @property
+    def is_single(self) -> bool:
+        """Return whether there is one expert, whose weight is 1."""
+        return self.weights_LE is not None and self.weights_LE.shape[1] == 1
+
+
+def mixing_of(mixtures: Sequence[Mixture]) -> Mixing:
+    """Read from bound mixtures how they weigh their experts."""
+    first = mixtures[0].bound
+    num_experts = 1 if first.summed else len(first.experts)
+    if first.W_ED is not None and first.routed_by != "client":
+        return Mixing(num_experts, first.top_k, first.routed_by, gated=first.gate is not None)
+    # Without a router, or with one that reads a constant, the mixture itself says its weights.
+    width = first.experts[0].A["up"].shape[1]
+    nothing = torch.zeros(1, 1, width)
+    rows = [mixture.routing_weights(nothing).reshape(-1, num_experts)[0] for mixture in mixtures]
+    top_k = first.top_k if first.W_ED is not None else num_experts
+    return Mixing(num_experts, top_k, "constant", torch.stack(rows))
+
+
+def windows_of(stores: Sequence[TokenStore], length: int) -> list[Batch]:
+    """Return up to `WINDOWS` whole windows of these stores, (1, length) each, from their start.
+
+    Raises UserError where there is no text.
+    """
+    found = list(islice(evaluation_windows(stores, length, 1), WINDOWS))
+    if not found:
+        raise UserError("valid: has no text, and an export is checked on it")
+    return found

@@ -1,0 +1,61 @@
+"""A personal model's weights as matrices: what each linear is with its LoRA merged into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from comigs.experts.attach import Attachment
+from comigs.experts.lora import LoraLinear
+from comigs.experts.mixture import Mixture
+
+
+def matrix(linear: nn.Module) -> Tensor:
+    """Return the weight of a linear as (out, in); transformers' Conv1D stores (in, out)."""
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return weight if isinstance(linear, nn.Linear) else weight.T
+
+
+def frozen_matrix(mixture: Mixture, site: str) -> Tensor:
+    """Return the base's matrix (out, in) of an MLP site, with what a method merged into it."""
+    name = mixture.architecture.mlp_linears()[site]
+    weight = matrix(getattr(mixture.mlp, name))
+    merged = mixture.bound.merged
+    return weight + merged[site] if site in merged else weight
+
+
+def expert_matrices(mixture: Mixture, site: str) -> list[Tensor]:
+    """Return every expert's matrix (out, in) of an MLP site, with its LoRA merged.
+
+    A model whose experts are summed has a single one.
+    """
+    frozen = frozen_matrix(mixture, site)
+    changes = [e.scale * (e.B[site] @ e.A[site]) for e in mixture.bound.experts]
+    if mixture.bound.summed:
+        return [frozen + torch.stack(changes).sum(dim=0)]
+    return [frozen + change for change in changes]
+
+
+def attention_matrix(lora: LoraLinear) -> Tensor:
+    """Return an attention linear's matrix (out, in), with its LoRA merged."""
+    weight = matrix(lora.linear)
+    if lora.merged is not None:
+        weight = weight + lora.merged
+    if lora.A is None or lora.B is None:
+        return weight
+    return weight + lora.scale * (lora.B @ lora.A)
+
+
+def base_state(attachment: Attachment) -> Iterator[tuple[str, Tensor]]:
+    """Return the base's own tensors by the names that they have without experts on it."""
+    architecture = attachment.architecture
+    moved = {f"{architecture.mlp}.mlp.": f"{architecture.mlp}."}
+    moved |= {f"{path}.linear.": f"{path}." for path in architecture.attention.values()}
+    for name, tensor in attachment.model.state_dict().items():
+        plain = name
+        if name.startswith(f"{architecture.blocks}."):
+            for inside, outside in moved.items():
+                plain = plain.replace(f".{inside}", f".{outside}", 1)
+        yield plain, tensor
