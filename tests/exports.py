@@ -153,7 +153,7 @@ def valid_windows(run: Path, client: str = "ann") -> list[tuple[list[int], list[
     """Inputs and targets of the windows of a client's valid on which exports are measured."""
     config = api.open_run(run).config()
     base = load_base(config.base)
-    stores = prepare(config, base.encoder)[client].valid
+    stores = prepare(config, base.encoder).load(client).valid
     windows = windows_of(stores, config.data.sequence_length)
     return [(inputs[0].tolist(), targets[0].tolist()) for inputs, targets in windows]
 

@@ -148,13 +148,13 @@ def test_an_export_is_measured_by_comigs_evaluate(to, tmp_path):
     widest = "float32" if "float32" in load_format(to).types else None
     exported(run, to, tmp_path / "out", type=widest)
     (figures,) = evaluate_export(run, tmp_path / "out").values()
-    recorded = api.open_run(run).summary()["clients"]["ann"]
-    assert figures["base"]["perplexity"] == pytest.approx(recorded["base_test"]["perplexity"])
+    recorded = api.open_run(run).summary().clients["ann"]
+    assert figures["base"]["perplexity"] == pytest.approx(recorded.base_test.perplexity)
     rel = 0.5 if to == "flat" else 1e-5
     assert figures["personal"]["perplexity"] == pytest.approx(
-        recorded["test"]["perplexity"], rel=rel
+        recorded.test.perplexity, rel=rel
     )
-    assert figures["personal"]["tokens"] == recorded["test"]["tokens"]
+    assert figures["personal"]["tokens"] == recorded.test.tokens
 
 
 def test_bfloat16_is_stored_where_nothing_else_is_asked(tmp_path):
@@ -168,11 +168,11 @@ def test_the_model_card_says_what_it_is(tmp_path):
     run = trained("1g1s")
     exported(run, "gguf", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    test = api.open_run(run).summary()["clients"]["ann"]["test"]["perplexity"]
+    test = api.open_run(run).summary().clients["ann"].test.perplexity
     for part in (
         "llama (its own licence applies)", "comigs: generalists averaged", "seed 42", "commit ",
         "generalist 0, specialist 0", "**yes**: router, specialist 0 never left the client before",
-        "no differential privacy", f"{test:.4g} (its own model)", "llama-cli -m ann.gguf",
+        "no differential privacy", f"{test:.4g} (its own)", "llama-cli -m ann.gguf",
         "llama-server", "import xllamacpp", "2 of 2 rounds",
     ):  # fmt: skip
         assert part in card, part
@@ -305,7 +305,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     again = refused(capsys, "export", run, "--client", "ann", "--to", "peft")
     assert "exists already" in again
     measured = comigs(capsys, "evaluate", run, "--model", "exports/1g1s-llama-ann-peft", "--json")
-    test = api.open_run(run).summary()["clients"]["ann"]["test"]["perplexity"]
+    test = api.open_run(run).summary().clients["ann"].test.perplexity
     assert json.loads(measured.out)["ann"]["personal"]["perplexity"] == pytest.approx(test)
 
 

@@ -94,4 +94,4 @@ def opened_for_export(folder: RunFolder, client: str) -> tuple[Base, Config, Cli
     require_same_text(folder, data)
     # The base is the run's, rounded as it was there. What is computed with it is not.
     base.model.float()
-    return replace(base, dtype=torch.float32), config, data[client]
+    return replace(base, dtype=torch.float32), config, data.load(client)

@@ -78,11 +78,11 @@ def measured(source: Source, exported: Exported) -> str:
         )
     # A finished run has measured all of test.
     test = ""
-    summary = source.folder.summary() if source.folder.checkpoint().finished else {}
-    of_client = summary.get("clients", {}).get(source.client, {})
-    if of_client.get("test"):
-        base, own = (of_client[key]["perplexity"] for key in ("base_test", "test"))
-        test = f" On all of test the run measured {base:.4g} (base) and {own:.4g} (its own model)."
+    if source.folder.checkpoint().finished:
+        scores = source.folder.summary().clients[source.client]
+        base, own = scores.base_test.perplexity, scores.test.perplexity
+        if base is not None and own is not None:
+            test = f" On all of test the run measured {base:.4g} (base) and {own:.4g} (its own)."
     return f"""## Perplexity
 On {exported.tokens:,} tokens of this client's validation text, in float32, read back from the
 files:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from comigs.bases.load import Base
 from comigs.methods.lowrank import Pair
-from comigs.runs.folder import write_tensors
+from comigs.runs.checkpoint import write_tensors
 
 Pairs = Mapping[tuple[int, str], Pair]  # (block, site) -> A (R, in), B (out, R) with its scale
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -25,7 +25,7 @@ from comigs.personal.export.formats.flat import require_no_merged
 from comigs.personal.export.lora_folder import read_lora, write_lora
 from comigs.personal.export.outputs import outputs
 from comigs.personal.export.source import Source
-from comigs.runs.folder import write_tensors
+from comigs.runs.checkpoint import write_tensors
 from comigs.slots import OTHERS
 
 ROUTER, MIXTURE, ATTENTION = "router.safetensors", "mixture.json", "attention"
