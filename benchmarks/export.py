@@ -33,6 +33,7 @@ from tests.llama_cpp import Model, llama_cpp
 from comigs.app.api import open_run
 from comigs.app.export import export, opened_for_export
 from comigs.data.batches import evaluation_windows
+from comigs.personal.export import source as sources
 from comigs.personal.export.export import size_of
 from comigs.personal.export.gguf_file import write_gguf
 from comigs.personal.export.source import Source, windows_of
@@ -147,8 +148,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--valid-windows", type=int, default=sources.WINDOWS)
+    parser.add_argument("--only", nargs="*", default=[], help="formats and types, as gguf-q8_0")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    sources.WINDOWS = options.valid_windows
     folder = open_run(options.run)
     base, config, data = opened_for_export(folder, options.client)
     length = config.data.sequence_length
@@ -164,7 +168,7 @@ def main() -> None:
             "run": config.name, "client": options.client, "round": folder.checkpoint().round,
             "rounds": config.rounds, "commit": commit(),
             "tokens": sum(len(targets) for _, targets in windows),
-            "generated": options.tokens, "weights": spread_of(model, windows),
+            "generated": options.tokens, "valid_windows": options.valid_windows, "weights": spread_of(model, windows),
         }  # fmt: skip
         print("| format | MB | perplexity | against the run | tokens per CPU second |")
         print("|---|---|---|---|---|")
@@ -179,6 +183,8 @@ def main() -> None:
             refused(source, Path(scratch), windows, table, options.tokens)
     with tempfile.TemporaryDirectory() as scratch:
         for to, type in EXPORTS:
+            if options.only and f"{to}-{type}" not in options.only:
+                continue
             out = Path(scratch) / f"{to}-{type}"
             done = export(options.run, options.client, to, out, type)
             print(*(f"<!-- {line} -->" for line in done.lines()), sep="\n")
@@ -265,6 +271,8 @@ def shared(
     export(options.run, options.client, "gguf-adapter", adapter)
     megabytes = adapter.stat().st_size / 1e6
     for type in BASES:
+        if options.only and f"gguf-base-{type}" not in options.only:
+            continue
         base = scratch / f"base-{type}.gguf"
         export(options.run, options.client, "gguf-base", base, type)
         name = f"gguf-base {type} + gguf-adapter ({megabytes:.1f} MB)"

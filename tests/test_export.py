@@ -151,9 +151,7 @@ def test_an_export_is_measured_by_comigs_evaluate(to, tmp_path):
     recorded = api.open_run(run).summary().clients["ann"]
     assert figures["base"]["perplexity"] == pytest.approx(recorded.base_test.perplexity)
     rel = 0.5 if to == "flat" else 1e-5
-    assert figures["personal"]["perplexity"] == pytest.approx(
-        recorded.test.perplexity, rel=rel
-    )
+    assert figures["personal"]["perplexity"] == pytest.approx(recorded.test.perplexity, rel=rel)
     assert figures["personal"]["tokens"] == recorded.test.tokens
 
 

@@ -1,4 +1,4 @@
-"""This module holds the commands of personal models: evaluate, generate and export. cli.py mounts them."""
+"""This module holds the commands of personal models, which cli.py mounts."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def export(
         typer.Option(help="New folder, or FILE.gguf. Default: exports/RUN-CLIENT-FORMAT."),
     ] = None,
     type: Annotated[
-        str | None, typer.Option(help="Of the stored numbers, as q8_0. Default: the format's first.")
+        str | None,
+        typer.Option(help="Of the stored numbers, as q8_0. Default: the format's first."),
     ] = None,
 ) -> None:
     """Write a client's own model for other programs, and check it. See docs/export.md."""
