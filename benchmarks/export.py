@@ -168,7 +168,8 @@ def main() -> None:
             "run": config.name, "client": options.client, "round": folder.checkpoint().round,
             "rounds": config.rounds, "commit": commit(),
             "tokens": sum(len(targets) for _, targets in windows),
-            "generated": options.tokens, "valid_windows": options.valid_windows, "weights": spread_of(model, windows),
+            "generated": options.tokens, "valid_windows": options.valid_windows,
+            "weights": spread_of(model, windows),
         }  # fmt: skip
         print("| format | MB | perplexity | against the run | tokens per CPU second |")
         print("|---|---|---|---|---|")
