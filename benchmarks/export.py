@@ -47,6 +47,7 @@ EXPORTS = [
     ("flat", "float32"), ("gguf", "float32"), ("gguf", "float16"), ("gguf", "bfloat16"),
     ("gguf", "q8_0"),
 ]  # fmt: skip
+REFUSED = ["q4_1", "q4_0"]
 BASES = ["q8_0", "q5_1", "q4_1", "q4_0"]
 
 
@@ -181,7 +182,9 @@ def main() -> None:
         table.add("the run's own, ours", None, ours, torch_speed(model.model, ids, options.tokens))
         source = Source(folder, options.client, base, model, windows_of(data.valid, length))
         with tempfile.TemporaryDirectory() as scratch:
-            refused(source, Path(scratch), windows, table, options.tokens)
+            for type in REFUSED:
+                if not options.only or f"merged-{type}" in options.only:
+                    refused(source, Path(scratch) / type, windows, table, options.tokens)
     with tempfile.TemporaryDirectory() as scratch:
         for to, type in EXPORTS:
             if options.only and f"{to}-{type}" not in options.only:
@@ -281,14 +284,11 @@ def shared(
 
 
 def refused(
-    source: Source, scratch: Path, windows: Sequence[Window], table: Table, count: int
+    source: Source, path: Path, windows: Sequence[Window], table: Table, count: int
 ) -> None:
-    """What a merged model in 4 bits would be worth."""
-    merged = standard_model(source)
-    for type in ("q4_1", "q4_0"):
-        path = scratch / f"{type}.gguf"
-        write_gguf(path, merged, source.base.tokenizer, type, "refused")
-        in_llama_cpp(f"merged {type} (refused)", (path, None), windows, table, count)
+    """What a merged model in few bits would be worth; path is named after its type."""
+    write_gguf(path, standard_model(source), source.base.tokenizer, path.name, "refused")
+    in_llama_cpp(f"merged {path.name} (refused)", (path, None), windows, table, count)
 
 
 if __name__ == "__main__":
