@@ -138,7 +138,10 @@ def _named(name: str) -> tuple[Any, Any]:
 
 
 def _read_as_before(section: BaseSection, tokenizer: Any) -> None:
-    """Give the tokenizer the rule that runs of this base began with before it had its own. Raises UserError."""
+    """Give the tokenizer the rule by which runs read this base before it had its own.
+
+    Raises UserError for a base that was always read by its own.
+    """
     older: dict[str, Any] = {}
     for module in modules().values():
         older |= getattr(module, "OLDER_RULES", {})

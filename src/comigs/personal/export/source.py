@@ -16,7 +16,8 @@ from comigs.data.corpus import TokenStore
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.experts.mixture import Mixture
-from comigs.methods.method import Method, load_method
+from comigs.methods.loading import load_method
+from comigs.methods.method import Method
 from comigs.personal.model import PersonalModel
 from comigs.runs.folder import RunFolder
 from comigs.slots import OTHERS
