@@ -142,12 +142,13 @@ class Model:
         assert count >= 0
         return list(room[:count])
 
-    def greedy(self, ids: list[int], count: int) -> list[int]:
-        """The likeliest tokens that follow, each at most once, so that none goes on for ever."""
+    def greedy(self, ids: list[int], count: int, once: bool = False) -> list[int]:
+        """The likeliest tokens that follow; each at most once, where a text would go in circles."""
         found = list(ids)
         for _ in range(count):
             logits_V = self.logits(found)[-1]
-            logits_V[found] = -torch.inf
+            if once:
+                logits_V[found] = -torch.inf
             found.append(int(logits_V.argmax()))
         return found[len(ids) :]
 

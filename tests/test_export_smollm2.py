@@ -75,10 +75,11 @@ def ours(run):
                 found["logits"] = logits
         found["perplexity"] = torch.tensor(nats / tokens).exp().item()
         ids = model.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
-        settings = {"max_new_tokens": 64, "do_sample": False, "no_repeat_ngram_size": 1}
+        settings = {"max_new_tokens": 64, "do_sample": False}
         text = model.model.generate(
             torch.tensor([ids]), **settings, eos_token_id=None, pad_token_id=2
         )
+        assert len(set(text[0].tolist())) > 20
         found["ids"], found["greedy"] = ids, text[0, len(ids) :].tolist()
         found["texts"] = documents("de", "test")[:40]
         found["texts"] += ["in  1999   and    7 or 12", "x  " * 5 + "3"]
