@@ -79,7 +79,7 @@ def ours(run):
         text = model.model.generate(
             torch.tensor([ids]), **settings, eos_token_id=None, pad_token_id=2
         )
-        assert len(set(text[0].tolist())) > 20
+        assert len(set(text[0].tolist())) > 10  # no single token for ever
         found["ids"], found["greedy"] = ids, text[0, len(ids) :].tolist()
         found["texts"] = documents("de", "test")[:40]
         found["texts"] += ["in  1999   and    7 or 12", "x  " * 5 + "3"]
