@@ -121,7 +121,7 @@ VERBS = frozenset(
     Register Release Remove Render Repeat Replace Report Require Reset Resolve Restore Resume
     Return Revoke Rewind Round Route Run Sample Save Say Scale Scan See Select Send Serve Set
     Share Show Shut Sign Skip Sort Split Stage Stand Start State Stop Store Stream Submit Sum
-    Summarize Take Tell Test Time Tokenize Train Translate Truncate Try Turn Unpack Unregister
-    Update Use Validate Wait Walk Warn Watch Weigh Wrap Write Yield
+    Summarize Take Talk Tell Test Time Tokenize Train Translate Truncate Try Turn Unpack
+    Unregister Update Use Validate Wait Walk Warn Watch Weigh Wrap Write Yield
     """.split()  # noqa: SIM905
 )

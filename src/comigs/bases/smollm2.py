@@ -32,7 +32,7 @@ def smollm2_135m() -> tuple[Any, Any]:
 
 
 def own_rule() -> Any:
-    """SmolLM2's own rule makes every digit a word.
+    """Make every digit a word, which is SmolLM2's own rule.
 
     Its GGUF names that rule ("smollm"), but transformers rebuilds the tokenizer with `gpt2s_rule`.
     The two differ where two or more spaces stand before a digit.
@@ -42,7 +42,7 @@ def own_rule() -> Any:
 
 
 def gpt2s_rule() -> Any:
-    """GPT-2's rule, by which runs read this base before there was base.tokenizer (decision 14)."""
+    """Keep GPT-2's rule, by which runs read this base before base.tokenizer (decision 14)."""
     return pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)
 
 

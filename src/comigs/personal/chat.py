@@ -69,6 +69,7 @@ class Chat:
         self.system = ""
         self.turns: list[Message] = []
         self.client = client
+        # A conversation keeps its row, so that what was read once stays read.
         self._vocabulary = Vocabulary(base.tokenizer)
         self._ends = end_ids(base.model, base.tokenizer)
         self._packed = read_client(folder, client, base, client, 0)

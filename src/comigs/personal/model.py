@@ -60,7 +60,7 @@ class PersonalModel:
 
     @contextmanager
     def without_experts(self) -> Iterator[None]:
-        """The base alone inside, the client's own model again after."""
+        """Be the base alone inside, and the client's own model again after."""
         self.attachment.unbind()
         try:
             yield

@@ -154,6 +154,7 @@ def disk_errors() -> Iterator[None]:
 def require_as_promised(written: Written, found: Outputs, type: str) -> None:
     """Compare what was read back with what was meant. Raises UserError where they differ."""
     expected = written.expected
+    # Nothing is rounded in float32, so every logit must be there; other types round, and may cost.
     if type == "float32":
         far = found.furthest(expected)
         if not far <= LOGITS:
@@ -173,6 +174,7 @@ def require_as_promised(written: Written, found: Outputs, type: str) -> None:
 
 def manifest_of(source: Source, exported: Exported) -> dict[str, Any]:
     """Return what `comigs evaluate --model` and other programs need to know of an export."""
+    # No path is in it: an export is passed on.
     return {
         "comigs_export": 1,
         "format": exported.format,

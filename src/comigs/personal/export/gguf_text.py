@@ -66,7 +66,10 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary_size: int) -> None:
     for added in described["added_tokens"]:
         special = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
         tokens[added["id"]], kinds[added["id"]] = added["content"], special
-    merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]]
+    # Older files have a merge as one text, newer ones as a pair.
+    merges = []
+    for merge in described["model"]["merges"]:
+        merges.append(merge if isinstance(merge, str) else " ".join(merge))
 
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(rule_of(tokenizer))

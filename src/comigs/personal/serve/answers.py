@@ -153,6 +153,7 @@ class Answer:
                 num_tokens[piece.choice] = piece.num_tokens
                 for chunk in replies.piece(piece):
                     yield _event(chunk)
+            # The end is told only once, after every choice has ended.
             if options is not None and options.include_usage:
                 yield _event(replies.usage(self.prompt_tokens, sum(num_tokens)))
             yield "data: [DONE]\n\n"

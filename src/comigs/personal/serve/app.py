@@ -129,6 +129,7 @@ class Api:
         """Wait for the end of an answer, or of the connection, whichever comes first."""
         writing = asyncio.create_task(answer.whole(replies))
         leaving = asyncio.create_task(_gone(request))
+        # A client that leaves frees its rows for others at once.
         try:
             await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not writing.done():

@@ -64,6 +64,7 @@ class RowModel:
         """
         device = self.base.device
         last = torch.tensor([span.at.stop - 1 for span in this.spans], device=device)
+        # The blocks below learn which row a token is of from this context, not from arguments.
         token = PASS.set(this)
         try:
             output = self.model(
@@ -154,6 +155,7 @@ class RowMixture(nn.Module):
         if experts.W_ED is None:
             E = len(experts.ranks)
             return torch.full((len(x_ND), E), 1 / E, device=x_ND.device)
+        # A sequence is routed by what it has read so far, which is in other passes, too.
         read = x_ND.to(experts.W_ED.dtype)
         if experts.routed_by == "sequence":
             start = group.at.start
@@ -226,8 +228,9 @@ def rows_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, sliding_window: int | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Return causal attention of each row to its own tokens, in the way `transformers` calls an attention
-    function.
+    """Return causal attention of each row to its own tokens.
+
+    This is called as `transformers` calls an attention function.
 
     query (1, H, T, d), key and value (1, H of keys, T, d) -> (1, T, H, d).
     """

@@ -148,6 +148,7 @@ class Scheduler:
     def _drop(self) -> None:
         """Let go of those that nobody waits for, and of those that are too late."""
         now = time.monotonic()
+        # Others put jobs into the queue while this thread works, so the queue is taken as a whole.
         with self._changed:
             stopping = self._stop_at is not None
             over = self._stop_at is not None and now >= self._stop_at
@@ -159,6 +160,7 @@ class Scheduler:
                     job.deliver(STOPPING if stopping else LATE)
                 else:
                     self._waiting.append(job)
+        # Rows that nobody waits for make room for the queue.
         cancelled = {id(w.job) for w in self.writers if w.job.cancelled}
         self.writers = [w for w in self.writers if id(w.job) not in cancelled]
         self._fail([w for w in self.writers if over], STOPPING)

@@ -62,7 +62,8 @@ def folder_of(part: str) -> str:
     """Return the folder of an expert: "g0" is "generalist-0"."""
     if part == OTHERS:
         return part
-    return f"{'generalist' if part[0] == 'g' else 'specialist'}-{part[1:]}"
+    role = {"g": "generalist", "s": "specialist"}[part[0]]
+    return f"{role}-{part[1:]}"
 
 
 def expert_pairs(source: Source, number: int) -> dict[tuple[int, str], Pair]:
@@ -135,6 +136,7 @@ def read(source: Source, folder: Path) -> Iterator[Any]:
 def run(source: Source) -> str:
     """Say how to run it in three tools."""
     one = folder_of(source.parts[0])
+    # One expert is what these tools load; the mixture of them is ours alone.
     return f"""The base is {source.base.title}: each `adapter_config.json` says where it was found.
 
 ```python
