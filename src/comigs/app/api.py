@@ -110,6 +110,8 @@ def prepare(config: Config, say: Say = ignore) -> Texts:
     load_method(config)
     base, config = load(config)
     data = prepare_data(config, base.encoder, say)
+    for line in data.notes():
+        say(line)
     for client in data.load_all().values():  # loading a client's text tokenises it
         for split in SPLITS:
             for store in getattr(client, split):

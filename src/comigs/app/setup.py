@@ -84,6 +84,9 @@ def read_texts(config: Config, base: Base, report: Report, say: Say) -> Texts:
     report: gets notes on what is going on. say: gets a line for each client.
     """
     data = prepare(config, base.encoder, lambda line: report(Note(message=line)))
+    # Nobody can know from the numbers of tokens what of a folder was no text.
+    for line in data.notes():
+        say(line)
     if not everybody_trains(config):
         clients = plural(len(data.names), "client")
         say(f"{clients}: a client's text is tokenised when it is first asked")

@@ -92,6 +92,13 @@ class DataSection(Section):
         lt=1,
         description="Where a hash splits the text, this share of documents is test.",
     )
+    short_repeat: int = Field(
+        60,
+        ge=0,
+        description="A text of up to this many bytes that is in two splits or at two clients is "
+        "everyday speech and stays where it comes first; a longer one is a leak and is refused. "
+        "0: every such text is a leak.",
+    )
     train_share: float = Field(
         1.0,
         gt=0,

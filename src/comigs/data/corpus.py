@@ -107,7 +107,7 @@ def open_store(folder: Path) -> TokenStore:
     except PermissionError as error:
         raise UserError(f"{error.filename}: no permission to read this token store") from None
     # Whatever else is wrong, also what JSON is missing, has one cure.
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise _damaged(folder) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -39,5 +40,7 @@ def decode(raw: bytes, where: str, offset: int = 0) -> str:
         text = raw.decode()
     except UnicodeDecodeError as error:
         place = f"byte {offset + error.start} (0x{raw[error.start]:02x})"
+        if offset == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            place += ", as UTF-16 begins"
         raise UserError(f"{where}: not UTF-8 at {place}; save the file as UTF-8") from None
     return text.removeprefix(BYTE_ORDER_MARK) if offset == 0 else text

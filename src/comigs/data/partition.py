@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from comigs.config import SPLITS, ClientEntry, DataSection, Split
+from comigs.config import SPLITS, ClientEntry, DataSection, Split, Text
 from comigs.data.document import Document, chunks, content_digest, text_digest
-from comigs.data.sources import open_source
+from comigs.data.pieces import pieces
+from comigs.data.sources import left_out, open_source
 from comigs.errors import UserError
 
 MIN_DOCUMENTS = 3  # one for each split
 REPEATED = len(SPLITS)  # the "split" of a document whose text came before
+ELSEWHERE = (
+    REPEATED + 1
+)  # the "split" of a short text that is in another split, or at another client
+BLANK = "documents without text"
 
 
 class Scan(NamedTuple):
@@ -43,20 +48,23 @@ class Scan(NamedTuple):
 class Listing:
     """A listing is a source and the split of each of its documents.
 
-    `splits` holds for each document an index into SPLITS, or REPEATED.
+    `splits` holds for each document an index into SPLITS, or REPEATED, or ELSEWHERE. in_pieces: the
+    source is one document, and is cut. left_out: how many of what the source passes over.
     """
 
     spec: str
     root: Path
     scan: Scan
     splits: NDArray[np.uint8]
+    in_pieces: bool = False
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def read(self) -> Iterator[tuple[int, Document]]:
         """Read the source again; yield each document that is not repeated, with its split."""
-        for number, document in enumerate(_documents(self.spec, self.root)):
+        for number, document in enumerate(_documents(self.spec, self.root, self.in_pieces)):
             # A source that grew since the first pass: the store's check of its text will say so.
             split = int(self.splits[number]) if number < len(self.splits) else 0
-            if split != REPEATED:
+            if split < REPEATED:
                 yield split, document
 
 
@@ -98,6 +106,22 @@ class Partition:
         """How many documents are left out, as their text came before in the same source."""
         return sum(int((listing.splits == REPEATED).sum()) for listing in self.listings)
 
+    def notes(self) -> list[str]:
+        """Return lines that say what is left out, and what is cut."""
+        lines = []
+        for listing in self.listings:
+            if listing.in_pieces:
+                number = len(listing.splits)
+                lines.append(f'"{listing.spec}" is one document; cut at paragraphs into {number:,}')
+            if listing.left_out:
+                counts = [f"{number:,} {what}" for what, number in listing.left_out.items()]
+                lines.append(f'left out of "{listing.spec}": {", ".join(counts)}')
+        if elsewhere := sum(int((part.splits == ELSEWHERE).sum()) for part in self.listings):
+            lines.append(
+                f"left out {elsewhere:,} short texts that another split or client has, too"
+            )
+        return [f"{self.client}: {line}" for line in lines]
+
     def _of(self, split: Split, field: str) -> NDArray[Any]:
         chosen = []
         for listing in self.listings:
@@ -111,24 +135,33 @@ def partition(entry: ClientEntry, data: DataSection) -> Partition:
     Where splits are given, they are taken as they are. Else by hash: see `split_by_hash`.
     Raises UserError, naming the client, for text that cannot be read or is too little.
     """
+    assert entry.text is not None, "require_text() refuses these"
     with named(entry.name):
-        if isinstance(entry.text, str):
-            return Partition(entry.name, (_list_by_hash(entry.text, data),))
-        assert entry.text is not None, "require_text() refuses these"
-        listings = []
-        for index, split in enumerate(SPLITS):
-            spec = getattr(entry.text, split)
-            scan = _scan(spec, data.root)
-            if not len(scan.texts):
-                raise UserError(f'text.{split} = "{spec}": there is no text in it')
-            # A text that repeats an earlier one of its split would count twice.
-            splits = np.where(_first_of_each(scan.contents), index, REPEATED).astype(np.uint8)
-            listings.append(Listing(spec, data.root, scan, splits))
-        return Partition(entry.name, tuple(listings))
+        return Partition(entry.name, list_text(entry.text, data))
+
+
+def list_text(text: str | Text, data: DataSection) -> tuple[Listing, ...]:
+    """Read a text once and decide each document's split. Raises UserError, without a name."""
+    if isinstance(text, str):
+        return (_list_by_hash(text, data),)
+    listings = []
+    for index, split in enumerate(SPLITS):
+        spec = getattr(text, split)
+        scan, passed = _scan(spec, data.root)
+        if not len(scan.texts):
+            raise UserError(f'text.{split} = "{spec}": there is no text in it')
+        # A text that repeats an earlier one of its split would count twice.
+        splits = np.where(_first_of_each(scan.contents), index, REPEATED).astype(np.uint8)
+        listings.append(Listing(spec, data.root, scan, splits, left_out=passed))
+    return tuple(listings)
 
 
 def _list_by_hash(spec: str, data: DataSection) -> Listing:
-    scan = _scan(spec, data.root)
+    scan, passed = _scan(spec, data.root)
+    # A book in one file, or an export, is a document to nobody but its file system.
+    in_pieces = len(scan.texts) == 1
+    if in_pieces:
+        scan, _ = _scan(spec, data.root, in_pieces)
     first = _first_of_each(scan.contents)
     if first.sum() < MIN_DOCUMENTS:
         raise UserError(
@@ -138,7 +171,7 @@ def _list_by_hash(spec: str, data: DataSection) -> Listing:
         )
     splits = np.full(len(first), REPEATED, dtype=np.uint8)
     splits[first] = split_by_hash(scan.shares[first], data.valid_fraction, data.test_fraction)
-    return Listing(spec, data.root, scan, splits)
+    return Listing(spec, data.root, scan, splits, in_pieces, passed)
 
 
 def split_by_hash(
@@ -167,9 +200,14 @@ def share(document: Document) -> float:
     return float(int.from_bytes(digest[:6]) / 2**48)
 
 
-def _scan(spec: str, root: Path) -> Scan:
+def _scan(spec: str, root: Path, in_pieces: bool = False) -> tuple[Scan, dict[str, int]]:
+    """Read a source once; return what is in it, and how many of what was passed over."""
     texts, contents, sizes, shares = bytearray(), bytearray(), array("q"), array("d")
-    for document in _documents(spec, root):
+    blank = 0
+    for document in _documents(spec, root, in_pieces, blank=True):
+        if not document.text or document.text.isspace():
+            blank += 1
+            continue
         try:
             texts += text_digest(document.text)
             contents += content_digest(document.text)
@@ -182,57 +220,32 @@ def _scan(spec: str, root: Path) -> Scan:
             raise UserError(
                 f"{document.name!a}: not valid Unicode (half a surrogate pair); {cure}"
             ) from None
-    return Scan(
+    passed = left_out(spec, root)
+    if blank:
+        passed[BLANK] = blank
+    scan = Scan(
         np.frombuffer(texts, "S32"),
         np.frombuffer(contents, "S16"),
         np.frombuffer(sizes, np.int64),
         np.frombuffer(shares, np.float64),
     )
+    return scan, passed
 
 
-def _documents(spec: str, root: Path) -> Iterator[Document]:
-    """Yield the documents of a source that have any text."""
-    for document in open_source(spec, root):
-        if document.text and not document.text.isspace():
-            yield document
+def _documents(
+    spec: str, root: Path, in_pieces: bool = False, blank: bool = False
+) -> Iterator[Document]:
+    """Yield the documents of a source, in pieces if asked. blank: also those without any text."""
+    for whole in open_source(spec, root):
+        for document in pieces(whole) if in_pieces else (whole,):
+            if blank or (document.text and not document.text.isspace()):
+                yield document
 
 
 def _first_of_each(contents: NDArray[np.bytes_]) -> NDArray[np.bool_]:
     first = np.zeros(len(contents), dtype=bool)
     first[np.unique(contents, return_index=True)[1]] = True
     return first
-
-
-def check_disjoint(partitions: Sequence[Partition]) -> None:
-    """Refuse a text in two splits or at two clients. Raises UserError, naming both places."""
-    places = [(part, split) for part in partitions for split in SPLITS]
-    digests = [part.contents(split) for part, split in places]
-    everything = np.concatenate(digests)
-    # Sorted, equal digests are neighbours.
-    order = np.argsort(everything, kind="stable")
-    same = np.flatnonzero(everything[order][1:] == everything[order][:-1])
-    if len(same):
-        owners = np.repeat(np.arange(len(places)), [len(d) for d in digests])
-        pair = order[same[0] : same[0] + 2]
-        where = " and ".join(_where(places[owners[i]], bytes(everything[i])) for i in pair)
-        more = f" (and {len(same) - 1} more such pairs)" if len(same) > 1 else ""
-        raise UserError(
-            f"the same text is in {where}{more}; "
-            "a document may be in one split of one client: remove one"
-        )
-
-
-def _where(place: tuple[Partition, Split], digest: bytes) -> str:
-    """Return a text's place in words. The source is read again to find the document's name.
-
-    numpy hands out the digest without zero bytes at its end.
-    """
-    (part, split), name = place, "?"
-    for _, document in part.read([split]):
-        if content_digest(document.text).rstrip(b"\0") == digest:
-            name = document.name
-            break
-    return f'client "{part.client}" {split} ("{name}")'
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from pathlib import Path
 from comigs.config import SPLITS, Config, DataSection, Split
 from comigs.data.corpus import Encoder, TokenStore, open_store, store_folder
 from comigs.data.document import text_digest
-from comigs.data.partition import Partition, check_disjoint, named, partition
+from comigs.data.leaks import check_disjoint, without_short_repeats
+from comigs.data.partition import Partition, named, partition
 from comigs.data.writer import StoreWriter
 from comigs.errors import UserError
 
@@ -75,6 +76,7 @@ def prepare(config: Config, encoder: Encoder, progress: Progress | None = None) 
         if progress is not None and number and number % OFTEN == 0:
             progress(f"reading text: {number:,} of {len(config.clients):,} clients")
         partitions.append(partition(entry, config.data))
+    partitions = without_short_repeats(partitions, config.data)
     check_disjoint(partitions)
     own = [ClientText(part, config.data, encoder, progress) for part in partitions]
     return Texts(own, config.data.distribution)
@@ -90,8 +92,11 @@ def prepare_client(
     """
     entry = config.client_named(name)
     require_own_text_only(config)
-    part = partition(entry, config.data)
+    (part,) = without_short_repeats([partition(entry, config.data)], config.data)
     check_disjoint([part])
+    if progress is not None:
+        for line in part.notes():
+            progress(line)
     return Texts([ClientText(part, config.data, encoder, progress)], "in").load(name)
 
 
@@ -125,6 +130,10 @@ class Texts:
         self._own = {text.part.client: text for text in own}
         self._mixed = distribution == "out"
         self.names = tuple(self._own)
+
+    def notes(self) -> list[str]:
+        """Return lines that say what is left out of the clients' texts, and what is cut."""
+        return [line for text in self._own.values() for line in text.part.notes()]
 
     def load(self, name: str) -> ClientData:
         """Return a client's data, tokenizing what is not in the cache.

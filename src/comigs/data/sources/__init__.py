@@ -1,7 +1,8 @@
 """This room says where text comes from: each file here is one source, found by its name.
 
 A source has `load(argument, root) -> Iterator[Document]`, which never holds the whole text and
-yields the same documents in the same order each time, and says SUMMARY, VERSION and LICENSE.
+yields the same documents in the same order each time, and says SUMMARY, VERSION and LICENSE. Where
+it passes over anything, `left_out(argument, root) -> dict[str, int]` counts it, by what it is.
 """
 
 from __future__ import annotations
@@ -50,6 +51,13 @@ def open_source(spec: str, root: Path) -> Iterator[Document]:
     name, argument = _parse(spec, root)
     documents: Iterator[Document] = _module(name).load(argument, root)
     return documents
+
+
+def left_out(spec: str, root: Path) -> dict[str, int]:
+    """Return how many of what a source passes over: what it is -> its number. Raises UserError."""
+    name, argument = _parse(spec, root)
+    count = getattr(_module(name), "left_out", None)
+    return dict(count(argument, root)) if count is not None else {}
 
 
 def _module(name: str) -> ModuleType:

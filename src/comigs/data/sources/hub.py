@@ -29,10 +29,13 @@ def load(argument: str, root: Path) -> Iterator[Document]:
     rows = _open(argument, root)
     for number, row in enumerate(_guarded(rows, argument)):
         if not isinstance(row.get("text"), str):
-            raise UserError(
-                f"hub:{argument}: row {number} has no field `text`; "
-                f"fields there are: {', '.join(row)}"
-            )
+            problem = f"has no field `text`; fields there are: {', '.join(row)}"
+            if "text" in row:
+                kind = (
+                    "null" if row["text"] is None else f"no text but {type(row['text']).__name__}"
+                )
+                problem = f"has a field `text` that is {kind}; leave the row out, or fill it in"
+            raise UserError(f"hub:{argument}: row {number} {problem}")
         yield Document(row["text"], f"{argument}:{number}")
 
 

@@ -34,15 +34,16 @@ DROPPED = re.compile(
     r"|TRADU|TRANSLAT|ÜBERSETZ|VERTAL|DROITS|DIRITTI|DERECHOS)",
     re.IGNORECASE,
 )
+LARGEST = 1 << 26  # bytes of a page
 PAGES_AT_ONCE = 64  # rendered ahead of the reader
 
 
 def load(argument: str, root: Path) -> Iterator[Document]:
     """Yield the pages of one language in the order of their paths.
 
-    Links and `.so` pages, which only repeat, are left out.
+    Links and `.so` pages, which only repeat, are left out; `left_out` counts them.
     """
-    folder = MAN_ROOT if argument == "en" else MAN_ROOT / argument
+    folder = _folder(argument)
     pages = []
     # A language such as ".." would name another folder.
     if re.fullmatch(r"[A-Za-z][A-Za-z_@.]*", argument):
@@ -68,18 +69,42 @@ def load(argument: str, root: Path) -> Iterator[Document]:
                     yield Document(text, name, key=name)
 
 
+def left_out(argument: str, root: Path) -> dict[str, int]:
+    """Count the pages that only point to another."""
+    number = 0
+    for page in _folder(argument).glob("man*/*"):
+        if page.is_file():
+            number += page.is_symlink() or _points(_source(page))
+    return {"pages that only point to another": number} if number else {}
+
+
+def _folder(language: str) -> Path:
+    return MAN_ROOT if language == "en" else MAN_ROOT / language
+
+
 def _render(page: Path) -> str:
     """Return one page as plain text; '' for a page that only points to another."""
-    with reading(page):
-        raw = page.read_bytes()
-        source = gzip.decompress(raw) if page.suffix == ".gz" else raw
-    if source.lstrip().startswith(b".so "):
+    source = _source(page)
+    if _points(source):
         return ""
     # groff's safe mode (its default) keeps a page from running commands or writing files.
     done = subprocess.run(
         GROFF, input=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
     )
     return _clean(done.stdout.decode(errors="replace"))
+
+
+def _source(page: Path) -> bytes:
+    """Return one page as it is written. Raises UserError where it grows without end."""
+    with reading(page), gzip.open(page) if page.suffix == ".gz" else page.open("rb") as file:
+        source = file.read(LARGEST + 1)
+    if len(source) > LARGEST:
+        raise UserError(f"{page}: larger than {LARGEST:,} bytes; no manual page is")
+    return source
+
+
+def _points(source: bytes) -> bool:
+    return source.lstrip().startswith(b".so ")
 
 
 def _clean(rendered: str) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 from threading import Event
 from typing import NoReturn
 
-from comigs.config import Text, folder_or_name
+from comigs.config import DataSection, Text, folder_or_name
+from comigs.data.partition import list_text
 from comigs.data.sources import open_source
 from comigs.errors import UserError
 from comigs.federation.bundle import Bundle, read_bundle, write_bundle
@@ -114,7 +115,13 @@ def text_of(given: Sequence[str]) -> str | Text:
     for spec in [given[0]] if whole else splits.values():
         if next(open_source(spec, Path.cwd()), None) is None:
             raise UserError(f"--text: {spec} has no documents")
-    return given[0] if whole else Text(**splits)
+    text = given[0] if whole else Text(**splits)
+    # Too few documents would be seen by nobody but the server, three rounds later.
+    try:
+        list_text(text, DataSection(root=Path.cwd()))
+    except UserError as error:
+        raise UserError(f"--text: {error}") from None
+    return text
 
 
 def _unpack(bundle: Bundle, home: Path) -> None:
