@@ -57,8 +57,11 @@ def killed_at(number: int, folder: Path, work: Callable[[], object]) -> bool:
             kill_self()
 
     def audit(event: str, arguments: tuple[object, ...]) -> None:
-        if event in TOUCHES and any(str(a).startswith(str(folder)) for a in arguments[:2]):
-            touch()
+        # what is opened from a folder that is open already goes by a name of its own, or by none
+        if event in TOUCHES:
+            names = [str(a) for a in arguments[:2]]
+            if any(name.startswith(str(folder)) for name in names) or names[0][:1] != "/":
+                touch()
 
     def save_slowly(tensors, path, metadata) -> None:  # what Rust writes raises no audit event
         whole = save(tensors, metadata)

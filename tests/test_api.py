@@ -14,6 +14,7 @@ import torch
 import comigs
 from comigs.app import api
 from comigs.errors import UserError
+from comigs.runs.new import free_folder
 from comigs.text import large
 from tests.runs import ENVIRONMENT, files, finished, write_config
 
@@ -133,7 +134,7 @@ def test_large_numbers(number, words):
 
 
 def test_a_free_folder(tmp_path):
-    assert api.free_folder(tmp_path / "a") == tmp_path / "a"
+    assert free_folder(tmp_path / "a") == tmp_path / "a"
     for name in ("a", "a-2"):
         (tmp_path / name).mkdir()
-    assert api.free_folder(tmp_path / "a") == tmp_path / "a-3"
+    assert free_folder(tmp_path / "a") == tmp_path / "a-3"

@@ -33,6 +33,8 @@ from comigs.processes import interrupts
 from comigs.runs.environment import describe, environment, require_same_base
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Note
+from comigs.runs.new import default_folder, new_folder
+from comigs.runs.reader import ANYBODY, Reader
 from comigs.runs.summary import write_summary
 from comigs.server.protocol import Report
 from comigs.server.rounds import run_rounds
@@ -49,8 +51,8 @@ def run(
     Returns the run folder. Raises UserError for bad input.
     """
     # what cannot be is refused before anything is loaded
-    path = Path(out) if out is not None else free_folder(Path("runs") / config.name)
-    require_free(path)
+    out = Path(out) if out is not None else None
+    require_free(out or default_folder(config))
     load_method(config)
     require_text(config)
 
@@ -61,22 +63,26 @@ def run(
     with attached(config, base) as (attachment, shapes):
         require_memory(memory_needed(config, base, shapes, attachment), base.device)
 
-    with RunFolder.create(path, config, environment(base, known)) as folder, _going_on(folder):
-        say(f"run folder {path}")
+    with new_folder(out, config, environment(base, known)) as folder, _going_on(folder):
+        say(f"run folder {folder.path}")
         report(Note(message="measuring the base"))
         _go_on(folder, config, base, data, report)
     return folder
 
 
 def resume(
-    path: Path | str, report: Report = ignore, say: Say = ignore, workers: int | None = None
+    path: Path | str,
+    report: Report = ignore,
+    say: Say = ignore,
+    workers: int | None = None,
+    reader: Reader = ANYBODY,
 ) -> RunFolder:
     """Go on with a stopped run from its last whole round; a finished run is summed up again.
 
-    workers: in place of the config's, for another machine. Returns the run folder. Raises
-    UserError.
+    workers: in place of the config's, for another machine. reader: what the run's folder cannot
+    say. Returns the run folder. Raises UserError.
     """
-    with RunFolder.open(Path(path)) as folder, _going_on(folder):
+    with RunFolder.open(Path(path), reader) as folder, _going_on(folder):
         config, last = folder.config(), folder.rewind()
         if workers is not None:
             config = config.model_copy(update={"workers": workers})
@@ -119,14 +125,18 @@ def prepare(config: Config, say: Say = ignore) -> Texts:
     return data
 
 
-def open_run(path: Path | str) -> RunFolder:
-    """Open a run on disk. Raises UserError where there is none."""
-    return RunFolder.open(Path(path))
+def open_run(path: Path | str, reader: Reader = ANYBODY) -> RunFolder:
+    """Open a run on disk, as its reader wants it opened. Raises UserError where there is none."""
+    return RunFolder.open(Path(path), reader)
 
 
-def open_personal_model(path: Path | str, client: str) -> PersonalModel:
+def open_personal_model(
+    path: Path | str,
+    client: str,
+    reader: Reader = ANYBODY,
+) -> PersonalModel:
     """Open a client's own model from a run, finished or not. Raises UserError."""
-    folder = open_run(path)
+    folder = open_run(path, reader)
     folder.config().client_named(client)
     folder.require_a_round()
     return PersonalModel(folder, client, base_of(folder))
@@ -138,15 +148,18 @@ def base_of(folder: RunFolder) -> Base:
 
 
 def evaluate(
-    path: Path | str, split: Split = "test", client: str | None = None
+    path: Path | str,
+    split: Split = "test",
+    client: str | None = None,
+    reader: Reader = ANYBODY,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Measure clients' own models and the base again.
 
-    client: only this one; None: all. Returns client -> "base" and "personal" -> figures. Raises
-    UserError.
+    client: only this one; None: all. reader: what the run's folder cannot say. Returns client ->
+    "base" and "personal" -> figures. Raises UserError.
     """
     split_named(split)
-    folder = open_run(path)
+    folder = open_run(path, reader)
     if "federation" in folder.environment():
         raise UserError(
             f"{folder.path}: of a federation, whose text and models are on its devices; "
@@ -194,15 +207,6 @@ def evaluation_table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], spl
         rows.append((name, *perplexities, bits, tokens))
     perplexities = (f"base {split} perplexity", f"personal {split} perplexity")
     return Table(("client", *perplexities, "bits per byte", "tokens"), tuple(rows))
-
-
-def free_folder(path: Path) -> Path:
-    """Return `path`, or the first of `path-2`, `path-3`, ... that does not exist."""
-    candidate, number = path, 1
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
 
 
 def _with_a_device(config: Config) -> Config:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from comigs.app import cli_experiments, cli_federation, cli_personal, cli_serving
-from comigs.app.cli_personal import RunPath
+from comigs.app.cli_personal import AllowCode, Cache, RunPath
 from comigs.app.exit import exit_code, finish
 from comigs.errors import UserError
 
@@ -141,14 +141,18 @@ def resume(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes. Default: as the run began with.")
     ] = None,
+    cache: Cache = None,
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Go on with a stopped run from its last whole round; the result is the same to the bit."""
     from comigs.app.console import Console
     from comigs.runs.folder import RunFolder
+    from comigs.runs.reader import Reader
 
     # a run says itself where its clients are
-    folder = RunFolder.open(run)
+    reader = Reader(allow_code, cache)
+    folder = RunFolder.open(run, reader)
     console = Console(folder.config(), quiet)
     environment = folder.environment()
     federated = "federation" in environment
@@ -168,7 +172,7 @@ def resume(
         else:
             from comigs.app import api
 
-            api.resume(run, console.report, console.say, workers)
+            api.resume(run, console.report, console.say, workers, reader)
     finish(run, console, federated)
 
 

@@ -168,14 +168,12 @@ def require_engine(engine: str, federation: Path | None) -> None:
 def run_in(federation: Path, settings: Config, out: Path | None, console: Console) -> Path:
     """Carry out `comigs run --engine flower`, and return the run folder."""
     require_flower()
-    from comigs.app import api
     from comigs.app.setup import load
     from comigs.federation.operator import run
 
     checked = run.check(settings, federation)
     base, resolved = load(settings, console.say)
-    path = out if out is not None else api.free_folder(Path("runs") / settings.name)
-    return run.run(resolved, base, path, checked, console.report, console.say).path
+    return run.run(resolved, base, out, checked, console.report, console.say).path
 
 
 def resume_in(folder: RunFolder, console: Console) -> None:

@@ -13,6 +13,19 @@ import typer
 from comigs.errors import UserError
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code", help="Import the run's method where it is a module of whoever made the run."
+    ),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where your tokens go. Default: where the run had yours, else .cache/comigs.",
+    ),
+]
 
 
 def evaluate(
@@ -25,18 +38,22 @@ def evaluate(
         Path | None, typer.Option(metavar="FOLDER", help="Measure this export of the run instead.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    cache: Cache = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Measure each client's own model, and the base, on every token of a split."""
     from comigs.app import api
     from comigs.app.console import Console
+    from comigs.runs.reader import Reader
 
     which = api.split_named(split)
+    reader = Reader(allow_code, cache)
     if model is None:
-        results = api.evaluate(run, which, client)
+        results = api.evaluate(run, which, client, reader)
     else:
         from comigs.app.export import evaluate_export
 
-        results = evaluate_export(run, model, which, client)
+        results = evaluate_export(run, model, which, client, reader)
     if as_json:
         typer.echo(json.dumps(results, indent=1))
     else:
@@ -54,6 +71,7 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="Makes a temperature above 0 repeatable.")
     ] = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write text with a client's own model."""
     # torch would refuse these too, but later and in words of its own
@@ -64,12 +82,13 @@ def generate(
     if not prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in prompt):
         raise UserError("--prompt: not valid UTF-8; write it in a UTF-8 terminal")
     from comigs.app import api
+    from comigs.runs.reader import Reader
 
     # what is wrong with the prompt is said before anything is written: with the first piece
     sampling: dict[str, Any] = {}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature}
-    model = api.open_personal_model(run, client)
+    model = api.open_personal_model(run, client, Reader(allow_code))
     pieces = model.stream(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)
     # whatever ends the reading, as `| head` does, ends the writing first
     with closing(pieces):

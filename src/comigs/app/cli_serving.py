@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from comigs.app.cli_personal import RunPath
+from comigs.app.cli_personal import AllowCode, RunPath
 from comigs.errors import UserError
 
 LONGEST = 86400  # seconds that a request may be allowed: a day
@@ -30,6 +30,7 @@ def chat(
     system: Annotated[
         str, typer.Option(metavar="TEXT", help="What stands before the conversation.")
     ] = "",
+    allow_code: AllowCode = False,
 ) -> None:
     """Talk with a client's own model in the terminal."""
     if not math.isfinite(temperature):
@@ -37,9 +38,10 @@ def chat(
     from comigs.app import api
     from comigs.personal.chat import Chat, Style
     from comigs.personal.talk import talk
+    from comigs.runs.reader import Reader
 
     # What is wrong with the run or the client is said before the base is loaded.
-    folder = api.open_run(run)
+    folder = api.open_run(run, Reader(allow_code))
     folder.config().client_named(client)
     folder.require_a_round()
     base = api.base_of(folder)

@@ -23,6 +23,7 @@ from comigs.personal.export.outputs import measure_text
 from comigs.personal.export.source import Source, windows_of
 from comigs.personal.model import PersonalModel
 from comigs.runs.folder import RunFolder
+from comigs.runs.reader import ANYBODY, Reader
 
 
 def export(
@@ -53,7 +54,11 @@ def export(
 
 
 def evaluate_export(
-    run: Path | str, exported: Path | str, split: Split = "test", client: str | None = None
+    run: Path | str,
+    exported: Path | str,
+    split: Split = "test",
+    client: str | None = None,
+    reader: Reader = ANYBODY,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Measure an export on the text of the run it is from, as `evaluate` does the run's own model.
 
@@ -63,7 +68,7 @@ def evaluate_export(
     """
     # The files say whose model it is and in which format.
     manifest = read_manifest(Path(exported))
-    form, folder = load_format(manifest["format"]), open_run(run)
+    form, folder = load_format(manifest["format"]), open_run(run, reader)
     name = client if client is not None else manifest["client"]
     base, config, data = opened_for_export(folder, name)
     stores, length = getattr(data, split), config.data.sequence_length

@@ -84,6 +84,13 @@ def store_folder(cache: Path, text_sha256: str, encoder: Encoder) -> Path:
     return cache / hashlib.sha256(made_from.encode()).hexdigest()[:32]
 
 
+def holds_stores(cache: Path) -> bool:
+    """Return whether there are token stores in a folder. Raises OSError."""
+    return any(
+        (folder / META).is_file() and (folder / TOKENS).is_file() for folder in cache.iterdir()
+    )
+
+
 def open_store(folder: Path) -> TokenStore:
     """Map a store that was built before, and return it.
 

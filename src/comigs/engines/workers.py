@@ -35,6 +35,7 @@ from comigs.runs.environment import require_same_base
 from comigs.runs.folder import RunFolder
 from comigs.runs.json_lines import read_event
 from comigs.runs.metrics import Event
+from comigs.runs.reader import Reader
 from comigs.server.protocol import Reply, Report, Task
 
 Result = TypeVar("Result")
@@ -175,7 +176,7 @@ class Worker:
         with theirs:
             self._process = Child(
                 "comigs.engines.workers:main",
-                [str(folder.path), str(number), device, str(theirs.fileno())],
+                [str(folder.path), str(number), device, str(theirs.fileno()), *folder.words()],
                 grace=0,  # it leaves the run alone as soon as this process is gone
                 pass_fds=[theirs.fileno()],
                 stdout=2,  # what libraries print is no answer
@@ -282,16 +283,15 @@ class _Inside:
 
 
 def main() -> None:
-    """Serve `RUN NUMBER DEVICE FILE-DESCRIPTOR` as a worker until the socket closes."""
-    path, number, device, descriptor = sys.argv[1:]
-    lines = socket.socket(fileno=int(descriptor)).makefile("rw", encoding="utf-8")
+    """Serve `RUN NUMBER DEVICE FILE-DESCRIPTOR READER...` until the socket closes."""
+    path, number, device, file, *words = sys.argv[1:]
+    lines = socket.socket(fileno=int(file)).makefile("rw", encoding="utf-8")
     inside: _Inside | None = None
     for line in lines:
         # Whatever goes wrong, in loading the base, too, is an answer: the main process raises it.
         try:
             if inside is None:
-                folder = RunFolder.open(Path(path))
-                folder.follow()
+                folder = RunFolder.open(Path(path), Reader.of(words))
                 inside = _Inside(folder, number, device, lambda event: _say(lines, event.as_json()))
             _say(lines, {**inside.answer(json.loads(line)), "kind": "answer"})
         except Exception as problem:

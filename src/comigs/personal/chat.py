@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -202,12 +203,8 @@ class Chat:
         with writing(path, "choose another file"):
             if os.path.lexists(path):
                 raise UserError(f"{path}: exists already; nothing was changed. Choose another file")
-
-            def write(unfinished: Path) -> None:
-                unfinished.touch(mode=0o600)
-                unfinished.write_text(text, encoding="utf-8")
-
-            write_whole(path, write)
+            fill = partial(Path.write_text, data=text, encoding="utf-8")
+            write_whole(path, fill, mode=0o600)
 
     def routes(self) -> list[RoutedToken]:
         """Return the last answer token by token with the weight of the generalists. Raises

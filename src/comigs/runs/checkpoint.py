@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from comigs.errors import UserError
+from comigs.runs.layout import METRICS, PERSONAL, SUFFIX, is_tensor_file
 from comigs.runs.metrics import Record
 
-SUFFIX = ".safetensors"
-PERSONAL = "personal"  # the one name that has no round: it is written once, at the end
+RESTORE = "restore it from a copy or start a new run"
 
 
 class Checkpoint(Record):
@@ -35,10 +37,28 @@ class Checkpoint(Record):
     timings_bytes: NonNegativeInt
     files: dict[str, str]
 
+    @field_validator("files")
+    @classmethod
+    def _names_of_a_run(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in files:
+            if name != METRICS and not is_tensor_file(name):
+                raise ValueError(f'files: "{name}" is no name of a file of a run')
+        return files
+
     @cached_property
     def newest(self) -> dict[str, str]:
         """The file in the run of every path: clients/fr/experts -> its newest file."""
         return {path_of(file): file for file in self.files if file.endswith(SUFFIX)}
+
+
+def read_checkpoint(values: Mapping[str, Any], path: Path) -> Checkpoint:
+    """Return the checkpoint that a file says. Raises UserError where the file is damaged."""
+    try:
+        return Checkpoint.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        why = f" ({problem['ctx']['error']})" if problem["type"] == "value_error" else ""
+        raise UserError(f"{path}: damaged{why}; {RESTORE}") from None
 
 
 def file_of(path: str, round: int) -> str:
@@ -67,16 +87,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
 
 
-def append(path: Path, raw: bytes) -> int:
-    """Put bytes at the end of a file and on the disk, and return the file's length."""
-    with path.open("ab") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell()
-
-
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal. Raises OSError."""
-    with path.open("rb") as file:
+def sha256(file: BufferedReader) -> str:
+    """Return the sha256 of an open file, in hexadecimal, and close the file. Raises OSError."""
+    with file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,42 +12,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from comigs.config import Config, load_config, read_toml, relative, to_toml
 from comigs.errors import UserError
-from comigs.files import command, require_free, write_whole, writing
+from comigs.files import ClosedFolder, command, move_new, require_free, writing
 from comigs.processes import locked
 from comigs.runs.checkpoint import (
-    PERSONAL,
-    SUFFIX,
+    RESTORE,
     Checkpoint,
-    append,
     file_of,
+    read_checkpoint,
     sha256,
     write_tensors,
 )
 from comigs.runs.json_lines import read_lines, read_record, to_lines
-from comigs.runs.metrics import Line, Summary, Timing
-
-METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
-OWN = ("", "clients/*/", "server/")  # a run has its files here, beside what is somebody's
-LEFT = re.compile(  # the names of what a killed process may leave
-    rf"(round-\d{{4,}}\.\w+|{PERSONAL})\{SUFFIX}|\..*\.unfinished"
+from comigs.runs.layout import (
+    LOCK,
+    METRICS,
+    PERSONAL,
+    SCRATCH,
+    SUFFIX,
+    TIMINGS,
+    remove_left,
+    require_run,
 )
-RESTORE = "restore it from a copy or start a new run"
+from comigs.runs.metrics import Line, Summary, Timing
+from comigs.runs.reader import ALLOW, ANYBODY, Reader
 
 
 class RunFolder:
@@ -57,9 +56,11 @@ class RunFolder:
     the next commit only; `commit` and `rewind` remove it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reader: Reader = ANYBODY) -> None:
         self.path = path
-        self.scratch = path / ".scratch"
+        self.scratch = path / SCRATCH
+        self.files = ClosedFolder(path)
+        self.reader = reader
         self._lock = ExitStack()
         self._last: Checkpoint | None = None  # as this writer left it; None: read it from the disk
         self._digest = hashlib.sha256()  # of metrics.jsonl up to `_last`
@@ -69,67 +70,69 @@ class RunFolder:
     def create(cls, path: Path, config: Config, environment: Mapping[str, Any]) -> RunFolder:
         """Make a new run folder at round 0, which appears whole.
 
-        Raises UserError where there is something already.
+        Raises Taken where there is something already, and UserError.
         """
         require_free(path)
+        reader = Reader(allow_code=True, cache=config.data.cache)
         with writing(path.parent, "choose another folder with --out"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-                made = cls(Path(scratch) / "run")
+                made = cls(Path(scratch) / "run", reader)
                 made.path.mkdir()
                 # Paths are relative, so that a run and its text can move together and no path of
                 # this machine is passed on.
-                _write_text(made.path / "config.toml", to_toml(relative(config, path)))
-                _write_text(made.path / "env.json", json.dumps(environment, indent=1))
-                (made.path / METRICS).touch()
-                (made.path / TIMINGS).touch()
-                files = {METRICS: sha256(made.path / METRICS)}
+                made._write_text("config.toml", to_toml(relative(config, path)))
+                made._write_text("env.json", json.dumps(environment, indent=1))
+                for name in (METRICS, TIMINGS):
+                    (made.path / name).touch()
+                files = {METRICS: sha256(made.files.reading(METRICS))}
                 start = Checkpoint(
                     round=0, finished=False, metrics_bytes=0, timings_bytes=0, files=files
                 )
                 made._write_checkpoint(start)
-                made.path.rename(path)
-        return cls(path)
+                move_new(made.path, path)
+        return cls(path, reader)
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
-        """Open an existing run. Raises UserError where it is none."""
-        if not (path / "checkpoint.json").is_file() or not (path / "config.toml").is_file():
-            found = "no such run folder"
-            if path.exists():
-                found = "not a run folder (it has no config.toml and checkpoint.json)"
-            raise UserError(f"{path}: {found}; start a run with: comigs run CONFIG")
-        return cls(path)
+    def open(cls, path: Path, reader: Reader = ANYBODY) -> RunFolder:
+        """Open an existing run, which somebody else may have made.
+
+        reader: what whoever opens it says. Raises UserError where it is no run.
+        """
+        opened = cls(path, reader)
+        require_run(opened.files)
+        return opened
 
     def __enter__(self) -> Self:
         taken = f"{self.path}: another process is working on this run; wait for it or stop it"
         with self._writing():
-            self._lock.enter_context(locked(self.path / ".lock", taken))
+            self._lock.enter_context(locked(self.path / LOCK, taken))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
     def config(self) -> Config:
-        """Read the resolved config of the run.
-
-        A run of SmolLM2 without base.tokenizer is from before there was that field, and was read by
-        GPT-2's rule (decision 14).
-        """
-        path = self.path / "config.toml"
+        """Read the resolved config of the run, as the reader lets it have its way."""
+        # Where base.tokenizer is missing, SmolLM2 was read by GPT-2's rule (decision 14).
+        path, overrides = self.files.plain("config.toml"), []
         base = read_toml(path).get("base", {})
         if base.get("name") == "smollm2-135m" and "tokenizer" not in base:
-            return load_config(path, ['base.tokenizer="gpt-2"'])
-        return load_config(path)
+            overrides.append('base.tokenizer="gpt-2"')
+        return self.reader.read(load_config(path, overrides), self.path)
 
     def summary(self) -> Summary:
         """Read the result (summary.json). Raises UserError where the run is not finished."""
-        if not (self.path / "summary.json").exists():
+        if not self.files.has("summary.json"):
             raise UserError(
                 f"{self.path}: not finished; go on with: {command('resume', self.path)}"
             )
         values = self._read_json("summary.json")
         return read_record(Summary, values, str(self.path / "summary.json"))
+
+    def words(self) -> list[str]:
+        """Return what the run's reader says, for another process: see `Reader.of`."""
+        return [str(self.config().data.cache), *[ALLOW] * self.reader.allow_code]
 
     def environment(self) -> dict[str, Any]:
         """Read what the run was made with (env.json)."""
@@ -137,14 +140,11 @@ class RunFolder:
 
     def checkpoint(self) -> Checkpoint:
         """Read the last commit. Raises UserError where the file is damaged."""
-        try:
-            return Checkpoint.model_validate(self._read_json("checkpoint.json"))
-        except ValidationError:
-            raise UserError(f"{self.path / 'checkpoint.json'}: damaged; {RESTORE}") from None
+        return read_checkpoint(self._read_json("checkpoint.json"), self.path / "checkpoint.json")
 
     def metrics(self) -> list[Line]:
         """Read the committed lines of metrics.jsonl. Raises UserError where the file is damaged."""
-        raw = (self.path / METRICS).read_bytes()[: self.checkpoint().metrics_bytes]
+        raw = self.files.read(METRICS)[: self.checkpoint().metrics_bytes]
         try:
             return read_lines(raw, str(self.path / METRICS))
         except UserError:
@@ -166,22 +166,18 @@ class RunFolder:
         lengths = {METRICS: last.metrics_bytes, TIMINGS: last.timings_bytes}
         for name, length in lengths.items():
             file = self.path / name
-            if not file.is_file() or file.stat().st_size < length:
+            if not self.files.has(name) or file.stat().st_size < length:
                 raise UserError(f"{file}: shorter than when round {last.round} ended; {RESTORE}")
-        digest = hashlib.sha256((self.path / METRICS).read_bytes()[: last.metrics_bytes])
+        digest = hashlib.sha256(self.files.read(METRICS)[: last.metrics_bytes])
         if digest.hexdigest() != last.files.get(METRICS):
             changed = f"changed since round {last.round} ended"
             raise UserError(f"{self.path / METRICS}: damaged ({changed}); {RESTORE}")
         # Only names that a run gives are removed: the folder may hold somebody's own files, too.
         with self._writing():
             for name, length in lengths.items():
-                os.truncate(self.path / name, length)
-            shutil.rmtree(self.scratch, ignore_errors=True)
-            for folder in OWN:
-                for path in self.path.glob(f"{folder}*"):
-                    kept = str(path.relative_to(self.path)) in last.files
-                    if LEFT.fullmatch(path.name) and not kept:
-                        path.unlink()
+                self.files.truncate(name, length)
+            self.files.remove_folder(SCRATCH)
+            remove_left(self.files, last.files)
         self._last, self._digest, self._staged = last, digest, {}
         return last
 
@@ -194,9 +190,8 @@ class RunFolder:
         file = file_of(path, round)
         assert file not in last.files, f"{file} is part of the run already"
         with self._writing():
-            (self.path / file).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path / file, lambda unfinished: write_tensors(unfinished, tensors))
-            self._staged[path] = file, sha256(self.path / file)
+            self.files.write(file, lambda unfinished: write_tensors(unfinished, tensors))
+            self._staged[path] = file, sha256(self.files.reading(file))
 
     def staged(self, prefix: str) -> dict[str, tuple[str, str]]:
         """Return what was staged since the last commit below a path: path -> its file and sha256.
@@ -236,8 +231,8 @@ class RunFolder:
         # The checkpoint is the last to be written and the first to be believed: what it does not
         # name any more is removed after it.
         with self._writing():
-            timings_bytes = append(self.path / TIMINGS, to_lines(timings))
-            metrics_bytes = append(self.path / METRICS, raw)
+            timings_bytes = self.files.append(TIMINGS, to_lines(timings))
+            metrics_bytes = self.files.append(METRICS, raw)
             now = Checkpoint(
                 round=round,
                 finished=finished,
@@ -247,8 +242,8 @@ class RunFolder:
             )
             self._write_checkpoint(now)
             for file in {*last.files, *(file for file, _ in newest.values())} - files.keys():
-                (self.path / file).unlink(missing_ok=True)
-            shutil.rmtree(self.scratch, ignore_errors=True)
+                self.files.remove(file)
+            self.files.remove_folder(SCRATCH)
         self._last, self._digest, self._staged = now, digest, {}
 
     def holds(self, path: str, staged: bool = False) -> bool:
@@ -266,12 +261,12 @@ class RunFolder:
         if staged and path in self._staged:
             file, expected = self._staged[path]
         try:
-            if expected is None or sha256(self.path / file) != expected:
+            if expected is None or sha256(self.files.reading(file)) != expected:
                 raise UserError(
                     f"{self.path / file}: damaged or not of this run "
                     f"(its sha256 is not the committed one); {RESTORE}"
                 )
-            return load_file(self.path / file)
+            return load_file(self.files.plain(file))
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{self.path / file}: cannot be read: {reason}; {RESTORE}") from None
@@ -280,24 +275,25 @@ class RunFolder:
         """Write summary.json, whole. Raises UserError where the disk refuses."""
         text = json.dumps(summary.as_json(), indent=1, allow_nan=False) + "\n"
         with self._writing():
-            _write_text(self.path / "summary.json", text)
+            self._write_text("summary.json", text)
 
     def _writing(self) -> AbstractContextManager[None]:
         again = command("resume", self.path)
         return writing(self.path, f"make room or allow writing, then go on with: {again}")
 
     def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        _write_text(self.path / "checkpoint.json", json.dumps(checkpoint.as_json(), indent=1))
+        self._write_text("checkpoint.json", json.dumps(checkpoint.as_json(), indent=1))
+
+    def _write_text(self, name: str, text: str) -> None:
+        self.files.write(name, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
     def _read_json(self, name: str) -> dict[str, Any]:
         try:
-            content = json.loads((self.path / name).read_text(encoding="utf-8"))
+            content = json.loads(self.files.read(name).decode("utf-8"))
+        except UserError:
+            raise
         except (OSError, ValueError):
             content = None
         if not isinstance(content, dict):
             raise UserError(f"{self.path / name}: damaged or missing; {RESTORE}")
         return content
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

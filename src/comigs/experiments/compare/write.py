@@ -13,7 +13,7 @@ from comigs.experiments.compare import export, plots, tables
 from comigs.experiments.compare.compared import Compared
 from comigs.experiments.compare.discover import common_folder
 from comigs.experiments.compare.page import comparison_page
-from comigs.files import write_files, writing
+from comigs.files import ClosedFolder, write_files, writing
 from comigs.runs.report.page import HERE, is_written_by, mark
 
 PAGE, TABLE = "compare.html", "table.md"
@@ -30,7 +30,11 @@ def write_comparison(compared: Compared, out: Path | None = None) -> list[Path]:
     Files of an earlier comparison are replaced. Raises UserError where such a file is somebody
     else's.
     """
-    folder = out or common_folder(compared.paths) / "compare"
+    folder = out
+    if folder is None:  # beside runs that may be somebody else's
+        home = common_folder(compared.paths)
+        folder = home / "compare"
+        ClosedFolder(home).refuse_link("compare")
     with writing(folder, ADVICE):
         # The page and the table say that a folder is ours.
         there = [name for name in FILES if (folder / name).exists()]

@@ -14,6 +14,7 @@ from comigs.experiments.sweep.plan import Plan, Run, one_per_text, write_copy
 from comigs.experiments.sweep.process import Command
 from comigs.experiments.sweep.progress import Progress, Say
 from comigs.experiments.sweep.state import busy, look
+from comigs.files import ClosedFolder
 from comigs.processes import cpus
 
 POLL = 0.2  # seconds between looks at the processes
@@ -92,7 +93,7 @@ def _begin(progress: Progress, run: Run) -> None:
 
     own = threads(run, progress.jobs)
     if state.begun:
-        words = ["resume", str(run.path), "--quiet"]
+        words = ["resume", str(run.path), "--quiet", *_own_say(run)]
     else:
         words = [*run.words("run", own), "--quiet", "--out", str(run.path)]
     progress.running.append((run, Command(words, own)))
@@ -146,7 +147,15 @@ def _stopping(progress: Progress) -> Iterator[None]:
             signal.signal(signal.SIGHUP, before)
 
 
+def _own_say(run: Run) -> list[str]:
+    """Return what a run's folder cannot say by itself, from the sweep, which is the user's own."""
+    words = ["--cache", str(run.config.data.cache)]
+    if "." in run.config.method:
+        words.append("--allow-code")
+    return words
+
+
 def _log(plan: Plan, command: Command) -> None:
     """Keep all that a failed run wrote: its one line may not be enough to find a bug of ours."""
-    with (plan.folder / LOG).open("a", encoding="utf-8") as file:
-        file.write(f"$ {shlex.join(['comigs', *command.words])}\n{command.errors}\n\n")
+    said = f"$ {shlex.join(['comigs', *command.words])}\n{command.errors}\n\n"
+    ClosedFolder(plan.folder).append(LOG, said.encode(errors="replace"))

@@ -18,10 +18,12 @@ from comigs.data.files import resolve
 from comigs.data.sources import source_names
 from comigs.errors import UserError
 from comigs.experiments.packed import RunData
-from comigs.files import ELSEWHERE, require_free
+from comigs.files import ELSEWHERE, ClosedFolder, require_free
 from comigs.processes import is_locked
-from comigs.runs.folder import TIMINGS, RunFolder
+from comigs.runs.folder import RunFolder
 from comigs.runs.json_lines import read_timings
+from comigs.runs.layout import LOCK, TIMINGS, is_run
+from comigs.runs.reader import Reader
 from comigs.text import plural
 
 # fields that say where and how fast a run is, not what it is
@@ -66,13 +68,13 @@ def look(path: Path, config: Config, packed: RunData | None = None) -> RunState:
     if not os.path.lexists(path):
         require_free(path)
         return RunState()
-    if not (path / "checkpoint.json").is_file() or not (path / "config.toml").is_file():
+    if not is_run(ClosedFolder(path)):
         raise UserError(
             f"{path}: exists and is no run folder; nothing was changed. "
             f"Move it away, or {ELSEWHERE}"
         )
     try:
-        there = RunFolder.open(path).config()
+        there = RunFolder.open(path, Reader(allow_code=True)).config()  # which imports no code
     except UserError as error:
         raise UserError(f"{error}; nothing was changed. Move {path} away, or {ELSEWHERE}") from None
     _require_same(path, config, there)
@@ -105,17 +107,18 @@ def state_of(path: Path) -> RunState:
 
     Raises UserError where it is damaged, or no run.
     """
-    last = RunFolder.open(path).checkpoint()
-    finished = last.finished and (path / "summary.json").is_file()
-    seconds, perplexity = _seconds(path / TIMINGS, last.timings_bytes), None
+    folder = RunFolder.open(path)
+    last = folder.checkpoint()
+    finished = last.finished and folder.files.has("summary.json")
+    seconds, perplexity = _seconds(folder.files, last.timings_bytes), None
     if finished:
-        perplexity = RunFolder.open(path).summary().mean.test.perplexity
+        perplexity = folder.summary().mean.test.perplexity
     return RunState(last.round, True, finished, seconds, perplexity)
 
 
 def busy(path: Path) -> bool:
     """Return whether another process works on this run."""
-    return is_locked(path / ".lock")
+    return is_locked(path / LOCK)
 
 
 def differences(wanted: Config, there: Config) -> Iterator[tuple[str, str, str]]:
@@ -168,13 +171,13 @@ def _meant(text: str, root: Path) -> str:
     return f"{name}:{path.resolve()}" if path.exists() else text
 
 
-def _seconds(file: Path, length: int) -> float:
+def _seconds(folder: ClosedFolder, length: int) -> float:
     """Return the seconds of all clients in all committed rounds.
 
     They are for estimates only: what cannot be read counts as 0.
     """
     try:
-        timings = read_timings(file.read_bytes()[:length], str(file))
+        timings = read_timings(folder.read(TIMINGS)[:length], str(folder.path / TIMINGS))
         return sum(timing.seconds or 0.0 for timing in timings)
     except (OSError, ValueError):
         return 0.0

@@ -19,7 +19,7 @@ from comigs.config import Config
 from comigs.data.prepare import ClientData
 from comigs.errors import UserError
 from comigs.federation.messages import Code, config_for
-from comigs.files import write_whole, writing
+from comigs.files import writing
 from comigs.methods.method import Download, Method
 from comigs.runs.environment import describe, environment
 from comigs.runs.folder import RunFolder
@@ -118,9 +118,10 @@ class DeviceRun:
             self._summarize()
         file = self._answer_file(self.answered)
         try:
-            return file.read_bytes()
+            return self.folder.files.read(file)
         except OSError:
-            raise Refused("lost", f"{file}: missing; the answer cannot be repeated") from None
+            problem = f"{self.folder.path / file}: missing; the answer cannot be repeated"
+            raise Refused("lost", problem) from None
 
     def keep(
         self,
@@ -147,7 +148,7 @@ class DeviceRun:
         for part, tensors in parts.items():
             self.folder.stage(self._path(part), tensors, round)
         with writing(self.folder.path, "make room or allow writing; the server will ask again"):
-            write_whole(self._answer_file(round), lambda path: path.write_bytes(raw))
+            self.folder.files.write(self._answer_file(round), lambda path: path.write_bytes(raw))
 
         # The device counts what travelled itself, as the server does for all clients.
         format = self.config.upload.format
@@ -159,7 +160,7 @@ class DeviceRun:
             lines.append(with_traffic(line, moved) if isinstance(line, TrainReport) else line)
         last = self.config.rounds if finished else round
         self.folder.commit(last, lines, [reply.timing], finished)
-        self._answer_file(self.answered).unlink(missing_ok=True)
+        self.folder.files.remove(self._answer_file(self.answered))
         self.answered = round
         if finished:
             self._summarize()
@@ -173,8 +174,8 @@ class DeviceRun:
     def _path(self, part: str) -> str:
         return f"clients/{self.name}/{part}"
 
-    def _answer_file(self, round: int) -> Path:
-        return self.folder.path / f".answer-{round:04d}"
+    def _answer_file(self, round: int) -> str:
+        return f".answer-{round:04d}"
 
 
 def open_folder(path: Path, config: Config, base: Base, data: ClientData, after: int) -> RunFolder:

@@ -5,6 +5,7 @@ it.
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from comigs.federation.flower.dispatch import Dispatcher, Polling
 from comigs.federation.flower.engine import FederatedRun, Flower
 from comigs.federation.flower.grid import GridTransport
 from comigs.federation.messages import PROGRESS, RUN_ID, federable_method
-from comigs.files import write_whole
+from comigs.files import ClosedFolder
 from comigs.methods.method import Method
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Event, Note, Problem
@@ -36,7 +37,8 @@ def go_on(
 ) -> None:
     """Run a run to its end. federation: its folder. polling: made of the deadline."""
     # Whoever watches reads the file, where what goes wrong is an event, too.
-    with (path / PROGRESS).open("a", encoding="utf-8") as progress:
+    appended = ClosedFolder(path).open(PROGRESS, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with os.fdopen(appended, "a", encoding="utf-8") as progress:
 
         def report(event: Event) -> None:
             progress.write(json.dumps(event.as_json()) + "\n")
@@ -105,9 +107,8 @@ def _run_id(folder: RunFolder) -> str:
     """Return the run's id, the same for as long as the folder lives; the name in front is for
     people.
     """
-    file = folder.path / RUN_ID
-    if not file.exists():
+    if not folder.files.has(RUN_ID):
         name = re.sub(r"[^A-Za-z0-9]+", "-", folder.config().name).strip("-")[:40]
         made = f"{name or 'run'}-{secrets.token_hex(6)}"
-        write_whole(file, lambda path: path.write_text(made, encoding="utf-8"))
-    return file.read_text(encoding="utf-8")
+        folder.files.write(RUN_ID, lambda path: path.write_text(made, encoding="utf-8"))
+    return folder.files.read(RUN_ID).decode("utf-8")

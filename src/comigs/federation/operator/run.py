@@ -22,6 +22,7 @@ from comigs.runs.environment import environment
 from comigs.runs.folder import RunFolder
 from comigs.runs.json_lines import read_event
 from comigs.runs.metrics import Event, Problem
+from comigs.runs.new import new_folder
 from comigs.runs.summary import write_summary
 from comigs.server.protocol import Report
 
@@ -61,15 +62,15 @@ def check(config: Config, path: Path) -> Federation:
 
 
 def run(
-    config: Config, base: Base, out: Path, federation: Federation, report: Report, say: Say
+    config: Config, base: Base, out: Path | None, federation: Federation, report: Report, say: Say
 ) -> RunFolder:
     """Run a checked and resolved config as a whole; return the run folder. Raises UserError, and
     Stopped after Ctrl-C.
     """
     where = {"folder": str(federation.path), "id": federation.settings.id}
-    folder = RunFolder.create(out, config, environment(base, {}) | {"federation": where})
-    say(f"run folder {out}")
-    federation.note_run(out.resolve(), [client.name for client in config.clients])
+    folder = new_folder(out, config, environment(base, {}) | {"federation": where})
+    say(f"run folder {folder.path}")
+    federation.note_run(folder.path.resolve(), [client.name for client in config.clients])
     _go(folder, federation, report, say)
     return folder
 
@@ -117,8 +118,10 @@ def _require_members(config: Config, federation: Federation, but: Collection[str
 
 def _go(folder: RunFolder, federation: Federation, report: Report, say: Say) -> None:
     # What an earlier start of the run reported is in the file already.
-    progress, again = folder.path / PROGRESS, command("resume", folder.path)
-    events = _events(progress, progress.stat().st_size if progress.exists() else 0)
+    progress, again, start = folder.path / PROGRESS, command("resume", folder.path), 0
+    if folder.files.has(PROGRESS):
+        start = progress.stat().st_size
+    events = _events(progress, start)
     run_id = flwr_cli.submit(federation, folder.path.resolve())
     say(f"submitted as run {run_id}")
     try:

@@ -11,12 +11,7 @@ from comigs.files import write_whole, writing
 
 def write_private(path: Path, text: str) -> None:
     """Write a whole file that only its owner can read. Raises OSError."""
-
-    def write(unfinished: Path) -> None:
-        unfinished.touch(mode=0o600)
-        unfinished.write_text(text, encoding="utf-8")
-
-    write_whole(path, write)
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"), mode=0o600)
 
 
 def make_private(folder: Path) -> None:

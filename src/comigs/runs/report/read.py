@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 
 from comigs.config import Config, load_config
 from comigs.errors import UserError
+from comigs.files import ClosedFolder
 from comigs.runs.json_lines import parse_json, read_lines, read_record, read_timings
+from comigs.runs.layout import METRICS, TIMINGS, require_no_links
 from comigs.runs.metrics import Absent, Evaluation, Line, RoundEnd, Summary, Timing, Train, Warned
 
 OneKind = TypeVar("OneKind", bound=Line)
@@ -56,27 +58,29 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
+    closed = ClosedFolder(folder)
+    require_no_links(closed)
     config = load_config(folder / "config.toml")
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / METRICS
     try:
-        lines = read_lines(metrics.read_bytes(), str(metrics))
+        lines = read_lines(closed.read(METRICS), str(metrics))
     except FileNotFoundError:
         nothing = "missing; nothing has been measured in this run yet"
         raise UserError(f"{metrics}: {nothing}") from None
     except OSError as error:
-        raise UserError(f"{metrics}: cannot be read: {error}") from None
+        raise UserError(f"{metrics}: cannot be read: {error.strerror}") from None
 
     # Timings and summary come with time: a run that has just started has neither.
-    timings, summary = folder / "timings.jsonl", folder / "summary.json"
-    timed = read_timings(timings.read_bytes(), str(timings)) if timings.exists() else []
-    result = None
-    if summary.exists():
-        result = read_record(Summary, _object(summary), str(summary))
+    timed, result = list[Timing](), None
+    if closed.has(TIMINGS):
+        timed = read_timings(closed.read(TIMINGS), str(folder / TIMINGS))
+    if closed.has("summary.json"):
+        result = read_record(Summary, _object(closed, "summary.json"), str(folder / "summary.json"))
     return Run(
         folder=folder,
         config=config,
-        config_text=_text(folder / "config.toml"),
-        environment=_object(folder / "env.json"),
+        config_text=_text(closed, "config.toml"),
+        environment=_object(closed, "env.json"),
         train=_of_kind(Train, lines),
         evaluations=_of_kind(Evaluation, lines),
         drift=_of_kind(RoundEnd, lines),
@@ -91,19 +95,21 @@ def _of_kind(kind: type[OneKind], lines: list[Line]) -> tuple[OneKind, ...]:
     return tuple(line for line in lines if isinstance(line, kind))
 
 
-def _text(path: Path) -> str:
+def _text(folder: ClosedFolder, name: str) -> str:
+    path = folder.path / name
     try:
-        return path.read_text(encoding="utf-8")
+        return folder.read(name).decode("utf-8")
     except FileNotFoundError:
-        started = f"is {path.parent} the folder of a run that has started?"
+        started = f"is {folder.path} the folder of a run that has started?"
         raise UserError(f"{path}: missing; {started}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(folder: ClosedFolder, name: str) -> dict[str, Any]:
+    path = folder.path / name
     try:
-        content = parse_json(_text(path).encode())
+        content = parse_json(_text(folder, name).encode())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
     if not isinstance(content, dict):
