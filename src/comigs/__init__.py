@@ -20,11 +20,16 @@ __all__ = [
     "run",
 ]  # fmt: skip
 
-_LIGHT = {"Config": "comigs.config", "load_config": "comigs.config", "UserError": "comigs.errors"}
+_ELSEWHERE = {
+    "Config": "comigs.config",
+    "load_config": "comigs.config",
+    "UserError": "comigs.errors",
+    "export": "comigs.app.export",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import torch only when something is run: `comigs --help` must not wait for it."""
     if name in __all__:
-        return getattr(import_module(_LIGHT.get(name, "comigs.app.api")), name)
+        return getattr(import_module(_ELSEWHERE.get(name, "comigs.app.api")), name)
     raise AttributeError(f"module 'comigs' has no attribute '{name}'")
