@@ -20,6 +20,10 @@ Made from `src/comigs/config` by `make docs`; do not edit. A run is one TOML fil
 `configs/quickstart.toml` is a short one. What is not in the file has its default, and the resolved
 config is written into the run. Unknown keys are refused. A default of "none" cannot be written in
 TOML: leave the key out. On the command line: `--set client.steps=20`, `--set clients.fr.rank=4`.
+
+A path may begin with `~`; a relative one starts from the folder of the file that names it, in the
+config of a run as well. What is given but read by nobody, as a setting of routers with a method
+that has none, is refused where it would make another run than was asked for, else said in one line.
 """
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from comigs.app.dry_run import memory_needed, require_memory
-from comigs.app.setup import Say, attached, everybody_trains, ignore, load, read_texts
+from comigs.app.setup import Say, attached, everybody_trains, ignore, load, read_texts, say_unread
 from comigs.bases.load import Base, is_here
 from comigs.config import SPLITS, Config, Split
 from comigs.data.prepare import Texts, require_text
@@ -55,6 +55,7 @@ def run(
     require_free(out or default_folder(config))
     load_method(config)
     require_text(config)
+    say_unread(config, "in-process", say)
 
     # text or memory that does not suffice leaves no folder behind
     base, config = load(config, say)

@@ -168,10 +168,11 @@ def require_engine(engine: str, federation: Path | None) -> None:
 def run_in(federation: Path, settings: Config, out: Path | None, console: Console) -> Path:
     """Carry out `comigs run --engine flower`, and return the run folder."""
     require_flower()
-    from comigs.app.setup import load
+    from comigs.app.setup import load, say_unread
     from comigs.federation.operator import run
 
     checked = run.check(settings, federation)
+    say_unread(settings, "flower", console.say)
     base, resolved = load(settings, console.say)
     return run.run(resolved, base, out, checked, console.report, console.say).path
 

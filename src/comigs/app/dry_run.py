@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from comigs.app.setup import Say, attached, ignore, load, read_texts
+from comigs.app.setup import Say, attached, ignore, load, read_texts, say_unread
 from comigs.bases.base import linear_size
 from comigs.bases.load import Base
 from comigs.client.evaluate import measure
@@ -76,6 +76,7 @@ def dry_run(config: Config, report: Report = ignore, say: Say = ignore) -> tuple
     # all that a run needs is loaded as a run does, so that what would stop it is said here
     method = load_method(config)
     require_text(config)
+    say_unread(config, "in-process", say)
     base, config = load(config, say)
     data = read_texts(config, base, report, say)
     with attached(config, base) as (attachment, shapes):

@@ -19,6 +19,7 @@ from comigs.errors import UserError
 from comigs.experts import csrc
 from comigs.experts.attach import Attachment
 from comigs.methods.loading import load_method
+from comigs.methods.readers import Engine, unread
 from comigs.processes import cpus
 from comigs.runs.metrics import Note
 from comigs.server.protocol import Report
@@ -31,6 +32,12 @@ Say = Callable[[str], None]
 
 def ignore(_: Any) -> None:
     """Show nothing: the default listener."""
+
+
+def say_unread(config: Config, engine: Engine, say: Say) -> None:
+    """Say in a line what the config gives and nothing reads. Raises UserError for the method."""
+    if line := unread(config, load_method(config), engine):
+        say(line)
 
 
 def load(config: Config, say: Say = ignore) -> tuple[Base, Config]:

@@ -55,4 +55,5 @@ def method(config: Config) -> Method:
         aggregate=aggregate,
         shape=shape,
         mixing="uniform",
+        weighs=True,
     )

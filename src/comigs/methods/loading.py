@@ -18,7 +18,8 @@ from comigs.errors import UserError, nearest
 from comigs.methods.method import Method
 
 Settings = TypeVar("Settings", bound=Section)
-NO_METHODS = ("loading", "lowrank", "merging", "method", "shapes")  # what methods are made of
+# what methods are made of
+NO_METHODS = ("loading", "lowrank", "merging", "method", "readers", "shapes")
 
 
 def list_methods() -> list[str]:

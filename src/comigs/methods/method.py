@@ -103,6 +103,7 @@ class Method:
     finish(tensors, nats): returns what a client's tensors become at the very end. nats: on valid.
     centralized: whether one model is trained on the text of all clients, with as many times the
         batch, and everybody gets it.
+    weighs: whether `aggregate` reads the weights of its context, and so `clients.NAME.weight`.
     averages: whether whatever `aggregate` makes of uploads goes through RoundContext.mean, which
         `upload.merge` can replace.
     """
@@ -127,6 +128,7 @@ class Method:
     mix: Callable[[Tensors, Download, Nats], Mixed] | None = None
     finish: Callable[[Tensors, Nats], Tensors] | None = None
     centralized: bool = False
+    weighs: bool = False
     averages: bool = False
 
     def sends(self, slot: Slot, round: int) -> bool:
