@@ -298,3 +298,65 @@ def test_no_code_comes_with_a_base(tmp_path, capsys, run):
         if command != "report":
             assert 'base.name: "' in refused(capsys, command, run, *words)
     assert not mark.exists()
+
+
+NASTY = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e<script>alert(1)</script>\ud800 $x^$ \r\nerror: no\x00"
+
+
+def shows_nothing_but_text(text):
+    """No character that a terminal obeys, and none that turns a line around."""
+    return not any(c in text for c in "\x00\x07\x1b\x9b\u202e\ud800")
+
+
+def test_what_a_run_says_is_shown_as_text_everywhere(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    run = received(finished() / "run", tmp_path / "sent" / "run")
+    absent = {"kind": "absent", "round": 2, "client": "ann", "reason": NASTY}
+    warned = {"kind": "warning", "round": 2, "client": "ann", "sign": "overfitting"}
+    with (run / METRICS).open("a") as file:
+        file.write(json.dumps(absent) + "\n" + json.dumps(warned | {"message": NASTY}) + "\n")
+    environment = json.loads((run / "env.json").read_text())
+    environment["machine"]["processor"] = NASTY
+    (run / "env.json").write_text(json.dumps(environment))
+    for words in (("report", run), ("compare", tmp_path / "sent")):
+        done = comigs(capsys, *words)
+        assert done.code == 0 and shows_nothing_but_text(done.out + done.err)
+    pages = [run / "report.html", *(tmp_path / "sent" / "compare").glob("*.*")]
+    for page in pages:
+        if page.suffix in (".html", ".md", ".tex", ".svg"):
+            text = page.read_text(encoding="utf-8")
+            assert shows_nothing_but_text(text) and "<script>" not in text
+
+
+def test_a_refusal_is_one_line_whatever_it_quotes(capsys, run):
+    (run / METRICS).write_text(json.dumps({"kind": "train", NASTY: 1, "round": NASTY}))
+    assert shows_nothing_but_text(refused(capsys, "report", run))
+    field(run, "method", "x")
+    edit(run / "config.toml", 'method = "x"', 'method = "\\u001b[2J\\u202e\\n"')
+    for command in ("resume", "evaluate"):
+        assert shows_nothing_but_text(refused(capsys, command, run))
+
+
+@pytest.mark.parametrize("value", ["=1+1", "+1+1", "-1+1", "@x", "\uff1d1", "\t=1"])
+def test_a_cell_of_a_table_is_no_formula(value):
+    from comigs.experiments.csv_file import to_csv
+
+    assert to_csv([{"a": value}]).splitlines()[1].strip('"').startswith("'")
+
+
+def test_two_runs_of_one_config_started_together_both_run(tmp_path, monkeypatch):
+    """The second begins when the first has looked for a name and not yet made its folder."""
+    monkeypatch.chdir(tmp_path)
+    config = load_config(finished() / "tiny.toml")
+    others = []
+
+    def say(line) -> None:
+        if not others:
+            others.append(None)
+            others[0] = api.run(config).path
+
+    paths = [api.run(config, say=say).path, *others]
+    assert sorted(map(str, paths)) == ["runs/tiny", "runs/tiny-2"]
+    first, second = (path / "summary.json" for path in paths)
+    assert first.read_bytes() == second.read_bytes()

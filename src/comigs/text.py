@@ -6,6 +6,7 @@ Each function returns text. A number that is not known (None) is written as a da
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -13,6 +14,11 @@ from typing import Literal
 
 NONE = "\N{EN DASH}"
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
+# What a terminal obeys instead of showing it, what turns the direction of a line, and halves of
+# characters, which cannot be written.
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,23 @@ class Table:
     names: int = 1
     best: frozenset[tuple[int, int]] = frozenset()
     second: frozenset[tuple[int, int]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Keep the cells harmless: names and messages in them may be a stranger's."""
+        object.__setattr__(self, "headers", tuple(map(one_line, self.headers)))
+        object.__setattr__(self, "rows", tuple(tuple(map(one_line, row)) for row in self.rows))
+        if self.last is not None:
+            object.__setattr__(self, "last", tuple(map(one_line, self.last)))
+
+
+def harmless(text: str) -> str:
+    """Return any text as a page or a terminal can show it, with its lines and tabs."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
+
+
+def one_line(text: str) -> str:
+    """Return any text as one harmless line."""
+    return harmless(re.sub(r"[\n\r\t\u2028\u2029]+", " ", text))
 
 
 def perplexity(value: float | None) -> str:

@@ -47,6 +47,7 @@ def evaluate(
     from comigs.runs.reader import Reader
 
     which = api.split_named(split)
+    # an export is measured on the same text as the run's own model
     reader = Reader(allow_code, cache)
     if model is None:
         results = api.evaluate(run, which, client, reader)

@@ -66,7 +66,7 @@ class Console:
 
     def result(self, line: str, style: str | None = None) -> None:
         """Show a line, even with --quiet."""
-        self.out.print(Text(line), style=style, soft_wrap=True)
+        self.out.print(Text(f.one_line(line)), style=style, soft_wrap=True)
 
     def table(self, table: Table, title: str | None = None) -> None:
         """Show a table with its closing row: see `show_table`."""
@@ -123,7 +123,9 @@ class Console:
         moved: dict[str, Any] = {}
         if done is not None:
             moved = {"completed": done, "total": self._total(), "left": self._left(done)}
-        self.progress.update(self.progress.task_ids[0], description=description, **moved)
+        self.progress.update(
+            self.progress.task_ids[0], description=f.one_line(description), **moved
+        )
 
     def _before(self, number: int) -> int:
         """Return how many exchanges with clients come before that round."""

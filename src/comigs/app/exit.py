@@ -24,7 +24,7 @@ def finish(path: Path, console: Console, federated: bool) -> None:
 
     federated: the clients' own models are on their devices.
     """
-    from comigs.files import command
+    from comigs.files import ClosedFolder, command
     from comigs.runs.report.page import write_report
     from comigs.runs.report.read import read_run
     from comigs.runs.report.tables import client_table
@@ -39,7 +39,7 @@ def finish(path: Path, console: Console, federated: bool) -> None:
     if federated:
         from comigs.federation.messages import RUN_ID
 
-        there = (path / RUN_ID).read_text(encoding="utf-8")
+        there = ClosedFolder(path).read(RUN_ID).decode("utf-8")
         console.say(f"next:   each client's own model is on its device, in runs/{there}")
     else:
         console.say(f'next:   {command("generate", path)} --client {run.clients[0]} --prompt "..."')
@@ -77,5 +77,7 @@ def exit_code(command: Callable[[], object]) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print(" ".join(message.splitlines()), file=sys.stderr)
+    from comigs.text import one_line
+
+    print(one_line(message), file=sys.stderr)
     return code

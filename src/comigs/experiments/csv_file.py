@@ -15,7 +15,18 @@ from comigs.errors import UserError
 
 Row = dict[str, Any]  # a cell by the name of its column; None: nothing was measured
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell that is computed begins with
+FORMULA = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\uff1d",
+    "\uff0b",
+    "\uff0d",
+    "\uff20",
+)  # what a cell that is computed begins with
 WORDS = {int: "a whole number", float: "a number", str: "a text"}
 
 

@@ -12,7 +12,7 @@ from comigs.experiments.compare.tables import perplexity_change
 from comigs.experiments.csv_file import Row as Line
 from comigs.experiments.csv_file import to_csv
 from comigs.experiments.packed import METRICS
-from comigs.text import Table
+from comigs.text import Table, one_line
 
 TEX = {
     "\\": r"\textbackslash{}",
@@ -83,7 +83,7 @@ def latex_table(table: Table, caption: str, label: str) -> str:
 
 def tex(text: str) -> str:
     """Return any text as LaTeX shows it; a minus before a digit is a minus."""
-    escaped = "".join(TEX.get(c, c) for c in text)
+    escaped = "".join(TEX.get(c, c) for c in one_line(text))
     return re.sub(r"(?<![\w.])([-+])(?=\d)", r"$\1$", escaped)
 
 
@@ -162,4 +162,4 @@ def _spread(name: str, value: Spread | None) -> dict[str, Any]:
 
 def _plain(cell: str) -> str:
     """Return any text as Markdown shows it."""
-    return re.sub(r"([|*_`<\\])", r"\\\1", cell)
+    return re.sub(r"([|*_`<\\]|\[(?=[^\[\]]*\]\())", r"\\\1", one_line(cell))

@@ -110,18 +110,20 @@ def figure_file(
     # Room for the panels, and below them for the lines of the legend.
     across = min(ACROSS, len(plot.panels))
     down = math.ceil(len(plot.panels) / across)
-    legend = math.ceil(len(settings) / (2 * across)) * 0.19 + 0.1
-    figure = Figure(figsize=(WIDE * across, HIGH * down + legend), layout="constrained")
+    below = math.ceil(len(settings) / (2 * across)) * 0.19 + 0.1
+    figure = Figure(figsize=(WIDE * across, HIGH * down + below), layout="constrained")
     for number, panel in enumerate(plot.panels):
         axes = figure.add_subplot(down, across, number + 1)
         _draw(axes, plot, panel, colours)
         if len(plot.panels) > 1:
-            axes.set_title(panel.title, fontsize=9, color=colours["--ink"], loc="left")
+            axes.set_title(
+                panel.title, fontsize=9, color=colours["--ink"], loc="left", parse_math=False
+            )
 
     # The legend names all settings of the comparison, whichever panel has them.
     looks = [_look(number, colours, plot.lines) for number in range(len(settings))]
     keys = [Line2D([], [], label=n, **look) for n, look in zip(settings, looks, strict=True)]
-    figure.legend(
+    legend = figure.legend(
         handles=keys,
         loc="outside lower center",
         ncols=2 * across,
@@ -131,6 +133,8 @@ def figure_file(
         handlelength=2.2,
         columnspacing=1.2,
     )
+    for name in legend.get_texts():  # which is no formula, whatever is in it
+        name.set_parse_math(False)
 
     # Neither a date nor a random name may make equal figures differ.
     file = io.BytesIO()

@@ -21,16 +21,18 @@ from comigs.runs.report.results import results
 from comigs.runs.report.routing_heatmap import routing_heatmap
 
 HERE = Path(__file__).parent
+PAGE = "report.html"
 
 
 def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page of one run, by default as report.html in its folder, and return where it is.
+    """Write the page of one run, by default as PAGE in its folder, and return where it is.
 
     The file is written whole or not at all. Raises UserError for a folder that is no run, a file
     that cannot be written, or one that is something else than a report.
     """
     folder = Path(run_folder)
-    return _write(Path(out) if out else folder / "report.html", report_page(read_run(folder)))
+    text = report_page(read_run(folder))
+    return _write(Path(out) if out else folder / PAGE, text)
 
 
 def write_reports(run_folders: Iterable[str | Path], out: str | Path | None = None) -> list[Path]:
@@ -47,7 +49,7 @@ def write_reports(run_folders: Iterable[str | Path], out: str | Path | None = No
             f"to see {len(folders)} side by side: comigs compare RUN..."
         )
     runs = [read_run(folder) for folder in folders]
-    return [_write(run.folder / "report.html", report_page(run)) for run in runs]
+    return [_write(run.folder / PAGE, report_page(run)) for run in runs]
 
 
 def report_page(run: Run) -> str:
@@ -137,9 +139,17 @@ def render(template: str, folder: Path = HERE, **values: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_harmless,
     )
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     return environment.get_template(template).render(style=style, **values)
+
+
+def _harmless(value: Any) -> Any:
+    """Return a value of a template as a page can show it; what is marked up is ours."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return f.harmless(value)
+    return value
 
 
 def mark(command: str) -> str:
