@@ -49,9 +49,15 @@ class Program:
         self.file = folder / f"{name}.out"
         with self.file.open("a") as out:
             self.process = subprocess.Popen(
-                [*COMIGS, *map(str, words)], cwd=folder, env=ENVIRONMENT, stdout=out, stderr=out, text=True,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+                [*COMIGS, *map(str, words)],
+                cwd=folder,
+                env=ENVIRONMENT,
+                stdout=out,
+                stderr=out,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         self.begin = self.file.stat().st_size
 
     @property

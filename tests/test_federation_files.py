@@ -544,9 +544,11 @@ def test_a_program_says_itself_what_people_should_know(tmp_path):
 def test_no_program_outlives_us(tmp_path, end):
     """Also where nobody could tell it to end."""
     script = (
-        "import os, sys; from pathlib import Path; from comigs.federation.supervisor import Supervisor\n"
+        "import os, sys; from pathlib import Path; from comigs.federation.supervisor import "
+        "Supervisor\n"
         "with Supervisor(Path('log'), os.environ, Path()) as children:\n"
-        "    for name in 'ab': print(children.start(name, ['signal:pause']).process.pid, flush=True)\n"
+        "    for name in 'ab': print(children.start(name, ['signal:pause']).process.pid, "
+        "flush=True)\n"
         "    sys.stdin.read()\n"
     )
     us = subprocess.Popen(

@@ -126,7 +126,10 @@ def test_the_server_app_runs_a_run(federation, tmp_path, undisturbed):
 
 def test_a_client_app_needs_no_torch():
     """It is started anew for every message."""
-    check = "import sys, comigs.engines.flower.apps; print(*{'torch', 'transformers', 'pydantic'} & sys.modules.keys())"
+    check = (
+        "import sys, comigs.engines.flower.apps; print(*{'torch', 'transformers', "
+        "'pydantic'} & sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
@@ -243,8 +246,9 @@ def test_what_comes_late_may_count_for_less(federation, tmp_path, format):
         4,
     ]  # what came late counted in round 3
     assert [line for line in absent(out) if "late" not in line[2]] == [
-        (2, "bob", "no answer by the deadline"), (3, "bob", "no answer by the deadline"),
-    ]  # fmt: skip
+        (2, "bob", "no answer by the deadline"),
+        (3, "bob", "no answer by the deadline"),
+    ]
 
 
 def test_one_that_vanishes_is_gone_and_welcome_back(federation, tmp_path):
@@ -380,24 +384,51 @@ LIES = {  # what the liar does, one a round -> what the server makes of it
     "infinite": (changed(lambda name, t: t / 0), "its upload is not finite in "),
     "huge": (changed(lambda name, t: t * 1e6), "a step of length "),
     "sign-flipped": (changed(lambda name, t: -t), "a step of length "),
-    "another shape": (changed(lambda name, t: t.T.clone() if name == FIRST else t), "its upload has 0.down.g0.A as "),
+    "another shape": (
+        changed(lambda name, t: t.T.clone() if name == FIRST else t),
+        "its upload has 0.down.g0.A as ",
+    ),
     "one number": (changed(lambda name, t: t[:1, :1].clone()), "its upload has "),
     "another dtype": (changed(lambda name, t: t.to(torch.float64)), "its upload has "),
-    "something missing": (changed(lambda name, t: None if name == FIRST else t), "its upload has no 0.down.g0.A"),
-    "something private": (changed(more={"0.down.s0.A": torch.ones(2, 2)}), "its upload has 1 tensors that were "),
-    "noise": (changed(raw=lambda raw: b"\x80\x04K\x01." * 100), "a message whose header is longer than allowed"),
+    "something missing": (
+        changed(lambda name, t: None if name == FIRST else t),
+        "its upload has no 0.down.g0.A",
+    ),
+    "something private": (
+        changed(more={"0.down.s0.A": torch.ones(2, 2)}),
+        "its upload has 1 tensors that were ",
+    ),
+    "noise": (
+        changed(raw=lambda raw: b"\x80\x04K\x01." * 100),
+        "a message whose header is longer than allowed",
+    ),
     "half a message": (changed(raw=lambda raw: raw[: len(raw) // 2]), "a "),
     "a long message": (changed(raw=lambda raw: raw + b" " * (5 << 20)), "a message of "),
-    "another run": (changed(head=lambda head: {"run": "another-run-00"}), "answered in another run"),
-    "a round to come": (changed(head=lambda head: {"round": head.round + 1}), "answered something else"),
+    "another run": (
+        changed(head=lambda head: {"run": "another-run-00"}),
+        "answered in another run",
+    ),
+    "a round to come": (
+        changed(head=lambda head: {"round": head.round + 1}),
+        "answered something else",
+    ),
     "a round long past": (changed(head=lambda head: {"round": 1}), "answered something else"),
-    "nothing trained": (changed(lambda name, t: None, lambda head: {"trained": False}), "answered something else"),
+    "nothing trained": (
+        changed(lambda name, t: None, lambda head: {"trained": False}),
+        "answered something else",
+    ),
     "metrics of another": (line_of(client="ada"), "metrics of something else"),
-    "metrics that are text": (line_of(learning_rate="<script>"), "metrics that are not as they should be"),
+    "metrics that are text": (
+        line_of(learning_rate="<script>"),
+        "metrics that are not as they should be",
+    ),
     "no metrics": (changed(head=lambda head: {"metrics": []}), "metrics of something else"),
     "another version": (lambda raw: wire.pack(Refusal(code="version", comigs="9.9.9")), VERSIONS),
-    "an error": (lambda raw: wire.pack(Refusal(code="failed", comigs="1", error="OSError")), "failed: OSError"),
-}  # fmt: skip
+    "an error": (
+        lambda raw: wire.pack(Refusal(code="failed", comigs="1", error="OSError")),
+        "failed: OSError",
+    ),
+}
 
 
 class Liar(Told):
@@ -539,9 +570,14 @@ def test_nothing_private_is_in_any_byte_of_any_message(federation, tmp_path):
 
 
 def test_an_app_ends_with_the_process_that_started_it():
-    app = "apps.GRACE = 0; apps.end_with_superexec(); print(os.getpid(), flush=True); time.sleep(600)"
+    app = (
+        "apps.GRACE = 0; apps.end_with_superexec(); print(os.getpid(), flush=True); time.sleep(600)"
+    )
     app = f"import os, time; from comigs.federation.flower import apps; {app}"
-    starter = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); sys.stdin.read()"
+    starter = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', "
+        "sys.argv[1]]); sys.stdin.read()"
+    )
     command = [sys.executable, "-c", starter, app]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,6 +1,4 @@
-"""The TLS gateway: what a device needs reaches the SuperLink as it is, and nothing else reaches it at
-all.
-"""
+"""The TLS gateway: what a device needs reaches the SuperLink as it is, and nothing else does."""
 
 from __future__ import annotations
 
@@ -16,12 +14,25 @@ from starlette.routing import Route
 from comigs.federation.security.gateway import CALLS, gateway
 
 OUTSIDE = (  # what the SuperLink has beside what devices need
-    "/", "/docs", "/openapi.json", "/health", "/v1/control/list-runs", "/v1/control/start-run",
-    "/v1/runtime/acquire-task", "/v1/fleet", "/v1/fleet/", "/v1/fleet/register-node", "/v1/fleet/unregister-node",
+    "/",
+    "/docs",
+    "/openapi.json",
+    "/health",
+    "/v1/control/list-runs",
+    "/v1/control/start-run",
+    "/v1/runtime/acquire-task",
+    "/v1/fleet",
+    "/v1/fleet/",
+    "/v1/fleet/register-node",
+    "/v1/fleet/unregister-node",
     "/v1/fleet/pull-messages/x",
-    "/v1/fleet/../control/list-runs", "/v1/fleet/%2e%2e/control/list-runs", "/v1/fleet/..%2fcontrol%2flist-runs",
-    "//v1/fleet/pull-messages", "/v1/fleet/pull-messages/../../control/list-runs", "/V1/FLEET/PULL-MESSAGES",
-)  # fmt: skip
+    "/v1/fleet/../control/list-runs",
+    "/v1/fleet/%2e%2e/control/list-runs",
+    "/v1/fleet/..%2fcontrol%2flist-runs",
+    "//v1/fleet/pull-messages",
+    "/v1/fleet/pull-messages/../../control/list-runs",
+    "/V1/FLEET/PULL-MESSAGES",
+)
 
 
 class Link:

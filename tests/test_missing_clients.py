@@ -97,7 +97,7 @@ def config_of(root, method, **tree):
 
 
 # --- what waits for whom
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def tensors(value):
@@ -117,8 +117,10 @@ def test_who_was_not_reached_gets_the_newest_of_every_slot():
     merged = {"ada": {A: tensors(2)}, "bob": {A: tensors(2), ATTENTION: tensors(2)}}
     given = next_downloads(waiting, merged, delivered={"ada"})
     assert {name: {slot: float(t[0, 0]) for slot, t in d.items()} for name, d in given.items()} == {
-        "ada": {A: 2}, "bob": {A: 2, B: 1, ATTENTION: 2}, "cyd": {A: 1},
-    }  # fmt: skip
+        "ada": {A: 2},
+        "bob": {A: 2, B: 1, ATTENTION: 2},
+        "cyd": {A: 1},
+    }
     assert waiting["bob"].keys() == {A, B} and merged["bob"].keys() == {
         A,
         ATTENTION,
@@ -145,8 +147,14 @@ def test_what_many_wait_for_is_one_object_however_many_there_are():
 
 def test_updates_wait_in_line_and_add_up():
     random = np.random.default_rng(0)
-    line = [{UPDATE_A: torch.from_numpy(random.normal(size=(r, 5))),
-             UPDATE_B: torch.from_numpy(random.normal(size=(7, r))), A: tensors(r)} for r in (2, 3, 4)]  # fmt: skip
+    line = [
+        {
+            UPDATE_A: torch.from_numpy(random.normal(size=(r, 5))),
+            UPDATE_B: torch.from_numpy(random.normal(size=(7, r))),
+            A: tensors(r),
+        }
+        for r in (2, 3, 4)
+    ]
     waiting = {"bob": line[0]}
     for merged in line[1:]:
         waiting = next_downloads(waiting, {"bob": merged, "ada": merged}, delivered={"ada"})
@@ -159,7 +167,7 @@ def test_updates_wait_in_line_and_add_up():
 
 
 # --- whole runs
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", list_methods())

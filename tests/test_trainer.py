@@ -265,8 +265,17 @@ def test_it_measures_the_uploads_of_others_and_keeps_nothing(tmp_path):
     _, tensors = setting.ask(1)
     before = RunFolder(setting.folder).checkpoint()
     peers = {f"{n}/{slot}": t + n * 0.1 for n in range(2) for slot, t in tensors.items()}
-    head = Request(kind="probe", run=RUN, round=1, after=1, since=1, config=config_for(setting.config, "ada"),
-                   comigs=our_version(), base=setting.fingerprint, probed=2)  # fmt: skip
+    head = Request(
+        kind="probe",
+        run=RUN,
+        round=1,
+        after=1,
+        since=1,
+        config=config_for(setting.config, "ada"),
+        comigs=our_version(),
+        base=setting.fingerprint,
+        probed=2,
+    )
     answers = [setting.trainer.answer(wire.pack(head, peers)) for _ in range(2)]
     assert answers[0] == answers[1]
     probed, _ = opened(answers[0])

@@ -79,7 +79,8 @@ from comigs.processes import peak_memory
 from comigs.methods.merging import mean
 from comigs.slots import Slot
 store, slots = UploadStore(Path(sys.argv[1])), [Slot(layer, "up", "g0", "A") for layer in range(8)]
-add = lambda n: store.add(f"client{n}", {slot: torch.full((256, 1024), float(n)) for slot in slots})  # 8 MiB
+upload = lambda n: {slot: torch.full((256, 1024), float(n)) for slot in slots}  # 8 MiB
+add = lambda n: store.add(f"client{n}", upload(n))
 mean([add(n) for n in range(2)])
 before = peak_memory()
 merged = mean([add(n) for n in range(40)])

@@ -49,6 +49,7 @@ def evaluate(
     which = api.split_named(split)
     # an export is measured on the same text as the run's own model
     reader = Reader(allow_code, cache)
+    # An export is measured on the same text, so that both figures can be compared.
     if model is None:
         results = api.evaluate(run, which, client, reader)
     else:

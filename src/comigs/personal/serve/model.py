@@ -224,7 +224,7 @@ class RowLinear(nn.Module):
         return y
 
 
-def rows_attention(
+def rows_attention(  # noqa: PLR0913  transformers calls it so
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, sliding_window: int | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
