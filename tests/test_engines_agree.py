@@ -67,12 +67,17 @@ def recorded(exchange, seen):
     def observed(self, tasks, downloads):
         answers = exchange(self, tasks, downloads)
         uploads = {n: r.upload and all_bits(r.upload) for n, r in answers.replies.items()}
-        lines = {n: (r.metrics, r.round) for n, r in answers.replies.items()}
+        lines = {n: (as_json(r.metrics), r.round) for n, r in answers.replies.items()}
         given = {n: all_bits(d) for n, d in downloads.items() if d}
         seen.append((dict(tasks), given, uploads, repr(lines), answers.absent, answers.late))
         return answers
 
     return observed
+
+
+def as_json(lines):
+    """Return lines as they travel: over a network they are read only where they are checked."""
+    return [line if isinstance(line, dict) else line.as_json() for line in lines]
 
 
 def all_bits(tensors):

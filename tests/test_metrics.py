@@ -13,7 +13,7 @@ from comigs.errors import UserError
 from comigs.runs.json_lines import read_event, read_lines, read_record, read_timings, to_lines
 from comigs.runs.metrics import KINDS, Evaluation, Note, RoundEnd, Score, Summary, Train
 from tests.fake_engine import evaluation_of, train_of
-from tests.reading import FILES, SOURCE
+from tests.test_reading import FILES, SOURCE
 
 OLD_RUNS = sorted((Path(__file__).parent / "old_runs").iterdir())
 ROOMS = [f for f in FILES if f.startswith(("app/console", "runs/", "server/"))]

@@ -20,6 +20,12 @@ from tests.runs import finished
 WIDTHS = (60, 66, 72, 80)
 
 
+@pytest.fixture(autouse=True)
+def no_width(monkeypatch):
+    """Line editing, once loaded, and other tests say how wide this terminal is."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def tables():
     """Return the tables that commands show."""
     shown = dict(inventory.inventory())
