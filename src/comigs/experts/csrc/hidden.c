@@ -1,4 +1,4 @@
-/* The hidden layer of all experts in one walk over tokens and columns: what experts/chunks.py says.
+/* The hidden layer of all experts in one walk over tokens and columns: what experts/hidden_torch.py says.
 
    T tokens, I columns (a multiple of LANES), E experts, S frozen products (1, or gate's and up's), R all ranks together.
    A block of tokens at a time, a tile of its columns at a time; in it an expert takes its tokens in groups of GROUP,
