@@ -55,7 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "1g1s": {"experts": {"generalists": 1, "specialists": 1}},
-    "default": {},
+    "others": {"method": "comigs-others"},
     "top1": {"experts": {"generalists": 1, "specialists": 2, "top_k": 1}},
     "four": {"experts": {"generalists": 2, "specialists": 2, "top_k": 3, "specialist_rank": 2}},
     "client": {"experts": {"generalists": 1, "specialists": 1, "routing": "client"}},

@@ -11,12 +11,13 @@ from contextlib import closing
 import pytest
 import torch
 
+from comigs import load_config
 from comigs.app import api
 from comigs.errors import UserError
 from comigs.personal.chat import Chat, Style
 from comigs.personal.model import PersonalModel
 from comigs.personal.prompts import conversation_ids, plain_text, text_ids
-from tests.runs import finished
+from tests.runs import finished, write_config
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}"
@@ -188,20 +189,29 @@ def test_a_conversation_is_saved_for_its_owner_alone_and_nothing_is_overwritten(
     assert file.read_bytes() == before and os.listdir(tmp_path) == ["said.json"]
 
 
-def test_routes_are_the_weights_of_the_router_on_each_token_of_the_answer(chat, folder):
-    with pytest.raises(UserError, match="no answer"):
-        chat.routes()
-    answer = ask(chat, "the cat")
-    routes = chat.routes()
-    tokenizer = chat.base.tokenizer
-    read, written = chat._last
+@pytest.mark.parametrize(("method", "shown"), [("comigs", 0), ("comigs-others", -1)])
+def test_routes_are_the_weights_of_the_router_on_each_token_of_the_answer(
+    tmp_path, said, method, shown
+):
+    """By hand: the generalist is the first of two experts, the rest of the world the last."""
+    given = [f'data.cache="{tmp_path / "cache"}"', f"method={method}", "experts.router_start=0.5"]
+    folder = api.run(load_config(write_config(tmp_path), given), tmp_path / "run")
+    with closing(
+        Chat(folder, api.base_of(folder), "ann", Style(max_new_tokens=8), said.append)
+    ) as chat:
+        with pytest.raises(UserError, match="no answer"):
+            chat.routes()
+        answer = ask(chat, "the cat")
+        routes, tokenizer = chat.routes(), chat.base.tokenizer
+        read, written = chat._last
     ids = read + written
     assert tokenizer.decode(ids) == "the cat" + answer
-    # by hand: the rest of the world is the last expert of the default method, each token's own
     with closing(PersonalModel(folder, "ann", api.base_of(folder))) as model:
         with torch.no_grad():
             model.model(torch.tensor([ids]), use_cache=False)
-        expected = sum(r.weights_TE[-len(routes) :, -1] for r in model.attachment.routings()) / 2
-    assert [token.weight for token in routes] == pytest.approx(expected.tolist(), abs=1e-6)
+        weights = [r.weights_TE[-len(routes) :, shown] for r in model.attachment.routings()]
+    assert [token.weight for token in routes] == pytest.approx(
+        (sum(weights) / 2).tolist(), abs=1e-6
+    )
     assert len(routes) == len(ids) - len("the cat")
     assert all(0 <= token.weight <= 1 for token in routes)

@@ -1,5 +1,5 @@
-"""What is ours in comigs: a client judges a download on its valid, and keeps the rest of the world
-beside its own.
+"""What is ours in comigs: a client judges a download on its valid, and in comigs-others keeps the
+rest of the world beside its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from comigs.slots import Slot
 from tests.conftest import run_config, same, start_engine
 
 A = Slot(0, "up", "g0", "A")
-LEFT_TO_COMIGS = {"generalists": None, "specialists": None}  # no number of experts
 
 
 @pytest.mark.parametrize(
@@ -89,7 +88,7 @@ def test_where_it_makes_no_difference_all_of_a_download_is_adopted():
 
 
 def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(tmp_path):
-    engine = start_engine(run_config(tmp_path, experts=LEFT_TO_COMIGS)).engine
+    engine = start_engine(run_config(tmp_path, method="comigs-others")).engine
     download = {}
     for round in (1, 2, 3):
         tasks = {
@@ -122,7 +121,7 @@ def test_the_rest_of_the_world_is_the_last_download_and_nothing_else_changes_it(
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_router_is_as_far_open_to_the_rest_as_the_download_was_not_adopted(tmp_path, share):
     """Where all of it was, the rest has no say: the model is the one without it."""
-    config = run_config(tmp_path, experts=LEFT_TO_COMIGS)
+    config = run_config(tmp_path, method="comigs-others")
     client = start_engine(config).clients["ada"]
     client.train(1, lambda level, nats: None)
     own = client.send(1)
@@ -146,55 +145,28 @@ def test_the_router_is_as_far_open_to_the_rest_as_the_download_was_not_adopted(t
     assert (differs < 1e-7) == (share == 1)
 
 
-def test_whoever_takes_every_download_whole_has_to_say_how_many_experts_there_are(tmp_path):
-    with pytest.raises(
-        UserError, match=r'options\.adopt: given "all", .* \(experts\.generalists, experts\.special'
-    ):
-        start_engine(run_config(tmp_path, options={"adopt": "all"}, experts=LEFT_TO_COMIGS))
+def test_whoever_takes_every_download_whole_has_no_others(tmp_path):
+    with pytest.raises(UserError, match=r'options\.adopt: "comigs-others" has no such option'):
+        start_engine(run_config(tmp_path, method="comigs-others", options={"adopt": "all"}))
 
 
-def shape_with(tmp_path, entries=None, **experts):
-    return (
-        start_engine(run_config(tmp_path, entries=entries, experts=LEFT_TO_COMIGS | experts))
-        .clients["ada"]
-        .shape
-    )
-
-
-def test_where_no_number_of_experts_is_given_it_is_one_of_all_ranks_and_the_rest(tmp_path):
-    shape = shape_with(tmp_path, rank=3)
-    assert (shape.parts, shape.rank) == (["g0", "rest"], 6)
-
-
-@pytest.mark.parametrize(
-    ("experts", "entries", "parts"),
-    [
-        ({"generalists": 1}, {}, ["g0", "s0"]),
-        ({"specialists": 2}, {}, ["g0", "s0", "s1"]),
-        ({"generalists": 0}, {}, ["s0"]),
-        ({"specialist_rank": 2}, {}, ["g0", "s0"]),
-        ({}, {"bob": {"specialists": 2}}, ["g0", "s0"]),
-        ({}, {"bob": {"specialist_rank": 3}}, ["g0", "s0"]),
-    ],
-)
-def test_a_number_that_is_given_is_kept_and_who_asks_for_specialists_has_some(
-    tmp_path, experts, entries, parts
-):
-    if experts.get("generalists") == 0:
-        experts = experts | {"top_k": 1}
-    assert shape_with(tmp_path, entries, **experts).parts == parts
+@pytest.mark.parametrize(("numbers", "rank"), [((1, 1), 6), ((2, 1), 9), ((0, 1), 3)])
+def test_the_own_expert_has_the_ranks_of_all_that_are_configured(tmp_path, numbers, rank):
+    experts = {"generalists": numbers[0], "specialists": numbers[1], "rank": 3}
+    client = start_engine(run_config(tmp_path, method="comigs-others", experts=experts))
+    shape = client.clients["ada"].shape
+    assert (shape.parts, shape.rank) == (["g0", "rest"], rank)
 
 
 def test_ranks_that_differ_are_refused_with_what_helps(tmp_path):
     with pytest.raises(
-        UserError,
-        match=r"clients\.bob: rank 6, but ada has 4; .* Say how many specialists there are",
+        UserError, match=r"clients\.bob: rank 6, but ada has 4; .* method comigs takes specialists"
     ):
-        shape_with(tmp_path, {"bob": {"rank": 3}})
+        start_engine(run_config(tmp_path, entries={"bob": {"rank": 3}}, method="comigs-others"))
 
 
 def test_the_routers_phases_come_on_top_of_its_local_steps(tmp_path):
-    started = start_engine(run_config(tmp_path, experts=LEFT_TO_COMIGS))
+    started = start_engine(run_config(tmp_path, method="comigs-others"))
     client = started.clients["ada"]
     routers = {
         slot: t.clone() for slot, t in client.train_state.tensors.items() if slot.matrix == "W"

@@ -13,9 +13,11 @@ import pytest
 
 from comigs.config import SECTIONS, Config, load_config, parse_config, to_toml
 from comigs.errors import UserError
+from comigs.methods.loading import list_methods, load_method
 
 ROOT = Path(__file__).parents[1]
 ANN = {"name": "ann", "text": "x"}
+OTHERS = "comigs-others"
 FULL = {
     "version": 1,
     "name": "full",
@@ -255,6 +257,45 @@ def test_what_older_versions_wrote_and_is_no_more_is_read(tmp_path):
         f"{path}: client.leaky_gradients: given true; this field is retired and can only be false; "
         "leave it out"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "method", "options"),
+    [
+        ({}, OTHERS, {}),
+        ({"options": {"adopt": "valid", "probe_windows": 8}}, OTHERS, {"probe_windows": 8}),
+        ({"options": {"adopt": "all"}}, OTHERS, {"adopt": "all"}),  # refused, as ever
+        ({"experts": {"rank": 4, "attention_rank": 2}}, OTHERS, {}),
+        ({"experts": {"generalists": 1}}, "comigs", {}),
+        ({"experts": {"specialists": 0}, "options": {"adopt": "all"}}, "comigs", {"adopt": "all"}),
+        ({"experts": {"specialist_rank": 8}}, "comigs", {}),
+        ({"clients": [ANN, {"name": "bob", "text": "y", "specialists": 1}]}, "comigs", {}),
+        ({"method": "fedavg"}, "fedavg", {}),
+    ],
+)
+def test_comigs_without_numbers_of_experts_was_another_method_in_version_1(given, method, options):
+    tree = {"clients": [ANN], **given}
+    old = parse_config({"version": 1, **tree})
+    assert (old.method, dict(old.options), old.version) == (method, options, 2)
+    assert old == parse_config({**tree, "method": method, "options": options})
+    assert parse_config(tomllib.loads(to_toml(old))) == old
+    assert parse_config(tree).method == given.get("method", "comigs")  # without a version: today's
+
+
+def test_a_default_that_is_given_is_a_default_that_is_not():
+    given = {key: {} for key in ("base", "data", "experts", "client", "evaluation", "upload")}
+    for key in given:
+        for name, field in SECTIONS[key].model_fields.items():
+            if field.default is not None:
+                given[key][name] = field.default
+    left_out, written = parse_config({"clients": [ANN]}), parse_config({"clients": [ANN], **given})
+    assert left_out == written and to_toml(left_out) == to_toml(written)
+    for name in list_methods():
+        shapes = []
+        for config in (left_out, written):
+            method = load_method(config.model_copy(update={"method": name}))
+            shapes.append(method.shape(config.shape_of(config.clients[0])))
+        assert shapes[0] == shapes[1], name
 
 
 def test_the_page_is_up_to_date():

@@ -65,7 +65,7 @@ def test_a_standard_model_answers_as_the_run_does(setting, family, architecture,
 @pytest.mark.parametrize(
     ("setting", "family"),
     [
-        ("default", "llama"), ("sequence", "llama"), ("1g1s", "gpt2"), ("1g1s", "gemma3_text"),
+        ("others", "llama"), ("sequence", "llama"), ("1g1s", "gpt2"), ("1g1s", "gemma3_text"),
         ("1g1s", "llama-biased"),
     ],
 )  # fmt: skip
@@ -87,7 +87,7 @@ def test_the_routers_of_these_runs_route():
 
 
 def test_a_gated_router_is_distilled_and_its_cost_is_said(tmp_path, capsys):
-    run = trained("default")
+    run = trained("others")
     done = exported(run, "transformers", tmp_path / "out", type="float32")
     assert not done.exact
     assert abs(done.export / done.personal - 1) < 0.01
@@ -95,7 +95,7 @@ def test_a_gated_router_is_distilled_and_its_cost_is_said(tmp_path, capsys):
     assert "It is near the run's own model" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("setting", ["1g1s", "default", "four"])
+@pytest.mark.parametrize("setting", ["1g1s", "others", "four"])
 def test_flat_says_what_it_costs_and_keeps_the_better_weights(setting, tmp_path):
     done = exported(trained(setting), "flat", tmp_path / "out")
     (sentence,) = done.notes

@@ -84,7 +84,7 @@ def test_one_base_is_every_clients(tmp_path):
         assert (model.logits(IDS) - logits_of(run, client="bob")).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("setting", ["1g1s", "four", "top1", "default"])
+@pytest.mark.parametrize("setting", ["1g1s", "four", "top1", "others"])
 @pytest.mark.parametrize(("type", "rel"), [("float16", 1e-4), ("bfloat16", 1e-3), ("q8_0", 4e-3)])
 def test_a_stored_type_has_the_perplexity_that_was_said(setting, type, rel, tmp_path):
     run = trained(setting)

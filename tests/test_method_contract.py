@@ -29,23 +29,14 @@ NO_PULL = {
 }  # what is not training as if alone
 QUIET = lambda level, nats: None  # noqa: E731
 
-AS_INSTALLED = "comigs, no number of experts given"
-
-pytestmark = pytest.mark.parametrize("name", [*list_methods(), AS_INSTALLED])
-
-
-def tree_of(name):
-    """Sections of a config with that method."""
-    if name == AS_INSTALLED:
-        return {"method": "comigs", "experts": {"generalists": None, "specialists": None}}
-    return {"method": name}
+pytestmark = pytest.mark.parametrize("name", list_methods())
 
 
 class Setting:
     """Three clients of a method, and uploads as they would send them, with random values."""
 
     def __init__(self, root, name, dtype=torch.float32, **tree):
-        self.config = run_config(root, " ".join(NAMES), **tree_of(name), **tree)
+        self.config = run_config(root, " ".join(NAMES), method=name, **tree)
         self.engine = start_engine(self.config)
         self.clients = self.engine.clients
         self.method = self.clients["ada"].method
@@ -163,7 +154,7 @@ def test_an_upload_is_what_the_server_expects(setting, round):
 def test_clients_that_sent_nothing_cost_the_server_a_number_each(name):
     """They share one download, so that a thousand idle clients are no more than one."""
     entries = [{"name": f"c{n}", "text": "x", "weight": n + 1} for n in range(40)]
-    config = parse_config({"clients": entries, **tree_of(name), "base": {"name": "tiny-gpt2"}})
+    config = parse_config({"clients": entries, "method": name, "base": {"name": "tiny-gpt2"}})
     method, base = load_method(config), load_base(config.base)
     with Attachment(base.model, base.architecture, config.experts) as attachment:
         shapes = shapes_of_clients(config, method, attachment)
@@ -328,7 +319,7 @@ def test_one_client_alone_trains_as_if_there_were_no_server(name, tmp_path):
     config = run_config(
         tmp_path,
         "ada",
-        **tree_of(name),
+        method=name,
         options=NO_PULL.get(name, {}),
         rounds=1 if refactors else 2,
     )
@@ -351,7 +342,7 @@ def test_one_client_alone_trains_as_if_there_were_no_server(name, tmp_path):
     [{"rank": 3}, {"specialist_rank": 3}, {"specialists": 2}, {"specialists": 2, "rank": 3}],
 )
 def test_unequal_clients_work_or_are_refused_before_anything_runs(name, tmp_path, entry):
-    config = run_config(tmp_path, " ".join(NAMES), {"bob": entry}, **tree_of(name))
+    config = run_config(tmp_path, " ".join(NAMES), {"bob": entry}, method=name)
     try:
         load_method(config)
     except UserError as error:
@@ -371,10 +362,10 @@ def test_unequal_clients_work_or_are_refused_before_anything_runs(name, tmp_path
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(name, tmp_path):
     entry = {"specialist_rank": 3}
     try:
-        config = run_config(tmp_path, " ".join(NAMES), {"bob": entry}, **tree_of(name), rounds=3)
+        config = run_config(tmp_path, " ".join(NAMES), {"bob": entry}, method=name, rounds=3)
         load_method(config)
     except UserError:
-        config = run_config(tmp_path, " ".join(NAMES), **tree_of(name), rounds=3)
+        config = run_config(tmp_path, " ".join(NAMES), method=name, rounds=3)
     whole, stopped, centralized = (
         tmp_path / "whole",
         tmp_path / "stopped",

@@ -1,7 +1,8 @@
 """Runs that comigs 0.1.0 made, before its rooms were moved, can be read and gone on with.
 
 `tests/old_runs` has two runs of one config: one that is finished, and one stopped after its first
-round. The config says no number of experts and has a setting that was retired since.
+round. The config is of version 1 and says no number of experts, which is comigs-others now; and
+it has a setting that was retired since.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ def test_a_stopped_run_goes_on_to_the_same_end(old_run):
     ours, theirs = figures(stopped.summary().as_json()), figures(finished.summary().as_json())
     for name, expected in theirs.items():
         assert ours[name] == pytest.approx(expected, rel=1e-5), name
+
+
+def test_it_is_the_method_that_it_was(old_run):
+    config = api.open_run(old_run("finished")).config()
+    assert (config.method, config.version) == ("comigs-others", 2)
 
 
 def test_its_report_says_what_it_came_to(old_run):

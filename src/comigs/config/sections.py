@@ -116,18 +116,14 @@ class DataSection(Section):
 class ExpertsSection(Section):
     """[experts] says what every client trains; entries of `clients` may differ."""
 
-    generalists: int | None = Field(
-        None,
+    generalists: int = Field(
+        1,
         ge=0,
-        description="A client has this many experts that the server averages. None: 1, but see "
-        "specialists.",
+        description="A client has this many experts that the server averages. Methods with one "
+        "expert give it the ranks of generalists and specialists together.",
     )
-    specialists: int | None = Field(
-        None,
-        ge=0,
-        description="A client has this many experts that never leave it. None: 1; but where the "
-        "config gives no number of experts at all, comigs has a single expert of all ranks, which "
-        "the server averages, beside the mean of the other clients' experts.",
+    specialists: int = Field(
+        1, ge=0, description="A client has this many experts that never leave it."
     )
     rank: int = Field(8, ge=1, description="Every expert has this LoRA rank.")
     specialist_rank: int | None = Field(

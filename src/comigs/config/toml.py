@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,15 +12,13 @@ from pydantic import ValidationError
 
 from comigs.config.address import set_field
 from comigs.config.errors import one_line
+from comigs.config.older import of_this_version, without_retired
 from comigs.config.paths import place
 from comigs.config.tree import SECTIONS, VERSION, Config
 from comigs.errors import UserError
 
 MAX_DEPTH = 32  # levels of sections and lists; the deepest field of a config or sweep has six
 TOO_DEEP = f"sections or lists are nested too deeply; at most {MAX_DEPTH} levels"
-RETIRED = {  # a field that older versions wrote into runs -> the only value it may still have
-    "client.leaky_gradients": False,
-}
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -84,7 +81,7 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
     was read from, which begins the line.
     """
     require_shallow(tree, source)
-    tree = _without_retired(tree, source)
+    tree = of_this_version(without_retired(tree, source))
     version = tree.get("version", VERSION)
     if isinstance(version, int) and version > VERSION:
         raise UserError(
@@ -95,23 +92,6 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{source}: {one_line(error, tree, SECTIONS)}") from None
-
-
-def _without_retired(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Drop the fields that are no more. Raises UserError where one asks for what is no more."""
-    kept = dict(tree)
-    for field, value in RETIRED.items():
-        name, _, key = field.partition(".")
-        section = kept.get(name)
-        if not isinstance(section, Mapping) or key not in section:
-            continue
-        if section[key] != value:
-            raise UserError(
-                f"{source}: {field}: given {json.dumps(section[key], default=str)}; "
-                f"this field is retired and can only be {json.dumps(value)}; leave it out"
-            )
-        kept[name] = {other: given for other, given in section.items() if other != key}
-    return kept
 
 
 def to_toml(config: Config) -> str:

@@ -19,7 +19,7 @@ from comigs.config.sections import (
 )
 from comigs.errors import UserError, nearest
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(Section):
@@ -134,26 +134,13 @@ class Config(Section):
                 "give every client a weight or none"
             )
 
-    @property
-    def numbers_experts(self) -> bool:
-        """Whether the config says how many experts there are or how large specialists are.
-
-        Where it does not, a method may choose.
-        """
-        parts: tuple[ExpertsSection | ClientEntry, ...] = (self.experts, *self.clients)
-        for part in parts:
-            if part.specialists is not None or part.specialist_rank is not None:
-                return True
-        return self.experts.generalists is not None
-
     def shape_of(self, client: ClientEntry) -> ExpertShape:
         """Return the experts of one client: the defaults, and its exceptions to them."""
         e = self.experts
         rank = client.rank or e.rank
-        specialists = e.specialists if client.specialists is None else client.specialists
         return ExpertShape(
-            generalists=1 if e.generalists is None else e.generalists,
-            specialists=1 if specialists is None else specialists,
+            generalists=e.generalists,
+            specialists=e.specialists if client.specialists is None else client.specialists,
             rank=rank,
             specialist_rank=client.specialist_rank or e.specialist_rank or rank,
             attention_rank=e.attention_rank or e.rank,

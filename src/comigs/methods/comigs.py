@@ -1,13 +1,11 @@
 """CoMiGS: generalists averaged over all clients, specialists and router at home. 2409.13931.
 
-The router is taught by valid (bi-level). Variants are numbers: 1g1s, 2g (`generalists = 2,
-specialists = 0`), 2s (`generalists = 0, specialists = 2, share_attention = false`), 1gXs
+The router is taught by valid (bi-level). Variants are numbers: 1g1s (the default), 2g (`generalists
+= 2, specialists = 0`), 2s (`generalists = 0, specialists = 2, share_attention = false`), 1gXs
 (`specialists` differs between clients).
 
-Two things are ours. A client's generalists go only as far towards a download as its valid asks
-(docs/decisions/0007). And where the config does not say how many experts there are, a client has a
-single one of all their ranks, which is averaged, and beside it what it did not adopt: the others'
-expert, frozen (0013). `configs/paper.toml` has neither.
+One thing is ours: a client's generalists go only as far towards a download as its valid asks
+(docs/decisions/0007). `configs/paper.toml` does without.
 """
 
 from __future__ import annotations
@@ -19,40 +17,36 @@ import torch
 from pydantic import Field
 
 from comigs.config import Config, Section
-from comigs.errors import UserError
 from comigs.methods.loading import options
 from comigs.methods.merging import mean_of_uploads
 from comigs.methods.method import Download, Method, Mixed, Nats, Tensors
-from comigs.methods.shapes import Shape, as_configured, beside_others, others_of, require_equal
+from comigs.methods.shapes import Shape, as_configured, require_equal
 from comigs.slots import Slot
 
 
-class Options(Section):
+class Adoption(Section):
+    """The [options] of methods whose clients adopt as much of a download as valid asks."""
+
+    probe_windows: int = Field(
+        16,
+        ge=1,
+        description="A client decides how much it adopts on this many windows of valid, drawn anew "
+        "each round.",
+    )
+
+
+class Options(Adoption):
     """The [options] of comigs."""
 
     adopt: Literal["all", "valid"] = Field(
         "valid",
         description='A client adopts "all" of a download, or generalists as far as "valid" asks.',
     )
-    probe_windows: int = Field(
-        16, ge=1, description="adopt decides on this many windows of valid, drawn anew each round."
-    )
 
 
 def method(config: Config) -> Method:
-    """Return the paper's method with adoption, and with the others' expert.
-
-    Where the config says how many experts there are, it is without the others' expert.
-    """
+    """Return the paper's method, with adoption where the options say so."""
     settings = options(config, Options)
-    if not config.numbers_experts:
-        if settings.adopt != "valid":
-            raise UserError(
-                f'options.adopt: given "{settings.adopt}", which leaves nothing of a download to '
-                'put beside the own expert; give "valid", or say how many experts there are '
-                "(experts.generalists, experts.specialists)"
-            )
-        return replace(with_others(config), probe=settings.probe_windows)
     published = as_published(config)
     if settings.adopt == "all":
         return published
@@ -82,36 +76,6 @@ def as_published(
         receives=shares,
         aggregate=mean_of_uploads,
         averages=True,
-    )
-
-
-def with_others(config: Config) -> Method:
-    """Return the method with one own expert of all ranks and, frozen beside it, the others'.
-
-    The others' expert is the last download's, as in FedALT (2503.11880). Where valid asks for all
-    of a download, nothing of it is left to put beside the client's own; where valid asks for none,
-    the router chooses between both. In between, the weights are: the router's gate is as far open
-    to the others as the download was not adopted. Until the first download it is closed. The router
-    learns with the experts from train, and by itself from valid.
-    """
-
-    def mix(own: Tensors, download: Download, nats: Nats) -> Mixed:
-        share = share_that_valid_asks(own, download, nats)
-        written = {**towards(own, download, share), **others_of(download)}
-        for slot, tensor in own.items():
-            if slot.is_gate:
-                written[slot] = torch.full_like(tensor, 1 - share)
-        return written, share
-
-    # Everything else is the published method's.
-    shape = beside_others("gated")
-    return replace(
-        as_published(config, shape, "Say how many specialists there are, which may differ"),
-        summary="own experts averaged as far as valid asks, "
-        "what is left of the others frozen beside them (bi-level)",
-        shape=shape,
-        schedule="both",
-        mix=mix,
     )
 
 

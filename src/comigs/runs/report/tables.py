@@ -236,11 +236,11 @@ def expert_share_table(run: Run) -> Table | None:
     if most < 3 and not adopted:
         return None
 
-    # Where the config numbers no experts, a single own one stands beside the rest of the world.
+    # comigs-others has a single own expert, beside the rest of the world.
     first = run.config.shape_of(run.config.clients[0]).generalists
     names = [f"generalist {number}" for number in range(most)]
     names[first:] = [f"specialist {number}" for number in range(most - first)]
-    if adopted and not run.config.numbers_experts:
+    if run.config.method == "comigs-others":
         names = ["its own", "rest of the world"][:most]
 
     # Clients may have unequal numbers of experts: a dash stands where one has none.

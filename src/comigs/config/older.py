@@ -1,0 +1,65 @@
+"""This module gives configs that older versions wrote the words of this one.
+
+In version 1, comigs without any number of experts was what has been called comigs-others since.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from comigs.errors import UserError
+
+RETIRED = {  # a field that older versions wrote into runs -> the only value it may still have
+    "client.leaky_gradients": False,
+}
+NUMBERS = ("generalists", "specialists", "specialist_rank")
+
+
+def of_this_version(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree of a config in the words of this version.
+
+    A tree without a version is of this version. What is no config is left to be refused.
+    """
+    if tree.get("version") != 1:
+        return dict(tree)
+    renewed = {**tree, "version": 2}
+    if tree.get("method", "comigs") != "comigs" or _numbers_experts(tree):
+        return renewed
+    renewed["method"] = "comigs-others"
+    # "valid" was all that this method took
+    options = tree.get("options")
+    if isinstance(options, Mapping) and options.get("adopt") == "valid":
+        renewed["options"] = {key: value for key, value in options.items() if key != "adopt"}
+    return renewed
+
+
+def _numbers_experts(tree: Mapping[str, Any]) -> bool:
+    """Say whether a config gives any number of experts or rank of specialists."""
+    clients = tree.get("clients")
+    parts = [tree.get("experts"), *(clients if isinstance(clients, list) else [])]
+    for part in parts:
+        if isinstance(part, Mapping) and any(part.get(key) is not None for key in NUMBERS):
+            return True
+    return False
+
+
+def without_retired(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the tree without the fields that are no more.
+
+    Raises UserError where one asks for what is no more. source: what the tree was read from.
+    """
+    kept = dict(tree)
+    for field, value in RETIRED.items():
+        name, _, key = field.partition(".")
+        section = kept.get(name)
+        if not isinstance(section, Mapping) or key not in section:
+            continue
+        if section[key] != value:
+            raise UserError(
+                f"{source}: {field}: given {json.dumps(section[key], default=str)}; "
+                f"this field is retired and can only be {json.dumps(value)}; leave it out"
+            )
+        kept[name] = {other: given for other, given in section.items() if other != key}
+    return kept
