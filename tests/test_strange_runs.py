@@ -22,6 +22,7 @@ COMMANDS = {
     "resume": (),
     "report": (),
     "evaluate": (),
+    "routes": ("--client", "ann"),
     "generate": ("--client", "ann", "--prompt", "the cat"),
 }
 TEXTS = ("config.toml", "env.json", METRICS, TIMINGS, "checkpoint.json", "summary.json")

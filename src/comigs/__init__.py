@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from comigs.app.api import open_personal_model, prepare, resume, run
     from comigs.app.export import export
+    from comigs.app.routes import routes
     from comigs.config import Config, load_config
     from comigs.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = [
     "Config", "UserError", "export", "load_config", "open_personal_model", "prepare", "resume",
-    "run",
+    "routes", "run",
 ]  # fmt: skip
 
 _ELSEWHERE = {
@@ -25,6 +26,7 @@ _ELSEWHERE = {
     "load_config": "comigs.config",
     "UserError": "comigs.errors",
     "export": "comigs.app.export",
+    "routes": "comigs.app.routes",
 }
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from comigs.errors import UserError
 from comigs.text import plural
+
+if TYPE_CHECKING:
+    from comigs.runs.routes import Routes
 
 
 def report(
@@ -17,6 +21,14 @@ def report(
         list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")
     ],
     out: Annotated[Path | None, typer.Option(help="With one run: where its page goes.")] = None,
+    routes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="With one run: show where tokens of this client's test text go. The page holds "
+            "some of that text then. Repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Write report.html into each run: gains, curves, routing, costs.
 
@@ -24,7 +36,15 @@ def report(
     """
     from comigs.runs.report.page import write_reports
 
-    for page in write_reports(runs, out):
+    # text is private, so a page has some only where it was asked for
+    shown: Sequence[Routes] = []
+    if routes:
+        if len(runs) > 1:
+            raise UserError(f"--routes: is for one run; {len(runs)} are given")
+        from comigs.app.routes import routes as routes_of
+
+        shown = routes_of(runs, list(dict.fromkeys(routes)))
+    for page in write_reports(runs, out, shown):
         typer.echo(page)
 
 

@@ -127,3 +127,60 @@ def export(
     done = write(run, client, to, out, type, console.say)
     for line in done.lines():
         console.result(line)
+
+
+def routes(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, all on one base.")
+    ],
+    client: Annotated[str, typer.Option(metavar="NAME", help="Whose model.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A text in UTF-8. Default: the client's test text."),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, max=5000, help="Tokens that are shown as they stand.")
+    ] = 300,
+    block: Annotated[
+        int | None, typer.Option(min=0, help="Whose weights colour them. Default: all, the mean.")
+    ] = None,
+    relative: Annotated[
+        bool, typer.Option("--relative", help="Colour how far a token is from the others' mean.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with every block instead.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    cache: Cache = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Show which tokens go to generalists and which to specialists, block by block."""
+    from comigs.app import routes as routing
+    from comigs.app.console import Console
+    from comigs.runs.reader import Reader
+    from comigs.runs.report.routes_page import require_page, write_routes
+    from comigs.runs.report.routes_part import extremes_table, kinds_table
+
+    # a page that cannot be written is refused before anything is read
+    if out is not None:
+        require_page(out)
+    found = routing.routes(runs, [client], text, tokens, Reader(allow_code, cache))
+    last = found[0].blocks - 1
+    if block is not None and block > last:
+        raise UserError(f"--block: given {block}; the blocks of this base are 0 to {last}")
+
+    # one of page, JSON and terminal is what was asked for
+    if out is not None:
+        write_routes(found, out)
+    if as_json:
+        typer.echo(json.dumps([one.as_json() for one in found]))
+        return
+    console = Console()
+    if out is not None:
+        console.result(f"page: {out} (it holds text of {client})")
+        return
+    for one in found:
+        for line in routing.passage_lines(one, block, relative):
+            typer.echo(line)
+        console.table(kinds_table(one), "generalist weight by block and kind of token")
+        console.table(extremes_table(one), "most generalist and most specialist tokens by block")

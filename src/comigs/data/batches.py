@@ -84,15 +84,23 @@ def evaluation_windows(
     each store's shorter last window comes on its own. A batch at a time is read from disk.
     """
     for store in stores:
-        num_full = store.num_predicted // length
-        for first in range(0, num_full, batch_size):
-            last = min(first + batch_size, num_full)
-            stream = store.tokens[first * length : last * length + 1]
-            inputs, targets = stream[:-1].reshape(-1, length), stream[1:].reshape(-1, length)
-            yield _in_memory(inputs), _in_memory(targets)
-        remainder = store.tokens[num_full * length :]
-        if len(remainder) > 1:
-            yield _batch(remainder[None])
+        yield from stream_windows(store.tokens, length, batch_size)
+
+
+def stream_windows(tokens: NDArray[Any], length: int, batch_size: int) -> Iterator[Batch]:
+    """Yield windows that have every token of one stream but its first as a target once.
+
+    Inputs and targets are up to (batch_size, length); the shorter last window comes on its own.
+    """
+    num_full = (len(tokens) - 1) // length
+    for first in range(0, num_full, batch_size):
+        last = min(first + batch_size, num_full)
+        stream = tokens[first * length : last * length + 1]
+        inputs, targets = stream[:-1].reshape(-1, length), stream[1:].reshape(-1, length)
+        yield _in_memory(inputs), _in_memory(targets)
+    remainder = tokens[num_full * length :]
+    if len(remainder) > 1:
+        yield _batch(remainder[None])
 
 
 def _batch(windows: NDArray[Any]) -> Batch:

@@ -18,8 +18,10 @@ from torch import Tensor
 from comigs.bases.load import Base
 from comigs.errors import UserError
 from comigs.files import write_whole, writing
-from comigs.personal.model import client_shape, require_model, require_same_base
+from comigs.personal.model import require_model, require_same_base
 from comigs.personal.prompts import Message, conversation_ids, end_ids
+from comigs.personal.routes.describe import texts_of
+from comigs.personal.routes.weights import generalist_weight, shared_experts
 from comigs.personal.serve.jobs import Settings
 from comigs.personal.serve.model import RowModel
 from comigs.personal.serve.packed import read_client
@@ -217,17 +219,14 @@ class Chat:
         read, written = self._last
         if not written:
             raise UserError("/routes: the last answer is empty")
-        if self._packed.blocks[0].experts.W_ED is None:
-            raise UserError(f"/routes: {self.client} has no router")
+        shared = shared_experts(self.folder, self.client)
         # A token's route is chosen where it is read, not where it is written.
         weights: list[Tensor] = []
         this = make_pass([(Row(self._packed), read + written)])
         self._model.forward(replace(this, routes=weights))
-        shape = client_shape(self.folder, self.client)
-        shared = [-1] if shape.others != "none" else list(range(shape.generalists))
-        weights_T = torch.stack(weights)[:, :, shared].sum(dim=-1).mean(dim=0)
+        weights_T = generalist_weight(torch.stack(weights), shared).mean(dim=0)
         answered = weights_T[len(read) :].tolist()
-        names = [self._vocabulary.bytes_of(id).decode(errors="replace") for id in written]
+        names = texts_of([self._vocabulary.bytes_of(id) for id in written])
         return [RoutedToken(name, weight) for name, weight in zip(names, answered, strict=True)]
 
     def close(self) -> None:

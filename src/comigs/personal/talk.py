@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 
 from comigs.errors import UserError
-from comigs.personal.chat import Chat, RoutedToken
+from comigs.personal.chat import Chat
+from comigs.personal.routes.coloured import WHOLE, coloured
 
 HELP = """\
 /reset         forget what was said
@@ -106,19 +107,8 @@ def _client(chat: Chat, argument: str) -> None:
 def _routes(chat: Chat, argument: str) -> None:
     tokens = chat.routes()
     mean = sum(token.weight for token in tokens) / len(tokens)
-    click.echo("".join(_coloured(token) for token in tokens))
-    click.echo(f"(weight of the generalists: mean {mean:.2f}, blue 0, red 1)")
-
-
-def _coloured(token: RoutedToken) -> str:
-    """Return a token on a ground between blue and red; where there are no colours, with its weight
-    behind it.
-    """
-    context = click.get_current_context(silent=True)
-    if not click.get_text_stream("stdout").isatty() and not (context and context.color):
-        return f"{token.text}[{token.weight:.2f}]"
-    red = round(40 + 150 * token.weight)
-    return click.style(token.text, fg="bright_white", bg=(red, 40, 230 - red))
+    click.echo(coloured((token.text, token.weight) for token in tokens))
+    click.echo(f"(weight of the generalists: mean {mean:.2f}; {WHOLE.legend})")
 
 
 def _save(chat: Chat, argument: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +19,53 @@ from comigs.runs.report.curves import MAX_PANELS, Curve, drift_points, loss_curv
 from comigs.runs.report.diagnostics import diagnoses
 from comigs.runs.report.read import Run, read_run
 from comigs.runs.report.results import results
+from comigs.runs.report.routes_part import block_rules, parts_of
 from comigs.runs.report.routing_heatmap import routing_heatmap
+from comigs.runs.routes import Routes
 
 HERE = Path(__file__).parent
 PAGE = "report.html"
+EVERYBODY, OWN_EYES = 0o666, 0o600  # modes of a file
 
 
-def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
+def write_report(
+    run_folder: str | Path, out: str | Path | None = None, routes: Sequence[Routes] = ()
+) -> Path:
     """Write the page of one run, by default as PAGE in its folder, and return where it is.
 
-    The file is written whole or not at all. Raises UserError for a folder that is no run, a file
-    that cannot be written, or one that is something else than a report.
+    routes: of clients whose text the page is to hold; it is for its owner's eyes only then. The
+    file is written whole or not at all. Raises UserError for a folder that is no run, a file that
+    cannot be written, or one that is something else than a report.
     """
     folder = Path(run_folder)
-    text = report_page(read_run(folder))
-    return _write(Path(out) if out else folder / PAGE, text)
+    text = report_page(read_run(folder), routes)
+    mode = OWN_EYES if routes else EVERYBODY
+    return put_page(Path(out) if out else folder / PAGE, text, "report", mode)
 
 
-def write_reports(run_folders: Iterable[str | Path], out: str | Path | None = None) -> list[Path]:
-    """Write the page of every run into its folder, or of a single run to `out`.
+def write_reports(
+    run_folders: Iterable[str | Path],
+    out: str | Path | None = None,
+    routes: Sequence[Routes] = (),
+) -> list[Path]:
+    """Write the page of every run into its folder, or of a single run to `out`, with `routes`.
 
     Every run is read before anything is written. Raises UserError.
     """
     folders = [Path(folder) for folder in run_folders]
     if len(folders) == 1:
-        return [write_report(folders[0], out)]
+        return [write_report(folders[0], out, routes)]
     if out is not None:
         raise UserError(
             f"--out {out}: is for one run; "
             f"to see {len(folders)} side by side: comigs compare RUN..."
         )
     runs = [read_run(folder) for folder in folders]
-    return [_write(run.folder / PAGE, report_page(run)) for run in runs]
+    return [put_page(run.folder / PAGE, report_page(run), "report") for run in runs]
 
 
-def report_page(run: Run) -> str:
-    """Return the page of one run as HTML; equal runs give equal bytes."""
+def report_page(run: Run, routes: Sequence[Routes] = ()) -> str:
+    """Return the page of one run as HTML; equal runs and routes give equal bytes."""
     # A run that is not finished has no summary yet: its page says what its config says.
     told: dict[str, Any] = {
         "method": run.config.method,
@@ -85,6 +97,8 @@ def report_page(run: Run) -> str:
         num_clients=len(clients),
         two_ranks=any(c.specialist_rank not in (None, c.rank) for c in clients),
         heat=routing_heatmap(run),
+        routes=parts_of(routes),
+        rules=block_rules(routes),
         experts=tables.expert_share_table(run),
         settings=provenance.settings(run),
         config=run.config_text,
@@ -164,12 +178,22 @@ def is_written_by(page: Path, command: str) -> bool:
     return mark(command) in page.read_text(encoding="utf-8", errors="replace")[:2000]
 
 
-def _write(path: Path, text: str) -> Path:
-    """Put the whole file there, or leave what was there."""
-    if path.is_file() and not is_written_by(path, "report"):
+def require_own_page(path: Path, command: str) -> None:
+    """Refuse to write over what `comigs COMMAND` did not write. Raises UserError."""
+    if path.is_file() and not is_written_by(path, command):
         raise UserError(
-            f"{path}: not written by comigs report, so it is kept; choose another file with --out"
+            f"{path}: not written by comigs {command}, so it is kept; choose another file with "
+            "--out"
         )
+
+
+def put_page(path: Path, text: str, command: str, mode: int = EVERYBODY) -> Path:
+    """Put a whole page there, or leave what was there. Raises UserError.
+
+    command: what wrote it. mode: of the file, as in os.open.
+    """
+    require_own_page(path, command)
     with writing(path, "choose another file with --out"):
-        write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+        fill = partial(Path.write_text, data=text, encoding="utf-8")
+        write_whole(path, fill, mode)
     return path

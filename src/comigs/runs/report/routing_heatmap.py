@@ -58,14 +58,15 @@ def routing_heatmap(run: Run) -> HeatMap | None:
     for name in run.clients:
         if name in shares:
             row = [mean(shares[name]), *shares[name], *[None] * (layers - len(shares[name]))]
-            rows.append((name, tuple(map(_cell, row))))
+            rows.append((name, tuple(cell_of(share, f.share(share)) for share in row)))
     without = tuple(name for name in run.clients if name not in shares)
     return HeatMap(layers, tuple(rows), without, source)
 
 
-def _cell(share: float | None) -> Cell:
+def cell_of(share: float | None, text: str) -> Cell:
+    """Return the cell of a share, which may be unknown, as this text."""
     if share is None:
         return Cell(f.NONE, "none", 0.0)
     lean = min(1.0, abs(share - 0.5) * 2)
     role = "generalist" if share > 0.5 else "specialist"
-    return Cell(f.share(share), role, round(lean, 3))
+    return Cell(text, role, round(lean, 3))

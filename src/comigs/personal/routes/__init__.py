@@ -1,0 +1,1 @@
+"""Where tokens go: the router's weights of a client's own model on a text, and what they are on."""
