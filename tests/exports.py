@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -46,6 +47,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "llama-gpt2s-rule": {},
+    "llama-untied": {},
+    "llama-relu": {"hidden_act": "relu"},
     "llama-biased": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": None},
     "qwen2": {},
@@ -115,8 +118,19 @@ def base_of(family: str) -> Path:
             if name.endswith(("bias", "norm.weight")):
                 torch.nn.init.normal_(parameter, 0.0 if "bias" in name else 1.0, 0.2)
     model.save_pretrained(folder)
+    if family == "llama-untied":
+        untie(folder / "model.safetensors")
     small_tokenizer(digits=not family.endswith("gpt2s-rule")).save_pretrained(folder)
     return folder
+
+
+def untie(file: Path) -> None:
+    """Give a base a head of its own, as training both with `modules_to_save` does; its config goes
+    on saying that they are tied.
+    """
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = 1.5 * tensors["model.embed_tokens.weight"].flip(0)
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def trained(setting: str, family: str = "llama") -> Path:

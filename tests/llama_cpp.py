@@ -60,6 +60,7 @@ def library() -> Any:
         "llama_model_free": (None, [pointer]),
         "llama_model_get_vocab": (pointer, [pointer]),
         "llama_vocab_n_tokens": (integer, [pointer]),
+        "llama_vocab_is_eog": (ctypes.c_bool, [pointer, integer]),
         "llama_batch_init": (Batch, [integer, integer, integer]),
         "llama_batch_free": (None, [Batch]),
         "llama_decode": (integer, [pointer, Batch]),
@@ -141,6 +142,10 @@ class Model:
         )
         assert count >= 0
         return list(room[:count])
+
+    def is_end(self, token: int) -> bool:
+        """Whether llama.cpp ends a text at this token."""
+        return bool(self.lib.llama_vocab_is_eog(self.vocabulary, token))
 
     def greedy(self, ids: list[int], count: int, once: bool = False) -> list[int]:
         """The likeliest tokens that follow; each at most once, where a text would go in circles."""

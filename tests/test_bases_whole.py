@@ -20,8 +20,9 @@ from comigs.bases.tiny import byte_tokenizer, tiny_llama
 from comigs.bases.usable import highest_id
 from comigs.config import BaseSection
 from comigs.errors import UserError
+from comigs.personal.serve.catalogue import in_dtype
 from comigs.processes import Child
-from tests.conftest import run_config
+from tests.conftest import bits, run_config
 from tests.runs import refused, write_config
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
@@ -299,3 +300,29 @@ def test_reading_back_gives_the_model_that_was_saved(folder):
     ids = torch.arange(9)[None]
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+def test_positions_keep_their_precision_whatever_the_weights_have(folder):
+    """Logits after hundreds of tokens are those of `from_pretrained` in that type, to the bit."""
+    ids = torch.randint(0, 256, (1, 600), generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        plain = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager"
+        )
+        section = BaseSection(name=str(folder), dtype=str(dtype).removeprefix("torch."))
+        loaded = load_base(section.model_copy(update={"device": "cpu"}))
+        # A base may also be given another type afterwards, as `comigs serve --dtype` does.
+        again = in_dtype(load(folder), dtype)
+        with torch.no_grad():
+            expected = bits(plain(ids).logits)
+            assert bits(loaded.model(ids).logits) == bits(again.model(ids).logits) == expected
+
+
+def test_a_head_that_is_not_the_embedding_is_not_taken_for_tied(folder):
+    """The config says that they are tied; the file has both, and they differ."""
+    name, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    assert load(folder).model.config.tie_word_embeddings
+    rewrite(folder, lambda tensors: {**tensors, name: tensors[embedding].flip(0)})
+    model = load(folder).model
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight.flip(0))

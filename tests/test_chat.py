@@ -215,3 +215,11 @@ def test_routes_are_the_weights_of_the_router_on_each_token_of_the_answer(
     )
     assert len(routes) == len(ids) - len("the cat")
     assert all(0 <= token.weight <= 1 for token in routes)
+
+
+def test_a_token_that_the_base_has_no_row_for_is_refused_and_forgotten(chat):
+    chat.base.tokenizer.add_special_tokens({"pad_token": "<image>"})
+    with pytest.raises(UserError, match='your message: holds "<image>", which this base does not'):
+        ask(chat, "an <image>")
+    assert chat.turns == []
+    assert ask(chat, "the cat ")

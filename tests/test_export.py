@@ -34,6 +34,8 @@ TABLE = [  # a model, and the architecture that it becomes
     ("fedalt", "llama", "MixtralForCausalLM"),
     ("flora", "llama", "LlamaForCausalLM"),
     ("1g1s", "llama-scaled", "MixtralForCausalLM"),
+    ("1g1s", "llama-untied", "MixtralForCausalLM"),
+    ("1g1s", "llama-relu", "MixtralForCausalLM"),
     ("client", "llama-biased", "LlamaForCausalLM"),
     ("1g1s", "mistral", "MixtralForCausalLM"),
     ("1g1s", "qwen2", "Qwen2MoeForCausalLM"),
@@ -125,6 +127,8 @@ def test_one_expert_is_one_lora_exactly(tmp_path):
         ("flora", "llama", "flat", 'merges whole matrices.*"transformers" and "gguf"'),
         ("flora", "llama", "peft", 'merges whole matrices.*"transformers" and "gguf"'),
         ("flora", "llama", "gguf-adapter", 'merges whole matrices.*"gguf"'),
+        ("1g1s", "llama-relu", "gguf", 'activation "relu".*SiLU.*"transformers"'),
+        ("1g1s", "llama-relu", "gguf-base", 'activation "relu".*SiLU.*"transformers"'),
         ("client", "llama", "gguf-base", 'no LoRA on a shared base.*"gguf"'),
     ],
 )
@@ -276,6 +280,21 @@ def test_a_written_model_that_answers_otherwise_is_not_kept(tmp_path, monkeypatc
     monkeypatch.setattr("comigs.app.export.load_format", lambda name: replace(form, write=write))
     with pytest.raises(UserError, match="does not answer as it must: its logits are off by"):
         exported(trained("1g1s"), "flat", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_format_that_computes_something_else_is_not_called_exact(tmp_path, monkeypatch):
+    """What was meant to be written is compared with the run's own model, too."""
+    form = load_format("transformers")
+
+    def write(source, folder, type):
+        model = form.write(source, folder, type)
+        logits_LV = model.expected.logits_LV + 0.01
+        return replace(model, expected=replace(model.expected, logits_LV=logits_LV))
+
+    monkeypatch.setattr("comigs.app.export.load_format", lambda name: replace(form, write=write))
+    with pytest.raises(UserError, match="does not compute what the run's own model does"):
+        exported(trained("1g1s"), "transformers", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from comigs.app import api
-from comigs.personal.export.gguf_text import rule_of
-from tests.exports import exported, small_tokenizer, trained, valid_windows
+from comigs.errors import UserError
+from comigs.personal.export.gguf_file import write_gguf
+from comigs.personal.export.gguf_text import notes_on, rule_of
+from tests.exports import SHAPE, exported, small_tokenizer, trained, valid_windows
 from tests.llama_cpp import llama_cpp
 
 IDS = np.random.default_rng(0).integers(1, 590, 60).tolist()
@@ -23,10 +28,11 @@ MERGED = [
     ("1g1s", "llama"), ("four", "llama"), ("top1", "llama"), ("client", "llama"),
     ("fdlora", "llama"), ("1g1s", "llama-scaled"), ("client", "llama-biased"), ("1g1s", "qwen2"),
     ("top1", "qwen2"), ("fedavg", "qwen2"), ("1g1s", "qwen3"), ("fedavg", "qwen3"),
+    ("1g1s", "llama-untied"),
 ]  # fmt: skip
 SHARED = [
     ("1g1s", "llama"), ("four", "llama"), ("top1", "llama"), ("fedavg", "llama"),
-    ("fdlora", "llama"), ("1g1s", "qwen2"), ("1g1s", "qwen3"),
+    ("fdlora", "llama"), ("1g1s", "qwen2"), ("1g1s", "qwen3"), ("1g1s", "llama-untied"),
 ]  # fmt: skip
 
 
@@ -143,3 +149,43 @@ def test_greedy_text_is_ours(setting, tmp_path):
         found = model.greedy(IDS[:10], 64, once=True)
     assert len(set(text)) == 64
     assert found == text
+
+
+def test_a_tokenizer_that_changes_text_or_does_not_cut_it_into_words_has_no_rule():
+    changed, whole = small_tokenizer(), small_tokenizer()
+    changed.backend_tokenizer.normalizer = normalizers.Lowercase()
+    whole.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    for tokenizer, said in ((changed, r"changes text.*Lowercase"), (whole, "cuts text in a way")):
+        with pytest.raises(UserError, match=said):
+            rule_of(tokenizer)
+
+
+def test_a_tokenizer_that_composes_letters_is_written_and_that_is_said():
+    """As Qwen2's does, which llama.cpp reads without."""
+    tokenizer = small_tokenizer()
+    assert notes_on(tokenizer) == []
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    assert rule_of(tokenizer) == "smollm"
+    assert "Unicode NFC" in notes_on(tokenizer)[0]
+
+
+def test_what_ends_a_text_here_ends_it_in_llama_cpp_and_a_conversation_has_its_template(tmp_path):
+    """A base with two ends of text, a token that it has no row for, and two chat templates."""
+    tokenizer = small_tokenizer()
+    end, image = AddedToken("<|done|>", special=True), AddedToken("<image>", special=True)
+    tokenizer.add_tokens([end, image])
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}:", "tool_use": "x"}
+    done, rows = tokenizer.convert_tokens_to_ids("<|done|>"), len(tokenizer) - 1
+    config = AutoConfig.for_model("llama", **{**SHAPE, "vocab_size": rows})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config.eos_token_id = [0, done]
+    write_gguf(tmp_path / "it.gguf", model, tokenizer, "float32", "it")
+    fields = gguf.GGUFReader(tmp_path / "it.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages[0].content }}:"
+    with llama_cpp(tmp_path / "it.gguf") as there:
+        ends = [id for id in range(rows) if there.is_end(id)]
+        text = tokenizer("a <image>", split_special_tokens=True)["input_ids"]
+        assert there.tokens("a <image>") == text
+    assert ends == [0, done]

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, decoders, models
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from comigs.app import api
 from comigs.bases.load import load_base
 from comigs.bases.tiny import tiny_gpt2
 from comigs.config import BaseSection
 from comigs.errors import UserError
-from tests.runs import ENVIRONMENT, copied_run, finished
+from comigs.personal.model import _Pieces
+from tests.runs import ENVIRONMENT, comigs, copied_run, finished
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +221,41 @@ def test_an_output_that_is_not_utf_8_gets_replacements(encoding):
         check=False,
     )
     assert done.returncode == 0 and not done.stderr and b" the " in done.stdout
+
+
+def sentence_pieces():
+    """A tokenizer that marks words by a space before them and falls back on bytes, as Llama 2's."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "▁the", "▁cats", "▁sat", "c", "a", "t", "s"]
+    core = Tokenizer(
+        models.BPE({piece: id for id, piece in enumerate(pieces)}, [], byte_fallback=True)
+    )
+    marks = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.decoder = decoders.Sequence([*marks, decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (["▁cats", "▁sat"], " cats sat"),
+        (["a", "t", "<0xC3>", "<0xA9>", "s", "▁sat"], "atés sat"),
+        (["c", "<0xF0>", "<0x9F>", "a", "t", "▁sat", "<0xE2>"], "c�at sat�"),
+    ],
+)
+def test_streamed_text_has_every_character_that_was_written(tokens, text):
+    """Whatever marks words or is a part of a character; `transformers` loses some of it."""
+    tokenizer = sentence_pieces()
+    pieces = _Pieces(tokenizer)
+    pieces.put(torch.tensor([[260]]))  # the prompt
+    for token in tokens:
+        pieces.put(torch.tensor([tokenizer.convert_tokens_to_ids(token)]))
+    pieces.end()
+    assert "".join(iter(pieces.queue.get, None)) == text
+
+
+@pytest.mark.parametrize("temperature", ["1e-320", "1e-39", "1e-6"])
+def test_a_temperature_of_nearly_nothing_takes_the_likeliest(temperature, capsys):
+    words = ["generate", finished() / "run", "--client", "ann", "--prompt", "the "]
+    cold = comigs(capsys, *words, "--temperature", temperature)
+    assert cold.code == 0 and cold.out == comigs(capsys, *words).out

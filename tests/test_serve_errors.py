@@ -35,7 +35,7 @@ def client(server):
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 2.5}, "max_tokens", "valid integer"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens", "not both"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 17}, "n", "16 or less"),
         ({"seed": 2**63}, "seed", "less than"),
@@ -174,3 +174,20 @@ def test_with_keys_the_server_may_be_reached_by_any_name(locked):
     headers = {"Host": "models.example", "Authorization": f"Bearer {KEYS['run/bob']}"}
     body = json.dumps({"model": "run/bob", "prompt": "x", "max_tokens": 1}).encode()
     assert answer_to(raw_request(locked, body, **headers))[0] == 200
+
+
+def test_a_token_that_the_base_has_no_row_for_is_refused_and_harms_nobody_else():
+    """As Gemma 3's <image_soft_token>, which its text models do not read."""
+    base = tiny("tiny-llama")
+    base.tokenizer.add_special_tokens({"pad_token": "<image>"})
+    with serving(base, clients_on(base)) as server, server.client() as client:
+        alone = client.completions.create(model="run/bob", prompt="hello", temperature=0)
+        for prompt in ("an <image>", [5, 257]):
+            with pytest.raises(openai.BadRequestError, match='prompt: holds "<image>"') as refused:
+                client.completions.create(model="run/ann", prompt=prompt)
+            assert refused.value.param == "prompt"
+        picture = [{"role": "user", "content": "an <image>"}]
+        with pytest.raises(openai.BadRequestError, match='messages: holds "<image>"'):
+            client.chat.completions.create(model="run/ann", messages=picture)
+        again = client.completions.create(model="run/bob", prompt="hello", temperature=0)
+    assert again.choices[0].text == alone.choices[0].text

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
 
 from comigs.bases.load import Base, architecture_of
+from comigs.errors import UserError
 from comigs.personal.serve.model import ATTENTION, RowModel
 from comigs.personal.serve.packed import pack
 from comigs.personal.serve.rows import Row, make_pass
@@ -212,3 +213,12 @@ def test_in_bfloat16_rows_are_as_far_from_float32_as_the_model_alone():
     found = model.forward(make_pass([(Row(client), prompt)]))
     model.close()
     assert (found - expected).abs().max() <= 2 * (alone - expected).abs().max()
+
+
+def test_a_base_whose_positions_depend_on_the_longest_row_is_refused():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **factors}
+    base = tiny("tiny-llama")
+    base.model.config.rope_parameters = {**rope, "original_max_position_embeddings": 16}
+    with pytest.raises(UserError, match=r'tiny-llama: has the rope_type "longrope"'):
+        RowModel(base)

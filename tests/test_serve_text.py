@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from comigs.bases.mini import mini
 from comigs.bases.tiny import byte_tokenizer
@@ -112,6 +114,34 @@ def test_tokens_come_with_the_text_they_belong_to(vocabularies):
     ]
 
 
+@pytest.fixture
+def own_tokens(tmp_path):
+    """A tokenizer with a special token that no list of it names, as Llama 3's <|eot_id|>, and one
+    that is text, as <think>.
+    """
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|eot|>", special=True), AddedToken("<think>")])
+    tokenizer.save_pretrained(tmp_path)
+    return AutoTokenizer.from_pretrained(tmp_path)
+
+
+def test_special_tokens_are_no_text_whether_the_tokenizer_lists_them_or_not(own_tokens):
+    tokenizer = own_tokens
+    assert len(tokenizer.all_special_ids) == 1
+    ids = tokenizer("a<|eot|>b<think>c<|endoftext|>d", add_special_tokens=False)["input_ids"]
+    text = "".join(piece.text for piece in pieces_of(Vocabulary(tokenizer), ids))
+    assert text == tokenizer.decode(ids, skip_special_tokens=True) == "ab<think>cd"
+
+
+def test_a_special_token_that_is_named_as_a_stop_text_ends_the_answer(own_tokens):
+    tokenizer = own_tokens
+    ids = tokenizer("abé<|eot|>cd", add_special_tokens=False)["input_ids"]
+    pieces = pieces_of(Vocabulary(tokenizer), ids, ["b<", "<|eot|>"], infos=True)
+    assert "".join(piece.text for piece in pieces) == "abé"
+    assert pieces[-1].finish == "stop" and pieces[-1].num_tokens == 4  # bytes before it
+    assert [token.id for piece in pieces for token in piece.tokens] == ids[:4]
+
+
 # the next token
 
 
@@ -127,6 +157,12 @@ def draws(logits, number=4000, **settings):
 def test_temperature_zero_takes_the_likeliest():
     logits = torch.tensor([0.0, 3.0, 2.9])
     assert draws(logits, 20, temperature=0.0).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-320}, {"temperature": 1e-6}, {"top_p": 0}])
+def test_what_is_nearly_nothing_takes_the_likeliest(settings):
+    logits = torch.tensor([0.0, 300.0, 299.0, -300.0])
+    assert draws(logits, 20, **settings).tolist() == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -84,11 +84,12 @@ def generate(
     if not prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in prompt):
         raise UserError("--prompt: not valid UTF-8; write it in a UTF-8 terminal")
     from comigs.app import api
+    from comigs.personal.serve.sampling import COLDEST
     from comigs.runs.reader import Reader
 
     # what is wrong with the prompt is said before anything is written: with the first piece
     sampling: dict[str, Any] = {}
-    if temperature > 0:
+    if temperature >= COLDEST:
         sampling = {"do_sample": True, "temperature": temperature}
     model = api.open_personal_model(run, client, Reader(allow_code))
     pieces = model.stream(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)

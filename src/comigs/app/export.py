@@ -11,7 +11,7 @@ import torch
 
 from comigs.app.api import open_run, require_same_text
 from comigs.app.setup import Say, ignore, load
-from comigs.bases.load import Base
+from comigs.bases.load import Base, set_dtype
 from comigs.config import Config, Split
 from comigs.data.prepare import ClientData
 from comigs.data.prepare import prepare as prepare_data
@@ -98,5 +98,5 @@ def opened_for_export(folder: RunFolder, client: str) -> tuple[Base, Config, Cli
     data = prepare_data(config, base.encoder)
     require_same_text(folder, data)
     # The base is the run's, rounded as it was there. What is computed with it is not.
-    base.model.float()
+    set_dtype(base.model, torch.float32)
     return replace(base, dtype=torch.float32), config, data.load(client)

@@ -19,7 +19,7 @@ from comigs.bases.load import Base
 from comigs.errors import UserError
 from comigs.files import write_whole, writing
 from comigs.personal.model import require_model, require_same_base
-from comigs.personal.prompts import Message, conversation_ids, end_ids
+from comigs.personal.prompts import Message, conversation_ids, end_ids, unread
 from comigs.personal.routes.describe import texts_of
 from comigs.personal.routes.weights import generalist_weight, shared_experts
 from comigs.personal.serve.jobs import Settings
@@ -163,6 +163,8 @@ class Chat:
                     f"your message: {len(ids)} tokens, and the base reads {room} before an answer"
                 )
             begin += 2
+        if token := unread(self.base.model, self.base.tokenizer, ids):
+            raise UserError(f'your message: holds "{token}", which this base does not read')
         if begin > self._read_from:
             cut, all_turns = begin // 2, len(self.turns) // 2
             self.say(f"({cut} of {all_turns} turns no longer fit, and are not read any more)")

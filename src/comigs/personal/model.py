@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from queue import SimpleQueue
 from threading import Event, Thread, main_thread
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from comigs.bases.load import Base
 from comigs.bases.usable import separator
@@ -23,6 +25,8 @@ from comigs.data.corpus import TokenStore
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.methods.loading import load_method
+from comigs.personal.prompts import unread
+from comigs.personal.serve.text import Transcript, Vocabulary
 from comigs.runs.folder import RunFolder
 from comigs.slots import Slot
 
@@ -85,9 +89,7 @@ class PersonalModel:
         start = separator(self.tokenizer)
         prompt = prompt or self.tokenizer.convert_ids_to_tokens(start)
         encoded = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        highest, rows = encoded["input_ids"].max(), self.model.get_input_embeddings().num_embeddings
-        if highest >= rows:
-            token = self.tokenizer.convert_ids_to_tokens(int(highest))
+        if token := unread(self.model, self.tokenizer, encoded["input_ids"][0].tolist()):
             raise UserError(f'--prompt: holds "{token}", which this base does not read')
         window = self.model.config.max_position_embeddings
         room = window - encoded["input_ids"].shape[1]
@@ -95,11 +97,11 @@ class PersonalModel:
             raise UserError(f"--prompt: longer than the {window} tokens this base reads")
 
         unwanted, failure = Event(), list[BaseException]()
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        pieces = _Pieces(self.tokenizer)
         stopping = [*settings.get("stopping_criteria", ()), _Once(unwanted)]
         arguments = {
             **encoded.to(self.model.device),
-            "streamer": streamer,
+            "streamer": pieces,
             "max_new_tokens": min(max_new_tokens, room),
             "pad_token_id": start,
             "do_sample": False,
@@ -119,13 +121,13 @@ class PersonalModel:
                     self.model.generate(**arguments)
             except BaseException as error:
                 failure.append(error)
-                streamer.end()
+                pieces.end()
 
         # No daemon: the interpreter would end beneath it, in C++, and abort.
         thread = Thread(target=write)
         thread.start()
         try:
-            yield from streamer
+            yield from iter(pieces.queue.get, None)
         # Where nobody reads on, no thread may go on writing beside what its caller does next.
         finally:
             unwanted.set()
@@ -180,6 +182,33 @@ def client_tensors(
     tensors = {slot: torch.empty(size, device=base.device) for slot, size in shapes.items()}
     load_tensors(tensors, folder.load(model_path(folder, client)), client)
     return tensors
+
+
+class _Pieces(BaseStreamer):
+    """This streamer puts text into a queue as its tokens are written, and None at its end.
+
+    Those of `transformers` decode the new tokens alone: the space before the first is lost with
+    tokenizers that mark words by one, and more where a text shrinks as it grows.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.queue: SimpleQueue[str | None] = SimpleQueue()
+        self._text = Transcript(Vocabulary(tokenizer), 0, ())
+        self._is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt first (1, L), then each token (1,)."""
+        tokens = [] if self._is_prompt else value.flatten().tolist()
+        self._is_prompt = False
+        for token in tokens:
+            if text := self._text.add(token, None).text:
+                self.queue.put(text)
+
+    def end(self) -> None:
+        """Tell what is left of the text, and that it ends."""
+        if text := self._text.end("length").text:
+            self.queue.put(text)
+        self.queue.put(None)
 
 
 class _Once(StoppingCriteria):

@@ -55,6 +55,18 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def unread(model: Any, tokenizer: Any, ids: Sequence[int]) -> str | None:
+    """Return the text of a token that the base has no row for; None where it reads them all.
+
+    A tokenizer may have special tokens for what another model of its family reads, as images.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    for id in ids:
+        if id >= rows:
+            return str(tokenizer.convert_ids_to_tokens(id))
+    return None
+
+
 def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Return the tokens that end a text: the base's own and the tokenizer's."""
     own = model.generation_config.eos_token_id

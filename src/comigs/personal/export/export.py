@@ -99,7 +99,7 @@ def write_export(source: Source, to: tuple[str, Format, str], out: Path) -> Expo
             written = form.write(source, folder, type)
             with form.read(source, folder) as model:
                 found = outputs(model, source.windows)
-            require_as_promised(written, found, type)
+            require_as_promised(written, found, type, personal)
             exported = Exported(
                 out, name, type, size_of(folder), base.perplexity, personal.perplexity,
                 found.perplexity, sum(x.size for x, _ in source.windows), found.furthest(personal),
@@ -151,9 +151,18 @@ def disk_errors() -> Iterator[None]:
         raise
 
 
-def require_as_promised(written: Written, found: Outputs, type: str) -> None:
-    """Compare what was read back with what was meant. Raises UserError where they differ."""
+def require_as_promised(written: Written, found: Outputs, type: str, personal: Outputs) -> None:
+    """Compare what was read back with what was meant, and that with the run's own model.
+
+    Raises UserError where they differ.
+    """
     expected = written.expected
+    # An exact export computes what the run's own model does, before its numbers are stored.
+    if written.exact and not (far := expected.furthest(personal)) <= LOGITS:
+        raise UserError(
+            f"this format does not compute what the run's own model does: its logits are off by "
+            f"{far:.2g}, where {LOGITS:g} is allowed; nothing is left of it. Please report this"
+        )
     # Nothing is rounded in float32, so every logit must be there; other types round, and may cost.
     if type == "float32":
         far = found.furthest(expected)

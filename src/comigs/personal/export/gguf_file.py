@@ -15,6 +15,7 @@ from comigs.personal.export.gguf_tensors import (
     read_into,
 )
 from comigs.personal.export.gguf_text import add_tokenizer, rule_of
+from comigs.personal.prompts import end_ids
 
 FILE_TYPES = {
     "float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16",
@@ -28,6 +29,11 @@ def require_gguf(model: Any, tokenizer: Any) -> None:
     config = model.config
     architecture_of(config)
     rule_of(tokenizer)
+    if config.hidden_act not in ("silu", "swish"):
+        raise UserError(
+            f'the base\'s MLP has the activation "{config.hidden_act}", where llama.cpp has SiLU '
+            f"built in; {INSTEAD}"
+        )
     if config.rope_parameters["rope_type"] not in ("default", "linear", "llama3"):
         raise UserError(
             f'rope_type "{config.rope_parameters["rope_type"]}" of the base is not written as a '
@@ -49,7 +55,7 @@ def write_gguf(path: Path, model: Any, tokenizer: Any, type: str, title: str) ->
     writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[type]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_shape(writer, model)
-    add_tokenizer(writer, tokenizer, model.config.vocab_size)
+    add_tokenizer(writer, tokenizer, model.config.vocab_size, end_ids(model, tokenizer))
     for name, numbers, kind in arrays(model, type):
         writer.add_tensor(name, numbers, raw_dtype=kind)
     finish(writer)

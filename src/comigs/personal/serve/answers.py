@@ -12,8 +12,9 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from comigs.bases.load import Base
 from comigs.errors import UserError
-from comigs.personal.prompts import conversation_ids, text_ids
+from comigs.personal.prompts import conversation_ids, text_ids, unread
 from comigs.personal.serve.jobs import Event, Failure, Job, Piece, Settings
 from comigs.personal.serve.packed import PackedClient
 from comigs.personal.serve.replies import Choice, Replies, failure_body
@@ -45,9 +46,10 @@ class Failed(Exception):
 
 
 def prompts_of(
-    asked: ChatRequest | CompletionRequest, tokenizer: Any, bounds: Bounds
+    asked: ChatRequest | CompletionRequest, base: Base, bounds: Bounds
 ) -> list[list[int]]:
     """Return the token ids of every prompt of a request. Raises BadRequest."""
+    tokenizer = base.tokenizer
     if isinstance(asked, ChatRequest):
         field, messages = "messages", [message.plain() for message in asked.messages]
         try:
@@ -61,6 +63,8 @@ def prompts_of(
     # Ids may come from the request itself, and an embedding has no row for others.
     last = len(tokenizer) - 1
     for prompt in prompts:
+        if token := unread(base.model, tokenizer, prompt):
+            raise BadRequest(f'{field}: holds "{token}", which this base does not read', field)
         if not prompt or min(prompt) < 0 or max(prompt) > last:
             raise BadRequest(f"{field}: needs token ids from 0 to {last}, at least one", field)
         if len(prompt) >= bounds.context:

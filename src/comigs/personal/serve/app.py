@@ -59,7 +59,6 @@ class Api:
         self.scheduler = scheduler
         self.bounds = bounds
         self.keys = keys
-        self.tokenizer = scheduler.vocabulary.tokenizer
 
     def application(self) -> Starlette:
         """Return the ASGI application."""
@@ -110,7 +109,7 @@ class Api:
         asked = parse(kind, await self._json(request))
         client = _named(models, asked.model).client
         # What cannot be done is said before anything is queued.
-        prompts = prompts_of(asked, self.tokenizer, self.bounds)
+        prompts = prompts_of(asked, self.scheduler.model.base, self.bounds)
         if asked.n > self.scheduler.limits.rows:
             raise BadRequest(f"n: must be {self.scheduler.limits.rows} or less", "n")
         answer = Answer(asked, client, prompts, self.bounds)

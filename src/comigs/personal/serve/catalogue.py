@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from comigs.bases.load import Base
+from comigs.bases.load import Base, set_dtype
 from comigs.errors import UserError
 from comigs.personal.model import model_path, require_same_base
 from comigs.personal.serve.app import Served
@@ -20,7 +20,8 @@ Say = Callable[[str], None]
 
 def in_dtype(base: Base, dtype: torch.dtype) -> Base:
     """Return the base in another precision. Its weights stay what the experts were trained on."""
-    return replace(base, model=base.model.to(dtype), dtype=dtype)
+    set_dtype(base.model, dtype)
+    return replace(base, dtype=dtype)
 
 
 def read_models(folders: Sequence[RunFolder], base: Base, say: Say) -> dict[str, Served]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from comigs.personal.serve.packed import PackedClient
+if TYPE_CHECKING:  # a client's model is written with these records, too
+    from comigs.personal.serve.packed import PackedClient
 
 
 @dataclass(frozen=True)

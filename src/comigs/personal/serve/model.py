@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from comigs.bases.load import Base
+from comigs.errors import UserError
 from comigs.experts.activation import activation_of
 from comigs.experts.hidden import mixed_hidden
 from comigs.experts.hidden_layer import HiddenLayer, HiddenSettings
@@ -36,6 +37,8 @@ class RowModel:
     """
 
     def __init__(self, base: Base) -> None:
+        """Take the place of the base's modules. Raises UserError for a base that is no such one."""
+        _require_steady_positions(base)
         self.base = base
         self.model = base.model
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
@@ -86,6 +89,18 @@ class RowModel:
             owner, name, original = self._undo.pop()
             setattr(owner, name, original)
         self.model.set_attn_implementation(self._attention)
+
+
+def _require_steady_positions(base: Base) -> None:
+    """Refuse a base on which a long row of a pass turns all rows' positions otherwise. Raises
+    UserError.
+    """
+    rope = getattr(base.model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        raise UserError(
+            f'base {base.title}: has the rope_type "longrope", by which positions depend on how '
+            "long a text is; it cannot be served or chatted with. `comigs generate` works"
+        )
 
 
 class RowMixture(nn.Module):

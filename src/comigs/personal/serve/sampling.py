@@ -11,6 +11,9 @@ from comigs.personal.serve.jobs import Settings
 HEAD = 256  # so many of the likeliest tokens nearly always hold the mass that `top_p` wants
 
 
+COLDEST = 1e-5  # a lower temperature is as good as 0, and logits over it are no numbers
+
+
 def choose(logits_V: Tensor, settings: Settings, random: np.random.Generator) -> int:
     """Return the likeliest token, or one drawn with one number from `random`.
 
@@ -18,7 +21,7 @@ def choose(logits_V: Tensor, settings: Settings, random: np.random.Generator) ->
     swap their ranks by a rounding error, and the text would then depend on who else is in the
     batch.
     """
-    if settings.temperature == 0:
+    if settings.temperature < COLDEST:
         return int(logits_V.argmax())
     logits_V = logits_V.double() / settings.temperature
     probabilities_V = logits_V.softmax(dim=-1)

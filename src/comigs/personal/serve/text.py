@@ -22,8 +22,10 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.special = set(tokenizer.all_special_ids)
-        self.added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
+        added = tokenizer.added_tokens_decoder
+        self.added = {id: str(token) for id, token in added.items()}
+        # A tokenizer's own list of special tokens has those alone that it has a use for itself.
+        self.special = {id for id, token in added.items() if token.special}
         decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
         self.byte_of = _bytes_of_characters() if "ByteLevel" in json.dumps(decoder) else None
         self._known: dict[int, bytes] = {}
@@ -82,10 +84,14 @@ class Transcript:
         """Add a token; return what can be sent now. The piece is the last one where a stop text is
         complete.
         """
+        # A special token is no text, and yet what people name as a stop text.
+        is_special = token in self.vocabulary.special
+        if is_special and self.vocabulary.added[token] in self.stop:
+            return self.end("stop")
         self.num_tokens += 1
         if info is not None:
             self._held.append(replace(info, offset=len(self.text)))
-        if token not in self.vocabulary.special:
+        if not is_special:
             self.text += self._decoder.decode(self.vocabulary.bytes_of(token))
         return self._piece()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from comigs.personal.export.form import Format, Written
 from comigs.personal.export.gguf_file import read_gguf, require_gguf, write_gguf
+from comigs.personal.export.gguf_text import notes_on
 from comigs.personal.export.outputs import outputs
 from comigs.personal.export.source import Source
 from comigs.personal.export.standard import standard_model
@@ -21,7 +22,7 @@ def write(source: Source, folder: Path, type: str) -> Written:
     expected = outputs(model, source.windows)
     title = f"{source.client} ({source.folder.config().name})"
     write_gguf(folder / f"{source.client}.gguf", model, source.base.tokenizer, type, title)
-    return Written(expected, not source.mixing.gated)
+    return Written(expected, not source.mixing.gated, notes_on(source.base.tokenizer))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from comigs.personal.export.changes import require_shareable
 from comigs.personal.export.form import Format, Written
 from comigs.personal.export.formats.gguf import in_python
 from comigs.personal.export.gguf_file import read_gguf, require_gguf, write_gguf
+from comigs.personal.export.gguf_text import notes_on
 from comigs.personal.export.outputs import outputs
 from comigs.personal.export.source import Source
 from comigs.personal.export.standard import standard_model
@@ -36,7 +37,8 @@ def write(source: Source, folder: Path, type: str) -> Written:
         whose = "with a single expert"
     notes = [
         f"Holds {kind}, for every client {whose}, and nothing of any client. The perplexity is "
-        f"with {source.client}'s changes on it."
+        f"with {source.client}'s changes on it.",
+        *notes_on(source.base.tokenizer),
     ]
     return Written(expected, not source.mixing.gated, notes)
 
