@@ -197,10 +197,9 @@ def served(*words):
     try:
         until = time.monotonic() + 60
         while not (found := re.search(r"at (http://\S+/v1);", shown)):
-            assert time.monotonic() < until and process.poll() is None, (
-                shown,
-                process.stderr.read(),
-            )
+            if time.monotonic() >= until or process.poll() is not None:
+                process.kill()  # or its errors would be waited for without end
+                raise AssertionError((shown, process.stderr.read()))
             if select.select([process.stdout], [], [], 0.2)[0]:
                 shown += os.read(process.stdout.fileno(), 65536).decode()
         yield found[1], process, shown
