@@ -7,12 +7,14 @@ from __future__ import annotations
 import pytest
 
 from comigs.app import api
+from comigs.config import TrackSection
 from comigs.engines.in_process import InProcess
 from comigs.federation.flower.engine import Flower
 from comigs.methods.loading import list_methods, load_method
 from comigs.runs.folder import RunFolder
 from tests.conftest import bits, run_config
 from tests.local_grid import Federation
+from tests.trackers import of_tensorboard
 
 NAMES = ("ada", "bob", "cyd")
 WEIGHED = {
@@ -123,3 +125,13 @@ def test_so_it_is_with_other_settings(tree, both, federation):
         run_config(federation.root / "text", " ".join(NAMES), WEIGHED, **{"rounds": 3, **tree}),
         "run",
     )
+
+
+def test_trackers_are_told_by_whoever_commits(both, federation):
+    pytest.importorskip("tensorboard", reason="comigs[tensorboard] is not installed")
+    config = run_config(federation.root / "text", " ".join(NAMES), entries=WEIGHED)
+    track = TrackSection(to=("tensorboard",))
+    one, other = both(config.model_copy(update={"track": track}), "tracked")
+    points = of_tensorboard(one.path)
+    assert points == of_tensorboard(other.path) and len(points) > 30
+    assert not list((federation.root / "devices").rglob("track"))

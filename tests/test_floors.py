@@ -30,6 +30,9 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {  # a third-party module -> where it may be imported
     "transformers": ("bases/", "personal/"),
     "matplotlib": ("runs/report/plots.py", "experiments/compare/plots.py"),
+    "tensorboard": ("runs/track/trackers/tensorboard.py",),
+    "mlflow": ("runs/track/trackers/mlflow.py",),
+    "wandb": ("runs/track/trackers/wandb.py",),
     "flwr": ("federation/flower",),
     "pandas": ("experiments/compare/",),
     "uvicorn": ("federation/security/", "personal/serve/"),

@@ -70,6 +70,7 @@ OTHERS = {  # a field -> another value than a run here has, and what else must b
 HOW = {  # how, where or under which name a run is made, which is to change no figure
     "version", "name", "workers", "base.attention", "base.device", "base.threads", "data.root",
     "data.cache", "client.micro_batch_size", "evaluation.batch_size", "clients.ada.name",
+    "track.to", "track.names",
 }  # fmt: skip
 ABSENCE = {  # what tests/test_missing_clients.py and tests/test_flower_engine.py are about
     "participation.deadline": 7.0,

@@ -184,6 +184,11 @@ class ClosedFolder:
         with self._parent(name, make=True):
             write_whole(self.path / name, write)
 
+    def make_folder(self, name: str) -> None:
+        """Make a folder, and those on the way to it, where there is none."""
+        with self._folder(PurePosixPath(name).parts, make=True):
+            pass
+
     def remove(self, name: str) -> None:
         """Remove a file where there is one; of a link only the link is removed."""
         *folders, last = PurePosixPath(name).parts

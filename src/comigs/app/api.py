@@ -36,6 +36,7 @@ from comigs.runs.metrics import Note
 from comigs.runs.new import default_folder, new_folder
 from comigs.runs.reader import ANYBODY, Reader
 from comigs.runs.summary import write_summary
+from comigs.runs.track.tracks import Tracks
 from comigs.server.protocol import Report
 from comigs.server.rounds import run_rounds
 from comigs.text import Table, plural
@@ -91,6 +92,8 @@ def resume(
             rounds = plural(last.round, "round")
             say(f"{path}: finished already, after {rounds}; nothing to go on with")
             write_summary(folder, config, load_method(config))
+            with Tracks(config, folder, report):
+                pass  # they are told what they lack
             return folder
 
         # another base or text would make it another run from here on

@@ -22,6 +22,7 @@ from comigs.methods.loading import load_method
 from comigs.methods.readers import Engine, unread
 from comigs.processes import cpus
 from comigs.runs.metrics import Note
+from comigs.runs.track.tracker import require_trackers, say_where
 from comigs.server.protocol import Report
 from comigs.server.validation import shapes_of_clients
 from comigs.slots import Shapes
@@ -35,9 +36,14 @@ def ignore(_: Any) -> None:
 
 
 def say_unread(config: Config, engine: Engine, say: Say) -> None:
-    """Say in a line what the config gives and nothing reads. Raises UserError for the method."""
-    if line := unread(config, load_method(config), engine):
-        say(line)
+    """Say in a line what the config gives and nothing reads, and in one where its curves go.
+
+    Raises UserError for the method, and for trackers that are unknown or not installed.
+    """
+    require_trackers(config)
+    for line in (unread(config, load_method(config), engine), say_where(config)):
+        if line:
+            say(line)
 
 
 def load(config: Config, say: Say = ignore) -> tuple[Base, Config]:

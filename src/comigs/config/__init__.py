@@ -6,7 +6,12 @@ Each field says its unit and what `None` means; docs/config.md is made from thes
 
 from comigs.config.clients import ClientEntry, ExpertShape, Text
 from comigs.config.paths import folder_or_name, place, relative, resolve
-from comigs.config.rounds import EvaluationSection, ParticipationSection, UploadSection
+from comigs.config.rounds import (
+    EvaluationSection,
+    ParticipationSection,
+    TrackSection,
+    UploadSection,
+)
 from comigs.config.sections import (
     SPLITS,
     BaseSection,
@@ -22,6 +27,6 @@ from comigs.config.tree import SECTIONS, VERSION, Config, dotted
 __all__ = [
     "SECTIONS", "SPLITS", "VERSION", "BaseSection", "ClientEntry", "ClientSection", "Config",
     "DataSection", "EvaluationSection", "ExpertShape", "ExpertsSection", "ParticipationSection",
-    "Section", "Split", "Text", "UploadSection", "dotted", "folder_or_name", "load_config",
-    "parse_config", "place", "read_toml", "relative", "resolve", "to_toml",
+    "Section", "Split", "Text", "TrackSection", "UploadSection", "dotted", "folder_or_name",
+    "load_config", "parse_config", "place", "read_toml", "relative", "resolve", "to_toml",
 ]  # fmt: skip

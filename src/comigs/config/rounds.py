@@ -62,6 +62,24 @@ class ParticipationSection(Section):
     )
 
 
+class TrackSection(Section):
+    """[track] says in which programs the curves of a run are shown, beside its report.
+
+    Nothing private goes there unless it is asked for. See docs/track.md.
+    """
+
+    to: tuple[str, ...] = Field(
+        (),
+        description='Curves go to these trackers: "tensorboard", "mlflow", "wandb". Each needs its '
+        "extra, as comigs[wandb].",
+    )
+    names: bool = Field(
+        False,
+        description="Trackers are told the names of the run and its clients. false: clients are "
+        "client-1, client-2, ... in the order of the config.",
+    )
+
+
 class UploadSection(Section):
     """[upload] says how uploads travel, which of them count, and how they become one."""
 

@@ -9,7 +9,12 @@ from typing import Any
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from comigs.config.clients import ClientEntry, ExpertShape, Text
-from comigs.config.rounds import EvaluationSection, ParticipationSection, UploadSection
+from comigs.config.rounds import (
+    EvaluationSection,
+    ParticipationSection,
+    TrackSection,
+    UploadSection,
+)
 from comigs.config.sections import (
     BaseSection,
     ClientSection,
@@ -66,6 +71,9 @@ class Config(Section):
     )
     upload: UploadSection = Field(
         UploadSection(), description="[upload] says how uploads travel, are checked and become one."
+    )
+    track: TrackSection = Field(
+        TrackSection(), description="[track] says where curves go, beside the report."
     )
     options: Mapping[str, bool | int | float | str] = Field(
         {}, description="These settings are the method's own; `comigs list methods` shows them."
@@ -166,6 +174,7 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "evaluation": EvaluationSection,
     "participation": ParticipationSection,
     "upload": UploadSection,
+    "track": TrackSection,
     "clients": ClientEntry,
     "text": Text,
 }

@@ -133,7 +133,7 @@ def our_version() -> str:
 
 def config_for(config: Config, client: str) -> dict[str, Any]:
     """Return what a device is told of the config: no text, no path of the server, nothing of other
-    clients.
+    clients, nor where curves go.
     """
     entry = config.client_named(client).model_copy(update={"text": None})
     # A base in a folder is called by the folder's name alone; the device has one of its own.
@@ -149,7 +149,7 @@ def config_for(config: Config, client: str) -> dict[str, Any]:
         "base": config.base.model_copy(update=base),
     }
     told = config.model_copy(update=sections)
-    return told.model_dump(mode="json", exclude_none=True)
+    return told.model_dump(mode="json", exclude={"track"}, exclude_none=True)
 
 
 def federable_method(config: Config) -> Method:

@@ -166,6 +166,11 @@ def own_machine(choice: Choice) -> Reason:
     return ""
 
 
+def tracked(choice: Choice) -> Reason:
+    """Say of what trackers are told whether there are any."""
+    return "" if choice.config.track.to else "track.to names no tracker"
+
+
 READERS: Mapping[str, Reader] = {
     **dict.fromkeys(("version", "name", "seed", "method", "rounds", "workers", "options"), always),
     **dict.fromkeys(("base.name", "base.dtype", "base.attention", "base.device"), always),
@@ -202,6 +207,8 @@ READERS: Mapping[str, Reader] = {
     ),
     "upload.merge": something_shared,
     "upload.trim": trimmed,
+    "track.to": always,
+    "track.names": tracked,
 }
 OF_CLIENTS: Mapping[str, Callable[[ClientEntry, Choice], Reason]] = {
     "name": lambda entry, choice: "",

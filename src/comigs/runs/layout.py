@@ -15,6 +15,7 @@ METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 SUFFIX = ".safetensors"
 PERSONAL = "personal"  # the one name that has no round: it is written once, at the end
 SCRATCH, LOCK = ".scratch", ".lock"
+TRACK = "track"  # what trackers write here (docs/track.md)
 TENSORS = rf"(round-[0-9]{{4,}}\.\w+|{PERSONAL})\{SUFFIX}"
 TEXTS = (
     r"(config\.toml|(env|checkpoint|summary)\.json|(metrics|timings)\.jsonl|report\.html"
@@ -59,7 +60,7 @@ def files_of(folder: ClosedFolder) -> Iterator[str]:
 
 def require_no_links(folder: ClosedFolder) -> None:
     """Raise UserError where anything of a run is a link, before anything is written."""
-    own = re.compile(rf"({TEXTS}|\{LOCK}|\{SCRATCH}|server|clients)")
+    own = re.compile(rf"({TEXTS}|\{LOCK}|\{SCRATCH}|{TRACK}|server|clients)")
     for name in files_of(folder):
         if own.fullmatch(name) or is_tensor_file(name):
             folder.refuse_link(name)

@@ -16,6 +16,7 @@ from comigs.files import command
 from comigs.methods.method import Method, RoundContext
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Absent, Line, Note, RoundEnd, Timing
+from comigs.runs.track.tracks import Tracks
 from comigs.server.collect import NO_ANSWER, RoundCollector, ServerState
 from comigs.server.communication import last_download
 from comigs.server.diagnostics import diagnose, drift
@@ -36,44 +37,62 @@ def run_rounds(
     Raises UserError where too few clients are left that answer; every whole round is kept.
     """
     last = folder.rewind()
-    if last.finished:
-        return
-    server = ServerState(config, method, engine.shapes, common_start(config.seed), folder.metrics())
-    if last.round:
-        server.downloads, server.memory = unpack_server(folder.load("server/state"))
+    # Trackers are told what is committed, and first what an earlier start could not tell them.
+    with Tracks(config, folder, report) as tracks:
+        if last.finished:
+            return
+        start, history = common_start(config.seed), folder.metrics()
+        server = ServerState(config, method, engine.shapes, start, history)
+        if last.round:
+            server.downloads, server.memory = unpack_server(folder.load("server/state"))
 
-    for round in range(last.round + 1, config.rounds + 1):
-        # Ask: clients receive what waits for them, train on text that stays with them, and send.
-        # Collect: only what is as it should be counts, and a round needs enough of it.
-        collector = RoundCollector(server, round)
-        _ask(collector, engine, folder, report)
+        # Nobody hears of a round before it cannot be lost any more.
+        for round in range(last.round + 1, config.rounds + 1):
+            lines = _run_round(server, round, engine, folder, report)
+            _tell(lines, report, tracks)
+        lines = _deliver_the_last_download(server, engine, folder)
+        _tell(lines, report, tracks)
 
-        # Merge: the method makes of the uploads what each client receives next. Whoever was not
-        # reached still has what it missed to come, so its next download is both.
-        context = RoundContext(
-            clients=tuple(client.name for client in config.clients),
-            weights=collector.weights(),
-            peer_nats=engine.probe(collector.uploads, round) if method.reads_peers else {},
-            upload=config.upload,
-        )
-        merged, server.memory = method.aggregate(collector.uploads, server.memory, context)
-        sent = server.downloads
-        server.downloads = next_downloads(sent, merged, collector.reached)
 
-        # Commit: the round is whole once its lines and the server's state are on the disk. Nobody
-        # hears of a round before it cannot be lost any more.
-        lines = collector.lines()
-        lines.append(
-            RoundEnd(round=round, drift=drift(collector.uploads, sent), asked=collector.asked())
-        )
-        lines += collector.warnings
-        lines += _diagnosed(server, lines)
-        folder.stage("server/state", pack_server(server.downloads, server.memory), round)
-        folder.commit(round, lines, collector.timings())
-        server.history += lines
-        for line in lines:
-            report(line)
-    _deliver_the_last_download(server, engine, folder, report)
+def _tell(lines: list[Line], report: Report, tracks: Tracks) -> None:
+    for line in lines:
+        report(line)
+    tracks.write(lines)
+
+
+def _run_round(
+    server: ServerState, round: int, engine: Engine, folder: RunFolder, report: Report
+) -> list[Line]:
+    """Take a run one round further, and return the lines that were committed."""
+    # Ask: clients receive what waits for them, train on text that stays with them, and send.
+    # Collect: only what is as it should be counts, and a round needs enough of it.
+    config, method = server.config, server.method
+    collector = RoundCollector(server, round)
+    _ask(collector, engine, folder, report)
+
+    # Merge: the method makes of the uploads what each client receives next. Whoever was not
+    # reached still has what it missed to come, so its next download is both.
+    context = RoundContext(
+        clients=tuple(client.name for client in config.clients),
+        weights=collector.weights(),
+        peer_nats=engine.probe(collector.uploads, round) if method.reads_peers else {},
+        upload=config.upload,
+    )
+    merged, server.memory = method.aggregate(collector.uploads, server.memory, context)
+    sent = server.downloads
+    server.downloads = next_downloads(sent, merged, collector.reached)
+
+    # Commit: the round is whole once its lines and the server's state are on the disk.
+    lines = collector.lines()
+    lines.append(
+        RoundEnd(round=round, drift=drift(collector.uploads, sent), asked=collector.asked())
+    )
+    lines += collector.warnings
+    lines += _diagnosed(server, lines)
+    folder.stage("server/state", pack_server(server.downloads, server.memory), round)
+    folder.commit(round, lines, collector.timings())
+    server.history += lines
+    return lines
 
 
 def _ask(collector: RoundCollector, engine: Engine, folder: RunFolder, report: Report) -> None:
@@ -112,11 +131,12 @@ def _ask(collector: RoundCollector, engine: Engine, folder: RunFolder, report: R
 
 
 def _deliver_the_last_download(
-    server: ServerState, engine: Engine, folder: RunFolder, report: Report
-) -> None:
+    server: ServerState, engine: Engine, folder: RunFolder
+) -> list[Line]:
     """Give everybody who is not left out the last download, and let them measure their own model.
 
-    Raises UserError where nobody takes it: there is no result then.
+    Returns the lines that were committed. Raises UserError where nobody takes the download: there
+    is no result then.
     """
     # Whoever did not take part in the last round is asked here, too: each client ends with a model.
     config, round = server.config, server.config.rounds + 1
@@ -162,8 +182,7 @@ def _deliver_the_last_download(
             lines.append(late_line(late.round, name, round, "dropped"))
     lines += _diagnosed(server, lines)
     folder.commit(config.rounds, lines, timings, finished=True)
-    for line in lines:
-        report(line)
+    return lines
 
 
 def _diagnosed(server: ServerState, new: list[Line]) -> list[Line]:

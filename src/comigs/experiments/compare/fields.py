@@ -20,7 +20,7 @@ SAME = (  # how a run is made, which changes no result
     "evaluation",
     "workers",
 )
-NAMES = ("version", "name", "seed", "data.root", "data.cache")
+NAMES = ("version", "name", "seed", "data.root", "data.cache", "track")
 DATA = (
     "base.name",
     "data.distribution",

@@ -27,7 +27,10 @@ from comigs.runs.reader import Reader
 from comigs.text import plural
 
 # fields that say where and how fast a run is, not what it is
-PLACES = ("version", "name", "base.threads", "workers", "data.root", "data.cache")
+PLACES = (
+    *("version", "name", "base.threads", "workers", "data.root", "data.cache"),
+    *("track.to", "track.names"),
+)
 AUTO = ("base.dtype", "base.device")  # a run has what was found where its config says "auto"
 
 

@@ -24,6 +24,7 @@ from comigs.runs.json_lines import read_event
 from comigs.runs.metrics import Event, Problem
 from comigs.runs.new import new_folder
 from comigs.runs.summary import write_summary
+from comigs.runs.track.tracks import Tracks
 from comigs.server.protocol import Report
 
 Say = Callable[[str], None]
@@ -81,6 +82,9 @@ def resume(folder: RunFolder, report: Report, say: Say) -> None:
     """
     with folder:  # nobody works on it
         config, last = folder.config(), folder.rewind()
+        if last.finished:
+            with Tracks(config, folder, report):
+                pass  # they are told what they lack
     if last.finished:
         say(f"{folder.path}: finished already; nothing to go on with")
         _summarize(folder)

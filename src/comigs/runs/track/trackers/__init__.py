@@ -1,0 +1,1 @@
+"""Each file of this folder is one tracker, which goes by the file's name."""
