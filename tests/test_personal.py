@@ -244,7 +244,7 @@ def sentence_pieces():
     ],
 )
 def test_streamed_text_has_every_character_that_was_written(tokens, text):
-    """Whatever marks words or is a part of a character; `transformers` loses some of it."""
+    """The space before the first, which `transformers` loses, and parts of characters, too."""
     tokenizer = sentence_pieces()
     pieces = _Pieces(tokenizer)
     pieces.put(torch.tensor([[260]]))  # the prompt

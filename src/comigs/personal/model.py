@@ -187,8 +187,8 @@ def client_tensors(
 class _Pieces(BaseStreamer):
     """This streamer puts text into a queue as its tokens are written, and None at its end.
 
-    Those of `transformers` decode the new tokens alone: the space before the first is lost with
-    tokenizers that mark words by one, and more where a text shrinks as it grows.
+    Those of `transformers` decode the new tokens alone, and so lose the space before the first with
+    tokenizers that mark words by one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
