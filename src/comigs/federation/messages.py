@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
 
+from comigs import __version__
 from comigs.config import Config, DataSection, ParticipationSection, Split
 from comigs.data.prepare import require_own_text_only
 from comigs.errors import UserError
@@ -128,7 +128,7 @@ ANSWERS: TypeAdapter[Answered | Probed | Refusal] = TypeAdapter(
 
 def our_version() -> str:
     """Return the version of this package; both ends must have the same."""
-    return version("comigs")
+    return __version__
 
 
 def config_for(config: Config, client: str) -> dict[str, Any]:

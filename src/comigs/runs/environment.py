@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from comigs import __version__
 from comigs.bases.load import Base
 from comigs.config import SPLITS
 from comigs.data.corpus import TokenStore
@@ -21,14 +22,15 @@ from comigs.errors import UserError
 from comigs.experts import csrc
 from comigs.runs.folder import RunFolder
 
-PACKAGES = ("comigs", "torch", "transformers", "tokenizers", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
 def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[str, Any]:
     """Return versions, commit, machine, base and text of a run, as JSON."""
     # Results differ in their last bits with any of these, so a run that cannot be repeated exactly
     # can at least be told apart.
-    versions = {name: version(name) for name in PACKAGES}
+    # The package may run from its source, where it is not installed.
+    versions = {"comigs": __version__} | {name: version(name) for name in PACKAGES}
     return {
         "versions": versions | {"python": platform.python_version()},
         "commit": _commit(),
