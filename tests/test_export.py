@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from comigs.app import api
 from comigs.app.export import evaluate_export, export
 from comigs.errors import UserError
+from comigs.personal.export import standard
 from comigs.personal.export.form import list_formats, load_format
 from tests.conftest import bits
 from tests.exports import exported, trained
@@ -179,6 +180,7 @@ def test_the_model_card_says_what_it_is(tmp_path):
     ):  # fmt: skip
         assert part in card, part
     assert str(Path(run).parents[1]) not in card  # no path of this machine
+    assert "\n\n\n" not in card and card.startswith("---\nlibrary_name: gguf\n")
 
 
 def test_what_holds_nothing_of_a_client_says_so(tmp_path):
@@ -198,6 +200,8 @@ def test_one_base_file_serves_every_client_with_as_many_experts(tmp_path):
 def test_a_single_file_has_its_card_beside_it(tmp_path):
     exported(trained("1g1s"), "gguf", tmp_path / "mine.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.gguf", "mine.gguf.md"]
+    with pytest.raises(UserError, match=r"mine.gguf: is a single file"):
+        evaluate_export(trained("1g1s"), tmp_path / "mine.gguf")
     card = (tmp_path / "mine.gguf.md").read_text()
     assert "llama-cli -m mine.gguf" in card and "ann.gguf" not in card
     with pytest.raises(UserError, match=r"mine.gguf: exists already; nothing was changed"):
@@ -283,18 +287,19 @@ def test_a_written_model_that_answers_otherwise_is_not_kept(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_format_that_computes_something_else_is_not_called_exact(tmp_path, monkeypatch):
-    """What was meant to be written is compared with the run's own model, too."""
-    form = load_format("transformers")
+@pytest.mark.parametrize("type", ["float32", "bfloat16"])
+def test_what_would_not_compute_what_the_run_does_is_not_called_exact(type, tmp_path, monkeypatch):
+    """Whatever it is stored in: a number of the base's config that is not carried over shows."""
+    real = standard.sparse_config
 
-    def write(source, folder, type):
-        model = form.write(source, folder, type)
-        logits_LV = model.expected.logits_LV + 0.01
-        return replace(model, expected=replace(model.expected, logits_LV=logits_LV))
+    def forgetful(source):
+        config = real(source)
+        config.rms_norm_eps = 1e-2
+        return config
 
-    monkeypatch.setattr("comigs.app.export.load_format", lambda name: replace(form, write=write))
+    monkeypatch.setattr(standard, "sparse_config", forgetful)
     with pytest.raises(UserError, match="does not compute what the run's own model does"):
-        exported(trained("1g1s"), "transformers", tmp_path / "out")
+        exported(trained("1g1s"), "transformers", tmp_path / "out", type=type)
     assert list(tmp_path.iterdir()) == []
 
 

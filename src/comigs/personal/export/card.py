@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from comigs.bases.load import modules
 from comigs.personal.export.form import Format
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from comigs.personal.export.export import Exported
 
 ROLES = {"g": "generalist", "s": "specialist"}
+PROTECTED = "The run had no differential privacy and no secure aggregation."
 
 
 def model_card(source: Source, exported: Exported, form: Format) -> str:
@@ -33,25 +34,18 @@ def model_card(source: Source, exported: Exported, form: Format) -> str:
         ("private", privacy(source, exported)),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    notes = "\n".join(f"- {note}" for note in exported.notes)
-    header = (
-        f"---\nlibrary_name: {library(exported.format)}\ntags: [comigs, federated-learning]\n---\n"
-    )
-    return f"""{header}
-# {source.client}'s own model, from the run {config.name}
-
-Trained with CoMiGS in a run of {len(config.clients)} clients, and exported with `comigs export`.
-
-| what | |
-|---|---|
-{table}
-
-{measured(source, exported)}
-{notes}
-
-## How to run it
-{form.run(source)}
-"""
+    sections = [
+        f"---\nlibrary_name: {library(exported.format)}\ntags: [comigs, federated-learning]\n---",
+        f"# {source.client}'s own model, from the run {config.name}",
+        f"Trained with CoMiGS in a run of {len(config.clients)} clients, and exported with "
+        "`comigs export`.",
+        f"| what | |\n|---|---|\n{table}",
+        measured(source, exported),
+    ]
+    if exported.notes:
+        sections.append("\n".join(f"- {note}" for note in exported.notes))
+    sections.append(f"## How to run it\n{form.run(source)}")
+    return "\n\n".join(sections) + "\n"
 
 
 def contents(source: Source, form: Format) -> str:
@@ -84,15 +78,13 @@ def measured(source: Source, exported: Exported) -> str:
         if base is not None and own is not None:
             test = f" On all of test the run measured {base:.4g} (base) and {own:.4g} (its own)."
     return f"""## Perplexity
-On {exported.tokens:,} tokens of this client's validation text, in float32, read back from the
-files:
+On {exported.tokens:,} tokens of this client's valid, in float32, read back from the files:
 
 | model | perplexity |
 |---|---|
 {table}
 
-{nearness}: {cost:+.3%} in perplexity, logits at most {exported.difference:.2g} apart.{test}
-"""
+{nearness}: {cost:+.3%} in perplexity, logits at most {exported.difference:.2g} apart.{test}"""
 
 
 def trained(source: Source) -> str:
@@ -117,21 +109,12 @@ def names_of(parts: list[str]) -> list[str]:
 def privacy(source: Source, exported: Exported) -> str:
     """Say whether what never left the client is in it, and what protects the rest."""
     kept = ", ".join(names_of(list(exported.private_parts)))
-    protected = privacy_level(source.model.config)
     if kept:
         return (
             f"**yes**: {kept} never left the client before; whoever gets this gets what they "
-            f"learnt from its text. {protected}"
+            f"learnt from its text. {PROTECTED}"
         )
-    return f"nothing that the other participants' server has not seen. {protected}"
-
-
-def privacy_level(config: Any) -> str:
-    """Say what the run did against text being read out of its numbers."""
-    privacy = getattr(config, "privacy", None)
-    if privacy is None:
-        return "The run had no differential privacy and no secure aggregation."
-    return f"Privacy of the run: {privacy}."
+    return f"nothing that the other participants' server has not seen. {PROTECTED}"
 
 
 def license_of(base: str) -> str:

@@ -212,6 +212,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             return content
     except (OSError, ValueError):
         pass
+    if folder.is_file():
+        raise UserError(
+            f"{folder}: is a single file; evaluate measures an export's folder, which --out makes "
+            "where its name does not end in .gguf"
+        )
     raise UserError(
         f"{folder}: no export of comigs (it has no {MANIFEST}); make one with: comigs export RUN "
         "--client NAME --to FORMAT"
