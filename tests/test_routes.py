@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ from comigs.personal.routes.coloured import GENERALIST, SPECIALIST, WHOLE, colou
 from comigs.personal.routes.kinds import frequencies_of, kinds_of
 from tests import naive
 from tests.conftest import run_config, tiny
+from tests.local_grid import Federation
 from tests.runs import comigs, copied_run, refused
 from tests.test_report import Page
 
@@ -370,7 +372,7 @@ def test_runs_that_cannot_be_side_by_side(capsys, tmp_path):
     other = refused(capsys, "routes", run, run_of("two-of-three"), "--client", "ada")
     assert "trained on another base than" in other
     assert "given twice" in refused(capsys, "routes", run, run, "--client", "ada")
-    changed = Path(copied(run, tmp_path))
+    changed = Path(shutil.copytree(run, tmp_path / "changed"))
     environment = json.loads((changed / "env.json").read_text())
     environment["data"]["ada"]["test"]["sha256"] = ["0" * 64]
     (changed / "env.json").write_text(json.dumps(environment))
@@ -379,19 +381,24 @@ def test_runs_that_cannot_be_side_by_side(capsys, tmp_path):
     )
 
 
-def copied(run: Path, folder: Path) -> str:
-    """A copy of a run, which may be changed."""
-    import shutil
-
-    return shutil.copytree(run, folder / "changed")
-
-
 def test_a_run_of_a_federation_has_no_text_here(capsys, tmp_path):
     run = copied_run(tmp_path)
     environment = json.loads((run / "env.json").read_text())
     (run / "env.json").write_text(json.dumps(environment | {"federation": {}}))
     assert "on its devices" in refused(capsys, "routes", run, "--client", "ann")
     assert "on its devices" in refused(capsys, "report", run, "--routes", "ann")
+
+
+def test_a_device_shows_its_own_text_and_the_server_nobodys(capsys, tmp_path):
+    names = ("ada", "bob")
+    config = run_config(tmp_path / "text", " ".join(names), rounds=1)
+    federation = Federation(tmp_path, names, tmp_path / "text")
+    federation.run(tmp_path / "server", config)
+    api.run(config, tmp_path / "here")
+    (own,) = routes_of(capsys, federation.device_run("ada"), "--client", "ada")
+    (here,) = routes_of(capsys, tmp_path / "here", "--client", "ada")
+    assert own["passage"] == here["passage"] and own["kinds"] == here["kinds"]
+    assert "on its own device" in refused(capsys, "routes", tmp_path / "server", "--client", "ada")
 
 
 @pytest.mark.parametrize("place", ["notes.html", "none/page.html", "."])
