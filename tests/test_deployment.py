@@ -15,92 +15,22 @@ import shutil
 import signal
 import socket
 import ssl
-import subprocess
-import sys
 import threading
-import time
 from contextlib import closing, suppress
 from itertools import islice
-from pathlib import Path
 
 import httpx
 import pytest
-from safetensors.torch import load_file
 
-from comigs import load_config
-from comigs.app import api
 from comigs.federation.bundle import read_bundle, write_bundle
 from comigs.federation.operator.folder import Federation
-from comigs.federation.operator.server import free_port
 from comigs.slots import Slot
-from tests.runs import ENVIRONMENT, TINY, write_text
+from tests.deployment import Deployment, Program, command_line, cwd, equal, in_process, wait
+from tests.runs import write_text
 
 CLIENTS = ("ann", "bob", "cyd", "dan")
 PAIR = ("ann", "bob")
-PATIENCE = 600  # seconds for what takes a minute at most on a quiet machine
-COMIGS = [sys.executable, "-P", "-m", "comigs"]
 WINDOW = 48  # bytes; no two tensors or texts share so many by chance
-
-
-class Program:
-    """A `comigs` command that runs, and what it has printed."""
-
-    def __init__(self, folder, name, *words):
-        self.file = folder / f"{name}.out"
-        with self.file.open("a") as out:
-            self.process = subprocess.Popen(
-                [*COMIGS, *map(str, words)],
-                cwd=folder,
-                env=ENVIRONMENT,
-                stdout=out,
-                stderr=out,
-                text=True,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        self.begin = self.file.stat().st_size
-
-    @property
-    def said(self):
-        return self.file.read_text()[self.begin :]
-
-    def says(self, words):
-        """Wait until it has said that."""
-        wait(lambda: words in self.said or self.process.poll() is not None, words)
-        assert words in self.said, self.said
-
-    def end(self, how=signal.SIGTERM):
-        if self.process.poll() is None:
-            self.process.send_signal(how)
-        return self.code()
-
-    def code(self):
-        try:
-            return self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise AssertionError(self.said) from None
-
-
-def wait(until, what=""):
-    end = time.monotonic() + PATIENCE
-    while not until():
-        assert time.monotonic() < end, f"in vain for {what}"
-        time.sleep(0.1)
-
-
-def command_line(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
-    except OSError:
-        return ""
-
-
-def cwd(pid):
-    try:
-        return Path(f"/proc/{pid}/cwd").readlink()
-    except OSError:
-        return Path()
 
 
 class Recorder(threading.Thread):
@@ -152,120 +82,11 @@ class Recorder(threading.Thread):
         self.bytes += heard
 
 
-class Deployment:
-    """A federation with its server and four clients, in a folder."""
-
-    def __init__(self, folder):
-        self.folder, self.port = folder, free_port()
-        self.federation = folder / "fed"
-        self.server, self.recorder, self.devices = None, None, {}
-
-    def begin(self):
-        self.comigs("federation", "init", "fed", "--port", self.port)
-        self.recorder = Recorder(self.federation, self.port)
-        for name in CLIENTS:
-            self.comigs("federation", "invite", "fed", name, "--out", f"{name}.first.toml")
-            bundle = read_bundle(self.folder / f"{name}.first.toml")
-            through = bundle.model_copy(update={"address": f"127.0.0.1:{self.recorder.port}"})
-            write_bundle(self.folder / f"{name}.toml", through)
-            write_text(self.folder, name)
-        self.serve()
-        self.devices |= {name: self.join(name) for name in CLIENTS}
-        for device in self.devices.values():
-            device.says("is online")
-
-    def comigs(self, *words):
-        done = subprocess.run(
-            [*COMIGS, *map(str, words)],
-            cwd=self.folder,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def serve(self):
-        self.server = Program(self.folder, "server", "federation", "server", "fed")
-        self.server.says("is open at")
-
-    def join(self, name):
-        words = [
-            "federation",
-            "client",
-            f"{name}.toml",
-            "--text",
-            name,
-            "--home",
-            f"home-{name}",
-            "--threads",
-            1,
-        ]
-        return Program(self.folder, name, *words)
-
-    def config(self, name, clients=CLIENTS, more=""):
-        """A config without text, and the same with it."""
-        shared = TINY.partition("[[clients]]")[0].format(rounds=2)
-        for text, suffix in (("", ""), ("text = '{}'", "-alone")):
-            entries = "".join(f"[[clients]]\nname = '{c}'\n{text.format(c)}\n" for c in clients)
-            written = f"{shared}[experts]\nspecialists = 1\n{entries}{more}"
-            (self.folder / f"{name}{suffix}.toml").write_text(written, encoding="utf-8")
-        return self.folder / f"{name}.toml"
-
-    def run(self, config, out):
-        return Program(
-            self.folder,
-            out,
-            "run",
-            config,
-            "--engine",
-            "flower",
-            "--federation",
-            "fed",
-            "--out",
-            out,
-        )
-
-    def run_id(self, out):
-        """What devices call a run."""
-        wait((self.folder / out / ".run-id").exists, "the run's id")
-        return (self.folder / out / ".run-id").read_text()
-
-    def own_part(self, name, out):
-        """A client's folder of a run, on its device."""
-        return self.folder / f"home-{name}" / "runs" / self.run_id(out)
-
-    def pids(self):
-        """Processes that have to do with this folder."""
-        pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
-        return [
-            pid
-            for pid in pids
-            if self.folder in (cwd(pid), *cwd(pid).parents) and pid != os.getpid()
-        ]
-
-    def pid(self, word, folder):
-        """The one process at work in `folder` whose command line has this word."""
-        (found,) = [
-            pid
-            for pid in self.pids()
-            if word in command_line(pid) and cwd(pid) == self.folder / folder
-        ]
-        return found
-
-    def end(self):
-        for program in filter(None, (*self.devices.values(), self.server)):
-            program.end()
-        if self.recorder is not None:
-            self.recorder.end()
-        assert not self.pids(), "something was left running"
-
-
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory):
-    made = Deployment(tmp_path_factory.mktemp("deployment"))
+    made = Deployment(tmp_path_factory.mktemp("deployment"), CLIENTS)
     try:
-        made.begin()
+        made.begin(Recorder)
         yield made
     finally:
         made.end()
@@ -294,7 +115,7 @@ def first(deployment):
     copies = Copies(deployment.folder)
     copies.start()
     try:
-        run = deployment.run(deployment.config("plain"), "first")
+        run = deployment.run(deployment.config("plain", CLIENTS), "first")
         assert run.code() == 0, run.said
     finally:
         copies.over.set()
@@ -312,35 +133,6 @@ def alone(deployment):
 def pair_alone(deployment):
     """The same with the clients of the slow tests."""
     return in_process(deployment, "pair", PAIR)
-
-
-def in_process(deployment, name, clients):
-    config = load_config(deployment.config(name, clients).with_name(f"{name}-alone.toml"))
-    folder = deployment.folder / f"{name}-run"
-    before = os.getcwd()
-    os.chdir(deployment.folder)
-    try:
-        api.run(config, folder)
-    finally:
-        os.chdir(before)
-    return folder
-
-
-def equal(deployment, out, alone, clients):
-    """A run's own models, on the devices, are those of the run in one process, and so is its
-    result.
-    """
-    for name in clients:
-        ours = load_file(deployment.own_part(name, out) / "clients" / name / "personal.safetensors")
-        theirs = load_file(alone / "clients" / name / "personal.safetensors")
-        assert ours.keys() == theirs.keys() and all(
-            bool((ours[key] == theirs[key]).all()) for key in ours
-        ), name
-    figures = [
-        json.loads((run / "summary.json").read_text())["clients"]
-        for run in (deployment.folder / out, alone)
-    ]
-    assert figures[0] == figures[1]
 
 
 def test_a_run_over_the_network_is_the_run_in_one_process(deployment, first, alone):
@@ -375,7 +167,7 @@ def test_no_specialist_router_or_text_leaves_a_device(deployment, first):
         for path in folder.rglob("*")
         if path.is_file()
     ]
-    seen = bytes(deployment.recorder.bytes) + b"".join(path.read_bytes() for path in server)
+    seen = bytes(deployment.between.bytes) + b"".join(path.read_bytes() for path in server)
     checked = dict.fromkeys(("specialist", "router", "generalist", "attention"), 0)
     for path, raw in copies.items():
         for key, tensor in load_tensors(raw).items():

@@ -1,9 +1,13 @@
-"""The TLS gateway: what a device needs reaches the SuperLink as it is, and nothing else does."""
+"""The TLS gateway: what a member's device needs reaches the SuperLink as it is, and nothing else
+does; whoever sends too much, too slowly or without a key costs the SuperLink nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import http.client
+import json
+from unittest.mock import patch
 
 import httpx
 import pytest
@@ -11,7 +15,12 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from comigs.federation.security.gateway import CALLS, gateway
+from comigs.federation.security import gateway as module
+from comigs.federation.security import pki
+from comigs.federation.security.answers import allow_answers, largest_answer
+from comigs.federation.security.door import Door
+from comigs.federation.security.gateway import CALLS, MAX_OF_DEVICE, PIECE, SMALL, gateway
+from tests.flood import signed
 
 OUTSIDE = (  # what the SuperLink has beside what devices need
     "/",
@@ -54,25 +63,39 @@ class Link:
         return Response(b"answer " + body[:5], 418, {"x-of-the-link": "yes"})
 
 
-def asked(link, call, max_body=1000):
+PRIVATE, PUBLIC = pki.new_device_key()
+PUSH = "/v1/fleet/push-object"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path):
+    """A federation's folder with one client."""
+    entry = {"node_id": 1, "public_key": PUBLIC, "invited": "2026-11-01T00:00:00Z"}
+    (tmp_path / "clients.json").write_text(json.dumps({"ann": entry}))
+    return tmp_path
+
+
+def asked(folder, link, call, key=PRIVATE):
     """What `call(client)` gives, where the client talks to a gateway before `link`."""
 
     async def run():
         behind = httpx.ASGITransport(link.app) if link else httpx.AsyncHTTPTransport()
         async with httpx.AsyncClient(transport=behind, base_url="http://127.0.0.1:9") as upstream:
-            before = httpx.ASGITransport(gateway(upstream, max_body))
-            async with httpx.AsyncClient(transport=before, base_url="http://gateway") as client:
+            before = httpx.ASGITransport(gateway(upstream, folder))
+            async with httpx.AsyncClient(
+                transport=before, base_url="http://gateway", headers=signed(key) if key else {}
+            ) as client:
                 return await call(client)
 
     return asyncio.run(run())
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_a_device_needs_goes_through_unchanged(name):
+def test_what_a_device_needs_goes_through_unchanged(folder, name):
     link = Link()
-    headers = {"flwr-signature": "signed", "content-type": "application/x-protobuf"}
+    headers = {**signed(PRIVATE), "content-type": "application/x-protobuf"}
     answer = asked(
-        link, lambda c: c.post(f"/v1/fleet/{name}", content=b"\x00body", headers=headers)
+        folder, link, lambda c: c.post(f"/v1/fleet/{name}", content=b"\x00body", headers=headers)
     )
     ((method, path, got, body),) = link.seen
     assert (method, path, body) == ("POST", f"/v1/fleet/{name}", b"\x00body")
@@ -86,76 +109,238 @@ def test_what_a_device_needs_goes_through_unchanged(name):
 
 @pytest.mark.parametrize("path", OUTSIDE)
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_nothing_else_reaches_the_superlink(path, method):
+def test_nothing_else_reaches_the_superlink(folder, path, method):
     link = Link()
     raw = httpx.URL("http://gateway").copy_with(raw_path=path.encode())
-    assert asked(link, lambda c: c.request(method, raw)).status_code in (404, 405)
+    assert asked(folder, link, lambda c: c.request(method, raw)).status_code in (404, 405)
     assert not link.seen
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS"])
-def test_only_post_goes_through(method):
+def test_only_post_goes_through(folder, method):
     link = Link()
-    assert asked(link, lambda c: c.request(method, "/v1/fleet/pull-messages")).status_code == 405
+    assert (
+        asked(folder, link, lambda c: c.request(method, "/v1/fleet/pull-messages")).status_code
+        == 405
+    )
     assert not link.seen
 
 
-def test_a_body_that_claims_too_great_a_length_is_refused():
-    link = Link()
-    answer = asked(link, lambda c: c.post("/v1/fleet/push-object", content=b"x" * 1001))
-    assert answer.status_code == 413 and not link.seen
-
-
-def test_a_body_that_grows_too_large_is_cut_off():
+def test_who_is_no_member_is_refused_before_a_byte_of_the_body_is_read(folder):
     link, sent = Link(), 0
 
     async def endless():
         nonlocal sent
-        for _ in range(100):
-            sent += 400
-            yield b"x" * 400
+        while True:
+            sent += 1
+            yield b"x"
 
-    assert (
-        asked(link, lambda c: c.post("/v1/fleet/push-object", content=endless())).status_code == 413
-    )
-    assert not link.seen
+    stranger, _ = pki.new_device_key()
+    for key in (None, stranger):
+        answer = asked(folder, link, lambda c: c.post(PUSH, content=endless()), key)
+        assert answer.status_code == 401 and answer.headers["connection"] == "close"
+    forged = {**signed(PRIVATE), "flwr-timestamp": "2026-01-01T00:00:00+00:00"}
+    for headers in (forged, {**forged, "flwr-signature": "?"}, {**forged, "flwr-timestamp": "é"}):
+        raw = {name: value.encode() for name, value in headers.items()}
+        answer = asked(folder, link, lambda c, h=raw: c.post(PUSH, headers=h, content=endless()))
+        assert answer.status_code == 401
+    assert not link.seen and sent <= 1  # httpx's own transport looks at the first piece
 
 
-def test_a_body_passes_as_it_comes():
-    link, statuses = Link(), []
-    pieces = [b"0", b"1", b"2"]
+def test_who_is_invited_or_revoked_is_known_at_once(folder):
+    link = Link()
+    private, public = pki.new_device_key()
 
-    async def receive():
-        if not pieces:
-            await asyncio.Event().wait()  # for a disconnect, which never comes
-        if len(pieces) < 3:  # the one before is there already, before this one is sent
-            assert await asyncio.wait_for(link.pieces.get(), 5) == bytes(
-                str(2 - len(pieces)), "ascii"
-            )
-        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+    async def calls(client):
+        statuses = []
+        for members in ({"bob": {"public_key": public}}, {}):
+            statuses.append((await client.post(PUSH)).status_code)
+            module.Path(folder / "new").write_text(json.dumps(members))
+            (folder / "new").rename(folder / "clients.json")
+        return [*statuses, (await client.post(PUSH)).status_code]
 
-    async def send(message):
-        statuses.append(message.get("status"))
+    assert asked(folder, link, calls, private) == [401, 418, 401]
+
+
+@pytest.mark.parametrize(("call", "most"), [("push-object", PIECE), ("push-messages", SMALL)])
+def test_a_body_that_claims_too_great_a_length_is_refused(folder, call, most):
+    link = Link()
+    path = f"/v1/fleet/{call}"
+    assert asked(folder, link, lambda c: c.post(path, content=b"x" * most)).status_code == 418
+    link.seen.clear()
+    answer = asked(folder, link, lambda c: c.post(path, content=b"x" * (most + 1)))
+    assert answer.status_code == 413 and not link.seen
+
+
+def test_a_body_that_grows_too_large_is_cut_off(folder):
+    link, sent = Link(), 0
+
+    async def endless():
+        nonlocal sent
+        while True:
+            sent += 2**20
+            yield b"x" * 2**20
+
+    assert asked(folder, link, lambda c: c.post(PUSH, content=endless())).status_code == 413
+    assert not link.seen and sent <= PIECE + 2 * 2**20
+
+
+def test_a_message_grows_no_larger_than_the_runs_shapes_allow(folder):
+    """Its pieces are counted from its announcement on; each may come twice, over a bad line."""
+    link = Link()
+    allow_answers(folder, 3 * PIECE)
+    allow_answers(folder, PIECE)
+    assert largest_answer(folder) == 3 * PIECE
+
+    async def calls(client):
+        statuses = []
+        for _ in range(2):
+            statuses.append((await client.post("/v1/fleet/push-messages")).status_code)
+            for _ in range(8):
+                statuses.append((await client.post(PUSH, content=b"x" * PIECE)).status_code)
+        return statuses
+
+    assert asked(folder, link, calls) == 2 * [418, *(7 * [418]), 413]
+
+
+class Slow:
+    """A body whose last byte waits until it is let go."""
+
+    def __init__(self):
+        self.begun, self.go = asyncio.Event(), asyncio.Event()
+
+    async def body(self):
+        yield b"x" * 1000
+        self.begun.set()
+        await self.go.wait()
+        yield b"x"
+
+
+def asked_over_sockets(folder, link, calls):
+    """As `asked`, with `calls(client)` over a socket, as bodies then come piece by piece."""
 
     async def run():
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/v1/fleet/push-object",
-            "headers": [],
-            "query_string": b"",
-        }
+        upstream = httpx.AsyncClient(transport=httpx.ASGITransport(link.app), base_url="http://l")
+        config = module.uvicorn.Config(
+            gateway(upstream, folder), http=Door, ws="none", port=0, log_level="warning"
+        )
+        server = module.uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(link.app), base_url="http://link"
-        ) as upstream:
-            await gateway(upstream)(scope, receive, send)
+            base_url=f"http://127.0.0.1:{port}",
+            headers=signed(PRIVATE),
+            limits=httpx.Limits(max_connections=None),
+        ) as client:
+            try:
+                return await calls(client, port)
+            finally:
+                server.should_exit = True
+                await serving
 
-    asyncio.run(run())
-    assert statuses[0] == 418 and link.seen[0][3] == b"012"
+    return asyncio.run(run())
 
 
-def test_a_superlink_that_is_away_is_a_503_which_devices_retry():
-    assert (
-        asked(None, lambda c: c.post("/v1/fleet/pull-messages")).status_code
-        == http.client.SERVICE_UNAVAILABLE
-    )
+def test_the_superlink_hears_of_a_body_when_all_of_it_is_there(folder):
+    link = Link()
+
+    async def calls(client, port):
+        slow = Slow()
+        waiting = asyncio.create_task(client.post(PUSH, content=slow.body()))
+        await slow.begun.wait()
+        assert (await client.post(PUSH, content=b"fast")).status_code == 418
+        seen = [len(body) for _, _, _, body in link.seen]
+        slow.go.set()
+        assert (await waiting).status_code == 418
+        return seen, link.seen[1][2]["content-length"], len(link.seen[1][3])
+
+    assert asked_over_sockets(folder, link, calls) == ([4], "1001", 1001)
+
+
+def test_a_device_has_few_requests_at_a_time(folder):
+    """One more is a 503, after which a device tries again; one that has left makes room."""
+    link = Link()
+
+    async def calls(client, port):
+        slow = [Slow() for _ in range(MAX_OF_DEVICE)]
+        waiting = [asyncio.create_task(client.post(PUSH, content=s.body())) for s in slow]
+        for one in slow:
+            await one.begun.wait()
+        await asyncio.sleep(0.1)
+        statuses = [(await client.post(PUSH)).status_code]
+        waiting[0].cancel()
+        await asyncio.sleep(0.2)
+        statuses.append((await client.post(PUSH)).status_code)
+        for one in slow:
+            one.go.set()
+        await asyncio.gather(*waiting[1:])
+        return [*statuses, (await client.post(PUSH)).status_code]
+
+    assert asked_over_sockets(folder, link, calls) == [503, 418, 418]
+
+
+def test_a_body_that_takes_too_long_is_given_up(folder):
+    link = Link()
+
+    async def calls(client, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        headers = {"host": "here", "content-length": "100", **signed(PRIVATE)}
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        writer.write(f"POST {PUSH} HTTP/1.1\r\n{head}\r\nx".encode())
+        answer = await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+        return answer.split(b"\r\n")[0]
+
+    with patch.object(module, "BODY_SECONDS", 0.2):
+        said = asked_over_sockets(folder, link, calls)
+    assert said == b"HTTP/1.1 503 Service Unavailable" and not link.seen
+
+
+def test_connections_that_ask_for_nothing_are_closed_and_of_one_address_there_are_few(folder):
+    link = Link()
+
+    async def left(reader):
+        return await asyncio.wait_for(reader.read(), 5) == b""
+
+    async def calls(client, port):
+        silent, writer = await asyncio.open_connection("127.0.0.1", port)
+        slow, other = await asyncio.open_connection("127.0.0.1", port)
+        other.write(b"POST /v1/fleet/push-object HTTP/1.1\r\nx: ")
+        closed = [await left(silent), await left(slow)]
+        with patch("comigs.federation.security.door.MAX_OF_ADDRESS", 0):
+            refused, third = await asyncio.open_connection("127.0.0.1", port)
+            closed.append(await left(refused))
+        elsewhere = (await client.post(PUSH)).status_code
+        for each in (writer, other, third):
+            each.close()
+        return closed, elsewhere
+
+    with patch("comigs.federation.security.door.HEAD_SECONDS", 0.3):
+        assert asked_over_sockets(folder, link, calls) == ([True, True, True], 418)
+    assert not Door.there
+
+
+def test_a_request_that_takes_long_is_not_taken_for_an_idle_connection(folder):
+    link = Link()
+
+    async def calls(client, port):
+        slow = Slow()
+        waiting = asyncio.create_task(client.post(PUSH, content=slow.body()))
+        await asyncio.sleep(0.5)
+        slow.go.set()
+        return (await waiting).status_code
+
+    with patch("comigs.federation.security.door.HEAD_SECONDS", 0.1):
+        assert asked_over_sockets(folder, link, calls) == 418
+
+
+def test_a_superlink_that_is_away_is_a_503_which_devices_retry(folder):
+    answer = asked(folder, None, lambda c: c.post("/v1/fleet/pull-messages"))
+    assert answer.status_code == http.client.SERVICE_UNAVAILABLE
+
+
+def test_a_disk_that_takes_nothing_is_a_503_too(folder):
+    with patch.object(module, "SpooledTemporaryFile", side_effect=OSError):
+        assert asked(folder, Link(), lambda c: c.post(PUSH)).status_code == 503

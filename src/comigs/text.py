@@ -54,6 +54,12 @@ def one_line(text: str) -> str:
     return harmless(re.sub(r"[\n\r\t\u2028\u2029]+", " ", text))
 
 
+def brief(text: str, most: int = 300) -> str:
+    """Return any text as one harmless line of at most so many characters."""
+    line = one_line(text[: most + 1])
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
 def perplexity(value: float | None) -> str:
     """Write three figures or a whole number, as 9.53, 95.3 and 612; from a million on, 1.2e+07."""
     for limit, form in ((10, ",.2f"), (100, ",.1f"), (1e6, ",.0f")):

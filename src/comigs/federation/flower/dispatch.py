@@ -18,6 +18,7 @@ from comigs.federation.flower.grid import GONE, Failure, GridTransport
 from comigs.runs.metrics import Note
 from comigs.server.protocol import Report
 from comigs.server.wire import WireError
+from comigs.text import brief
 
 LIVES = 2  # deadlines that a message lives for; a still later answer comes when asked for again
 SHOWN = 5  # names in a note
@@ -128,7 +129,7 @@ class Dispatcher(Generic[Answer]):
             try:
                 exchange.answered(out.question, out.question.accept(content, out.size))
             except WireError as error:
-                exchange.failed(out.question, str(error))
+                exchange.failed(out.question, brief(str(error)))  # it may name what came
 
     def _forget(self, online: Mapping[int, str]) -> None:
         """Drop messages that nobody will answer: too old, or taken by a node that has restarted

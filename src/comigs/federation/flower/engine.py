@@ -165,9 +165,8 @@ class Flower:
         """Return an answer's head and tensors. Raises WireError where it is no answer of this run,
         or a refusal.
         """
-        shapes = self.shapes[name].items()
-        shared = [math.prod(dims) for slot, dims in shapes if self._method.shares(slot)]
-        head, tensors = wire.unpack(raw, ANSWERS, 4 * sum(shared) + ROOM)
+        most = most_of_answer(self._method, self.shapes[name])
+        head, tensors = wire.unpack(raw, ANSWERS, most)
         if isinstance(head, Refusal):
             raise WireError(head.reason())
         if head.run != self._run.id:
@@ -203,6 +202,12 @@ class Flower:
         reference = wire.as_received(sent[round], format) if format == "int8" else {}
         expected = expected_upload(self._method, self.shapes[name], round)
         return wire.decode(tensors, expected, reference, format)
+
+
+def most_of_answer(method: Method, shapes: Shapes) -> int:
+    """Return how many bytes the answer of a client may have that has tensors of these shapes."""
+    shared = [math.prod(dims) for slot, dims in shapes.items() if method.shares(slot)]
+    return 4 * sum(shared) + ROOM
 
 
 def _replies(came: Mapping[str, Reply | Probed]) -> dict[str, Reply]:

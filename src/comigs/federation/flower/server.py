@@ -19,10 +19,11 @@ from comigs.config import Config
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.federation.flower.dispatch import Dispatcher, Polling
-from comigs.federation.flower.engine import FederatedRun, Flower
+from comigs.federation.flower.engine import FederatedRun, Flower, most_of_answer
 from comigs.federation.flower.grid import GridTransport
 from comigs.federation.messages import PROGRESS, RUN_ID, federable_method
-from comigs.files import ClosedFolder
+from comigs.federation.security.answers import allow_answers
+from comigs.files import ClosedFolder, writing
 from comigs.methods.method import Method
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Event, Note, Problem
@@ -49,7 +50,10 @@ def go_on(
                 nodes = _nodes(folder, federation)
                 deadline = folder.config().participation.deadline
                 transport = GridTransport(grid)
-                rounds(folder, Dispatcher(transport, nodes, polling(deadline), report), report)
+                dispatcher: Dispatcher[Any] = Dispatcher(
+                    transport, nodes, polling(deadline), report
+                )
+                rounds(folder, federation, dispatcher, report)
         except UserError as error:
             report(Problem(message=str(error)))
             raise
@@ -59,8 +63,10 @@ def go_on(
             raise
 
 
-def rounds(folder: RunFolder, dispatcher: Dispatcher[Any], report: Report) -> None:
-    """Run all rounds that are left. Raises UserError."""
+def rounds(
+    folder: RunFolder, federation: Path, dispatcher: Dispatcher[Any], report: Report
+) -> None:
+    """Run all rounds that are left. federation: its folder. Raises UserError."""
     # The server needs the base to know what clients have, and that it is the one they have.
     config = folder.config()
     method = federable_method(config)
@@ -71,6 +77,10 @@ def rounds(folder: RunFolder, dispatcher: Dispatcher[Any], report: Report) -> No
             f'{folder.path}: base "{config.base.name}" is not the one this run began with'
         )
     folder.rewind()
+
+    # From now on the gateway lets answers of this run in, which may be larger than earlier ones.
+    with writing(federation, "make room or allow writing"):
+        allow_answers(federation, max(most_of_answer(method, of) for of in shapes.values()))
     run = FederatedRun(_run_id(folder), config, method, fingerprint, shapes)
     run_rounds(config, method, Flower(run, folder, dispatcher), folder, report)
 

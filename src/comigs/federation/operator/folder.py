@@ -1,6 +1,7 @@
 """This module is a federation's folder on the server: its settings (federation.toml), its authority
 (ca.pem, ca.key), its certificate (server.pem, server.key), who was invited (clients.json), which
-runs there were (runs.json), what is Flower's (superexec.secret, state.db, flwr/), and log/.
+runs there were (runs.json), how large an answer may be (answer-bytes), what is Flower's
+(superexec.secret, state.db, flwr/), and log/.
 """
 
 from __future__ import annotations
