@@ -322,6 +322,23 @@ def test_write_whole_is_there_or_not_after_a_kill(tmp_path):
     assert path.read_text() == "new"
 
 
+def test_what_a_killed_writer_left_is_removed_by_a_later_writer_of_the_same_file(tmp_path):
+    path, other, fresh = tmp_path / "x[1].json", tmp_path / "y.json", ".x[1].json."
+    names = {"old": f"{fresh}{'0' * 16}", "young": f"{fresh}{'1' * 16}", "y": ".y.json." + "2" * 16}
+    names = {key: f"{name}.unfinished" for key, name in names.items()}
+    for name in (*names.values(), f"{fresh}mine.unfinished"):
+        (tmp_path / name).write_text("half")
+        if name != names["young"]:
+            os.utime(tmp_path / name, (0, 0))
+    write_whole(path, lambda p: p.write_text("new"))
+    assert names["old"] not in files(tmp_path)
+    assert {names["young"], names["y"], f"{fresh}mine.unfinished", path.name} <= set(
+        files(tmp_path)
+    )
+    write_whole(other, lambda p: p.write_text("new"))
+    assert names["y"] not in files(tmp_path)
+
+
 def test_a_new_run_needs_a_free_place(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")

@@ -202,6 +202,21 @@ def test_a_pipe_in_a_run_makes_nobody_wait(tmp_path, capsys, run):
     assert "timings.jsonl" in refused(capsys, "report", run)
 
 
+@pytest.mark.parametrize("name", [METRICS, TIMINGS, "checkpoint.json", "config.toml"])
+def test_a_file_with_a_second_name_elsewhere_is_not_written_to(tmp_path, capsys, run, name):
+    """What is written anew gets a file of its own; what would be changed in place is refused."""
+    victim = tmp_path / "victim"
+    victim.hardlink_to(run / name)
+    before = victim.read_bytes()
+    done = comigs(capsys, "resume", run)
+    assert victim.read_bytes() == before
+    if name in (METRICS, TIMINGS):
+        assert done.code == 2 and f"error: {run / name}: has another name" in done.err
+    else:
+        assert done.code == 0
+    assert comigs(capsys, "report", run).code == 0
+
+
 def test_nobody_can_prepare_the_name_of_a_file_in_the_making(tmp_path, run, monkeypatch):
     """Even where the name is known, a link that is there is not followed."""
     from comigs.files import write_whole

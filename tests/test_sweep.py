@@ -109,6 +109,17 @@ def edit(path, old, new):
 # what runs
 
 
+@pytest.mark.parametrize("link", ["ours", "ours/seed-2"])
+def test_a_link_in_a_sweep_leads_out_of_it_nowhere(sweep, tmp_path, capsys, link):
+    place, elsewhere = Path("runs/main") / link, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    place.parent.mkdir(parents=True)
+    place.symlink_to(elsewhere)
+    said = refused(capsys, "sweep", sweep)
+    assert f"{place}: a symbolic link" in said and not list(elsewhere.iterdir())
+    assert not [file for file in Path("runs/main").rglob("*") if file.is_file()]
+
+
 def test_every_run_is_as_if_run_by_hand_and_is_not_run_again(sweep, capsys):
     done = comigs(capsys, "sweep", sweep, "--jobs", "2")
     assert (done.code, done.err) == (0, ""), done

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import secrets
 import shlex
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,6 +18,8 @@ from pathlib import Path, PurePosixPath
 
 from comigs.errors import UserError
 
+# Seconds without a write, after which what is in the making is taken to be a killed process's.
+ABANDONED_AFTER = 24 * 3600
 ELSEWHERE = "choose another folder with --out"
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 UNFOLLOWED = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # nor does a pipe make anybody wait
@@ -80,9 +84,15 @@ def writing(folder: Path, advice: str) -> Iterator[None]:
 def write_whole(path: Path, write: Callable[[Path], object], mode: int = 0o666) -> None:
     """Let `write` fill a file beside `path`, then put that file in the place of `path` in one step.
 
-    A kill at any moment leaves the old file or the new one, never a part. mode: of the new file,
-    as in os.open. Raises OSError.
+    A kill at any moment leaves the old file or the new one, never a part; what it leaves beside it
+    is removed by who writes the same file a day later. mode: of the new file, as in os.open. Raises
+    OSError.
     """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{16 * '[0-9a-f]'}.unfinished"):
+        with suppress(OSError):  # its owner has just finished it
+            if time.time() - left.lstat().st_mtime > ABANDONED_AFTER:
+                left.unlink()
+
     # Nobody can have put a file or a link there before: nobody knows the name, and it must be new.
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")
     os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | UNFOLLOWED, mode))
@@ -126,11 +136,19 @@ class ClosedFolder:
             descriptor = os.open(last, flags | UNFOLLOWED, 0o666, dir_fd=parent)
 
         # what is no file could make us wait, as a pipe, or never end, as a device
-        kind = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(kind):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             os.close(descriptor)
-            number = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
+            number = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
             raise OSError(number, os.strerror(number), str(self.path / name))
+
+        # what is written to a file with two names is written under the other name, too
+        if flags & (os.O_WRONLY | os.O_RDWR) and found.st_nlink > 1:
+            os.close(descriptor)
+            raise UserError(
+                f"{self.path / name}: has another name elsewhere (a hard link), where it would be "
+                "changed, too; put a copy in its place"
+            )
         return descriptor
 
     def reading(self, name: str) -> BufferedReader:

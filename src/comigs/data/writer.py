@@ -18,12 +18,11 @@ import numpy as np
 from comigs.data.corpus import META, TOKENS, Encoder, TokenStore, ends_sha256, open_store
 from comigs.data.document import chunks, text_digest
 from comigs.errors import UserError
-from comigs.files import writing
+from comigs.files import ABANDONED_AFTER, writing
 
 BATCH = 1 << 19  # characters handed to the tokenizer at once
 ADVICE = "free or allow it, or choose another folder with data.cache"
 UNFINISHED = ".building-"
-ABANDONED_AFTER = 24 * 3600  # seconds without a write; then another build removes an unfinished one
 
 
 class StoreWriter:

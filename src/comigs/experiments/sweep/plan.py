@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,7 @@ from comigs.errors import UserError, nearest
 from comigs.experiments.packed import is_packed, read_packed
 from comigs.experiments.sweep.spec import Sweep, read_sweep, to_toml
 from comigs.experiments.sweep.state import RunState, look
-from comigs.files import ELSEWHERE, write_whole, writing
+from comigs.files import ELSEWHERE, ClosedFolder, write_whole, writing
 from comigs.methods.loading import load_method
 
 COPY = "sweep.toml"  # in the sweep's folder, where `comigs compare` reads axes and baseline
@@ -92,6 +93,11 @@ def read_plan(file: Path, out: Path | None = None, only: list[str] | None = None
     if not chosen:
         given = " --only ".join(only or [])
         raise UserError(f'--only {given}: in no run\'s path; one is "{runs[0].label}"')
+
+    # a sweep's folder may be somebody else's: no link in it leads out of it
+    for run in chosen:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            ClosedFolder(folder).refuse_link(run.label)
 
     # runs that were packed have no folder any more
     packed = {}
