@@ -144,6 +144,8 @@ def test_who_is_no_member_is_refused_before_a_byte_of_the_body_is_read(folder):
         raw = {name: value.encode() for name, value in headers.items()}
         answer = asked(folder, link, lambda c, h=raw: c.post(PUSH, headers=h, content=endless()))
         assert answer.status_code == 401
+    activate = "/v1/fleet/activate-node"
+    assert asked(folder, link, lambda c: c.post(activate), stranger).status_code == 412
     assert not link.seen and sent <= 1  # httpx's own transport looks at the first piece
 
 

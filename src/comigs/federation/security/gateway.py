@@ -88,7 +88,9 @@ class PassOn:
         """Return whose request this is, and give it a place. Raises Refused."""
         client = self._members.sender(request.headers)
         if client is None:
-            raise refusal("Invalid SuperNode authentication", 401)
+            # The SuperLink's own codes: by the one a device knows that it was never let in.
+            code = 412 if request.url.path.endswith("/activate-node") else 401
+            raise refusal("no key of a client here", code)
         if self._busy[client] >= MAX_OF_DEVICE:
             raise refusal("too many requests of one device at a time", 503)
         self._busy[client] += 1
