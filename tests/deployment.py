@@ -97,7 +97,8 @@ class Deployment:
         """Found it, invite, serve and join. between: made of the federation and its port, stands
         between devices and the gateway at a `port` of its own.
         """
-        self.comigs("federation", "init", "fed", "--port", self.port)
+        base = ("--base", "tiny-gpt2", "--dtype", "float32")
+        self.comigs("federation", "init", "fed", "--port", self.port, *base)
         port = self.port
         if between is not None:
             self.between = between(self.federation, self.port)

@@ -11,6 +11,7 @@ import torch
 from comigs import load_config
 from comigs.app import dry_run
 from comigs.bases.load import load_base
+from comigs.client import estimate
 from comigs.data.prepare import prepare
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
@@ -20,30 +21,39 @@ from tests.runs import ENVIRONMENT, comigs, files, refused, write_config
 
 MEASURE = """
 import sys
-from comigs.app import dry_run
+from comigs.client import estimate
 from comigs.bases.load import load_base
 from comigs.config import parse_config
 from comigs.server.validation import shapes_of_clients
 from comigs.processes import peak_memory
 from comigs.experts.attach import Attachment
 from comigs.methods.loading import load_method
-windows, length, specialists = map(int, sys.argv[1:])
+windows, length, specialists, rank, measured = map(int, sys.argv[1:])
 config = parse_config({
     "base": {"name": "mini", "device": "cpu"}, "data": {"sequence_length": length},
-    "experts": {"specialists": specialists}, "client": {"batch_size": windows},
-    "evaluation": {"batch_size": windows},
+    "experts": {"specialists": specialists, "rank": rank}, "client": {"batch_size": windows},
+    "evaluation": {"batch_size": measured},
     "clients": [{"name": "ann", "text": "ann"}],
 })
 base = load_base(config.base)
 with Attachment(base.model, base.architecture, config.experts) as attachment:
     shapes = shapes_of_clients(config, load_method(config), attachment)
-    needed = dry_run.memory_needed(config, base, shapes, attachment)
-    dry_run.measured_throughput(config, base, shapes, attachment)
+    needed = estimate.memory_needed(config, base, shapes, attachment)
+    estimate.measured_throughput(config, base, shapes, attachment)
 print(needed, peak_memory())
 """
 
 
-@pytest.mark.parametrize("shape", [(4, 128, 1), (24, 128, 1), (8, 256, 3)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4, 128, 1, 8, 4),
+        (24, 128, 1, 8, 24),
+        (8, 256, 3, 8, 8),
+        (2, 128, 1, 1500, 2),
+        (1, 128, 1, 8, 256),
+    ],
+)
 def test_the_memory_said_is_about_the_memory_taken(shape):
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, shape)],
@@ -57,7 +67,7 @@ def test_the_memory_said_is_about_the_memory_taken(shape):
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts():
-    there = dry_run.available_memory(torch.device("cpu"))
+    there = estimate.available_memory(torch.device("cpu"))
     dry_run.require_memory(there * 0.5, torch.device("cpu"))
     with pytest.raises(UserError, match=r"needs about .* but cpu has .* client.micro_batch_size"):
         dry_run.require_memory(there * 10.0, torch.device("cpu"))
@@ -70,11 +80,11 @@ def test_time_counts_every_step_and_every_token_evaluated(tmp_path):
     )
     base, method = load_base(config.base), load_method(config)
     texts = prepare(config, base.encoder)
-    speed = dry_run.Throughput(step_seconds=1.0, evaluation_seconds=0.0)
+    speed = estimate.Throughput(step_seconds=1.0, evaluation_seconds=0.0)
     outlines = texts.outlines()
     # 6 rounds of 2 steps, a router step after every 3 steps, two clients
     assert dry_run.run_seconds(config, method, speed, outlines, 1.0) == 2 * (12 + 4)
-    speed = dry_run.Throughput(step_seconds=0.0, evaluation_seconds=1.0)
+    speed = estimate.Throughput(step_seconds=0.0, evaluation_seconds=1.0)
     valid, test = (
         sum(getattr(outline, split)[0].num_bytes for outline in outlines.values())
         for split in ("valid", "test")
@@ -99,7 +109,7 @@ def test_too_little_memory_is_one_line_and_no_run_folder(tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path)
     before = files(tmp_path)
-    monkeypatch.setattr(dry_run, "TRAINED", 1e15)  # a machine that is too small for any run
+    monkeypatch.setattr(estimate, "TRAINED", 1e15)  # a machine that is too small for any run
     assert "memory: this run needs about " in refused(capsys, "run", "tiny.toml")
     assert {name: raw for name, raw in files(tmp_path).items() if "cache" not in name} == before
 
@@ -112,7 +122,7 @@ def test_the_largest_client_decides(tmp_path):
     base = load_base(config.base)
     with Attachment(base.model, base.architecture, config.experts) as attachment:
         needs = [
-            dry_run.memory_needed(
+            estimate.memory_needed(
                 c, base, shapes_of_clients(c, load_method(c), attachment), attachment
             )
             for c in (small, config)

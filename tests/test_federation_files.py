@@ -6,6 +6,7 @@ No server of Flower runs here; tests/test_deployment.py has one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -27,19 +28,21 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from comigs.config import Text, load_config
+from comigs.bases.load import load_base
+from comigs.config import BaseSection, Text, load_config
 from comigs.errors import UserError
 from comigs.federation.bundle import read_bundle, write_bundle
-from comigs.federation.device.connectivity import check_server
+from comigs.federation.device.connectivity import _check_clock, check_server
 from comigs.federation.device.join import Owner, join, text_of
 from comigs.federation.operator import admin, flwr_cli
 from comigs.federation.operator.folder import Federation
-from comigs.federation.operator.run import check, resume
+from comigs.federation.operator.run import check, resume, run
 from comigs.federation.operator.server import require_free_port
 from comigs.federation.security import pki
 from comigs.federation.supervisor import Supervisor, keep, wait_until
 from comigs.processes import is_locked, locked
 from comigs.runs.folder import RunFolder
+from comigs.text import CONTROL
 from tests.runs import TINY, copied_run, finished, refused, write_text
 
 APP = "0" * 64
@@ -236,6 +239,58 @@ def test_a_bundle_with_a_changed_character_is_damaged(bundle, field, tmp_path):
     other = value[:at] + ("x" if value[at] != "x" else "y") + value[at + 1 :]
     (tmp_path / "ann.toml").write_text(text.replace(value, other))
     assert "damaged bundle" in problem(read_bundle, tmp_path / "ann.toml")
+
+
+def test_a_bundle_pins_the_base_of_its_federation(tmp_path):
+    base = admin.pin(BaseSection(name="tiny-llama", dtype="bfloat16", device="cpu"))
+    loaded = load_base(BaseSection(name="tiny-llama", dtype="bfloat16", device="cpu"))
+    assert (base.name, base.dtype, base.fingerprint) == (
+        "tiny-llama",
+        "bfloat16",
+        loaded.fingerprint,
+    )
+    federation = Federation.create(tmp_path / "fed", (), 8443, APP, base)
+    assert Federation.open(federation.path).settings.base == base
+    made = read_bundle(admin.invite(federation.path, "ann", tmp_path / "ann.toml"))
+    assert made.base == base
+    text = (tmp_path / "ann.toml").read_text()
+    (tmp_path / "ann.toml").write_text(text.replace("tiny-llama", "tiny-gpt2"))
+    assert "damaged bundle" in problem(read_bundle, tmp_path / "ann.toml")
+
+
+def test_a_bundle_from_before_there_were_pins_is_read(bundle, tmp_path):
+    """Its check is of what it holds, in the order of its names."""
+    fields = ("about", "federation", "client", "address", "app", "authority", "key")
+    old = {field: getattr(bundle, field) for field in fields}
+    check = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
+    (tmp_path / "old.toml").write_text(tomli_w.dumps({**old, "check": check}), encoding="utf-8")
+    read = read_bundle(tmp_path / "old.toml")
+    assert read.base is None and read.key == bundle.key
+
+
+def test_a_base_that_is_a_folder_at_the_operators_has_to_be_given(tmp_path):
+    write_text(tmp_path, "text")
+    base = admin.pin(BaseSection(name="tiny-gpt2")).model_copy(update={"name": "mine"})
+    federation = Federation.create(tmp_path / "fed", (), 8443, APP, base)
+    file = admin.invite(federation.path, "ann", tmp_path / "ann.toml")
+    said = problem(join, file, Owner((str(tmp_path / "text"),), tmp_path / "home"), print)
+    assert said.startswith("--base: missing") and "give the folder of your copy" in said
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"name": "tiny-llama"}, "base.name"), ({"dtype": "bfloat16"}, "base.dtype")],
+)
+def test_a_run_with_another_base_than_devices_were_told_is_refused(tmp_path, change, word):
+    base = admin.pin(BaseSection(name="tiny-gpt2", dtype="float32", device="cpu"))
+    federation = Federation.create(tmp_path / "fed", (), 8443, APP, base)
+    config = load_config(config_file(tmp_path))
+    config = config.model_copy(update={"base": config.base.model_copy(update=change)})
+    loaded = load_base(config.base)
+    out = tmp_path / "run"
+    said = problem(run, config, loaded, out, federation, print, print)
+    assert said.startswith(word) and "federation init DIR --base" in said and not out.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"key = 1", b"half ="])
@@ -469,6 +524,11 @@ def test_a_clock_that_flower_would_refuse_is_named(federation, bundle, offset, w
         assert word in problem(check_server, at(bundle, port))
 
 
+@pytest.mark.parametrize("date", ["never", "Mon, 99 Foo 20999 99:99:99 +9999", "\x00", ""])
+def test_a_date_that_is_none_is_no_reason_to_end(bundle, date):
+    _check_clock(bundle, date)
+
+
 @pytest.mark.parametrize("offset", [-2, 200])
 def test_a_clock_that_is_a_little_off_will_do(federation, bundle, offset):
     with serving(federation, offset) as port:
@@ -518,6 +578,24 @@ def test_text_is_one_place_or_three_splits(tmp_path, monkeypatch):
 
 
 # Programs that live as long as we do
+
+
+def test_what_a_program_prints_is_shown_as_text_and_has_an_end(tmp_path):
+    """A server's words may be in it: what a terminal would obey, or a line without an end."""
+    (tmp_path / "loud.py").write_text(
+        "def main():\n"
+        "    print('\\x1b]0;owned\\x07\\x1b[2Jevil \\u202e', 'x' * 100_000)\n"
+        "    import time; time.sleep(60)\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    said = []
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    with Supervisor(tmp_path / "log", environment, tmp_path) as children:
+        children.start("loud", ["loud:main"], said.append)
+        wait_until(lambda: len(said) > 20, "loud", children)
+    log = (tmp_path / "log" / "loud.log").read_text()
+    assert all(len(line) <= 4000 and not CONTROL.search(line) for line in said)
+    assert "evil" in said[0] and not CONTROL.search(log) and log.count("x") == 100_000
 
 
 def test_a_program_that_ends_is_told_and_ends_all(tmp_path):

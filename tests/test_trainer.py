@@ -22,12 +22,9 @@ from comigs.engines.client_task import run_task
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.federation.device import trainer_socket
-from comigs.federation.device.device_service import Device, Trainer
 from comigs.federation.messages import (
-    ANSWERS,
     Answered,
     Probed,
-    Refusal,
     Request,
     config_for,
     our_version,
@@ -38,78 +35,10 @@ from comigs.server import wire
 from comigs.server.protocol import Task
 from comigs.slots import Slot
 from tests.conftest import run_config, same
+from tests.device import RUN, Setting, opened
 from tests.kills import begin, killed_at
 from tests.local_grid import modes
 from tests.runs import refused
-
-RUN = "run-0123456789ab"
-ROOM = 1 << 24
-
-
-class Setting:
-    """One device of a run, and a server's requests to it."""
-
-    def __init__(self, root, home="device", report=lambda event: None, device=None, **tree):
-        self.root, self.said = root, []
-        self.config = run_config(root, **tree)
-        self.fingerprint = load_base(self.config.base).fingerprint
-        given = {
-            "name": "ada",
-            "text": "ada",
-            "home": root / home,
-            "root": root,
-            "accelerator": "cpu",
-            "threads": 1,
-        }
-        self.device = Device(**{**given, **(device or {})})
-        self.report = report
-        self.trainer = self.restarted()
-
-    def restarted(self):
-        """The trainer as it is after its process was killed."""
-        return Trainer(self.device, self.said.append, self.report)
-
-    @property
-    def folder(self):
-        return self.device.home / "runs" / RUN
-
-    def request(self, round=1, download=None, kind="exchange", **changes):
-        last = round > self.config.rounds
-        task = {
-            "evaluate": ("test",) if last else (),
-            "evaluate_base": ("valid", "test") if round == 1 else (),
-        }
-        before = {"after": round - 1, "since": round - 1}
-        told = {
-            "config": config_for(self.config, "ada"),
-            "comigs": our_version(),
-            "base": self.fingerprint,
-        }
-        values = {"run": RUN, "round": round, "train": not last, **before, **task, **told}
-        encoded = wire.encode_download(download or {}, self.config.upload.format)
-        return wire.pack(Request(kind=kind, **{**values, **changes}), encoded)
-
-    def ask(self, *given, **changes):
-        return opened(self.trainer.answer(self.request(*given, **changes)))
-
-    def refused(self, *given, **changes):
-        """The code, after having seen that nothing else went out."""
-        raw = self.trainer.answer(self.request(*given, **changes))
-        refusal, tensors = opened(raw)
-        assert isinstance(refusal, Refusal) and not tensors
-        assert str(self.root).encode() not in raw and len(raw) < 250
-        return refusal.code
-
-    def finish(self):
-        """The rest of the run, each download the upload before."""
-        given = {}
-        for round in range(1, self.config.rounds + 2):
-            head, given = self.ask(round, {Slot.parse(s): t for s, t in given.items()})
-        return head
-
-
-def opened(raw):
-    return wire.unpack(raw, ANSWERS, ROOM)
 
 
 def uploaded(tensors):

@@ -54,8 +54,9 @@ def one_line(text: str) -> str:
     return harmless(re.sub(r"[\n\r\t\u2028\u2029]+", " ", text))
 
 
-def brief(text: str, most: int = 300) -> str:
-    """Return any text as one harmless line of at most so many characters."""
+def brief(value: object, most: int = 300) -> str:
+    """Return anything as one harmless line of at most so many characters."""
+    text = value if isinstance(value, str) else repr(value)
     line = one_line(text[: most + 1])
     return line if len(line) <= most else f"{line[: most - 3]}..."
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from comigs.app.dry_run import memory_needed, require_memory
+from comigs.app.dry_run import require_memory
 from comigs.app.setup import Say, attached, everybody_trains, ignore, load, read_texts, say_unread
 from comigs.bases.load import Base, is_here
+from comigs.client.estimate import memory_needed
 from comigs.config import SPLITS, Config, Split
 from comigs.data.prepare import Texts, require_text
 from comigs.data.prepare import prepare as prepare_data

@@ -50,17 +50,31 @@ def init(
     port: Annotated[
         int, typer.Option(min=1, max=65535, help="The one port that devices must reach.")
     ] = 8443,
+    base: Annotated[
+        str, typer.Option(metavar="NAME", help="The base of its runs; devices load no other.")
+    ] = "mini",
+    dtype: Annotated[
+        str, typer.Option(help="The type of its weights: auto, float32, bfloat16 or float64.")
+    ] = "auto",
 ) -> None:
-    """Found a federation: its own certificate authority, a server certificate, settings."""
+    """Found a federation: its own certificate authority, a server certificate, settings, a base."""
+    from comigs.config import folder_or_name, parse_config
     from comigs.federation.operator.admin import found
     from comigs.federation.security import pki
 
     # what is made is said first, then for how long it is good, then what comes next
-    federation = found(folder, tuple(host or ()), port)
+    section = {"name": folder_or_name(base, Path()), "dtype": dtype}
+    tree = {"base": section, "clients": [{"name": "any"}]}
+    federation = found(folder, tuple(host or ()), port, parse_config(tree, "init").base)
     typer.echo(
         f"federation {federation.settings.id} in {folder}, "
         f"to be reached at {federation.settings.address}"
     )
+    if (pinned := federation.settings.base) is not None:
+        typer.echo(
+            f"base {pinned.name}, {pinned.dtype}, sha256 {pinned.fingerprint[:12]}...: "
+            "bundles pin it, and devices load no other"
+        )
     typer.echo(
         f"certificates: authority {pki.AUTHORITY_DAYS} days; server {pki.SERVER_DAYS} days, "
         f"renewed by a start of the server in the last {pki.RENEW_DAYS}"
@@ -140,7 +154,9 @@ def client(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="Your copy of the base. Default: fetched by its name."),
+        typer.Option(
+            metavar="FOLDER", help="Your copy of the base. Default: the bundle's, by its name."
+        ),
     ] = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: cuda where there is one.")
@@ -148,11 +164,24 @@ def client(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads. Default: as torch finds them.")
     ] = None,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB",
+            min=0.01,
+            help="Memory that the server may ask for. Default: four fifths of what is free.",
+        ),
+    ] = None,
+    max_minutes: Annotated[
+        float, typer.Option(min=0.01, help="Time that the server may ask for in a round.")
+    ] = 120,
 ) -> None:
     """Take part with this device until Ctrl-C."""
     from comigs.federation.device.join import Owner, join
 
-    join(bundle, Owner(tuple(text), home, base, device, threads), typer.echo)
+    memory = max_memory and max_memory * 1e9
+    owner = Owner(tuple(text), home, base, device, threads, memory, max_minutes)
+    join(bundle, owner, typer.echo)
 
 
 def require_engine(engine: str, federation: Path | None) -> None:

@@ -1,26 +1,27 @@
 """This module says what a run would train, send, hold and take, before it starts.
 
-The memory follows from shapes, the time from real steps of the largest client, what travels from
-an aggregation of starting tensors.
+The memory and the time are those of the largest client (client/estimate.py), what travels follows
+from an aggregation of starting tensors.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from comigs.app.setup import Say, attached, ignore, load, read_texts, say_unread
-from comigs.bases.base import linear_size
 from comigs.bases.load import Base
-from comigs.client.evaluate import measure
-from comigs.client.state import new_train_state
-from comigs.client.steps import MethodHooks, StepSettings, step
+from comigs.client.estimate import (
+    Throughput,
+    available_memory,
+    measured_throughput,
+    memory_needed,
+    num_scalars,
+    router_steps,
+)
 from comigs.config import Config, Split
 from comigs.data.prepare import Outline, require_text
 from comigs.errors import UserError
@@ -29,16 +30,11 @@ from comigs.experts.init import starting_tensors
 from comigs.methods.loading import load_method
 from comigs.methods.method import Method, RoundContext, Upload
 from comigs.runs.metrics import Note
-from comigs.seeds import generator
 from comigs.server.communication import traffic_by_client
 from comigs.server.protocol import Report
 from comigs.server.rounds import task_of
 from comigs.server.validation import expected_upload, shapes_of_clients
-from comigs.slots import Shapes
 from comigs.text import Table, duration, listed, size
-
-TRAINED = 16  # bytes per scalar of a client: value, gradient and AdamW's two moments in float32
-SCORE = 5  # times its own bytes that eager attention keeps of a score: 2.5 (mini) to 7.5 (SmolLM2)
 
 
 @dataclass(frozen=True)
@@ -54,17 +50,6 @@ class Budget:
     router_parameters: int
     uploaded_bytes: float
     downloaded_bytes: float
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """A throughput says how fast this machine is now.
-
-    step_seconds: of a local step. evaluation_seconds: of an evaluation, per token.
-    """
-
-    step_seconds: float
-    evaluation_seconds: float
 
 
 def dry_run(config: Config, report: Report = ignore, say: Say = ignore) -> tuple[Table, list[str]]:
@@ -156,44 +141,12 @@ def budgets(config: Config, base: Base) -> dict[str, Budget]:
             elif not slot.is_frozen and (method.trains(slot, 1) or method.trains(slot, 2)):
                 trained[slot] = dims
         result[name] = Budget(
-            trained_parameters=_scalars(trained),
-            router_parameters=_scalars(router),
+            trained_parameters=num_scalars(trained),
+            router_parameters=num_scalars(router),
             uploaded_bytes=sent[name] / 2,
             downloaded_bytes=received[name] / 2,
         )
     return result
-
-
-def memory_needed(
-    config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
-) -> float:
-    """Return the bytes at the peak of a run, however many clients it has.
-
-    They are a base, a client and a batch on its way back: for each worker on a CPU, for one on a
-    GPU, where each worker has its own.
-    """
-    # the backward pass keeps the activations of a batch in each block, and its attention scores
-    windows = config.client.micro_batch_size or config.client.batch_size
-    length, model = config.data.sequence_length, base.model.config
-    bytes_each, mixture = torch.finfo(base.dtype).bits / 8, attachment.mixtures[0]
-    width, inner = linear_size(getattr(mixture.mlp, base.architecture.up))
-    kept = windows * length * (10 * width + (len(mixture.inputs) + 1) * inner) * bytes_each
-    if model._attn_implementation == "eager":
-        kept += windows * model.num_attention_heads * length**2 * SCORE * bytes_each
-
-    # on a CPU Python, torch and transformers count too: 200 to 800 MB, as torch was built
-    held, workers = sum(p.nbytes for p in base.model.parameters()), 1
-    if base.device.type == "cpu":
-        held, workers = psutil.Process().memory_info().rss, config.workers
-    client = TRAINED * _scalars(_largest(shapes))
-    return float(workers * (held + client + len(attachment.mixtures) * kept))
-
-
-def available_memory(device: torch.device) -> int:
-    """Return the bytes that are free where the model is, with those that this process holds."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
 
 
 def require_memory(needed: float, device: torch.device) -> None:
@@ -204,33 +157,6 @@ def require_memory(needed: float, device: torch.device) -> None:
             f"memory: this run needs about {size(needed)}, but {device} has {size(free)} free; set "
             "client.micro_batch_size or data.sequence_length lower, or take a smaller base"
         )
-
-
-def measured_throughput(
-    config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
-) -> Throughput:
-    """Time a local step and an evaluation batch of the largest client, on random tokens."""
-    # the client is new and its rate low: what it learns is thrown away
-    start = starting_tensors(_largest(shapes), config.seed, "")
-    train_state = new_train_state(
-        {slot: tensor.to(base.device) for slot, tensor in start.items()}, config.client
-    )
-    attachment.bind(train_state.tensors)
-    settings = StepSettings(config.client, lr=1e-6, router_lr=1e-6, total_steps=1, dtype=base.dtype)
-    draw, vocabulary = generator(config.seed, "estimate"), base.encoder.vocabulary_size
-    length = config.data.sequence_length
-    trained = draw.integers(vocabulary, size=(config.client.batch_size, length))
-    read = draw.integers(vocabulary, size=(config.evaluation.batch_size, length))
-
-    # the first time warms up
-    for _ in range(2):
-        began = time.perf_counter()
-        step(attachment, train_state, settings, MethodHooks(), ("experts",), (trained, trained))
-        halfway = time.perf_counter()
-        measure(attachment, [(read, read)], base.dtype)
-        ended = time.perf_counter()
-    attachment.unbind()
-    return Throughput(halfway - began, (ended - halfway) / read.size)
 
 
 def run_seconds(
@@ -244,8 +170,7 @@ def run_seconds(
     # a round trains those that are asked, and a router phase comes after every so many steps
     asked = config.participation.clients_per_round or len(config.clients)
     steps = config.rounds * config.client.steps
-    if method.schedule != "joint":
-        steps += steps // config.client.router_every * config.client.router_steps
+    steps += router_steps(config, method, steps // config.client.router_every)
     total = asked * steps * speed.step_seconds
 
     # the exchange after the last round only measures, and measures everybody
@@ -266,11 +191,3 @@ def _mean_tokens(outlines: Mapping[str, Outline], tokens_per_byte: float) -> dic
             num_bytes = sum(text.num_bytes for text in getattr(outline, split))
             tokens[split] += num_bytes * tokens_per_byte / len(outlines)
     return tokens
-
-
-def _largest(shapes: Mapping[str, Shapes]) -> Shapes:
-    return max(shapes.values(), key=_scalars)
-
-
-def _scalars(shapes: Shapes) -> int:
-    return sum(math.prod(dims) for dims in shapes.values())

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from comigs.bases.load import Base, load_base
+from comigs.bases.load import Base, load_base, require_window
 from comigs.config import SPLITS, Config
 from comigs.data.prepare import Texts, prepare
 from comigs.engines.workers import devices
-from comigs.errors import UserError
 from comigs.experts import csrc
 from comigs.experts.attach import Attachment
 from comigs.methods.loading import load_method
@@ -60,13 +59,7 @@ def load(config: Config, say: Say = ignore) -> tuple[Base, Config]:
 
     base = load_base(config.base)
     devices(workers, base.device)  # raises where there are not as many
-    window = base.model.config.max_position_embeddings
-    if config.data.sequence_length > window:
-        raise UserError(
-            f"data.sequence_length: given {config.data.sequence_length}, "
-            f"but base {base.name} reads at most {window} tokens at once; "
-            f"set it to {window} or less"
-        )
+    require_window(base, config.data.sequence_length)
 
     # one line says what the speed depends on, and another one why it is not what it could be
     parameters = sum(p.numel() for p in base.model.parameters())

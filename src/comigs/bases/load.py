@@ -95,6 +95,16 @@ def set_dtype(model: Any, dtype: torch.dtype) -> None:
         weight.data = weight.data.to(dtype)
 
 
+def require_window(base: Base, length: int) -> None:
+    """Raise UserError where a base cannot read windows of so many tokens."""
+    window = base.model.config.max_position_embeddings
+    if length > window:
+        raise UserError(
+            f"data.sequence_length: given {length}, but base {base.name} reads at most {window} "
+            f"tokens at once; set it to {window} or less"
+        )
+
+
 def modules() -> dict[str, ModuleType]:
     """Return by its name every file here that offers an ARCHITECTURE or LOADERS."""
     found = {}

@@ -125,12 +125,9 @@ class Client:
         A method may go only part of the way (Method.mix). Optimiser moments, specialists and router
         stay as they were.
         """
-        own = self.train_state.tensors
         # All of a download is checked before any of it is written.
-        for slot, tensor in download.items():
-            if not self.method.receives(slot):
-                raise AssertionError(f"{self.name}: a download may not touch {slot}")
-            require_receivable(self.name, slot, tensor, own)
+        own = self.train_state.tensors
+        require_receivable(self.name, self.method, download, own)
         download = self._on_device(download)
         factors = {slot: tensor for slot, tensor in download.items() if slot.role == "update"}
         written: Tensors = {
@@ -233,6 +230,7 @@ class Client:
         windows = probe_windows(self.config, self.name, self.data, round, self.method.probe)
         nats = {}
         for author, model in models.items():
+            require_receivable(self.name, self.method, model, self.train_state.tensors)
             tensors = {**self.train_state.tensors, **self._on_device(model)}
             nats[author] = self._nats(tensors, windows)
         return nats

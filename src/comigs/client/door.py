@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
+from comigs.methods.method import Method, Tensors
 from comigs.slots import Slot
 
 PRIVATE = ("specialist", "router")  # these roles neither leave a client nor come from elsewhere
 
 
-def require_receivable(client: str, slot: Slot, tensor: Tensor, own: Mapping[Slot, Tensor]) -> None:
-    """Refuse a tensor of a download that a client with the tensors `own` must not or cannot write.
+def require_receivable(client: str, method: Method, given: Tensors, own: Tensors) -> None:
+    """Refuse a download, or others' uploads, that a client with the tensors `own` must not take.
 
     Raises AssertionError, since a server that sends it is broken or lies.
     """
+    for slot, tensor in given.items():
+        if not method.receives(slot):
+            raise AssertionError(f"{client}: a download may not touch {slot}")
+        _require_fitting(client, slot, tensor, own)
+
+
+def _require_fitting(client: str, slot: Slot, tensor: Tensor, own: Tensors) -> None:
     # An update is a factor A (rank, in) or B (out, rank) of any rank, for a change (out, in).
     place = slot
     if slot.role == "update":

@@ -13,6 +13,7 @@ from comigs.config.rounds import (
     UploadSection,
 )
 from comigs.config.sections import (
+    NAMED_BASES,
     SPLITS,
     BaseSection,
     ClientSection,
@@ -25,8 +26,9 @@ from comigs.config.toml import load_config, parse_config, read_toml, to_toml
 from comigs.config.tree import SECTIONS, VERSION, Config, dotted
 
 __all__ = [
-    "SECTIONS", "SPLITS", "VERSION", "BaseSection", "ClientEntry", "ClientSection", "Config",
-    "DataSection", "EvaluationSection", "ExpertShape", "ExpertsSection", "ParticipationSection",
-    "Section", "Split", "Text", "TrackSection", "UploadSection", "dotted", "folder_or_name",
-    "load_config", "parse_config", "place", "read_toml", "relative", "resolve", "to_toml",
+    "NAMED_BASES", "SECTIONS", "SPLITS", "VERSION", "BaseSection", "ClientEntry", "ClientSection",
+    "Config", "DataSection", "EvaluationSection", "ExpertShape", "ExpertsSection",
+    "ParticipationSection", "Section", "Split", "Text", "TrackSection", "UploadSection", "dotted",
+    "folder_or_name", "load_config", "parse_config", "place", "read_toml", "relative", "resolve",
+    "to_toml",
 ]  # fmt: skip

@@ -82,7 +82,7 @@ class ExpertShape(Section):
     @property
     def num_experts(self) -> int:
         """The number of experts that the router weighs."""
-        return len(self.parts)
+        return self.generalists + self.specialists + (self.others != "none")
 
     @property
     def parts(self) -> list[str]:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from comigs.config import Section, read_toml
 from comigs.errors import UserError
 from comigs.federation.operator.folder import Settings
+from comigs.federation.pinned_base import PinnedBase
 from comigs.federation.security import pki
 from comigs.federation.security.private_files import write_private
 from comigs.files import writing
@@ -42,7 +43,8 @@ class Bundle(Section):
     """A bundle is what the file says.
 
     about: for people. authority: the certificate of the federation's own authority. key: the
-    device's private key. app: sha256 of the only Flower app that the device will run. check: sha256
+    device's private key. app: sha256 of the only Flower app that the device will run. base: the
+    only base that the device will load; None in bundles from before there were pins. check: sha256
     of everything else.
     """
 
@@ -53,11 +55,12 @@ class Bundle(Section):
     app: str
     authority: str
     key: str
+    base: PinnedBase | None = None
     check: str = ""
 
     def digest(self) -> str:
         """Return what `check` has to be."""
-        checked = self.model_dump(exclude={"check"})
+        checked = self.model_dump(exclude={"check"}, exclude_none=True)
         return hashlib.sha256(json.dumps(checked, sort_keys=True).encode()).hexdigest()
 
 
@@ -71,6 +74,7 @@ def new_bundle(settings: Settings, authority: str, client: str, key: str) -> Bun
         app=settings.app,
         authority=authority,
         key=key,
+        base=settings.base,
     )
 
 
@@ -78,13 +82,14 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
     """Write a bundle that only its owner can read. Raises UserError where there is a file
     already.
     """
-    whole = bundle.model_copy(update={"check": bundle.digest()})
+    whole = bundle.model_copy(update={"check": bundle.digest()}).model_dump(exclude_none=True)
+    text = tomli_w.dumps(whole, multiline_strings=True)
     with writing(path.parent, "choose another file with --out"):
         if path.exists():
             raise UserError(
                 f"{path}: exists already; nothing was changed. Choose another file with --out"
             )
-        write_private(path, tomli_w.dumps(whole.model_dump(), multiline_strings=True))
+        write_private(path, text)
 
 
 def read_bundle(path: Path) -> Bundle:

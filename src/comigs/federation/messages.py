@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
+from pydantic import Field, FiniteFloat, PositiveInt, TypeAdapter
 
 from comigs import __version__
 from comigs.config import Config, DataSection, ParticipationSection, Split
@@ -18,9 +18,12 @@ from comigs.server.wire import Head
 
 RUN_ID = ".run-id"  # a file in the server's run folder: what devices call the run
 PROGRESS = ".progress.jsonl"  # likewise: a line for each event, for whoever watches
+LARGEST = 10**6  # of whatever is counted: rounds, steps, windows, tokens of a window
+UPLOADS = 4096  # of other clients, measured at once
 # A run's id is also a folder's name on the device.
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{7,63}$")]
 Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,32}$")]
+Number = Annotated[int, Field(ge=0, le=LARGEST + 1)]  # of a round; the last exchange is one more
 Splits = Annotated[tuple[Split, ...], Field(max_length=3)]
 Code = Literal[
     "unreadable",
@@ -29,6 +32,8 @@ Code = Literal[
     "not-ready",
     "base",
     "disk",
+    "memory",
+    "time",
     "loss",
     "over",
     "ahead",
@@ -40,8 +45,10 @@ SAID: dict[Code, str] = {  # what the server makes of a code; the device says th
     "version": "has another comigs",
     "refused": "does not do what this config asks for",
     "not-ready": "not ready",
-    "base": "has another base (its weights differ)",
-    "disk": "cannot write to its disk",
+    "base": "has another base, or its owner allows no other",
+    "disk": "cannot write to its disk, or has too little room on it",
+    "memory": "needs more memory for this config than its owner allows",
+    "time": "would take longer with this config than its owner allows",
     "loss": "its loss is not finite",
     "over": "asked for a round that it has left behind",
     "ahead": "asked for something of a round that it has not done",
@@ -62,16 +69,16 @@ class Request(Head):
 
     kind: Literal["exchange", "probe"]
     run: RunId
-    round: PositiveInt
-    after: NonNegativeInt
-    since: NonNegativeInt
+    round: Annotated[Number, Field(ge=1)]
+    after: Number
+    since: Number
     train: bool = False
     evaluate: Splits = ()
     evaluate_base: Splits = ()
     config: dict[str, Any]
     comigs: str = Field(max_length=64)
     base: str = Field(max_length=64)
-    probed: NonNegativeInt = 0
+    probed: int = Field(0, ge=0, le=UPLOADS)
 
     @property
     def task(self) -> Task:
@@ -100,7 +107,7 @@ class Probed(Head):
     kind: Literal["probed"] = "probed"
     run: RunId
     round: PositiveInt
-    nats: list[FiniteFloat] = Field(max_length=4096)
+    nats: list[FiniteFloat] = Field(max_length=UPLOADS)
 
 
 class Refusal(Head):

@@ -23,6 +23,8 @@ from comigs.methods.method import Download, Method, Mixed, Nats, Tensors
 from comigs.methods.shapes import Shape, as_configured, require_equal
 from comigs.slots import Slot
 
+LOOKS = 4  # at valid: with all of a download, half, none, and the parabola's lowest point
+
 
 class Adoption(Section):
     """The [options] of methods whose clients adopt as much of a download as valid asks."""
@@ -50,7 +52,8 @@ def method(config: Config) -> Method:
     published = as_published(config)
     if settings.adopt == "all":
         return published
-    return replace(published, mix=mix_as_valid_asks, probe=settings.probe_windows)
+    probe = settings.probe_windows
+    return replace(published, mix=mix_as_valid_asks, looks=LOOKS, probe=probe)
 
 
 def as_published(

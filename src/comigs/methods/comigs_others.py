@@ -38,6 +38,7 @@ def method(config: Config) -> Method:
         shape=shape,
         schedule="both",
         mix=mix,
+        looks=comigs.LOOKS,
         probe=options(config, Options).probe_windows,
     )
 

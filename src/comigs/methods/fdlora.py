@@ -51,6 +51,7 @@ def method(config: Config) -> Method:
         paper="2406.07925",
         mixing="sum",
         finish=finish,
+        looks=settings.evaluations,
     )
 
 

@@ -97,6 +97,7 @@ class Method:
         and sets B to zero.
     probe: the number of windows of its valid, drawn anew each round, on which a client compares
         models.
+    looks: how many times `mix` or `finish` measures at most.
     reads_peers: whether each client measures every other's upload (RoundContext.peer_nats).
     mix(own, download, nats): returns what a client writes of a download that it may weigh against
         its own tensors first, and how far towards the download that is. nats: on `probe` windows.
@@ -124,6 +125,7 @@ class Method:
     merges: bool = False
     reinitializes: bool = False
     probe: int = 0
+    looks: int = 0
     reads_peers: bool = False
     mix: Callable[[Tensors, Download, Nats], Mixed] | None = None
     finish: Callable[[Tensors, Nats], Tensors] | None = None

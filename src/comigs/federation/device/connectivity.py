@@ -14,6 +14,7 @@ from http.client import HTTPException, HTTPSConnection
 
 from comigs.errors import UserError
 from comigs.federation.bundle import Bundle
+from comigs.text import brief
 
 SECONDS = 15  # for the server to answer
 # Seconds of a device's clock: Flower refuses signatures 5 s from the future or 305 s old.
@@ -53,7 +54,7 @@ def check_server(bundle: Bundle) -> None:
         problem = PROBLEMS.get(error.verify_code, foreign).format(now=now)
         raise UserError(f"{bundle.address}: {problem}") from None
     except (OSError, HTTPException) as error:
-        reason = getattr(error, "strerror", None) or str(error) or "no answer"
+        reason = brief(getattr(error, "strerror", None) or str(error) or "no answer")
         raise UserError(
             f"{bundle.address}: the server does not answer ({reason.lower()}); is it running, and "
             f"does a firewall let port {port} through?"
@@ -62,9 +63,12 @@ def check_server(bundle: Bundle) -> None:
 
 
 def _check_clock(bundle: Bundle, date: str | None) -> None:
-    if date is None:
+    # A server need not give a date that is one; the SuperNode will find out.
+    try:
+        there = parsedate_to_datetime(date or "")
+        ahead = (datetime.now(UTC) - there).total_seconds()
+    except (ValueError, TypeError, OverflowError):
         return
-    ahead = (datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds()
     if not -BEHIND < ahead < AHEAD + 1:  # the header has whole seconds
         way = "ahead of" if ahead > 0 else "behind"
         raise UserError(

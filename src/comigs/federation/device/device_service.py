@@ -13,27 +13,32 @@ import math
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
-from comigs.bases.load import Base, load_base
+from comigs.bases.load import Base, load_base, require_window
 from comigs.client.client import Client
-from comigs.config import BaseSection, Config, Text, parse_config
+from comigs.client.estimate import Throughput
+from comigs.config import NAMED_BASES, BaseSection, Config, Text, parse_config
 from comigs.data.prepare import ClientData, prepare_client
 from comigs.engines.client_task import run_task, workplace
 from comigs.federation import messages
 from comigs.federation.device.device_run import DeviceRun, Refused, open_folder, refusing
+from comigs.federation.device.limits import Limits, Work, require_in_order, require_settable
 from comigs.federation.messages import Request, our_version
+from comigs.federation.pinned_base import PinnedBase
 from comigs.methods.method import Method
 from comigs.server import wire
 from comigs.server.protocol import Report
 from comigs.slots import Slot
+from comigs.text import brief, harmless
 
-MOST = 1 << 33  # bytes of a request
-MOST_HEADER = 1 << 25
+MOST_HEADER = 1 << 25  # bytes of a request's head and of the list of its tensors
+LINE, TRACEBACK = 500, 8000  # characters of what the owner is shown
 Say = Callable[[str], None]
 
 
@@ -42,9 +47,10 @@ class Device:
     """A device is what its owner decides.
 
     name: the client's. text: as in a config's [[clients]]. home: where state and tokens go, for the
-    owner only. root: where relative paths in `text` start. base: a local folder or name to load
-    instead of what the server names; it must be the same model. accelerator: as base.device.
-    threads: CPU threads; None: as torch finds them.
+    owner only. root: where relative paths in `text` start. base: a local folder or name to load;
+    None: what `pinned` names. accelerator: as base.device. threads: CPU threads; None: as torch
+    finds them. pinned: the base that the bundle allows; None: what `base` says or, without one,
+    those that come with comigs. limits: what a request may need.
     """
 
     name: str
@@ -54,6 +60,8 @@ class Device:
     base: str | None = None
     accelerator: str = "auto"
     threads: int | None = None
+    pinned: PinnedBase | None = None
+    limits: Limits = field(default_factory=Limits)
 
 
 class Trainer:
@@ -67,33 +75,47 @@ class Trainer:
         """Begin without a base. say: called with lines for the owner, also what goes wrong, in
         full. report: called with steps as they are done.
         """
-        self.device, self.say, self.report = device, say, report
+        self.device, self.report = device, report
+        self.say: Say = lambda text: say(harmless(text))
         device.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in ("runs", "cache"):
             (device.home / folder).mkdir(mode=0o700, exist_ok=True)
         self._base: tuple[BaseSection, Base] | None = None
+        self._held: float | None = None  # bytes of this process with the base, on a CPU
         self._data: tuple[Config, ClientData] | None = None
+        self._speed: tuple[Config, Throughput] | None = None
 
     def answer(self, raw: bytes) -> bytes:
         """Answer a request; whatever goes wrong is a refusal that holds a code and nothing else."""
         try:
             return self._answer(raw)
         except Refused as refused:
-            self.say(refused.line)
+            self.say(brief(refused.line, LINE))
             self._data = None  # its owner may change the text now
             return _refusal(refused.code)
         except Exception as error:
-            self.say(traceback.format_exc())
+            self.say(traceback.format_exc()[-TRACEBACK:])
             return _refusal("failed", type(error).__name__)
 
     def _answer(self, raw: bytes) -> bytes:
-        request, tensors = _read(raw)
+        request, tensors = _read(raw, self.device.limits)
         # What the owner can change, such as the text or the disk, is no error of the run's.
         with refusing("not-ready"), ExitStack() as stack:
             config, method = self._plan(request)
             base = self._base_for(config.base, request.base)
+            require_window(base, config.data.sequence_length)
             config = _resolved(config, base)
+
+            # The base is left as it was, whatever the next request is for.
+            place = workplace(config, method, base)
+            stack.enter_context(place.attachment)
+
+            # Nothing is drawn, loaded or written before it is known that it fits.
+            work = Work(request, place, len(raw))
+            work.require_memory(self.device.limits, self._held)
+            work.require_disk(self.device.home)
             data = self._data_for(config, base)
+            work.require_time(self.device.limits, self._speed_for(work), data)
             path = self.device.home / "runs" / request.run
             folder = open_folder(path, config, base, data, request.after)
             run = DeviceRun(stack.enter_context(folder), config, method)
@@ -101,9 +123,6 @@ class Trainer:
                 self.say(f"{request.run}: what was answered in round {run.answered} is sent again")
                 return run.said()
 
-            # The base is left as it was, whatever the next request is for.
-            place = workplace(config, method, base)
-            stack.enter_context(place.attachment)
             client = Client(self.device.name, place, data, run.state())
             if request.kind == "probe":
                 return _probe(request, tensors, run, client)
@@ -121,28 +140,46 @@ class Trainer:
             if names != [device.name]:
                 asked = f"the server asked for {', '.join(names)}"
                 raise Refused("refused", f"{asked}, but this device is {device.name}")
-            if request.kind == "exchange" and request.train != (request.round <= told.rounds):
-                asked = f"the server asked for round {request.round} of {told.rounds}"
-                raise Refused("refused", asked)
+            require_settable(told)
+            require_in_order(request, told.rounds)
             method = messages.federable_method(told)
+        name = self._base_name(told.base, request.base)
 
         # Where the text is and what it runs on is the owner's to decide.
         entry = told.clients[0].model_copy(update={"text": device.text})
         cache = (device.home / "cache").resolve()
         data = told.data.model_copy(update={"root": device.root.resolve(), "cache": cache})
-        name = device.base or told.base.name
         own = {"name": name, "device": device.accelerator, "threads": device.threads}
         sections = {"clients": (entry,), "data": data, "base": told.base.model_copy(update=own)}
         return told.model_copy(update=sections), method
+
+    def _base_name(self, told: BaseSection, fingerprint: str) -> str:
+        """Return the name to load the base by. Raises Refused for any but what bundle or owner
+        allow, before anything is looked for.
+        """
+        pinned, own = self.device.pinned, self.device.base
+        if pinned is not None and (difference := pinned.differs(told, fingerprint)):
+            raise Refused("base", f"the server's config: {difference} in this device's bundle")
+        if pinned is None and own is None and told.name not in NAMED_BASES:
+            raise Refused(
+                "base",
+                f'the server asked for base "{told.name}", which neither the bundle nor you name; '
+                "to take part with it, start again with --base and its name, or the folder of "
+                "your copy",
+            )
+        return own or told.name
 
     def _base_for(self, section: BaseSection, fingerprint: str) -> Base:
         """Return the base, kept for as long as the same is asked for. Raises Refused."""
         if self._base is None or self._base[0] != section:
             if section.threads is not None:
                 torch.set_num_threads(section.threads)
-            self._base = self._data = None  # never two at once
+            # There are never two at once.
+            self._base = self._data = None
             self.say(f"loading base {section.name}")
-            self._base = section, load_base(section)
+            self._base, self._held = (section, load_base(section)), None
+            if self._base[1].device.type == "cpu":
+                self._held = psutil.Process().memory_info().rss
         base = self._base[1]
         if base.fingerprint != fingerprint:
             raise Refused(
@@ -157,6 +194,14 @@ class Trainer:
         if self._data is None or self._data[0] != config:
             self._data = config, prepare_client(config, self.device.name, base.encoder, self.say)
         return self._data[1]
+
+    def _speed_for(self, work: Work) -> Throughput:
+        """Return how fast this machine is at a config, kept likewise."""
+        config = work.place.config
+        if self._speed is None or self._speed[0] != config:
+            with refusing("loss"):
+                self._speed = config, work.speed_here()
+        return self._speed[1]
 
     def _exchange(
         self, request: Request, tensors: wire.Encoded, run: DeviceRun, client: Client
@@ -188,9 +233,9 @@ class Trainer:
         return raw
 
 
-def _read(raw: bytes) -> tuple[Request, dict[str, Tensor]]:
+def _read(raw: bytes, limits: Limits) -> tuple[Request, dict[str, Tensor]]:
     try:
-        request, tensors = wire.unpack(raw, messages.REQUESTS, MOST, MOST_HEADER)
+        request, tensors = wire.unpack(raw, messages.REQUESTS, limits.message, MOST_HEADER)
     except wire.WireError as error:
         raise Refused("unreadable", f"the server sent {error}") from None
     if request.comigs != our_version():

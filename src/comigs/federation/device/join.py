@@ -34,7 +34,7 @@ class Owner:
     """An owner decides what a device takes part with.
 
     text: see `text_of`. home: the device's own folder; None: one in ~/.comigs. base, accelerator,
-    threads: as in Device (device_service.py).
+    threads: as in Device (device_service.py). memory, minutes: as in Limits (limits.py).
     """
 
     text: tuple[str, ...]
@@ -42,12 +42,19 @@ class Owner:
     base: str | None = None
     accelerator: str = "auto"
     threads: int | None = None
+    memory: float | None = None
+    minutes: float = 120
 
 
 def join(file: Path, owner: Owner, say: Say) -> None:
     """Take part in a federation until stopped. Raises UserError where that cannot be (any more)."""
     # What is wrong with the bundle or the text is said before anything is made.
     bundle, text = read_bundle(file), text_of(owner.text)
+    if bundle.base is not None and owner.base is None and not bundle.base.has_public_name:
+        raise UserError(
+            f'--base: missing; the federation\'s base "{bundle.base.name}" is a folder at its '
+            "operator's, so give the folder of your copy"
+        )
     home = (owner.home or Path.home() / ".comigs" / bundle.federation / bundle.client).absolute()
     make_private(home)
     with locked(home / ".lock", f"{home}: in use: this client runs already"):
@@ -63,6 +70,8 @@ def join(file: Path, owner: Owner, say: Say) -> None:
             "base": owner.base and folder_or_name(owner.base, Path()),
             "accelerator": owner.accelerator,
             "threads": owner.threads,
+            "pinned": bundle.base and bundle.base.model_dump(),
+            "limits": {"memory": owner.memory, "minutes": owner.minutes},
         }
         write_private(home / "device.json", json.dumps(device))
 

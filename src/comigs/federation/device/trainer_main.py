@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import TypeAdapter
 from comigs.errors import UserError
 from comigs.federation.device.device_service import Device, Trainer
 from comigs.federation.device.trainer_socket import key_beside, serve
+from comigs.federation.security.private_files import make_private
 from comigs.runs.metrics import Event, Step
 
 EVERY = 10.0  # seconds between lines about steps
@@ -27,6 +29,10 @@ def main() -> None:
     """
     socket, device = Path(sys.argv[1]), DEVICES.validate_json(Path(sys.argv[2]).read_bytes())
     steps = Steps()
+    # What libraries write for themselves, as torch does, stays in the device's folder, too.
+    scratch = device.home / "tmp"
+    make_private(scratch)
+    os.environ["TMPDIR"], tempfile.tempdir = str(scratch), str(scratch)
     try:
         serve(socket, key_beside(socket), Trainer(device, say=print, report=steps.show).answer)
     except UserError as error:

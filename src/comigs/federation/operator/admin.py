@@ -11,21 +11,40 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from comigs.config import ClientEntry
+from comigs.config import BaseSection, ClientEntry
 from comigs.errors import UserError
 from comigs.federation.bundle import new_bundle, write_bundle
 from comigs.federation.operator import flwr_cli
 from comigs.federation.operator.folder import Entry, Federation, require_new
+from comigs.federation.pinned_base import PinnedBase
 from comigs.federation.security import pki
 from comigs.text import Table
 
+DEFAULT_BASE = BaseSection()  # a config's
 
-def found(path: Path, hosts: tuple[str, ...], port: int) -> Federation:
-    """Make a federation: its authority, its server's certificate, its settings. Raises
-    UserError.
+
+def found(
+    path: Path, hosts: tuple[str, ...], port: int, base: BaseSection = DEFAULT_BASE
+) -> Federation:
+    """Make a federation: its authority, its server's certificate, its settings, and the base that
+    its devices will load. Raises UserError.
     """
     require_new(path)
-    return Federation.create(path, hosts, port, flwr_cli.app_hash())
+    return Federation.create(path, hosts, port, flwr_cli.app_hash(), pin(base))
+
+
+def pin(section: BaseSection) -> PinnedBase:
+    """Load a base, and return what devices are to hold a server to. Raises UserError."""
+    # It imports torch, which whoever invites or looks must not wait for.
+    from comigs.bases.load import load_base
+
+    base = load_base(section)
+    return PinnedBase(
+        name=base.title,
+        dtype=str(base.dtype).removeprefix("torch."),
+        tokenizer=section.tokenizer,
+        fingerprint=base.fingerprint,
+    )
 
 
 def invite(path: Path, name: str, out: Path | None = None) -> Path:

@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, field_validator
 from comigs.config import Section, read_toml
 from comigs.config.errors import one_line
 from comigs.errors import UserError, nearest
+from comigs.federation.pinned_base import PinnedBase
 from comigs.federation.security import pki
 from comigs.federation.security.private_files import make_private, write_private
 from comigs.files import command, writing
@@ -36,7 +37,8 @@ class Settings(Section):
 
     id: the federation's; bundles name it. hosts: names and addresses of the server; bundles say the
     first one. listen: the address of this machine that devices reach; 0.0.0.0: all of them. port:
-    the one that devices reach. app: sha256 of the app bundle; devices run no other.
+    the one that devices reach. app: sha256 of the app bundle; devices run no other. base: the one
+    base of its runs, which bundles pin; None in federations from before there were pins.
     """
 
     id: str
@@ -44,6 +46,7 @@ class Settings(Section):
     listen: str
     port: int = Field(ge=1, le=65535)
     app: str
+    base: PinnedBase | None = None
 
     @field_validator("hosts")
     @classmethod
@@ -83,7 +86,14 @@ class Federation:
     settings: Settings
 
     @classmethod
-    def create(cls, path: Path, hosts: tuple[str, ...], port: int, app: str) -> Federation:
+    def create(
+        cls,
+        path: Path,
+        hosts: tuple[str, ...],
+        port: int,
+        app: str,
+        base: PinnedBase | None = None,
+    ) -> Federation:
         """Make a federation with its own authority. Raises UserError."""
         require_new(path)
         # Without hosts it is for this machine only, and nobody else can reach it.
@@ -91,13 +101,13 @@ class Federation:
         named = tuple(dict.fromkeys((*hosts, *ALWAYS)))
         listen = "0.0.0.0" if hosts else "127.0.0.1"
         tree = {"id": identity, "hosts": named, "listen": listen, "port": port, "app": app}
-        settings = _parse(tree, "federation init")
+        settings = _parse(tree | {"base": base}, "federation init")
         authority, key = pki.new_authority(identity)
         files = {
             "ca.pem": authority,
             "ca.key": key,
             "superexec.secret": secrets.token_hex(24),
-            "federation.toml": tomli_w.dumps(settings.model_dump(mode="json")),
+            "federation.toml": tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)),
         }
 
         # It appears whole, so whoever is killed meanwhile leaves no half of one.

@@ -68,12 +68,24 @@ def run(
     """Run a checked and resolved config as a whole; return the run folder. Raises UserError, and
     Stopped after Ctrl-C.
     """
+    _require_pinned(config, base, federation)
     where = {"folder": str(federation.path), "id": federation.settings.id}
     folder = new_folder(out, config, environment(base, {}) | {"federation": where})
     say(f"run folder {folder.path}")
     federation.note_run(folder.path.resolve(), [client.name for client in config.clients])
     _go(folder, federation, report, say)
     return folder
+
+
+def _require_pinned(config: Config, base: Base, federation: Federation) -> None:
+    """Refuse a base that devices would refuse. Raises UserError."""
+    pinned = federation.settings.base
+    told = config.base.model_copy(update={"name": base.title})
+    if pinned is not None and (difference := pinned.differs(told, base.fingerprint)):
+        raise UserError(
+            f"{difference} in the bundles of this federation, and devices load no other; "
+            "found another federation for it, with: comigs federation init DIR --base NAME"
+        )
 
 
 def resume(folder: RunFolder, report: Report, say: Say) -> None:

@@ -1,0 +1,162 @@
+"""This module says what a client's work takes before any of it is done: memory and time.
+
+The memory follows from shapes, the time from real steps on the machine that would do the work.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from comigs.bases.base import linear_size
+from comigs.bases.load import Base
+from comigs.client.evaluate import measure
+from comigs.client.state import new_train_state
+from comigs.client.steps import MethodHooks, NonFiniteLoss, StepSettings, step
+from comigs.config import Config
+from comigs.errors import UserError
+from comigs.experts.attach import Attachment
+from comigs.experts.init import starting_tensors
+from comigs.methods.loading import load_method
+from comigs.methods.method import Method
+from comigs.methods.readers import Choice
+from comigs.seeds import generator
+from comigs.slots import Shapes
+
+# Bytes per scalar of a client in float32: value, gradient, AdamW's two moments, and the copy that
+# experts below each other are; of what is not trained, the value alone.
+TRAINED, FROZEN = 20, 4
+SCORE = 5  # times its own bytes that eager attention keeps of a score: 2.5 (mini) to 7.5 (SmolLM2)
+TOKEN = 24  # bytes of a token of a batch: the window as it is drawn, input and target
+LOW = 8  # bytes of each of a token's products with an A: as it comes, and scaled, in float32
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """A throughput says how fast this machine is now.
+
+    step_seconds: of a local step. evaluation_seconds: of an evaluation, per token.
+    """
+
+    step_seconds: float
+    evaluation_seconds: float
+
+
+def memory_needed(
+    config: Config,
+    base: Base,
+    shapes: Mapping[str, Shapes],
+    attachment: Attachment,
+    held: float | None = None,
+) -> float:
+    """Return the bytes at the peak of a run, however many clients it has.
+
+    They are a base, a client and a batch on its way back: for each worker on a CPU, for one on a
+    GPU, where each worker has its own. held: bytes of the base and of all else that is there
+    already; None: as it is now.
+    """
+    # the backward pass keeps the activations of a batch in each block, and its attention scores
+    windows = config.client.micro_batch_size or config.client.batch_size
+    largest, blocks = _largest(shapes), len(attachment.mixtures)
+    length, in_training = config.data.sequence_length, min(windows, config.client.batch_size)
+    trained = blocks * block_activations(config, base, attachment, in_training)
+    ranks = sum(dims[0] for slot, dims in largest.items() if slot.matrix == "A")
+    trained += LOW * in_training * length * ranks
+
+    # what only measures keeps one block at a time
+    measured_windows = max(config.evaluation.batch_size, load_method(config).probe)
+    measured = block_activations(config, base, attachment, measured_windows)
+    measured += LOW * measured_windows * length * ranks / blocks
+
+    # on a CPU Python, torch and transformers count too: 200 to 800 MB, as torch was built
+    workers, on_cpu = 1, base.device.type == "cpu"
+    if held is None:
+        held = sum(p.nbytes for p in base.model.parameters())
+        if on_cpu:
+            held = psutil.Process().memory_info().rss
+    if on_cpu:
+        workers = config.workers
+    client = 0
+    for slot, dims in largest.items():
+        client += math.prod(dims) * (FROZEN if slot.is_frozen else TRAINED)
+    return float(workers * (held + client + batch_bytes(config) + max(trained, measured)))
+
+
+def block_activations(config: Config, base: Base, attachment: Attachment, windows: int) -> float:
+    """Return the bytes that one block's pass over so many windows keeps, without its LoRA."""
+    length, model, mixture = config.data.sequence_length, base.model.config, attachment.mixtures[0]
+    bytes_each = torch.finfo(base.dtype).bits / 8
+    width, inner = linear_size(getattr(mixture.mlp, base.architecture.up))
+    kept = windows * length * (10 * width + (len(mixture.inputs) + 1) * inner) * bytes_each
+    if model._attn_implementation == "eager":
+        kept += windows * model.num_attention_heads * length**2 * SCORE * bytes_each
+    return float(kept)
+
+
+def batch_bytes(config: Config) -> float:
+    """Return the bytes of the largest batch's tokens."""
+    windows = max(config.client.batch_size, config.evaluation.batch_size)
+    return TOKEN * max(windows, load_method(config).probe) * config.data.sequence_length
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that are free where the model is, with those that this process holds."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+
+
+def measured_throughput(
+    config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
+) -> Throughput:
+    """Time a local step and an evaluation batch of the largest client, on random tokens.
+
+    Raises UserError where even a client that is new has no finite loss.
+    """
+    # the client is new and its rate low: what it learns is thrown away
+    start = starting_tensors(_largest(shapes), config.seed, "")
+    train_state = new_train_state(
+        {slot: tensor.to(base.device) for slot, tensor in start.items()}, config.client
+    )
+    attachment.bind(train_state.tensors)
+    settings = StepSettings(config.client, lr=1e-6, router_lr=1e-6, total_steps=1, dtype=base.dtype)
+    draw, vocabulary = generator(config.seed, "estimate"), base.encoder.vocabulary_size
+    length = config.data.sequence_length
+    trained = draw.integers(vocabulary, size=(config.client.batch_size, length))
+    read = draw.integers(vocabulary, size=(config.evaluation.batch_size, length))
+
+    # the first time warms up
+    for _ in range(2):
+        began = time.perf_counter()
+        try:
+            step(attachment, train_state, settings, MethodHooks(), ("experts",), (trained, trained))
+        except NonFiniteLoss as error:
+            raise UserError(
+                f"client: {error} before anything is learnt; lower experts.alpha, "
+                "client.balance_coef or client.weight_decay"
+            ) from None
+        halfway = time.perf_counter()
+        measure(attachment, [(read, read)], base.dtype)
+        ended = time.perf_counter()
+    attachment.unbind()
+    return Throughput(halfway - began, (ended - halfway) / read.size)
+
+
+def router_steps(config: Config, method: Method, phases: int) -> int:
+    """Return the steps of so many phases of the router, where any client has them."""
+    has_router = Choice(config, method, "in-process").has_router
+    return phases * config.client.router_steps * (has_router and method.schedule != "joint")
+
+
+def num_scalars(shapes: Shapes) -> int:
+    """Return how many numbers tensors of these shapes hold."""
+    return sum(math.prod(dims) for dims in shapes.values())
+
+
+def _largest(shapes: Mapping[str, Shapes]) -> Shapes:
+    return max(shapes.values(), key=num_scalars)
