@@ -87,6 +87,13 @@ def test_there_are_numbers_to_hold():
     assert ("comigs", "probe_windows") in OPTIONS and len(NUMERIC) > 35
 
 
+def test_every_field_is_either_the_servers_or_the_owners():
+    """Who adds a field to the config decides here, for numbers in SETTABLE with a bound."""
+    owners = OWN | {"base.device", "data.root", "data.cache", "clients.text", "options"}
+    owners |= {field for field, _ in _flat(DEFAULTS) if field.startswith("participation.")}
+    assert {field for field, _ in _flat(DEFAULTS)} - owners == SETTABLE.keys() - owners
+
+
 @pytest.mark.parametrize("field", NUMERIC)
 def test_every_number_has_a_bound_or_is_the_owners(poor, field):
     """A field that is new in the config is refused until somebody has thought about its bound."""
