@@ -58,7 +58,8 @@ OPTIONS = sorted(
     for field in numeric(method_module(method).Options)
 )
 OWN = {"version", "workers", "base.threads"}  # nothing that a server says of these is heard
-OWN |= {field for field in NUMERIC if field.startswith("participation.")}
+OWNERS = ("participation.", "track.")
+OWN |= {field for field in NUMERIC if field.startswith(OWNERS)}
 
 
 def told(setting, field, value):
@@ -90,7 +91,7 @@ def test_there_are_numbers_to_hold():
 def test_every_field_is_either_the_servers_or_the_owners():
     """Who adds a field to the config decides here, for numbers in SETTABLE with a bound."""
     owners = OWN | {"base.device", "data.root", "data.cache", "clients.text", "options"}
-    owners |= {field for field, _ in _flat(DEFAULTS) if field.startswith("participation.")}
+    owners |= {field for field, _ in _flat(DEFAULTS) if field.startswith(OWNERS)}
     assert {field for field, _ in _flat(DEFAULTS)} - owners == SETTABLE.keys() - owners
 
 
@@ -294,7 +295,8 @@ def test_the_owners_copy_is_loaded_whatever_the_server_calls_it(tmp_path):
 def test_what_is_the_owners_cannot_be_set(poor):
     for field, value in {
         "data.root": "/", "data.cache": "/tmp/elsewhere", "base.device": "cuda:1",
-        "participation.late": "discount", "clients.text": "/etc", "workers": 2,
+        "participation.late": "discount", "track.to": ["tensorboard"], "clients.text": "/etc",
+        "workers": 2,
     }.items():  # fmt: skip
         assert poor.refused(config=told(poor, field, value)) == "refused"
         assert f"{field}: given " in poor.said[-1] and "decides that itself" in poor.said[-1]
