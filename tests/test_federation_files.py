@@ -584,7 +584,7 @@ def test_what_a_program_prints_is_shown_as_text_and_has_an_end(tmp_path):
     """A server's words may be in it: what a terminal would obey, or a line without an end."""
     (tmp_path / "loud.py").write_text(
         "def main():\n"
-        "    print('\\x1b]0;owned\\x07\\x1b[2Jevil \\u202e', 'x' * 100_000)\n"
+        "    print('\\x1b]0;owned\\x07\\x1b[2Jevil \\u202e', 'x' * 3_000_000)\n"
         "    import time; time.sleep(60)\n"
     )
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -592,10 +592,10 @@ def test_what_a_program_prints_is_shown_as_text_and_has_an_end(tmp_path):
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     with Supervisor(tmp_path / "log", environment, tmp_path) as children:
         children.start("loud", ["loud:main"], said.append)
-        wait_until(lambda: len(said) > 20, "loud", children)
+        wait_until(lambda: len(said) > 1, "loud", children)
     log = (tmp_path / "log" / "loud.log").read_text()
-    assert all(len(line) <= 4000 and not CONTROL.search(line) for line in said)
-    assert "evil" in said[0] and not CONTROL.search(log) and log.count("x") == 100_000
+    assert all(len(line) <= 2000 and not CONTROL.search(line) for line in said)
+    assert "evil" in said[0] and not CONTROL.search(log) and len(log) < 10_000
 
 
 def test_a_program_that_ends_is_told_and_ends_all(tmp_path):

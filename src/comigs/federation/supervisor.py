@@ -23,10 +23,10 @@ from typing import NoReturn, Self
 from comigs.errors import UserError
 from comigs.federation.security.private_files import make_private
 from comigs.processes import GRACE, Child
-from comigs.text import one_line
+from comigs.text import brief
 
 LOG_BYTES, OLD_LOGS = 5_000_000, 2  # of one program
-LINE = 2000  # characters of a line in a log; a longer one is several
+LINE, LONGEST = 2000, 1 << 20  # characters of a line in a log, and of one that is read at once
 START_SECONDS = 120  # for a program to be ready, on a busy machine, too
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 OnLine = Callable[[str], None]
@@ -101,8 +101,8 @@ class Supervisor:
         assert program.process.stdout is not None
         with closing(log), program.process.stdout as lines:
             # What a stranger has sent may be in a line, so it is shown as text, and has an end.
-            while raw := lines.readline(LINE):
-                line = one_line(COLOR.sub("", raw.rstrip()))
+            while raw := lines.readline(LONGEST):
+                line = brief(COLOR.sub("", raw.rstrip()), LINE)
                 program.last.append(line)
                 log.emit(logging.LogRecord(program.name, logging.INFO, "", 0, line, (), None))
                 if on_line is not None:
