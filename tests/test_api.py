@@ -13,9 +13,12 @@ import torch
 
 import comigs
 from comigs.app import api
+from comigs.config import load_config
 from comigs.errors import UserError
+from comigs.files import cache_folder
 from comigs.runs.new import free_folder
 from comigs.text import large
+from tests.kills import in_child
 from tests.runs import ENVIRONMENT, files, finished, write_config
 
 
@@ -138,3 +141,29 @@ def test_a_free_folder(tmp_path):
     for name in ("a", "a-2"):
         (tmp_path / name).mkdir()
     assert free_folder(tmp_path / "a") == tmp_path / "a-3"
+
+
+def test_of_two_runs_for_one_folder_the_second_prepares_nothing(tmp_path, monkeypatch):
+    config = load_config(write_config(tmp_path / "text"))
+    first, lines, inside = tmp_path / "out", [], []
+
+    def second():
+        with pytest.raises(UserError, match="out: another process is starting a run there"):
+            api.run(config, first, say=lines.append)
+        inside.append(True)
+
+    class Ready(Exception):
+        """The first run has read its text, and is stopped."""
+
+    def say(line):
+        if line.startswith("base "):  # the first run prepares
+            in_child(second)
+            with pytest.raises(UserError, match="another process"):
+                api.run(config, str(first), say=lines.append)
+            raise Ready
+
+    with pytest.raises(Ready):
+        api.run(config, first, say=say)
+    assert lines == [] and not first.exists()
+    assert api.run(config, first).path == first  # whoever gave up has let go of it
+    assert not list((cache_folder() / "starting").glob("*.lock"))

@@ -283,6 +283,19 @@ def test_code_of_a_run_is_imported_only_where_the_command_line_says_so(
     assert their_method.exists()
 
 
+def test_an_export_and_a_server_ask_for_that_word_too(tmp_path, capsys, run, their_method):
+    field(run, "method", "theirs.way")
+    export = ("export", run, "--client", "ann", "--out", tmp_path / "out")
+    serve = ("serve", run, "--keys", tmp_path / "none.toml")
+    chat = ("chat", run, "--client", "ann")
+    for words in (export, serve, chat):
+        assert refused(capsys, *words).endswith("--allow-code")
+    assert not their_method.exists()
+    assert "none.toml" in refused(capsys, *serve, "--allow-code")
+    comigs(capsys, *export, "--allow-code", "--cache", tmp_path / "mine")
+    assert their_method.exists() and list((tmp_path / "mine").iterdir())
+
+
 def test_a_report_imports_no_code_of_a_run(capsys, run, their_method):
     field(run, "method", "theirs.way")
     assert comigs(capsys, "report", run).code == 0 and not their_method.exists()
@@ -322,6 +335,26 @@ NASTY = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e<script>alert(1)</script>\ud800 $x^
 def shows_nothing_but_text(text):
     """No character that a terminal obeys, and none that turns a line around."""
     return not any(c in text for c in "\x00\x07\x1b\x9b\u202e\ud800")
+
+
+def test_what_commands_print_is_text(tmp_path, capsys, monkeypatch):
+    """A prompt, a piece of text, a path and a name of a folder may hold anything."""
+    nasty = NASTY.replace("\ud800", "").replace("\x00", "")
+
+    def stream(self, prompt, **settings):
+        yield from (nasty, nasty)
+
+    monkeypatch.setattr("comigs.personal.model.PersonalModel.stream", stream)
+    monkeypatch.setattr("comigs.app.api.prepare", lambda config, say: say(nasty))
+    generate = ("generate", finished() / "run", "--client", "ann", "--prompt", nasty)
+    federation = tmp_path / nasty.replace("/", "")
+    commands = [generate, ("prepare", finished() / "tiny.toml")]
+    commands += [("federation", "init", federation), ("federation", "status", federation)]
+    commands += [("federation", "invite", federation, "ann", "--out", tmp_path / "a\x1b[2J")]
+    for words in commands:
+        done = comigs(capsys, *words)
+        assert done.code == 0 and shows_nothing_but_text(done.out + done.err), words
+        assert "\N{REPLACEMENT CHARACTER}" in done.out
 
 
 def test_what_a_run_says_is_shown_as_text_everywhere(tmp_path, capsys, monkeypatch):

@@ -34,7 +34,7 @@ from comigs.processes import interrupts
 from comigs.runs.environment import describe, environment, require_same_base
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Note
-from comigs.runs.new import default_folder, new_folder
+from comigs.runs.new import claimed, default_folder, new_folder
 from comigs.runs.reader import ANYBODY, Reader
 from comigs.runs.summary import write_summary
 from comigs.runs.track.tracks import Tracks
@@ -52,21 +52,23 @@ def run(
     it comes, and steps and notes in between. say: gets lines of progress before the first round.
     Returns the run folder. Raises UserError for bad input.
     """
-    # what cannot be is refused before anything is loaded
     out = Path(out) if out is not None else None
-    require_free(out or default_folder(config))
-    load_method(config)
-    require_text(config)
-    say_unread(config, "in-process", say)
+    with claimed(out):
+        # what cannot be is refused before anything is loaded
+        require_free(out or default_folder(config))
+        load_method(config)
+        require_text(config)
+        say_unread(config, "in-process", say)
 
-    # text or memory that does not suffice leaves no folder behind
-    base, config = load(config, say)
-    data = read_texts(config, base, report, say)
-    known = data.load_all() if everybody_trains(config) else data.outlines()
-    with attached(config, base) as (attachment, shapes):
-        require_memory(memory_needed(config, base, shapes, attachment), base.device)
+        # text or memory that does not suffice leaves no folder behind
+        base, config = load(config, say)
+        data = read_texts(config, base, report, say)
+        known = data.load_all() if everybody_trains(config) else data.outlines()
+        with attached(config, base) as (attachment, shapes):
+            require_memory(memory_needed(config, base, shapes, attachment), base.device)
+        folder = new_folder(out, config, environment(base, known))
 
-    with new_folder(out, config, environment(base, known)) as folder, _going_on(folder):
+    with folder, _going_on(folder):
         say(f"run folder {folder.path}")
         report(Note(message="measuring the base"))
         _go_on(folder, config, base, data, report)
@@ -130,8 +132,13 @@ def prepare(config: Config, say: Say = ignore) -> Texts:
     return data
 
 
-def open_run(path: Path | str, reader: Reader = ANYBODY) -> RunFolder:
-    """Open a run on disk, as its reader wants it opened. Raises UserError where there is none."""
+def open_run(path: Path | str | RunFolder, reader: Reader = ANYBODY) -> RunFolder:
+    """Open a run on disk, as its reader wants it opened; what is open stays as it is.
+
+    Raises UserError where there is none.
+    """
+    if isinstance(path, RunFolder):
+        return path
     return RunFolder.open(Path(path), reader)
 
 

@@ -195,8 +195,9 @@ def prepare(config: ConfigFile, overrides: Set = None) -> None:
     """
     settings = _config(config, overrides)
     from comigs.app import api
+    from comigs.app.console import Console
 
-    api.prepare(settings, typer.echo)
+    api.prepare(settings, Console().say)
 
 
 @app.command(name="list")

@@ -34,6 +34,7 @@ def report(
 
     One file that opens offline.
     """
+    from comigs.app.console import Console
     from comigs.runs.report.page import write_reports
 
     # text is private, so a page has some only where it was asked for
@@ -45,7 +46,7 @@ def report(
 
         shown = routes_of(runs, list(dict.fromkeys(routes)))
     for page in write_reports(runs, out, shown):
-        typer.echo(page)
+        Console().result(str(page))
 
 
 def sweep(

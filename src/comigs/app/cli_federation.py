@@ -13,6 +13,7 @@ import typer
 from comigs.errors import UserError
 from comigs.federation import require_flower
 from comigs.files import command
+from comigs.text import one_line
 
 if TYPE_CHECKING:
     from comigs.app.console import Console
@@ -66,20 +67,20 @@ def init(
     section = {"name": folder_or_name(base, Path()), "dtype": dtype}
     tree = {"base": section, "clients": [{"name": "any"}]}
     federation = found(folder, tuple(host or ()), port, parse_config(tree, "init").base)
-    typer.echo(
+    _say(
         f"federation {federation.settings.id} in {folder}, "
         f"to be reached at {federation.settings.address}"
     )
     if (pinned := federation.settings.base) is not None:
-        typer.echo(
+        _say(
             f"base {pinned.name}, {pinned.dtype}, sha256 {pinned.fingerprint[:12]}...: "
             "bundles pin it, and devices load no other"
         )
-    typer.echo(
+    _say(
         f"certificates: authority {pki.AUTHORITY_DAYS} days; server {pki.SERVER_DAYS} days, "
         f"renewed by a start of the server in the last {pki.RENEW_DAYS}"
     )
-    typer.echo(
+    _say(
         f"next: {command('federation invite', folder)} NAME, "
         f"then {command('federation server', folder)}"
     )
@@ -98,8 +99,8 @@ def invite(
     from comigs.federation.operator import admin
 
     file = admin.invite(folder, name, out)
-    typer.echo(f'{file}: give it to the owner of "{name}", by a way that others cannot read')
-    typer.echo(f"next, on the device: {command('federation client', file)} --text PATH")
+    _say(f'{file}: give it to the owner of "{name}", by a way that others cannot read')
+    _say(f"next, on the device: {command('federation client', file)} --text PATH")
 
 
 @app.command()
@@ -108,7 +109,7 @@ def revoke(folder: Folder, name: Name) -> None:
     from comigs.federation.operator import admin
 
     admin.revoke(folder, name)
-    typer.echo(f'"{name}" is revoked')
+    _say(f'"{name}" is revoked')
 
 
 @app.command()
@@ -122,9 +123,7 @@ def status(folder: Folder) -> None:
     state = "running"
     if not federation.running:
         state = f"not running; start it with: {command('federation server', folder)}"
-    typer.echo(
-        f"federation {federation.settings.id} at {federation.settings.address}, server {state}"
-    )
+    _say(f"federation {federation.settings.id} at {federation.settings.address}, server {state}")
     Console().table(table)
 
 
@@ -133,7 +132,7 @@ def server(folder: Folder) -> None:
     """Run the federation's server until Ctrl-C."""
     from comigs.federation.operator.server import serve
 
-    serve(folder, typer.echo)
+    serve(folder, _say)
 
 
 @app.command()
@@ -181,7 +180,12 @@ def client(
 
     memory = max_memory and max_memory * 1e9
     owner = Owner(tuple(text), home, base, device, threads, memory, max_minutes)
-    join(bundle, owner, typer.echo)
+    join(bundle, owner, _say)
+
+
+def _say(line: str) -> None:
+    """Print a line, whatever a name, a path or another program put into it."""
+    typer.echo(one_line(line))
 
 
 def require_engine(engine: str, federation: Path | None) -> None:
@@ -199,11 +203,13 @@ def run_in(federation: Path, settings: Config, out: Path | None, console: Consol
     require_flower()
     from comigs.app.setup import load, say_unread
     from comigs.federation.operator import run
+    from comigs.runs.new import claimed
 
-    checked = run.check(settings, federation)
-    say_unread(settings, "flower", console.say)
-    base, resolved = load(settings, console.say)
-    return run.run(resolved, base, out, checked, console.report, console.say).path
+    with claimed(out):
+        checked = run.check(settings, federation)
+        say_unread(settings, "flower", console.say)
+        base, resolved = load(settings, console.say)
+        return run.run(resolved, base, out, checked, console.report, console.say).path
 
 
 def resume_in(folder: RunFolder, console: Console) -> None:

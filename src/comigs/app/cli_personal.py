@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from comigs.errors import UserError
+from comigs.text import harmless
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 AllowCode = Annotated[
@@ -96,9 +97,9 @@ def generate(
     # whatever ends the reading, as `| head` does, ends the writing first
     with closing(pieces):
         first = next(pieces, "")
-        typer.echo(prompt + first, nl=False)
+        typer.echo(harmless(prompt + first), nl=False)
         for piece in pieces:
-            typer.echo(piece, nl=False)
+            typer.echo(harmless(piece), nl=False)
         typer.echo()
 
 
@@ -119,13 +120,17 @@ def export(
         str | None,
         typer.Option(help="Of the stored numbers, as q8_0. Default: the format's first."),
     ] = None,
+    cache: Cache = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write a client's own model for other programs, and check it. See docs/export.md."""
+    from comigs.app import api
     from comigs.app.console import Console
     from comigs.app.export import export as write
+    from comigs.runs.reader import Reader
 
-    console = Console()
-    done = write(run, client, to, out, type, console.say)
+    console, folder = Console(), api.open_run(run, Reader(allow_code, cache))
+    done = write(folder, client, to, out, type, console.say)
     for line in done.lines():
         console.result(line)
 

@@ -82,6 +82,7 @@ def serve(
     seconds: Annotated[
         float, typer.Option(help="For a request, from its arrival to its end.")
     ] = 300.0,
+    allow_code: AllowCode = False,
 ) -> None:
     """Serve all clients' models on one base, with OpenAI's API."""
     # What is wrong is said before anything heavy is imported.
@@ -91,10 +92,13 @@ def serve(
         raise UserError(f"--seconds: given {seconds}; must be a number from 1 to {LONGEST}")
     if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
         raise UserError("comigs serve needs more packages; run: pip install 'comigs[serve]'")
-    from comigs.app import serving
+    from comigs.app import api, serving
+    from comigs.app.console import Console
     from comigs.personal.serve.answers import Bounds
     from comigs.personal.serve.scheduler import Limits
+    from comigs.runs.reader import Reader
 
+    folders = [api.open_run(run, Reader(allow_code)) for run in runs]
     bounds = Bounds(context, seconds=seconds)
     address = serving.Address(host, port, keys)
-    serving.serve(runs, address, dtype, Limits(rows, queue), bounds, typer.echo)
+    serving.serve(folders, address, dtype, Limits(rows, queue), bounds, Console().say)

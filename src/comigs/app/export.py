@@ -27,12 +27,13 @@ from comigs.runs.reader import ANYBODY, Reader
 
 
 def export(
-    run: Path | str, client: str, to: str, out: Path | str | None = None, type: str | None = None,
-    say: Say = ignore,
+    run: Path | str | RunFolder, client: str, to: str, out: Path | str | None = None,
+    type: str | None = None, say: Say = ignore,
 ) -> Exported:  # fmt: skip
     """Write a client's own model in a format that other programs load, and check what was written.
 
-    to is the name of a file of personal/export/formats. out is a new folder, or, for a GGUF, a new
+    run may have been opened with `open_run`, where its reader has something to say. to is the name
+    of a file of personal/export/formats. out is a new folder, or, for a GGUF, a new
     file that ends in .gguf; None is exports/RUN-CLIENT-FORMAT. type is the number type to store
     in; None is the format's first. Raises UserError.
     """

@@ -16,6 +16,7 @@ from comigs.personal.serve import catalogue, server
 from comigs.personal.serve.answers import Bounds
 from comigs.personal.serve.keys import is_loopback, read_keys
 from comigs.personal.serve.scheduler import Limits
+from comigs.runs.folder import RunFolder
 from comigs.text import plural
 
 
@@ -32,7 +33,7 @@ class Address:
 
 
 def serve(
-    runs: Sequence[Path],
+    runs: Sequence[Path | RunFolder],
     address: Address,
     dtype: str = "float32",
     limits: Limits | None = None,
@@ -41,7 +42,8 @@ def serve(
 ) -> None:
     """Serve the models of all clients of these runs on one base, with OpenAI's API.
 
-    dtype: "float32" or "bfloat16", of the base. Returns after SIGINT or SIGTERM. Raises UserError.
+    runs: folders, or what `open_run` opened, where a reader has something to say. dtype: "float32"
+    or "bfloat16", of the base. Returns after SIGINT or SIGTERM. Raises UserError.
     """
     if address.keys is None and not is_loopback(address.host):
         raise UserError(
@@ -49,7 +51,8 @@ def serve(
             "with --keys FILE"
         )
     # What is wrong with runs, keys and port is said before the base is loaded.
-    folders = catalogue.open_folders(runs)
+    folders = [api.open_run(run) for run in runs]
+    catalogue.require_together(folders)
     ids = catalogue.ids_of(folders)
     keys = None if address.keys is None else read_keys(address.keys, ids)
     with closing(server.listen(address.host, address.port)) as listener:

@@ -13,6 +13,7 @@ import click
 from comigs.errors import UserError
 from comigs.personal.chat import Chat
 from comigs.personal.routes.coloured import WHOLE, coloured
+from comigs.text import harmless
 
 HELP = """\
 /reset         forget what was said
@@ -79,7 +80,7 @@ def _answer(chat: Chat, text: str) -> None:
     pieces = chat.ask(text)
     try:
         for piece in pieces:
-            click.echo(piece, nl=False)
+            click.echo(harmless(piece), nl=False)
         click.echo()
     except KeyboardInterrupt:
         click.echo("\n(stopped)")

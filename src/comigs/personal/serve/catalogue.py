@@ -59,11 +59,8 @@ def ids_of(folders: Sequence[RunFolder]) -> dict[str, tuple[RunFolder, str]]:
     return found
 
 
-def open_folders(paths: Sequence[Path]) -> list[RunFolder]:
-    """Open runs that can be served together. Raises UserError where one has no round or another
-    base.
-    """
-    folders = [RunFolder.open(path) for path in paths]
+def require_together(folders: Sequence[RunFolder]) -> None:
+    """Raise UserError where runs cannot be served together: one has no round, or another base."""
     for folder in folders:
         folder.require_a_round()
     first, *others = folders
@@ -73,7 +70,6 @@ def open_folders(paths: Sequence[Path]) -> list[RunFolder]:
                 f"{other.path}: trained on another base than {first.path} (or in another "
                 "precision); one server has one base: serve them apart"
             )
-    return folders
 
 
 def require_base(folders: Sequence[RunFolder], base: Base) -> None:
