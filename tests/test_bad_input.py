@@ -62,8 +62,8 @@ def run_refused(capsys, config, *words):
         ("rounds = 2", "rounds = 0", "rounds: given 0; must be 1 or more"),
         (
             "rounds = 2",
-            "rounds = 2\nversion = 2",
-            "version: written for config format 2, this comigs reads up to 1",
+            "rounds = 2\nversion = 3",
+            "version: written for config format 3, this comigs reads up to 2",
         ),
         ("rounds = 2", "rounds = 2\nversion = 0", "version: given 0; must be 1 or more"),
         ("rounds = 2", 'name = "../x"', "name: given '../x'; must be a folder's name"),
