@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertLMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from comigs.bases.base import linear_size
@@ -15,6 +15,7 @@ from comigs.bases.tokenizer import TextEncoder
 from comigs.config import BaseSection
 from comigs.errors import UserError
 from tests.conftest import bits, tiny
+from tests.families import SMALL
 
 
 def test_a_loaded_base_is_frozen_in_evaluation_mode_and_as_asked(base):
@@ -97,16 +98,8 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path):
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones():
-    config = BertConfig(
-        vocab_size=9,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=8,
-        is_decoder=True,
-    )
-    with pytest.raises(UserError, match=r'"bert" is not known; known: gemma3_text, gpt2, llama'):
-        architecture_of(BertLMHeadModel(config))
+    with pytest.raises(UserError, match=r'"bloom" is not known; known: gemma, gemma2, .*, llama'):
+        architecture_of(AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **SMALL)))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from comigs.bases.load import architecture_of
 from comigs.client import loss as loss_module
 from comigs.client.loss import sum_cross_entropy
 from tests.conftest import attach, copy_of, random_tensors, shape_of, tiny
-from tests.test_mixture import CONFIGS, built
+from tests.families import CONFIGS, built
 
 ROWS = 100  # tokens in a chunk here, so that small batches have several
 
@@ -48,9 +48,9 @@ def losses_and_gradients(attachment, tensors, inputs, targets, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma3_text"])
+@pytest.mark.parametrize("model_type", CONFIGS)
 def test_value_and_gradient_equal_plain_cross_entropy(model_type, dtype, tolerance):
-    """gemma3_text caps its logits (final_logit_softcapping)."""
+    """Gemmas cap their logits (final_logit_softcapping), Granite divides them (logits_scaling)."""
     model = built(model_type).to(dtype)
     inputs, targets = batch(97)
     assert inputs.numel() > ROWS * 257 // 97 and inputs.numel() % (ROWS * 257 // 97)

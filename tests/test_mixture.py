@@ -10,15 +10,7 @@ import peft
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM
 
 from comigs.bases import llama
 from comigs.bases.load import architecture_of
@@ -28,54 +20,9 @@ from comigs.experts.attach import Attachment
 from comigs.slots import Slot
 from tests import naive
 from tests.conftest import attach, copy_of, random_tensors, shape_of, tiny
+from tests.families import CONFIGS, built, randomised
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SMALL, mlp_bias=True, attention_bias=True),
-    "mistral": MistralConfig(**SMALL, head_dim=8),
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen3": Qwen3Config(**SMALL, head_dim=8),
-    "gemma3_text": Gemma3TextConfig(
-        **SMALL, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=0.5
-    ),
-    "gpt2": GPT2Config(
-        vocab_size=97,
-        n_positions=32,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=1,
-    ),
-}
 EXPERTS_AND_TOP_K = [(E, K) for E in (1, 2, 3, 4) for K in range(1, E + 1)]
-
-
-def randomised(model):
-    """Biases and norms start as zeros and ones, which would hide how they are used."""
-    random = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=random)
-    return model.requires_grad_(False).eval()
-
-
-def built(model_type):
-    torch.manual_seed(0)
-    return randomised(AutoModelForCausalLM.from_config(CONFIGS[model_type]))
 
 
 def loss_and_gradients(model, embeddings, targets, tensors):
@@ -314,7 +261,10 @@ def test_unequal_ranks_of_generalists_and_specialists_equal_the_naive_mixture(mo
 def test_every_known_model_family_equals_the_naive_mixture(model_type):
     model = built(model_type)
     assert model.config.model_type == model_type
-    assert_equals_naive(model, architecture_of(model), shape_of(1, 2), top_k=2, routed=True)
+    # Multipliers and norms after the MLP make gradients, and so what rounding does to them, larger.
+    assert_equals_naive(
+        model, architecture_of(model), shape_of(1, 2), top_k=2, routed=True, tolerance=3e-5
+    )
 
 
 def test_the_families_tested_are_all_there_are():

@@ -1,9 +1,28 @@
-"""This base is Llama-like models: Llama 3.x, SmolLM2, Mistral, Qwen2/2.5/3, Gemma 3 (text)."""
+"""This base is Llama-like models, whose MLP is `down(act(gate(x)) * up(x))`, three linears.
+
+What stands around the MLP, as norms after it, caps and multipliers, is the model's own and stays so
+(docs/bases.md).
+"""
 
 from comigs.bases.base import Architecture
 
 ARCHITECTURE = Architecture(
-    model_types=("llama", "mistral", "qwen2", "qwen3", "gemma3_text"),
+    model_types=(
+        "llama",
+        "mistral",
+        "ministral",
+        "ministral3",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "smollm3",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "granite",
+    ),
     blocks="model.layers",
     mlp="mlp",
     up="up_proj",

@@ -56,10 +56,7 @@ def load_base(section: BaseSection) -> Base:
         _read_as_before(section, tokenizer)
     architecture = architecture_of(model)
     require_usable(model, tokenizer, architecture)
-    attention = section.attention
-    if attention == "auto":
-        attention = "eager" if device.type == "cpu" else "sdpa"
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation(_attention(section, model, device))
     # How the next token is chosen is for who asks: no beams, penalties or sampling of the base's.
     own = model.generation_config
     model.generation_config = GenerationConfig(
@@ -199,6 +196,20 @@ def _device(name: str) -> torch.device:
             f'({torch.cuda.device_count()} CUDA devices); choose another, or "auto"'
         )
     return device
+
+
+def _attention(section: BaseSection, model: Any, device: torch.device) -> str:
+    """Return how attention is computed. Raises UserError where that would leave a cap out."""
+    if getattr(model.config, "attn_logit_softcapping", None) is None:
+        fast = "eager" if device.type == "cpu" else "sdpa"
+        return fast if section.attention == "auto" else section.attention
+    # torch's own attention has no cap, and transformers would leave it out.
+    if section.attention == "sdpa":
+        raise UserError(
+            f'base.attention: given "sdpa", which has no cap on its scores, and base '
+            f"{section.name} has one (attn_logit_softcapping); allowed: auto, eager"
+        )
+    return "eager"
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from comigs.bases.refused import require_no_refused
 from comigs.errors import UserError
 
 LFS = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
@@ -43,6 +44,7 @@ def load_pretrained(name: str | Path) -> tuple[Any, Any]:
             )
         # No code from a model's folder is ever run.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    require_no_refused(config.model_type)
     _require_unquantised(name, config)
     return load_model(name), load_tokenizer(name)
 

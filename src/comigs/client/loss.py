@@ -96,12 +96,15 @@ def sum_cross_entropy(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _head(model: Any) -> Any:
-    """Return what turns hidden states into logits, with the cap that some families put on them."""
+    """Return what turns hidden states into logits, scaled or capped as some families do it."""
     linear = model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap is None:
-        return linear
-    return lambda hidden: torch.tanh(linear(hidden) / cap) * cap
+    scaling = getattr(model.config, "logits_scaling", None)
+    if cap is not None:
+        return lambda hidden: torch.tanh(linear(hidden) / cap) * cap
+    if scaling is not None:
+        return lambda hidden: linear(hidden) / scaling
+    return linear
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:

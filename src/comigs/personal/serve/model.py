@@ -38,7 +38,7 @@ class RowModel:
 
     def __init__(self, base: Base) -> None:
         """Take the place of the base's modules. Raises UserError for a base that is no such one."""
-        _require_steady_positions(base)
+        _require_servable(base)
         self.base = base
         self.model = base.model
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
@@ -91,16 +91,18 @@ class RowModel:
         self.model.set_attn_implementation(self._attention)
 
 
-def _require_steady_positions(base: Base) -> None:
-    """Refuse a base on which a long row of a pass turns all rows' positions otherwise. Raises
-    UserError.
-    """
-    rope = getattr(base.model.config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        raise UserError(
-            f'base {base.title}: has the rope_type "longrope", by which positions depend on how '
-            "long a text is; it cannot be served or chatted with. `comigs generate` works"
-        )
+def _require_servable(base: Base) -> None:
+    """Refuse a base whose rows in one pass would not be what each is alone. Raises UserError."""
+    config, why = base.model.config, None
+    # A long row of a pass would turn all rows' positions otherwise.
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        why = 'the rope_type "longrope", by which positions depend on how long a text is'
+    # The attention of rows is torch's own, which knows no cap.
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        why = "a cap on its attention's scores (attn_logit_softcapping)"
+    if why is not None:
+        works = "it cannot be served or chatted with. `comigs generate` works"
+        raise UserError(f"base {base.title}: has {why}; {works}")
 
 
 class RowMixture(nn.Module):
@@ -249,8 +251,6 @@ def rows_attention(  # noqa: PLR0913  transformers calls it so
 
     query (1, H, T, d), key and value (1, H of keys, T, d) -> (1, T, H, d).
     """
-    if kwargs.get("softcap") is not None:
-        raise NotImplementedError("attention with a soft cap")
     parts = []
     for span in PASS.get().spans:
         memory = span.row.memories[module.layer_idx]  # type: ignore[index]
