@@ -262,7 +262,7 @@ class Bench:
 
 def spread(stores: Any, length: int, count: int) -> list[Window]:
     """So many whole windows, spread evenly over these stores."""
-    whole = [(x[0], y[0]) for x, y in evaluation_windows(stores, length, 1) if x.size == length]
+    whole = [(x[0], y[0]) for x, y, _ in evaluation_windows(stores, length, 1) if x.size == length]
     at = np.linspace(0, len(whole) - 1, min(count, len(whole))).astype(int)
     return [(whole[i][0].tolist(), whole[i][1].tolist()) for i in at]
 

@@ -46,6 +46,7 @@ from comigs.client.loss import autocast
 from comigs.client.state import new_train_state
 from comigs.client.steps import MethodHooks, StepSettings, step
 from comigs.config import BaseSection, ClientSection, ExpertShape, ExpertsSection
+from comigs.data.batches import Batch
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
 from comigs.experts.mixture import Mixture
@@ -171,7 +172,7 @@ def mixture(
         plan = StepSettings(settings, lr=1e-4, router_lr=1e-4, total_steps=1000, dtype=base.dtype)
 
         def run(x: torch.Tensor, y: torch.Tensor) -> None:
-            batch = (x.cpu().numpy(), y.cpu().numpy())
+            batch = Batch(x.cpu().numpy(), y.cpu().numpy())
             if evaluate:
                 measure(attachment, [batch], base.dtype)
             else:

@@ -228,7 +228,7 @@ def naive_train(
         )
         tensors = {name: torch.from_numpy(v.copy()).requires_grad_() for name, v in values.items()}
         whole = naive_model(model, tensors, top_k)
-        inputs, targets = (torch.from_numpy(part) for part in draw(split, number))
+        inputs, targets = (torch.from_numpy(part) for part in draw(split, number)[:2])
         loss = mean_nats(whole(inputs).logits, targets)
         nats.append(loss.item())
         terms = [

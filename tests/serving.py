@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from comigs.bases.load import Base
+from comigs.bases.usable import end_ids
 from comigs.experts.attach import Attachment
-from comigs.personal.prompts import end_ids
 from comigs.personal.serve.answers import Bounds
 from comigs.personal.serve.app import Api, Served
 from comigs.personal.serve.jobs import Event, Failure, Job, Piece, Settings, TokenInfo

@@ -63,7 +63,7 @@ def test_the_fingerprint_tells_one_changed_weight_another_dtype_and_another_toke
     found.add(_fingerprint(base.model, base.encoder))
     other = byte_tokenizer()
     other.add_tokens(["word"])
-    found.add(_fingerprint(base.model, TextEncoder(other)))
+    found.add(_fingerprint(base.model, TextEncoder(other, base.encoder.chats)))
     assert len(found) == 5
 
 

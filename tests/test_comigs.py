@@ -70,7 +70,7 @@ def test_the_windows_are_of_valid_and_differ_between_rounds_but_not_between_mode
     client = start_engine(run_config(tmp_path)).clients["ada"]
     seen = []
     client._nats = lambda tensors, windows: (
-        seen.append(b"".join(i.tobytes() for i, _ in windows)) or 1.0
+        seen.append(b"".join(i.tobytes() for i, _, _ in windows)) or 1.0
     )
     upload = client.send(1)
     client.receive(upload, 2)

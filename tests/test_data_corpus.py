@@ -14,7 +14,7 @@ import pytest
 
 from comigs.data import writer as writer_module
 from comigs.data.corpus import open_store, store_folder
-from comigs.data.document import chunks, content_digest, text_digest
+from comigs.data.document import Document, chunks, content_digest, text_digest
 from comigs.data.writer import StoreWriter
 from comigs.errors import UserError
 from tests.test_data_helper import ByteEncoder, build, sha_of, stream_of, texts_in
@@ -99,7 +99,7 @@ def test_text_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tracemalloc.start()
     with StoreWriter(store_folder(tmp_path, sha, encoder), encoder) as writer:
         for i in range(num_documents):
-            writer.add(f"{i:020d}" * (size // 20))
+            writer.add(Document(f"{i:020d}" * (size // 20), ""))
         store = writer.commit(sha)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -113,7 +113,7 @@ def test_killed_while_building(tmp_path: Path) -> None:
     """
     folder = store_folder(tmp_path, sha_of(TEXTS), ByteEncoder())
     killed = StoreWriter(folder, ByteEncoder())
-    killed.add(TEXTS[0])
+    killed.add(Document(TEXTS[0], ""))
     killed._file.close()
     assert not folder.exists() and len(list(tmp_path.iterdir())) == 1
     store = build(tmp_path, TEXTS)
@@ -133,7 +133,7 @@ def test_failing_inside_leaves_nothing(tmp_path: Path) -> None:
         pytest.raises(RuntimeError),
         StoreWriter(tmp_path / "cache" / "key", ByteEncoder()) as writer,
     ):
-        writer.add("text")
+        writer.add(Document("text", ""))
         raise RuntimeError
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -142,8 +142,8 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     folder = store_folder(tmp_path, sha_of(TEXTS), ByteEncoder())
     with StoreWriter(folder, ByteEncoder()) as first, StoreWriter(folder, ByteEncoder()) as second:
         for text in TEXTS:
-            first.add(text)
-            second.add(text)
+            first.add(Document(text, ""))
+            second.add(Document(text, ""))
         assert (
             first.commit(sha_of(TEXTS)).tokens.tolist()
             == second.commit(sha_of(TEXTS)).tokens.tolist()
@@ -156,7 +156,7 @@ def test_text_that_changed_is_refused(tmp_path: Path) -> None:
         pytest.raises(UserError, match="changed while"),
         StoreWriter(tmp_path / "k", ByteEncoder()) as writer,
     ):
-        writer.add("new text")
+        writer.add(Document("new text", ""))
         writer.commit(sha_of(["old text"]))
     assert list(tmp_path.iterdir()) == []
 

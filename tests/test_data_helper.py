@@ -11,7 +11,7 @@ import numpy as np
 
 from comigs.config import Config, parse_config
 from comigs.data.corpus import TokenStore, store_folder
-from comigs.data.document import text_digest
+from comigs.data.document import Document, text_digest
 from comigs.data.writer import StoreWriter
 
 SEPARATOR = 256
@@ -58,7 +58,7 @@ def build(cache: Path, texts: list[str], encoder: ByteEncoder | None = None) -> 
     encoder = encoder or ByteEncoder()
     with StoreWriter(store_folder(cache, sha_of(texts), encoder), encoder) as writer:
         for text in texts:
-            writer.add(text)
+            writer.add(Document(text, ""))
         return writer.commit(sha_of(texts))
 
 

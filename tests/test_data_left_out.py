@@ -180,8 +180,8 @@ def test_a_device_with_too_little_text_is_told_at_the_start(tmp_path, monkeypatc
         ("a.jsonl", '[\n {"text": "x"}\n]', "one JSON text over the whole file, not JSON lines"),
         ("a.jsonl", '{\n "text": "x"\n}', "one JSON text over the whole file, not JSON lines"),
         ("a.jsonl", '{"text": null}', "the field `text` is null; leave the line out"),
-        ("a.parquet", "PAR1", 'its folder may be a dataset: text = "hub:FOLDER:train"'),
-        ("a.csv", "text\nx", "its folder may be a dataset"),
+        ("a.arrow", "ARROW1", 'its folder may be a dataset: text = "hub:FOLDER:train"'),
+        ("a.tsv", "text\nx", "its folder may be a dataset"),
         ("a.json", "[]", "its folder may be a dataset"),
         ("a.txt.gz", "x", "unpack it"),
         ("a.docx", "x", "save it as plain text"),
@@ -205,7 +205,7 @@ def test_null_in_a_column_is_named(tmp_path):
     rows = datasets.Dataset.from_dict({"text": ["a", None]})
     (tmp_path / "set").mkdir()
     rows.to_parquet(str(tmp_path / "set" / "train.parquet"))
-    with pytest.raises(UserError, match="row 1 has a field `text` that is null"):
+    with pytest.raises(UserError, match="row 1: the field `text` is null"):
         list(open_source("hub:set:train", tmp_path))
 
 

@@ -46,7 +46,7 @@ def test_evaluation_reads_the_whole_test_text(tmp_path: Path) -> None:
     config = two_clients(tmp_path)
     (store,) = prepare(config, ByteEncoder()).load("ana").test
     seen = np.concatenate(
-        [t.ravel() for _, t in evaluation_windows([store], config.data.sequence_length, 4)]
+        [t.ravel() for _, t, _ in evaluation_windows([store], config.data.sequence_length, 4)]
     )
     assert bytes(seen[seen != SEPARATOR].tolist()).decode() == "".join(texts_in(store))
     assert (seen == SEPARATOR).sum() == store.num_documents

@@ -26,7 +26,7 @@ def test_every_source_says_what_it_is() -> None:
     assert (
         [info.name for info in infos]
         == source_names()
-        == ["debian-faq", "folder", "hub", "jsonl", "manpages"]
+        == ["csv", "debian-faq", "debian-faq-chat", "folder", "hub", "jsonl", "manpages", "parquet"]
     )
     for info in infos:
         assert info.summary.startswith(f"{info.name}:") and "\n" not in info.summary
@@ -259,7 +259,7 @@ def test_hub_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"body": ["x"]})}).save_to_disk(
         str(tmp_path / "body")
     )
-    with pytest.raises(UserError, match="row 0 has no field `text`; fields there are: body"):
+    with pytest.raises(UserError, match=r"row 0: the field `text` is missing; fields .*: body;"):
         texts("hub:body:train", tmp_path)
 
 

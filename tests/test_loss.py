@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from comigs.bases.load import architecture_of
 from comigs.client import loss as loss_module
-from comigs.client.loss import sum_cross_entropy
+from comigs.client.loss import Windows, sum_cross_entropy
 from tests.conftest import attach, copy_of, random_tensors, shape_of, tiny
 from tests.families import CONFIGS, built
 
@@ -41,7 +41,7 @@ def losses_and_gradients(attachment, tensors, inputs, targets, dtype):
             logits = attachment.model(inputs).logits.to(dtype)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         else:
-            loss = sum_cross_entropy(attachment.model, inputs, targets)
+            loss = sum_cross_entropy(attachment.model, Windows(inputs, targets))
         (0.7 * loss).backward()
         results.append((loss.detach(), {slot: t.grad for slot, t in trained.items()}))
     return results
@@ -74,9 +74,9 @@ def test_a_cap_on_the_logits_is_not_forgotten():
     capped = AutoModelForCausalLM.from_config(CONFIGS["gemma3_text"]).eval()
     inputs, targets = batch(97)
     with torch.no_grad():
-        loss = sum_cross_entropy(capped, inputs, targets)
+        loss = sum_cross_entropy(capped, Windows(inputs, targets))
         capped.config.final_logit_softcapping = None
-        assert abs(loss - sum_cross_entropy(capped, inputs, targets)) > 1e-3 * loss
+        assert abs(loss - sum_cross_entropy(capped, Windows(inputs, targets))) > 1e-3 * loss
         capped.config.final_logit_softcapping = 0.5
 
 
@@ -103,7 +103,7 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once(wants_gradient):
         tensors = random_tensors(attachment, shape_of(1, 1), routed=True)
         attachment.bind({slot: t.requires_grad_(wants_gradient) for slot, t in tensors.items()})
         with LargestLogits(257) as ours:
-            loss = sum_cross_entropy(attachment.model, inputs, targets)
+            loss = sum_cross_entropy(attachment.model, Windows(inputs, targets))
             if wants_gradient:
                 loss.backward()
         with LargestLogits(257) as plain:
@@ -118,7 +118,7 @@ def test_the_frozen_head_gets_no_gradient():
     with attach(base.model, base.architecture) as attachment:
         tensors = random_tensors(attachment, shape_of(1, 1), routed=True)
         attachment.bind({slot: t.requires_grad_() for slot, t in tensors.items()})
-        sum_cross_entropy(attachment.model, inputs, targets).backward()
+        sum_cross_entropy(attachment.model, Windows(inputs, targets)).backward()
     assert all(p.grad is None for p in base.model.parameters())
 
 
@@ -131,7 +131,7 @@ def test_under_autocast_the_loss_is_summed_in_float32_from_bfloat16_logits():
         torch.no_grad(),
     ):
         attachment.bind(random_tensors(attachment, shape_of(1, 1), routed=True))
-        loss = sum_cross_entropy(attachment.model, inputs, targets)
+        loss = sum_cross_entropy(attachment.model, Windows(inputs, targets))
         plain = F.cross_entropy(
             attachment.model(inputs).logits.float().flatten(0, 1),
             targets.flatten(),

@@ -455,7 +455,7 @@ def test_pcl_measures_each_model_whole_on_the_readers_valid(tmp_path):
         engine, uploads, 2
     )  # a sample for each round
     for reader, client in engine.clients.items():
-        ((inputs, targets),) = probe_windows(config, reader, client.data, 1, 3)
+        ((inputs, targets, _),) = probe_windows(config, reader, client.data, 1, 3)
         assert inputs.shape == (3, config.data.sequence_length)
         valid = [store.tokens.tolist() for store in client.data.valid]
         for row in inputs.tolist():
@@ -998,7 +998,7 @@ def test_a_centralized_step_is_the_gradient_over_a_batch_of_everybodys_text(tmp_
     for tensor in client.train_state.tensors.values():
         tensor.copy_(0.1 * torch.randn(tensor.shape, generator=random))
     start = {slot: t.clone().requires_grad_() for slot, t in client.train_state.tensors.items()}
-    gradients, (inputs, targets) = caught_gradients(client)
+    gradients, (inputs, targets, _) = caught_gradients(client)
     assert inputs.shape == (3 * 6, 12)
     texts = {
         name: np.asarray(c.data.train[0].tokens).tolist() for name, c in engine.clients.items()
@@ -1095,7 +1095,7 @@ def test_what_a_comigs_client_adopts_is_one_share_of_a_download_judged_on_its_ow
             np.testing.assert_allclose(double(tensor), wanted, rtol=0, atol=1e-6)
         else:
             assert bits(tensor) == bits(own[slot])
-    ((inputs, targets),) = probe_windows(client.config, "ada", client.data, 2, 4)
+    ((inputs, targets, _),) = probe_windows(client.config, "ada", client.data, 2, 4)
 
     def nats(share):
         tensors = {

@@ -12,8 +12,10 @@ from comigs.config import SECTIONS, parse_config
 from comigs.errors import UserError
 from comigs.methods.loading import list_methods, load_method
 from comigs.methods.readers import OF_CLIENTS, READERS, unread
+from tests.chats import PLAIN, questions, write_lines
 from tests.conftest import run_config
 
+CHATS = {"clients.ada.text": "chats.jsonl", "base.chat_template": PLAIN, "data.sequence_length": 40}
 OTHERS = {  # a field -> another value than a run here has, and what else must be so for it to count
     "seed": (3, {}),
     "method": ("fedavg", {}),
@@ -22,7 +24,9 @@ OTHERS = {  # a field -> another value than a run here has, and what else must b
     "base.name": ("tiny-llama", {}),
     "base.dtype": ("bfloat16", {}),
     "base.tokenizer": ("gpt-2", {}),
+    "base.chat_template": (PLAIN.replace(": ", "> "), CHATS),
     "data.sequence_length": (9, {}),
+    "data.loss": ("all", CHATS),
     "data.distribution": ("out", {}),
     "data.valid_fraction": (0.4, {}),
     "data.test_fraction": (0.4, {}),
@@ -85,6 +89,7 @@ ENTRY = {"ada": {"weight": 1.0}, "bob": {"weight": 1.0}, "cyd": {"weight": 1.0}}
 @functools.cache
 def usual_tree(root):
     """Return the usual run's config as plain values; its text is written once."""
+    write_lines(root / "chats.jsonl", questions(60))
     return run_config(root, "ada bob cyd", ENTRY).model_dump(mode="json")
 
 
@@ -146,7 +151,7 @@ def test_what_is_not_noted_makes_another_run_or_is_refused(usual, field):
     if field == "options":
         pytest.skip("an unknown option is refused: tests/test_methods.py")
     around = OTHERS[field][1]
-    assert usual(**around, **given(field)) != usual(**around)
+    assert usual(**{**around, **given(field)}) != usual(**around)
 
 
 @pytest.mark.parametrize("method", list_methods())

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from comigs.bases.load import load_base
-from comigs.bases.tokenizer import TextEncoder
 from comigs.config import BaseSection
 from comigs.experts.init import starting_tensors
 from comigs.personal.prompts import conversation_ids
@@ -115,5 +114,5 @@ def test_the_bytes_of_tokens_are_those_of_the_tokenizer(base):
     from comigs.personal.serve.text import Vocabulary
 
     vocabulary = Vocabulary(base.tokenizer)
-    for id in range(TextEncoder(base.tokenizer).vocabulary_size):
+    for id in range(base.encoder.vocabulary_size):
         assert vocabulary.bytes_of(id).decode(errors="replace") == base.tokenizer.decode([id])

@@ -20,6 +20,7 @@ from comigs.client.steps import (
     step,
 )
 from comigs.config import ClientSection
+from comigs.data.batches import Batch
 from comigs.experts.init import starting_tensors
 from tests import naive
 from tests.authors_loop import leaky_gradients_for
@@ -35,7 +36,7 @@ SPLIT = {"experts": "train", "router": "valid"}
 def draw(split, number, windows=3, length=5):
     """A batch that depends on nothing but what is asked for."""
     random = np.random.default_rng([number, len(split)])
-    return tuple(random.integers(0, 257, (windows, length)) for _ in range(2))
+    return Batch(*(random.integers(0, 257, (windows, length)) for _ in range(2)))
 
 
 def settings_of(**changes):
@@ -290,7 +291,7 @@ def test_while_experts_are_equal_the_routers_gradient_is_rounding_noise():
     case = Case(fresh=True, balance_coef=0)
     for slot, t in case.train_state.tensors.items():
         t.requires_grad_(slot.role == "router")
-    inputs, targets = (torch.from_numpy(part) for part in draw("valid", 0))
+    inputs, targets = (torch.from_numpy(part) for part in draw("valid", 0)[:2])
     case.base.model(input_ids=inputs, labels=targets).loss.backward()
     assert all(
         t.grad.abs().max() < 1e-6 for s, t in case.train_state.tensors.items() if s.role == "router"
@@ -316,7 +317,7 @@ def test_micro_batches_add_up_to_one_balance_loss():
     """It is a mean over tokens, not a sum over them: windows that are all the same show it
     exactly.
     """
-    same_windows = tuple(np.repeat(part[:1], 4, axis=0) for part in draw("train", 0))
+    same_windows = Batch(*(np.repeat(part[:1], 4, axis=0) for part in draw("train", 0)[:2]))
     whole, pieces = (Case(dtype="float64", balance_coef=0.5) for _ in range(2))
     pieces.plan = plan_of(settings_of(balance_coef=0.5, micro_batch_size=1), torch.float64)
     _, gradients, log = whole.gradients_of("router", batch=same_windows)

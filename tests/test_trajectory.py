@@ -11,6 +11,7 @@ from comigs.client import steps
 from comigs.client.state import new_train_state
 from comigs.client.steps import MethodHooks, StepSettings, local_round
 from comigs.config import ClientSection
+from comigs.data.batches import Batch
 from comigs.methods.merging import mean_of_uploads
 from comigs.methods.method import RoundContext
 from tests.authors_loop import leaky_gradients_for
@@ -41,9 +42,8 @@ def replay(settings):
             split,
         ]  # our loop wants the batches that the authors' loop took
         position += 1
-        return tensors[f"batch{position - 1:03d}.x"].numpy(), tensors[
-            f"batch{position - 1:03d}.y"
-        ].numpy()
+        name = f"batch{position - 1:03d}"
+        return Batch(tensors[f"{name}.x"].numpy(), tensors[f"{name}.y"].numpy())
 
     worst = 0.0
     for round_ in range(3):

@@ -188,7 +188,16 @@ app.command()(cli_personal.export)
 
 
 @app.command()
-def prepare(config: ConfigFile, overrides: Set = None) -> None:
+def prepare(
+    config: ConfigFile,
+    overrides: Set = None,
+    show: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Show N examples of each client, with what is learnt marked."
+        ),
+    ] = 0,
+) -> None:
     """Read, split and tokenise the text of CONFIG's clients, and check it for leaks.
 
     Trains nothing.
@@ -196,8 +205,11 @@ def prepare(config: ConfigFile, overrides: Set = None) -> None:
     settings = _config(config, overrides)
     from comigs.app import api
     from comigs.app.console import Console
+    from comigs.app.show import examples
 
-    api.prepare(settings, Console().say)
+    data = api.prepare(settings, Console().say)
+    for text in examples(data, settings.data.sequence_length, show, sys.stdout.isatty()):
+        typer.echo(text)
 
 
 @app.command(name="list")

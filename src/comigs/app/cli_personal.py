@@ -66,7 +66,10 @@ def evaluate(
 def generate(
     run: RunPath,
     client: Annotated[str, typer.Option(metavar="NAME", help="Whose model.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from; with --chat, a message.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Write the answer to the prompt, by the chat template.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 60,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0: always the likeliest token.")
@@ -93,11 +96,12 @@ def generate(
     if temperature >= COLDEST:
         sampling = {"do_sample": True, "temperature": temperature}
     model = api.open_personal_model(run, client, Reader(allow_code))
-    pieces = model.stream(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)
+    asked = [{"role": "user", "content": prompt}] if chat else prompt
+    pieces = model.stream(asked, max_new_tokens=max_new_tokens, seed=seed, **sampling)
     # whatever ends the reading, as `| head` does, ends the writing first
     with closing(pieces):
         first = next(pieces, "")
-        typer.echo(harmless(prompt + first), nl=False)
+        typer.echo(harmless(first if chat else prompt + first), nl=False)
         for piece in pieces:
             typer.echo(harmless(piece), nl=False)
         typer.echo()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -115,7 +116,10 @@ def _test_text(folders: Sequence[RunFolder], client: str, base: Base) -> ReadTex
             )
     data = prepare(first.config(), base.encoder)
     api.require_same_text(first, data)
-    return ReadText("test", [store.tokens for store in data.load(client).test])
+    length, streams = first.config().data.sequence_length, list[Any]()
+    for store in data.load(client).test:
+        streams += store.streams(length)
+    return ReadText("test", streams)
 
 
 def passage_lines(routes: Routes, block: int | None, relative: bool) -> list[str]:

@@ -93,6 +93,8 @@ def read_texts(config: Config, base: Base, report: Report, say: Say) -> Texts:
     # Nobody can know from the numbers of tokens what of a folder was no text.
     for line in data.notes():
         say(line)
+    if config.data.loss == "all" and not data.has_chats:
+        say("given, but without effect here: data.loss (no client has chats)")
     if not everybody_trains(config):
         clients = plural(len(data.names), "client")
         say(f"{clients}: a client's text is tokenised when it is first asked")
@@ -105,6 +107,8 @@ def read_texts(config: Config, base: Base, report: Report, say: Say) -> Texts:
             tokens = sum(store.num_tokens for store in getattr(client, split))
             amounts.append(f"{split} {tokens:,}")
         say(f"{name:{width}}  tokens: {', '.join(amounts)}")
+        for line in data.chat_lines(name):
+            say(line)
     return data
 
 

@@ -17,9 +17,11 @@ from transformers.utils import logging
 
 from comigs import bases
 from comigs.bases.base import Architecture, Loader
+from comigs.bases.chat_encoder import ChatEncoder
+from comigs.bases.chat_template import use_template
 from comigs.bases.pretrained import load_pretrained
 from comigs.bases.tokenizer import TextEncoder
-from comigs.bases.usable import require_usable
+from comigs.bases.usable import end_ids, require_usable
 from comigs.config import BaseSection
 from comigs.errors import UserError, nearest
 
@@ -54,6 +56,8 @@ def load_base(section: BaseSection) -> Base:
     model, tokenizer = _named(section.name)
     if section.tokenizer != "own":
         _read_as_before(section, tokenizer)
+    if section.chat_template is not None:
+        use_template(tokenizer, section.chat_template)
     architecture = architecture_of(model)
     require_usable(model, tokenizer, architecture)
     model.set_attn_implementation(_attention(section, model, device))
@@ -69,7 +73,14 @@ def load_base(section: BaseSection) -> Base:
     model.config.tie_word_embeddings = head.weight is embedding.weight
     model.requires_grad_(False).eval().to(device)
     set_dtype(model, dtype)
-    encoder = TextEncoder(tokenizer)
+    chats = ChatEncoder(
+        name=section.name,
+        tokenizer=tokenizer,
+        longest=model.config.max_position_embeddings,
+        rows=model.get_input_embeddings().weight.shape[0],
+        ends=end_ids(model, tokenizer),
+    )
+    encoder = TextEncoder(tokenizer, chats)
     return Base(
         name=section.name,
         model=model,

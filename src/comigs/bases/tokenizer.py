@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from comigs.bases.chat_encoder import ChatEncoder
 from comigs.bases.usable import highest_id, separator
 
 
@@ -13,10 +14,11 @@ class TextEncoder:
 
     id: sha256 of the whole tokenizer, so that a token store is never read with another one.
     separator: the token before each document and at the end (the tokenizer's end of text).
+    chats: what chats are encoded with.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, chats: ChatEncoder) -> None:
+        self.tokenizer, self.chats = tokenizer, chats
         self.id = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         self.vocabulary_size = highest_id(tokenizer) + 1
         self.separator = separator(tokenizer)

@@ -83,6 +83,13 @@ def highest_id(tokenizer: Any) -> int:
     return highest
 
 
+def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end a text: the base's own and the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return frozenset(id for id in [*listed, tokenizer.eos_token_id] if id is not None)
+
+
 def separator(tokenizer: Any) -> int:
     """Return the id before each document: the end of text, else its beginning."""
     end = tokenizer.eos_token_id

@@ -14,15 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from comigs.client.loss import autocast
+from comigs.client.loss import Windows, autocast, hidden_states
 from comigs.experts.attach import Attachment
-from comigs.experts.router import balance_loss
-
-Pieces = Sequence[tuple[Tensor, Tensor]]  # inputs and targets (windows, length) of each
+from comigs.experts.router import Routing, balance_loss
 
 
 def batch_densities(
-    attachment: Attachment, pieces: Pieces, dtype: torch.dtype
+    attachment: Attachment, pieces: Sequence[Windows], dtype: torch.dtype
 ) -> list[Tensor] | None:
     """Return each block's density (E,) over all pieces, by a forward pass without gradients.
 
@@ -31,26 +29,27 @@ def batch_densities(
     if len(pieces) == 1 or not any(mixture.chooses for mixture in attachment.mixtures):
         return None
     chosen: list[Tensor] = []
-    tokens = sum(inputs.numel() for inputs, _ in pieces)
-    for inputs, _ in pieces:
-        with torch.no_grad(), autocast(dtype, inputs.device):
-            attachment.model.base_model(input_ids=inputs, use_cache=False)
-        counts = [r.selected_TE.sum(dim=0).double() / r.top_k for r in attachment.routings()]
+    tokens = 0
+    for piece in pieces:
+        with torch.no_grad(), autocast(dtype, piece.inputs.device):
+            hidden_states(attachment.model, piece)
+        routings = attachment.routings(piece.learnt)
+        tokens += len(routings[0].selected_TE)
+        counts = [r.selected_TE.sum(dim=0).double() / r.top_k for r in routings]
         chosen = [a + b for a, b in zip(chosen, counts, strict=True)] if chosen else counts
     return [counts_E / tokens for counts_E in chosen]
 
 
 def mean_balance_loss(
-    attachment: Attachment, generalist_share: float, densities: list[Tensor] | None = None
+    routings: Sequence[Routing], generalist_share: float, densities: list[Tensor] | None = None
 ) -> Tensor:
-    """Return the mean over blocks of the last forward pass's balance loss, a scalar.
+    """Return the mean over blocks of their balance loss, a scalar.
 
     It is zero without a router. densities: of the whole batch, where it has several pieces; the
     mean of the pieces' losses, each by its tokens, is then the whole batch's.
     """
-    routings = attachment.routings()
     if not routings:
-        return torch.zeros((), device=attachment.model.device)
+        return torch.zeros(())
     given: Sequence[Tensor | None] = densities or [None] * len(routings)
     terms = []
     for routing, density_E in zip(routings, given, strict=True):

@@ -19,6 +19,7 @@ from comigs.client.evaluate import measure
 from comigs.client.state import new_train_state
 from comigs.client.steps import MethodHooks, NonFiniteLoss, StepSettings, step
 from comigs.config import Config
+from comigs.data.batches import Batch
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
@@ -134,14 +135,21 @@ def measured_throughput(
     for _ in range(2):
         began = time.perf_counter()
         try:
-            step(attachment, train_state, settings, MethodHooks(), ("experts",), (trained, trained))
+            step(
+                attachment,
+                train_state,
+                settings,
+                MethodHooks(),
+                ("experts",),
+                Batch(trained, trained),
+            )
         except NonFiniteLoss as error:
             raise UserError(
                 f"client: {error} before anything is learnt; lower experts.alpha, "
                 "client.balance_coef or client.weight_decay"
             ) from None
         halfway = time.perf_counter()
-        measure(attachment, [(read, read)], base.dtype)
+        measure(attachment, [Batch(read, read)], base.dtype)
         ended = time.perf_counter()
     attachment.unbind()
     return Throughput(halfway - began, (ended - halfway) / read.size)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comigs.client.loss import autocast, sum_cross_entropy
+from comigs.client.loss import autocast, sum_cross_entropy, windows_on
 from comigs.data.batches import Batch, evaluation_windows
 from comigs.data.corpus import TokenStore
 from comigs.experts.attach import Attachment
@@ -26,7 +26,8 @@ LARGEST_EXPONENT = 700  # exp of more is no float
 class Measurement:
     """A measurement has sums over a text, and the three figures that follow from them.
 
-    nats: the sum of -ln p over `tokens` tokens, which are `bytes` bytes of text.
+    nats: the sum of -ln p over `tokens` tokens, which are `bytes` bytes of text; of chats, over
+    those that are learnt.
     expert_share_LE: the mean routing weight of each expert in each block; None without a router.
     """
 
@@ -65,11 +66,13 @@ def evaluate(
 ) -> Measurement:
     """Measure whatever the attachment is bound to on every token of `stores` once.
 
+    Of chats, these are the tokens that are learnt.
+
     Bound to nothing, that is the base alone. length: tokens per window. batch_size: windows at
     once. dtype: of matrix products.
     """
     windows = evaluation_windows(stores, length, batch_size)
-    num_bytes = sum(store.num_bytes for store in stores)
+    num_bytes = sum(store.measured_bytes(length) for store in stores)
     return measure(attachment, windows, dtype, num_bytes)
 
 
@@ -84,13 +87,14 @@ def measure(
     nats, tokens = 0.0, 0
     share_sum_LE: Tensor | None = None
     with torch.no_grad(), evaluation_mode(model):
-        for inputs, targets in windows:
+        for batch in windows:
             # Sums, not means: the last windows are shorter, and each token counts once.
-            x, y = torch.from_numpy(inputs).to(model.device), torch.from_numpy(targets)
-            with autocast(dtype, x.device):
-                nats += float(sum_cross_entropy(model, x, y.to(model.device)))
-            tokens += targets.size
-            weights = [routing.weights_TE.sum(dim=0) for routing in attachment.routings()]
+            on_device = windows_on(model.device, batch)
+            with autocast(dtype, model.device):
+                nats += float(sum_cross_entropy(model, on_device))
+            tokens += batch.num_learnt
+            routings = attachment.routings(on_device.learnt)
+            weights = [routing.weights_TE.sum(dim=0) for routing in routings]
             if weights:
                 batch_LE = torch.stack(weights).double()
                 share_sum_LE = batch_LE if share_sum_LE is None else share_sum_LE + batch_LE

@@ -5,13 +5,16 @@ T tokens, C tokens of a chunk, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from comigs.data.batches import Batch
+from comigs.data.examples import IGNORED
 from comigs.experts import csrc
 from comigs.experts.hidden_torch import even_slices
+from comigs.experts.router import reading_examples
 
 CHUNK = 1 << 24  # logits that exist at once: as bfloat16 32 MB
 BLOCK = 1 << 17  # logits that a CPU thread works on: as float32 512 KB, a core's second cache
@@ -83,14 +86,54 @@ def _sum_nats(
     return (log_norm_C1 - chosen_C1).sum()
 
 
-def sum_cross_entropy(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the nats of `targets` (B, L) given `inputs` (B, L), summed over tokens: a scalar.
+class Windows(NamedTuple):
+    """These are windows on the device: as data/batches.py's Batch, in tensors."""
+
+    inputs: Tensor
+    targets: Tensor
+    positions: Tensor | None = None
+
+    @property
+    def learnt(self) -> Tensor | None:
+        """Which tokens (T,) have a target that is learnt; None: all of them."""
+        return None if self.positions is None else self.targets.flatten() != IGNORED
+
+
+def windows_on(device: torch.device, batch: Batch, rows: slice = slice(None)) -> Windows:
+    """Return rows of a batch as tensors on a device."""
+    inputs, targets, positions = batch
+    windows = Windows(
+        torch.from_numpy(inputs[rows]).to(device), torch.from_numpy(targets[rows]).to(device)
+    )
+    if positions is None:
+        return windows
+    return windows._replace(positions=torch.from_numpy(positions[rows]).to(device))
+
+
+def hidden_states(model: Any, windows: Windows) -> Tensor:
+    """Return what the model makes of windows before its head, (B, L, D).
+
+    Where positions begin anew, so does attention: transformers makes its mask of them.
+    """
+    with reading_examples(windows.positions):
+        read = model.base_model(
+            input_ids=windows.inputs, position_ids=windows.positions, use_cache=False
+        )
+    hidden: Tensor = read.last_hidden_state
+    return hidden
+
+
+def sum_cross_entropy(model: Any, windows: Windows) -> Tensor:
+    """Return the nats of the targets (B, L) given the inputs, summed over tokens: a scalar.
 
     At most CHUNK logits exist at once, and the head, which is frozen, gets no gradient.
     """
-    hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+    hidden_TD, targets_T = hidden_states(model, windows).flatten(0, 1), windows.targets.flatten()
+    # Where nothing is learnt, nothing goes through the head.
+    if (learnt_T := windows.learnt) is not None:
+        hidden_TD, targets_T = hidden_TD[learnt_T], targets_T[learnt_T]
     total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, 1), targets.flatten(), _head(model), model.config.vocab_size
+        hidden_TD, targets_T, _head(model), model.config.vocab_size
     )
     return total
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from comigs.client.balance_loss import batch_densities, mean_balance_loss
-from comigs.client.loss import autocast, sum_cross_entropy
+from comigs.client.loss import Windows, autocast, sum_cross_entropy, windows_on
 from comigs.client.state import TrainState
 from comigs.config import ClientSection, Config
 from comigs.data.batches import Batch
@@ -86,8 +86,8 @@ class MethodHooks:
 class Outcome:
     """The outcome is what one step measured.
 
-    nats, balance: means over the batch's T tokens. shares_LE: for each piece of the batch, the sums
-    of the routing weights over its tokens; empty without a router.
+    nats, balance: means over the batch's T tokens that are learnt. shares_LE: for each piece of the
+    batch, the sums of the routing weights over these tokens; empty without a router.
     """
 
     tokens: int
@@ -219,15 +219,17 @@ def accumulate(attachment: Attachment, settings: StepSettings, batch: Batch) -> 
 
     Raises NonFiniteLoss.
     """
-    client, outcome = settings.client, Outcome(tokens=batch[0].size)
+    client, outcome = settings.client, Outcome(tokens=batch.num_learnt)
     pieces = list(micro_batches(batch, client.micro_batch_size, attachment.model.device))
     densities = batch_densities(attachment, pieces, settings.dtype)
-    for inputs, targets in pieces:
+    for piece in pieces:
         # Each piece counts by its tokens, so that the pieces' sum is the whole batch's mean.
-        part = inputs.numel() / outcome.tokens
-        with autocast(settings.dtype, inputs.device):
-            nats = sum_cross_entropy(attachment.model, inputs, targets) / outcome.tokens
-            balance = mean_balance_loss(attachment, client.generalist_share, densities)
+        learnt = piece.learnt
+        part = (piece.inputs.numel() if learnt is None else int(learnt.sum())) / outcome.tokens
+        with autocast(settings.dtype, piece.inputs.device):
+            nats = sum_cross_entropy(attachment.model, piece) / outcome.tokens
+            routings = attachment.routings(learnt)
+            balance = mean_balance_loss(routings, client.generalist_share, densities)
         loss = nats + client.balance_coef * balance * part
         outcome.nats += float(nats.detach())
         outcome.balance += float(balance.detach()) * part
@@ -237,7 +239,7 @@ def accumulate(attachment: Attachment, settings: StepSettings, batch: Batch) -> 
         # A method may train nothing of a client in a round; then there is nothing to go back to.
         if loss.requires_grad:
             loss.backward()
-        weights = [routing.weights_TE.detach().sum(dim=0) for routing in attachment.routings()]
+        weights = [routing.weights_TE.detach().sum(dim=0) for routing in routings]
         if weights:
             outcome.shares_LE.append(torch.stack(weights))
     return outcome
@@ -281,12 +283,8 @@ def experts_differ(tensors: Mapping[Slot, Tensor]) -> bool:
     return False
 
 
-def micro_batches(
-    batch: Batch, size: int | None, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+def micro_batches(batch: Batch, size: int | None, device: torch.device) -> Iterator[Windows]:
     """Yield the batch in pieces of `size` windows, or whole where `size` is None, on the device."""
-    inputs, targets = batch
-    size = size or len(inputs)
-    for start in range(0, len(inputs), size):
-        rows = slice(start, start + size)
-        yield torch.from_numpy(inputs[rows]).to(device), torch.from_numpy(targets[rows]).to(device)
+    size = size or len(batch.inputs)
+    for start in range(0, len(batch.inputs), size):
+        yield windows_on(device, batch, slice(start, start + size))

@@ -52,6 +52,23 @@ def folder_or_name(name: str, beside: Path) -> str:
     return places[0] if name.startswith(("~", ".", "/")) else name
 
 
+def read_template(tree: dict[str, Any], folder: Path, source: str) -> None:
+    """Put a chat template in the place of the name of its file, in the values of a user's config.
+
+    Raises UserError where there is no such file.
+    """
+    base = tree.get("base")
+    given = base.get("chat_template") if isinstance(base, dict) else None
+    if not isinstance(given, str) or "{" in given:
+        return
+    path = whole(given, folder)
+    try:
+        tree["base"]["chat_template"] = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"{source}: base.chat_template: {path}: cannot be read: {why}") from None
+
+
 def place(tree: dict[str, Any], folder: Path, source: str) -> None:
     """Make the paths whole in the plain values of a config of `folder`.
 

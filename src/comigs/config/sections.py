@@ -51,6 +51,12 @@ class BaseSection(Section):
         "base's own rule. gpt-2 is for smollm2-135m only: runs from before this field read it so, "
         "and go on with it.",
     )
+    chat_template: str | None = Field(
+        None,
+        description="This Jinja template makes one text of a chat, for learning and for writing. "
+        "What has a brace is the template itself, anything else is a file beside the config file, "
+        "whose text goes into the run. None: the base's own.",
+    )
     threads: int | None = Field(
         None,
         gt=0,
@@ -59,6 +65,13 @@ class BaseSection(Section):
         "share of the cores where there are several workers. The run records the number, and a "
         "resumed run uses it again.",
     )
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template_has_braces(cls, value: str | None) -> str | None:
+        if value is not None and "{" not in value:
+            raise ValueError("is no Jinja template, which has braces")
+        return value
 
 
 class DataSection(Section):
@@ -74,7 +87,18 @@ class DataSection(Section):
         description="Tokens are stored in this folder, which starts from the config file's. "
         "Default: .cache/comigs in the working folder.",
     )
-    sequence_length: int = Field(128, ge=2, description="A window has this many tokens.")
+    sequence_length: int = Field(
+        128,
+        ge=2,
+        description="A window has this many tokens. It holds whole chats; a longer one is cut at "
+        "its end.",
+    )
+    loss: Literal["answers", "all"] = Field(
+        "answers",
+        description='"answers": of a chat, the assistant\'s tokens are learnt and measured. "all": '
+        "every token but the first is. Plain text has no answers, and every token of it is learnt "
+        "and measured with either.",
+    )
     distribution: Literal["in", "out"] = Field(
         "in",
         description='"in": a client\'s valid and test come from its own text. "out": they are the '

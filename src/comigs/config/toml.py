@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from comigs.config.address import set_field
 from comigs.config.errors import one_line
 from comigs.config.older import of_this_version, without_retired
-from comigs.config.paths import place
+from comigs.config.paths import place, read_template
 from comigs.config.tree import SECTIONS, VERSION, Config
 from comigs.errors import UserError
 
@@ -21,10 +21,12 @@ MAX_DEPTH = 32  # levels of sections and lists; the deepest field of a config or
 TOO_DEEP = f"sections or lists are nested too deeply; at most {MAX_DEPTH} levels"
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = (), own: bool = True) -> Config:
     """Return the config of a TOML file, with `key=value` overrides applied and everything checked.
 
-    Raises UserError with one line for whatever is wrong.
+    own: the file is the user's, and so may name a file whose text becomes part of the config; that
+    of a run holds the text itself, and may be a stranger's. Raises UserError with one line for
+    whatever is wrong.
     """
     path = Path(path)
     tree = read_toml(path)
@@ -34,6 +36,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     # what depends on where the file lies is made to mean the same from everywhere
     tree.setdefault("name", path.stem)
     place(tree, path.parent, str(path))
+    if own:
+        read_template(tree, path.parent, str(path))
     return parse_config(tree, source=str(path))
 
 

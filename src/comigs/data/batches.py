@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comigs.data.corpus import TokenStore
+from comigs.data.examples import IGNORED, ExampleStore
 
-Batch = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets, both (windows, length)
+
+class Batch(NamedTuple):
+    """A batch is windows: inputs and targets, both (windows, length).
+
+    positions: (windows, length), of each token in its own example, where windows hold several
+    examples; a target is then IGNORED where nothing is learnt. None: every window is one text from
+    its start on, and every target is learnt.
+    """
+
+    inputs: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    positions: NDArray[np.int64] | None = None
+
+    @property
+    def num_learnt(self) -> int:
+        """The number of targets that are learnt or measured."""
+        if self.positions is None:
+            return self.targets.size
+        return int((self.targets != IGNORED).sum())
 
 
 def sample_windows(
@@ -23,23 +42,21 @@ def sample_windows(
     in it. Targets are the inputs' next tokens. What is drawn depends on `generator` only. Every
     store must have at least length + 1 tokens.
     """
-    num_starts = np.array([store.num_tokens - length for store in stores])
+    places = np.array([store.num_places(length) for store in stores])
+    num_starts = places[:, 0] - places[:, 1]
     assert num_starts.min() > 0, "a store is shorter than one window; prepare() refuses these"
     chosen = generator.integers(len(stores), size=num_windows)
     starts = generator.integers(num_starts[chosen])
-    windows = [
-        stores[store].tokens[start : start + length + 1]
-        for store, start in zip(chosen, starts, strict=True)
-    ]
-    return _batch(np.stack(windows))
+    pairs = zip(chosen, starts, strict=True)
+    return joined([_window(stores[store], int(start), length) for store, start in pairs])
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A fold is part `number` of `folds` equal stretches of a store's tokens, counted from 0.
+    """A fold is part `number` of `folds` equal stretches of a store's places, counted from 0.
 
-    A document is cut at most where two folds meet. `inside` says whether windows lie wholly inside
-    the fold or wholly outside.
+    A text is cut at most where two folds meet, a chat nowhere. `inside` says whether windows lie
+    wholly inside the fold or wholly outside.
     """
 
     number: int
@@ -60,19 +77,20 @@ def fold_windows(
     """
     windows = []
     for chosen in generator.integers(len(stores), size=num_windows):
-        tokens = stores[chosen].tokens
-        first = len(tokens) * fold.number // fold.folds
-        end = len(tokens) * (fold.number + 1) // fold.folds
+        store = stores[chosen]
+        places, more = store.num_places(length)
+        first = places * fold.number // fold.folds
+        end = places * (fold.number + 1) // fold.folds
         if fold.inside:
-            start = first + generator.integers(end - first - length)
+            start = first + generator.integers(end - first - more)
         else:
             # Windows start before the fold or after it, and all these starts are equally likely.
-            before, after = max(0, first - length), max(0, len(tokens) - end - length)
+            before, after = max(0, first - more), max(0, places - end - more)
             start = generator.integers(before + after)
             if start >= before:
                 start = end + start - before
-        windows.append(tokens[start : start + length + 1])
-    return _batch(np.stack(windows))
+        windows.append(_window(store, int(start), length))
+    return joined(windows)
 
 
 def evaluation_windows(
@@ -80,11 +98,19 @@ def evaluation_windows(
 ) -> Iterator[Batch]:
     """Yield windows that have every token of every store as a target once.
 
-    Each store's first separator is no target. Inputs and targets are up to (batch_size, length);
-    each store's shorter last window comes on its own. A batch at a time is read from disk.
+    Of a text, its first separator is no target; of a chat, its first token, what is not learnt and
+    what is cut. Inputs and targets are up to (batch_size, length); each store's shorter last window
+    comes on its own. A batch at a time is read from disk.
     """
     for store in stores:
-        yield from stream_windows(store.tokens, length, batch_size)
+        # Chats are packed into windows once and for all, text is cut into them.
+        if not isinstance(store, ExampleStore):
+            yield from stream_windows(store.tokens, length, batch_size)
+            continue
+        places, _ = store.num_places(length)
+        for first in range(0, places, batch_size):
+            numbers = range(first, min(first + batch_size, places))
+            yield joined([_window(store, number, length) for number in numbers])
 
 
 def stream_windows(tokens: NDArray[Any], length: int, batch_size: int) -> Iterator[Batch]:
@@ -97,15 +123,64 @@ def stream_windows(tokens: NDArray[Any], length: int, batch_size: int) -> Iterat
         last = min(first + batch_size, num_full)
         stream = tokens[first * length : last * length + 1]
         inputs, targets = stream[:-1].reshape(-1, length), stream[1:].reshape(-1, length)
-        yield _in_memory(inputs), _in_memory(targets)
+        yield Batch(_in_memory(inputs), _in_memory(targets))
     remainder = tokens[num_full * length :]
     if len(remainder) > 1:
-        yield _batch(remainder[None])
+        yield _shifted(remainder)
 
 
-def _batch(windows: NDArray[Any]) -> Batch:
-    """Return inputs and targets from windows that are one token longer."""
-    return _in_memory(windows[:, :-1]), _in_memory(windows[:, 1:])
+def single_examples(stores: Sequence[TokenStore], length: int) -> Iterator[Batch]:
+    """Yield what `evaluation_windows` does, in windows of one text or one chat each, unpacked.
+
+    Without positions, so that any model reads them: inputs and targets are (1, up to length), and a
+    chat's targets are IGNORED where nothing is learnt.
+    """
+    for store in stores:
+        if not isinstance(store, ExampleStore):
+            yield from evaluation_windows([store], length, 1)
+            continue
+        for window in store.packed(length):
+            for number in window:
+                inputs, targets = store.example(number, length)
+                yield Batch(inputs[None], targets[None])
+
+
+def _window(store: TokenStore, place: int, length: int) -> Batch:
+    """Return the window at a place of a store, as a batch of one."""
+    if not isinstance(store, ExampleStore):
+        return _shifted(store.tokens[place : place + length + 1])
+    examples = [store.example(number, length) for number in store.packed(length)[place]]
+    inputs, targets = (np.concatenate(parts) for parts in zip(*examples, strict=True))
+    positions = np.concatenate([np.arange(len(own)) for own, _ in examples])
+    return Batch(inputs[None], targets[None], positions[None])
+
+
+def joined(windows: Sequence[Batch]) -> Batch:
+    """Return windows of one as one batch, as long as the longest.
+
+    What a shorter one lacks is filled with an example of which nothing is learnt.
+    """
+    # Plain text has windows of one length, and no positions.
+    inputs = [window.inputs[0] for window in windows]
+    targets = [window.targets[0] for window in windows]
+    if all(window.positions is None for window in windows):
+        return Batch(np.stack(inputs), np.stack(targets))
+    # Beside chats, a window of text is an example like any other.
+    longest, positions = max(map(len, inputs)), []
+    for number, window in enumerate(windows):
+        own = np.arange(len(inputs[number]))
+        if window.positions is not None:
+            own = window.positions[0]
+        empty = longest - len(own)
+        positions.append(np.concatenate([own, np.arange(empty)]))
+        inputs[number] = np.pad(inputs[number], (0, empty))
+        targets[number] = np.pad(targets[number], (0, empty), constant_values=IGNORED)
+    return Batch(np.stack(inputs), np.stack(targets), np.stack(positions))
+
+
+def _shifted(tokens: NDArray[Any]) -> Batch:
+    """Return a window from tokens that are one more than it predicts."""
+    return Batch(_in_memory(tokens[None, :-1]), _in_memory(tokens[None, 1:]))
 
 
 def _in_memory(windows: NDArray[Any]) -> NDArray[np.int64]:

@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 CHUNK = 1 << 18  # characters of a document worked on at once
+PLAIN = "text"  # the shape of a document that is no chat
+Turn = tuple[str, str]  # of a chat: the role (system, user or assistant) and what it says
 
 
 @dataclass(frozen=True)
 class Document:
-    """A document is one text, the smallest thing that is in train, valid or test.
+    """A document is one text or one chat, the smallest thing that is in train, valid or test.
 
+    text: all of it; of a chat, each turn's role and words, by which chats are counted and compared.
     name: where it comes from, for messages.
     key: what decides its split where splits are made by hash; None: its text. A source gives a key
         where documents keep a lasting name (a file's path), or where other sources hold the same
         document in another language.
+    turns: of a chat, in order; none where the document is plain text.
+    shape: how a chat was written down (a file of data/shapes).
     """
 
     text: str
     name: str
     key: str | None = None
+    turns: tuple[Turn, ...] = ()
+    shape: str = PLAIN
+
+    @property
+    def digest(self) -> bytes:
+        """The sha256 (32 bytes) of exactly this text, or exactly these turns, in UTF-8."""
+        return text_digest(json.dumps(self.turns, ensure_ascii=False) if self.turns else self.text)
+
+
+def chat(turns: tuple[Turn, ...], shape: str, name: str, key: str | None = None) -> Document:
+    """Return a chat as a document."""
+    text = "".join(f"{role}: {words}\n" for role, words in turns)
+    return Document(text, name, key, turns, shape)
 
 
 def chunks(text: str, size: int = CHUNK) -> Iterator[str]:

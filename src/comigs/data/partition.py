@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comigs.config import SPLITS, ClientEntry, DataSection, Split, Text
-from comigs.data.document import Document, chunks, content_digest, text_digest
+from comigs.data.document import PLAIN, Document, chunks, content_digest, text_digest
 from comigs.data.pieces import pieces
+from comigs.data.shapes import mixed
 from comigs.data.sources import left_out, open_source
 from comigs.errors import UserError
 
@@ -35,13 +36,16 @@ class Scan(NamedTuple):
     """A scan is what one pass over a source found, with one entry per document.
 
     texts: sha256 of the exact text. contents: digest of the text, white space aside. sizes: bytes
-    in UTF-8. shares: what decides the split by hash.
+    in UTF-8. shares: what decides the split by hash. shape: of every document; first: the first
+    one's name.
     """
 
     texts: NDArray[np.bytes_]
     contents: NDArray[np.bytes_]
     sizes: NDArray[np.int64]
     shares: NDArray[np.float64]
+    shape: str = PLAIN
+    first: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,11 @@ class Partition:
         """Return the bytes of the split's texts in UTF-8."""
         return int(self._of(split, "sizes").sum())
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether the documents are chats; all of a client's have one shape."""
+        return self.listings[0].scan.shape != PLAIN
+
     def num_documents(self, split: Split) -> int:
         """Return the number of documents in the split."""
         return len(self._of(split, "sizes"))
@@ -144,12 +153,17 @@ def list_text(text: str | Text, data: DataSection) -> tuple[Listing, ...]:
     """Read a text once and decide each document's split. Raises UserError, without a name."""
     if isinstance(text, str):
         return (_list_by_hash(text, data),)
-    listings = []
+    listings: list[Listing] = []
     for index, split in enumerate(SPLITS):
         spec = getattr(text, split)
         scan, passed = _scan(spec, data.root)
         if not len(scan.texts):
             raise UserError(f'text.{split} = "{spec}": there is no text in it')
+        if listings and scan.shape != listings[0].scan.shape:
+            other = listings[0].scan
+            raise mixed(
+                f'text.{split} = "{spec}": {scan.first}', scan.shape, other.first, other.shape
+            )
         # A text that repeats an earlier one of its split would count twice.
         splits = np.where(_first_of_each(scan.contents), index, REPEATED).astype(np.uint8)
         listings.append(Listing(spec, data.root, scan, splits, left_out=passed))
@@ -159,7 +173,7 @@ def list_text(text: str | Text, data: DataSection) -> tuple[Listing, ...]:
 def _list_by_hash(spec: str, data: DataSection) -> Listing:
     scan, passed = _scan(spec, data.root)
     # A book in one file, or an export, is a document to nobody but its file system.
-    in_pieces = len(scan.texts) == 1
+    in_pieces = len(scan.texts) == 1 and scan.shape == PLAIN
     if in_pieces:
         scan, _ = _scan(spec, data.root, in_pieces)
     first = _first_of_each(scan.contents)
@@ -195,7 +209,7 @@ def split_by_hash(
 
 def share(document: Document) -> float:
     """Return a number in [0, 1) made from the document's key, or its text where it has none."""
-    digest = text_digest(document.text if document.key is None else document.key)
+    digest = document.digest if document.key is None else text_digest(document.key)
     # 48 bits are exact in a float, and so the number is always below 1.
     return float(int.from_bytes(digest[:6]) / 2**48)
 
@@ -203,13 +217,17 @@ def share(document: Document) -> float:
 def _scan(spec: str, root: Path, in_pieces: bool = False) -> tuple[Scan, dict[str, int]]:
     """Read a source once; return what is in it, and how many of what was passed over."""
     texts, contents, sizes, shares = bytearray(), bytearray(), array("q"), array("d")
-    blank = 0
+    blank, shape, first = 0, "", ""
     for document in _documents(spec, root, in_pieces, blank=True):
         if not document.text or document.text.isspace():
             blank += 1
             continue
+        if not shape:
+            shape, first = document.shape, document.name
+        if document.shape != shape:
+            raise mixed(document.name, document.shape, first, shape)
         try:
-            texts += text_digest(document.text)
+            texts += document.digest
             contents += content_digest(document.text)
             sizes.append(sum(len(piece.encode()) for piece in chunks(document.text)))
             shares.append(share(document))
@@ -228,6 +246,8 @@ def _scan(spec: str, root: Path, in_pieces: bool = False) -> tuple[Scan, dict[st
         np.frombuffer(contents, "S16"),
         np.frombuffer(sizes, np.int64),
         np.frombuffer(shares, np.float64),
+        shape or PLAIN,
+        first,
     )
     return scan, passed
 

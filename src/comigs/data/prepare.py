@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-from comigs.config import SPLITS, Config, DataSection, Split
-from comigs.data.corpus import Encoder, TokenStore, open_store, store_folder
-from comigs.data.document import text_digest
+from comigs.config import SPLITS, Config
+from comigs.data.client_text import ClientText, Progress, SplitText, chat_lines
+from comigs.data.corpus import Encoder, TokenStore
 from comigs.data.leaks import check_disjoint, without_short_repeats
-from comigs.data.partition import Partition, named, partition
-from comigs.data.writer import StoreWriter
+from comigs.data.partition import partition
 from comigs.errors import UserError
 
-Progress = Callable[[str], None]
 OFTEN = 100  # clients between two lines of progress
 
 
@@ -41,18 +36,6 @@ def pooled(everyone: Iterable[ClientData]) -> ClientData:
         for split in SPLITS:
             stores[split] += getattr(data, split)
     return ClientData(**{split: tuple(found) for split, found in stores.items()})
-
-
-@dataclass(frozen=True)
-class SplitText:
-    """A split's text is what is known of it before it is tokenized.
-
-    `text_sha256` is that of its texts, in order.
-    """
-
-    text_sha256: str
-    num_bytes: int
-    num_documents: int
 
 
 @dataclass(frozen=True)
@@ -122,6 +105,8 @@ def require_text(config: Config) -> None:
 class Texts:
     """The texts of all clients, in the config's order. `names` are the clients' names.
 
+    `encoder` makes tokens of them.
+
     A client's text is tokenized when it is first loaded. In between only hashes of the documents
     are held: no text, no tokens, no open file.
     """
@@ -129,7 +114,18 @@ class Texts:
     def __init__(self, own: Iterable[ClientText], distribution: str) -> None:
         self._own = {text.part.client: text for text in own}
         self._mixed = distribution == "out"
+        self.encoder = next(iter(self._own.values())).encoder
         self.names = tuple(self._own)
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether any client's documents are chats."""
+        return any(text.part.is_chat for text in self._own.values())
+
+    def chat_lines(self, name: str) -> list[str]:
+        """Return lines on what is learnt of a client's own chats; none where it has plain text."""
+        own = self._own[name]
+        return chat_lines(name, own.stores(), own.data.sequence_length) if own.part.is_chat else []
 
     def notes(self) -> list[str]:
         """Return lines that say what is left out of the clients' texts, and what is cut."""
@@ -166,107 +162,3 @@ class Texts:
     def _held_out_of_all(self) -> tuple[tuple[TokenStore, ...], tuple[TokenStore, ...]]:
         stores = [own.stores() for own in self._own.values()]
         return tuple(s["valid"] for s in stores), tuple(s["test"] for s in stores)
-
-
-class ClientText:
-    """A client's own text leads to its stores."""
-
-    def __init__(
-        self, part: Partition, data: DataSection, encoder: Encoder, progress: Progress | None
-    ) -> None:
-        self.part, self.data, self.encoder, self.progress = part, data, encoder, progress
-
-    @cached_property
-    def limits(self) -> dict[Split, int]:
-        """The bytes of the splits of which only the first part is used; a last document is cut."""
-        limits: dict[Split, int] = {}
-        if self.data.train_share < 1:
-            limits["train"] = round(self.data.train_share * self.part.num_bytes("train"))
-        if self.data.valid_share < 1:
-            limits["valid"] = round(self.data.valid_share * self.part.num_bytes("valid"))
-        return limits
-
-    @cached_property
-    def texts(self) -> dict[Split, SplitText]:
-        """What each split holds; text is read again only where a part of it is used."""
-        found, part = {}, self.part
-        for split in SPLITS:
-            if split in self.limits:
-                found[split] = _measured(text for _, text in self._read([split]))
-            else:
-                sha256, size = part.text_sha256(split), part.num_bytes(split)
-                found[split] = SplitText(sha256, size, part.num_documents(split))
-        return found
-
-    def stores(self) -> dict[Split, TokenStore]:
-        """Return the store of each split; missing ones are built together, in one pass."""
-        folders: dict[Split, Path] = {}
-        for split in SPLITS:
-            sha256 = self.texts[split].text_sha256
-            folders[split] = store_folder(self.data.cache, sha256, self.encoder)
-        missing = [split for split in SPLITS if not folders[split].exists()]
-        stores = {split: open_store(folders[split]) for split in SPLITS if split not in missing}
-
-        # The writers are all open at once, so that a source with several splits is read once. What
-        # they have not committed is removed where anything fails.
-        with ExitStack() as stack, named(self.part.client):
-            writers = {}
-            for split in missing:
-                writers[split] = stack.enter_context(StoreWriter(folders[split], self.encoder))
-            for split, text in self._read(missing):
-                writers[split].add(text)
-            for split, writer in writers.items():
-                stores[split] = writer.commit(self.texts[split].text_sha256)
-        for split in SPLITS:
-            self._check_length(split, stores[split])
-        self._tell(stores, missing)
-        return stores
-
-    def _read(self, splits: Collection[Split]) -> Iterator[tuple[Split, str]]:
-        """Yield the texts of these splits, in one pass, up to their limits."""
-        left = dict(self.limits)
-        for split, document in self.part.read(splits):
-            if split not in left:
-                yield split, document.text
-                continue
-            raw = document.text.encode()
-            if text := raw[: max(0, left[split])].decode(errors="ignore"):
-                yield split, text
-            left[split] -= len(raw)
-
-    def _check_length(self, split: Split, store: TokenStore) -> None:
-        """Refuse a split that is too short. Raises UserError.
-
-        Train and valid are drawn from in whole windows; test is read to its end, however short.
-        """
-        needed = 2 if split == "test" else self.data.sequence_length + 1
-        if store.num_tokens < needed:
-            raise UserError(
-                f'client "{self.part.client}": {split} has {store.num_tokens} tokens, '
-                f"but needs {needed} (data.sequence_length + 1); "
-                "give it more text or shorten the windows"
-            )
-
-    def _tell(self, stores: dict[Split, TokenStore], tokenized: Collection[Split]) -> None:
-        """Send lines of progress, the first time."""
-        if self.progress is None:
-            return
-        name = self.part.client
-        for split in SPLITS:
-            store, how = stores[split], "tokenised" if split in tokenized else "in the cache"
-            self.progress(
-                f"{name}: {split}: {store.num_documents:,} documents, {store.num_bytes:,} bytes, "
-                f"{store.num_tokens:,} tokens ({how})"
-            )
-        if self.part.num_repeated:
-            repeated = f"{self.part.num_repeated:,} documents that repeat an earlier one"
-            self.progress(f"{name}: left out {repeated}")
-        self.progress = None
-
-
-def _measured(texts: Iterator[str]) -> SplitText:
-    digest, num_bytes, num_documents = hashlib.sha256(), 0, 0
-    for text in texts:
-        digest.update(text_digest(text))
-        num_bytes, num_documents = num_bytes + len(text.encode()), num_documents + 1
-    return SplitText(digest.hexdigest(), num_bytes, num_documents)

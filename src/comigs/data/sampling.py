@@ -13,6 +13,7 @@ import numpy as np
 
 from comigs.config import ClientSection, Config
 from comigs.data.batches import Batch, Fold, fold_windows, sample_windows
+from comigs.data.examples import ExampleStore
 from comigs.data.prepare import ClientData
 from comigs.errors import UserError
 from comigs.seeds import generator
@@ -59,12 +60,16 @@ def probe_windows(
 
 def check_text(client: str, data: ClientData, settings: ClientSection, length: int) -> None:
     """Refuse a text whose folds would be shorter than one window. Raises UserError."""
-    need, shortest = length + 1, min(store.num_tokens for store in data.train)
-    if settings.router_data == "crossfit" and shortest // settings.folds < need:
-        most = shortest // need
-        fewer = f"at most {most}, or " if most > 1 else ""
-        raise UserError(
-            f"client.folds: given {settings.folds}, but client {client} has {shortest:,} tokens to "
-            f"train on; a fold needs {need} at least. "
-            f'Use {fewer}client.router_data = "train"'
-        )
+    if settings.router_data != "crossfit":
+        return
+    for store in data.train:
+        places, more = store.num_places(length)
+        what = "windows of chats" if isinstance(store, ExampleStore) else "tokens"
+        if places // settings.folds <= more:
+            most = places // (more + 1)
+            fewer = f"at most {most}, or " if most > 1 else ""
+            raise UserError(
+                f"client.folds: given {settings.folds}, but client {client} has {places:,} {what} "
+                f"to train on; a fold needs {more + 1} at least. "
+                f'Use {fewer}client.router_data = "train"'
+            )

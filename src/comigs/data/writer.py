@@ -11,12 +11,12 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from comigs.data.corpus import META, TOKENS, Encoder, TokenStore, ends_sha256, open_store
-from comigs.data.document import chunks, text_digest
+from comigs.data.document import Document, chunks
 from comigs.errors import UserError
 from comigs.files import ABANDONED_AFTER, writing
 
@@ -34,7 +34,7 @@ class StoreWriter:
 
     def __init__(self, folder: Path, encoder: Encoder) -> None:
         self._folder, self._encoder = folder, encoder
-        self._dtype = np.dtype("<u2" if encoder.vocabulary_size <= 1 << 16 else "<u4")
+        self._dtype = np.dtype("<u2" if self.vocabulary_size <= 1 << 16 else "<u4")
         # Pieces of text that are not tokenized yet, and whether each starts a document.
         self._pending: list[tuple[str, bool]] = []
         self._pending_characters = 0
@@ -47,6 +47,11 @@ class StoreWriter:
             self._unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
             self._file = (self._unfinished / TOKENS).open("wb")
 
+    @property
+    def vocabulary_size(self) -> int:
+        """A number above all ids that are written."""
+        return self._encoder.vocabulary_size
+
     def __enter__(self) -> Self:
         """Return the writer."""
         return self
@@ -57,12 +62,12 @@ class StoreWriter:
             self._file.close()
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
-    def add(self, text: str) -> None:
+    def add(self, document: Document) -> None:
         """Append one document."""
-        self._text.update(text_digest(text))
+        self._text.update(document.digest)
         self._num_documents += 1
         starts_document = True
-        for piece in chunks(text):
+        for piece in chunks(document.text):
             self._num_bytes += len(piece.encode())
             self._pending.append((piece, starts_document))
             self._pending_characters += len(piece)
@@ -78,9 +83,8 @@ class StoreWriter:
         """
         if self._text.hexdigest() != text_sha256:
             raise UserError("the text changed while it was being read; run again")
-        self._encode_pending()
+        self._finish()
         with writing(self._folder.parent, ADVICE):
-            self._write([self._encoder.separator])
             self._file.flush()
             os.fsync(self._file.fileno())  # so that a power cut cannot leave a store with holes
             self._file.close()
@@ -91,7 +95,17 @@ class StoreWriter:
                 # Where another process was first, its store is as good.
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
+        return self._open()
+
+    def _open(self) -> TokenStore:
+        """Return the store that was built."""
         return open_store(self._folder)
+
+    def _finish(self) -> None:
+        """Write what is not written yet."""
+        self._encode_pending()
+        with writing(self._folder.parent, ADVICE):
+            self._write([self._encoder.separator])
 
     def _encode_pending(self) -> None:
         """Tokenize and write the pieces collected so far."""
@@ -107,8 +121,9 @@ class StoreWriter:
         self._file.write(raw)
         self._num_tokens += len(ids)
 
-    def _write_meta(self, text_sha256: str) -> None:
-        meta = {
+    def _meta(self, text_sha256: str) -> dict[str, Any]:
+        """Return what is written about the store."""
+        return {
             "encoder": self._encoder.id,
             "dtype": self._dtype.str,
             "num_tokens": self._num_tokens,
@@ -118,6 +133,9 @@ class StoreWriter:
             "tokens_sha256": self._tokens.hexdigest(),
             "ends_sha256": ends_sha256(self._unfinished / TOKENS),
         }
+
+    def _write_meta(self, text_sha256: str) -> None:
+        meta = self._meta(text_sha256)
         # Not write_text: the file must be on the disk before the folder gets its name.
         with (self._unfinished / META).open("w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)

@@ -148,9 +148,12 @@ class Attachment:
         """Point at nobody's tensors, which leaves the base alone."""
         self.bind({})
 
-    def routings(self) -> list[Routing]:
-        """Return each block's decision in the last forward pass; nothing without a router."""
-        return [m.routing for m in self.mixtures if m.routing is not None]
+    def routings(self, tokens: Tensor | None = None) -> list[Routing]:
+        """Return each block's decision in the last forward pass; nothing without a router.
+
+        tokens: (T,) for which of them; None: for all.
+        """
+        return [m.routing.of(tokens) for m in self.mixtures if m.routing is not None]
 
     def detach(self) -> None:
         """Put the base's own modules back, as if nothing had ever been attached."""

@@ -6,6 +6,9 @@ T tokens, E experts, K = top_k experts used per token.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +34,13 @@ class Routing:
     weights_TE: Tensor
     selected_TE: Tensor
     top_k: int
+
+    def of(self, tokens: Tensor | None) -> Routing:
+        """Return the decision for some of the tokens, (T,) whether each; None: for all."""
+        if tokens is None:
+            return self
+        chosen = (self.logits_TE[tokens], self.weights_TE[tokens], self.selected_TE[tokens])
+        return Routing(*chosen, self.top_k)
 
 
 def route(logits_TE: Tensor, top_k: int) -> Routing:
@@ -65,19 +75,45 @@ def route_gated(logits_TE: Tensor, top_k: int, gate: Tensor) -> Routing:
     return replace(of_all, weights_TE=weights_TE)
 
 
+POSITIONS: ContextVar[Tensor | None] = ContextVar("positions", default=None)
+"""Where each token (B, L) stands in its own example, while windows of several are read."""
+
+
+@contextmanager
+def reading_examples(positions: Tensor | None) -> Iterator[None]:
+    """Say inside that windows hold several examples, if they do, and where each token stands."""
+    token = POSITIONS.set(positions)
+    try:
+        yield
+    finally:
+        POSITIONS.reset(token)
+
+
 def routing_inputs(x_BLD: Tensor, routed_by: str) -> Tensor:
     """Return what the router reads for each token: (T, D), or (T, 1) for "client".
 
     "token": the MLP's input. "sequence": its mean over the tokens of the sequence up to this one,
-    so that no token is routed by what follows it. "client": a constant, so that the router's
-    weights are the logits.
+    or of the example where a window has several, so that no token is routed by what follows it.
+    "client": a constant, so that the router's weights are the logits.
     """
     if routed_by == "client":
         return x_BLD.new_ones(x_BLD.shape[:-1].numel(), 1)
     if routed_by == "sequence":
-        count_L1 = torch.arange(1, x_BLD.shape[-2] + 1, device=x_BLD.device)[:, None]
-        x_BLD = x_BLD.cumsum(dim=-2) / count_L1
+        x_BLD = _running_mean(x_BLD, POSITIONS.get())
     return x_BLD.reshape(-1, x_BLD.shape[-1])
+
+
+def _running_mean(x_BLD: Tensor, positions_BL: Tensor | None) -> Tensor:
+    """Return the mean of the tokens up to each one, from the start of its sequence or example."""
+    sums_BLD, length = x_BLD.cumsum(dim=-2), x_BLD.shape[-2]
+    counts = torch.arange(1, length + 1, device=x_BLD.device)[:, None]
+    if positions_BL is not None:
+        # What was summed before an example began is taken off again.
+        starts_BL1 = (counts[:, 0] - 1 - positions_BL)[..., None]
+        before_BLD = torch.cat([torch.zeros_like(x_BLD[:, :1]), sums_BLD], dim=1)
+        sums_BLD = sums_BLD - before_BLD.gather(1, starts_BL1.expand_as(x_BLD))
+        counts = positions_BL[..., None] + 1
+    return sums_BLD / counts
 
 
 def balance_loss(

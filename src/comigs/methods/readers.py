@@ -174,10 +174,10 @@ def tracked(choice: Choice) -> Reason:
 READERS: Mapping[str, Reader] = {
     **dict.fromkeys(("version", "name", "seed", "method", "rounds", "workers", "options"), always),
     **dict.fromkeys(("base.name", "base.dtype", "base.attention", "base.device"), always),
-    **dict.fromkeys(("base.tokenizer", "base.threads"), always),
+    **dict.fromkeys(("base.tokenizer", "base.chat_template", "base.threads"), always),
     "data.root": always,  # it is always given: the folder of the config file
     "data.cache": own_machine,
-    "data.sequence_length": always,
+    **dict.fromkeys(("data.sequence_length", "data.loss"), always),
     "data.distribution": always,
     **dict.fromkeys(("data.valid_fraction", "data.test_fraction"), hashed),
     **dict.fromkeys(("data.short_repeat", "data.train_share", "data.valid_share"), always),

@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from comigs.bases.chat_template import Message
 from comigs.bases.load import Base
+from comigs.bases.usable import end_ids
 from comigs.errors import UserError
 from comigs.files import write_whole, writing
 from comigs.personal.model import require_model, require_same_base
-from comigs.personal.prompts import Message, conversation_ids, end_ids, unread
+from comigs.personal.prompts import conversation_ids, unread
 from comigs.personal.routes.describe import texts_of
 from comigs.personal.routes.weights import generalist_weight, shared_experts
 from comigs.personal.serve.jobs import Settings

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from comigs.bases.chat_template import Message
 from comigs.bases.load import Base
 from comigs.bases.usable import separator
 from comigs.client.evaluate import Measurement, evaluate
@@ -25,7 +26,7 @@ from comigs.data.corpus import TokenStore
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.methods.loading import load_method
-from comigs.personal.prompts import unread
+from comigs.personal.prompts import conversation_ids, unread
 from comigs.personal.serve.text import Transcript, Vocabulary
 from comigs.runs.folder import RunFolder
 from comigs.slots import Slot
@@ -78,19 +79,26 @@ class PersonalModel:
         """
         return prompt + "".join(self.stream(prompt, **settings))
 
+    def answer(self, messages: Sequence[Message], **settings: Any) -> str:
+        """Return what the assistant says next, by the chat template of the base or of the run.
+
+        `settings` go to `transformers`' generate.
+        """
+        return "".join(self.stream(messages, **settings))
+
     def stream(
-        self, prompt: str, max_new_tokens: int = 60, seed: int | None = None, **settings: Any
+        self,
+        prompt: str | Sequence[Message],
+        max_new_tokens: int = 60,
+        seed: int | None = None,
+        **settings: Any,
     ) -> Generator[str]:
-        """Yield the continuation, piece by piece as it is written.
+        """Yield the continuation of a text, or the answer to messages, piece by piece.
 
         A seed makes sampling repeatable. Raises UserError where the prompt is too long, or holds a
         special token that the base does not read.
         """
-        start = separator(self.tokenizer)
-        prompt = prompt or self.tokenizer.convert_ids_to_tokens(start)
-        encoded = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        if token := unread(self.model, self.tokenizer, encoded["input_ids"][0].tolist()):
-            raise UserError(f'--prompt: holds "{token}", which this base does not read')
+        start, encoded = separator(self.tokenizer), self._encoded(prompt)
         window = self.model.config.max_position_embeddings
         room = window - encoded["input_ids"].shape[1]
         if room < 1:
@@ -100,7 +108,7 @@ class PersonalModel:
         pieces = _Pieces(self.tokenizer)
         stopping = [*settings.get("stopping_criteria", ()), _Once(unwanted)]
         arguments = {
-            **encoded.to(self.model.device),
+            **{name: tensor.to(self.model.device) for name, tensor in encoded.items()},
             "streamer": pieces,
             "max_new_tokens": min(max_new_tokens, room),
             "pad_token_id": start,
@@ -134,6 +142,21 @@ class PersonalModel:
             thread.join()
         if failure:
             raise failure[0]
+
+    def _encoded(self, prompt: str | Sequence[Message]) -> dict[str, Tensor]:
+        """Return a text, or a chat up to the assistant's next words, as `generate` takes it.
+
+        Raises UserError where it holds a special token that the base does not read.
+        """
+        if not isinstance(prompt, str):
+            ids = conversation_ids(self.tokenizer, prompt)
+        else:
+            text = prompt or self.tokenizer.convert_ids_to_tokens(separator(self.tokenizer))
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if token := unread(self.model, self.tokenizer, ids):
+            raise UserError(f'--prompt: holds "{token}", which this base does not read')
+        input_ids = torch.tensor([ids])
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
     def close(self) -> None:
         """Take the experts off again."""

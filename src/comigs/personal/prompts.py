@@ -4,14 +4,11 @@ it has none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
+from comigs.bases.chat_template import Message, TemplateRefusal, render
 from comigs.errors import UserError
-
-Message = Mapping[str, str]  # "role": system, user or assistant; "content": text
 
 
 def conversation_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -21,15 +18,11 @@ def conversation_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     if not tokenizer.chat_template:
         return text_ids(tokenizer, plain_text(messages))
     try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
-    except TemplateError as error:
+        text = render(tokenizer, messages, prompt=True)
+    except TemplateRefusal as error:
         raise UserError(f"messages: the base's chat template refuses them: {error}") from None
-    return list(ids)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def plain_text(messages: Sequence[Message]) -> str:
@@ -65,10 +58,3 @@ def unread(model: Any, tokenizer: Any, ids: Sequence[int]) -> str | None:
         if id >= rows:
             return str(tokenizer.convert_ids_to_tokens(id))
     return None
-
-
-def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end a text: the base's own and the tokenizer's."""
-    own = model.generation_config.eos_token_id
-    listed = own if isinstance(own, list) else [own]
-    return frozenset(id for id in [*listed, tokenizer.eos_token_id] if id is not None)

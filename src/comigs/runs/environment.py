@@ -16,8 +16,9 @@ import torch
 from comigs import __version__
 from comigs.bases.load import Base
 from comigs.config import SPLITS
+from comigs.data.client_text import SplitText
 from comigs.data.corpus import TokenStore
-from comigs.data.prepare import ClientData, Outline, SplitText
+from comigs.data.prepare import ClientData, Outline
 from comigs.errors import UserError
 from comigs.experts import csrc
 from comigs.runs.folder import RunFolder

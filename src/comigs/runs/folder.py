@@ -119,7 +119,7 @@ class RunFolder:
         base = read_toml(path).get("base", {})
         if base.get("name") == "smollm2-135m" and "tokenizer" not in base:
             overrides.append('base.tokenizer="gpt-2"')
-        return self.reader.read(load_config(path, overrides), self.path)
+        return self.reader.read(load_config(path, overrides, own=False), self.path)
 
     def summary(self) -> Summary:
         """Read the result (summary.json). Raises UserError where the run is not finished."""

@@ -18,6 +18,9 @@ from comigs.data.document import Document
 from comigs.data.files import reading, resolve
 from comigs.errors import UserError, nearest
 
+ROWS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet", ".csv": "csv"}
+"""The source of files of rows, by how their names end."""
+
 
 class SourceInfo(NamedTuple):
     """A source's line in what `comigs list` shows."""
@@ -45,8 +48,8 @@ def list_sources() -> list[SourceInfo]:
 def open_source(spec: str, root: Path) -> Iterator[Document]:
     """Return the documents of "source:argument" or of a path, relative to `root`.
 
-    A path may be a folder, a .txt or .md file, or a .jsonl or .jsonl.gz file. Raises UserError at
-    once for an unknown source or path, and while iterating for what is wrong inside.
+    A path may be a folder, a .txt or .md file, or a file of ROWS. Raises UserError at once for an
+    unknown source or path, and while iterating for what is wrong inside.
     """
     name, argument = _parse(spec, root)
     documents: Iterator[Document] = _module(name).load(argument, root)
@@ -83,4 +86,7 @@ def _parse(spec: str, root: Path) -> tuple[str, str]:
         raise UserError(f'text "{spec}": no source "{name}"; there are: {known}')
     if not exists:
         raise UserError(f"{path}: no such file or folder")
-    return ("jsonl" if path.name.lower().endswith((".jsonl", ".jsonl.gz")) else "folder"), spec
+    for ending, source in ROWS.items():
+        if path.name.lower().endswith(ending):
+            return source, spec
+    return "folder", spec

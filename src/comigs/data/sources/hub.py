@@ -1,4 +1,4 @@
-"""This source is a dataset of the `datasets` library: each row is a document.
+"""This source is a dataset of the `datasets` library: each row is a text or a chat (data/shapes).
 
 The dataset is from the library's hub, or from a folder on this machine.
 """
@@ -11,11 +11,12 @@ from typing import Any
 
 from comigs.data.document import Document
 from comigs.data.files import resolve
+from comigs.data.shapes import Reader
 from comigs.errors import UserError
 
 SUMMARY = (
-    "hub:NAME[:CONFIG]:SPLIT: rows with a field `text` of a `datasets` dataset, "
-    "by hub name or local folder"
+    "hub:NAME[:CONFIG]:SPLIT: rows of a `datasets` dataset, each a text (`text`) or a chat "
+    "(`messages`, ...), by hub name or local folder"
 )
 VERSION = "as published"
 LICENSE = "as the dataset's card says"
@@ -26,17 +27,9 @@ def load(argument: str, root: Path) -> Iterator[Document]:
 
     NAME may be a folder written by `save_to_disk`, or one of data files; relative to `root`.
     """
-    rows = _open(argument, root)
+    reader, rows = Reader(), _open(argument, root)
     for number, row in enumerate(_guarded(rows, argument)):
-        if not isinstance(row.get("text"), str):
-            problem = f"has no field `text`; fields there are: {', '.join(row)}"
-            if "text" in row:
-                kind = (
-                    "null" if row["text"] is None else f"no text but {type(row['text']).__name__}"
-                )
-                problem = f"has a field `text` that is {kind}; leave the row out, or fill it in"
-            raise UserError(f"hub:{argument}: row {number} {problem}")
-        yield Document(row["text"], f"{argument}:{number}")
+        yield reader.document(row, f"hub:{argument}: row {number}", f"{argument}:{number}")
 
 
 def _open(argument: str, root: Path) -> Iterable[dict[str, Any]]:

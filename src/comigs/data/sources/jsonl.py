@@ -1,4 +1,4 @@
-"""This source is JSON lines, plain or gzipped: each line's field `text` is a document."""
+"""This source is JSON lines, plain or gzipped: each line is a text, or a chat (data/shapes)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from comigs.data.document import Document
 from comigs.data.files import decode, reading, resolve
+from comigs.data.shapes import Reader
 from comigs.errors import UserError
 
-SUMMARY = "jsonl:FILE: a .jsonl or .jsonl.gz file, each line an object with a field `text`"
+SUMMARY = (
+    "jsonl:FILE: a .jsonl or .jsonl.gz file, each line a text (`text`) or a chat (`messages`, ...)"
+)
 VERSION = "-"
 LICENSE = "as your file"
 
@@ -27,7 +30,7 @@ def load(argument: str, root: Path) -> Iterator[Document]:
     # One text over several lines is told apart at its start, where the parser's words mislead.
     path = resolve(argument, root)
     offset = 0  # bytes before the line, uncompressed
-    found = False
+    reader, found = Reader(), False
     with reading(path), _open(path) as lines:
         for number, raw in enumerate(_lines(path, lines), 1):
             line = decode(raw, f"{path}:{number}", offset)
@@ -40,7 +43,8 @@ def load(argument: str, root: Path) -> Iterator[Document]:
                         "object in each line (jq -c '.[]' does)"
                     )
                 found = True
-                yield Document(_text(line, f"{path}:{number}"), f"{path.name}:{number}")
+                where = f"{path}:{number}"
+                yield reader.document(_row(line, where), where, f"{path.name}:{number}")
     if not found:
         raise UserError(f"{path}: the file is empty")
 
@@ -68,8 +72,8 @@ def _open(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _text(line: str, where: str) -> str:
-    """Return the field `text` of one line."""
+def _row(line: str, where: str) -> dict[str, Any]:
+    """Return the object that a line is. Raises UserError."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -77,15 +81,8 @@ def _text(line: str, where: str) -> str:
     # JSON may be right and still more than Python's reader takes.
     except (ValueError, RecursionError):
         raise UserError(
-            f"{where}: a number too long or lists too deep to be read; only `text` is used"
+            f"{where}: a number too long or lists too deep to be read; leave the field out"
         ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{where}: not an object with a field `text`")
-    if "text" not in value:
-        fields = ", ".join(value) or "none"
-        raise UserError(f"{where}: the field `text` is missing; fields there are: {fields}")
-    text = value["text"]
-    if not isinstance(text, str):
-        what = "null" if text is None else "not a string"
-        raise UserError(f"{where}: the field `text` is {what}; leave the line out, or fill it in")
-    return text
+        raise UserError(f"{where}: not an object with a field `text`, or those of a chat")
+    return value

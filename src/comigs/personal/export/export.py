@@ -25,7 +25,7 @@ from comigs.errors import UserError
 from comigs.files import write_whole, writing
 from comigs.personal.export.card import model_card, names_of
 from comigs.personal.export.form import LOGITS, PERPLEXITY, Format, Written
-from comigs.personal.export.outputs import Outputs, outputs
+from comigs.personal.export.outputs import Outputs, num_learnt, outputs
 from comigs.personal.export.source import Source
 
 MANIFEST = "comigs.json"
@@ -102,8 +102,9 @@ def write_export(source: Source, to: tuple[str, Format, str], out: Path) -> Expo
             require_as_promised(written, found, type, personal)
             exported = Exported(
                 out, name, type, size_of(folder), base.perplexity, personal.perplexity,
-                found.perplexity, sum(x.size for x, _ in source.windows), found.furthest(personal),
-                written.exact, private_parts(source, form), tuple(written.notes),
+                found.perplexity, sum(num_learnt(y) for _, y in source.windows),
+                found.furthest(personal), written.exact, private_parts(source, form),
+                tuple(written.notes),
             )  # fmt: skip
             manifest = json.dumps(manifest_of(source, exported), indent=1) + "\n"
             (folder / MANIFEST).write_text(manifest, encoding="utf-8")

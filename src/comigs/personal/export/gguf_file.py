@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 
+from comigs.bases.usable import end_ids
 from comigs.errors import UserError
 from comigs.personal.export.gguf_tensors import (
     INSTEAD,
@@ -15,7 +16,6 @@ from comigs.personal.export.gguf_tensors import (
     read_into,
 )
 from comigs.personal.export.gguf_text import add_tokenizer, rule_of
-from comigs.personal.prompts import end_ids
 
 FILE_TYPES = {
     "float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16",

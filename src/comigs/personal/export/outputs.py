@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from comigs.client.evaluate import Measurement
-from comigs.data.batches import Batch, evaluation_windows
+from comigs.data.batches import single_examples
 from comigs.data.corpus import TokenStore
+from comigs.data.examples import IGNORED
+
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -37,25 +42,38 @@ class Outputs:
         return math.exp(self.nats_per_token - other.nats_per_token) - 1
 
 
-def outputs(model: Any, windows: Sequence[Batch]) -> Outputs:
-    """Ask a model, in its own dtype, about windows of (1, length) each."""
+def outputs(model: Any, windows: Sequence[tuple[Ids, Ids]]) -> Outputs:
+    """Ask a model, in its own dtype, about windows of (1, length) each: inputs and targets."""
     nats, tokens, first = 0.0, 0, None
-    with torch.no_grad():
-        for inputs, targets in windows:
-            logits_LV = model(torch.from_numpy(inputs), use_cache=False).logits[0].float()
-            nats += float(F.cross_entropy(logits_LV, torch.from_numpy(targets[0]), reduction="sum"))
-            tokens += targets.size
-            first = logits_LV if first is None else first
+    for inputs, targets in windows:
+        logits_LV, of_window = asked(model, inputs, targets)
+        nats, tokens = nats + of_window, tokens + num_learnt(targets)
+        first = logits_LV if first is None else first
     assert first is not None
     return Outputs(first, nats / tokens)
 
 
-def measure_text(model: Any, stores: Sequence[TokenStore], length: int) -> Measurement:
-    """Measure a model on every token of these stores once, in windows of `length` tokens."""
-    nats, tokens = 0.0, 0
+def asked(model: Any, inputs: Ids, targets: Ids) -> tuple[Tensor, float]:
+    """Return the logits (L, V) of a window and the nats of its targets that are learnt."""
     with torch.no_grad():
-        for inputs, targets in evaluation_windows(stores, length, 1):
-            logits_LV = model(torch.from_numpy(inputs), use_cache=False).logits[0].float()
-            nats += float(F.cross_entropy(logits_LV, torch.from_numpy(targets[0]), reduction="sum"))
-            tokens += targets.size
-    return Measurement(nats, tokens, sum(store.num_bytes for store in stores), None)
+        logits_LV = model(torch.from_numpy(inputs), use_cache=False).logits[0].float()
+        targets_L = torch.from_numpy(targets[0])
+        nats = F.cross_entropy(logits_LV, targets_L, reduction="sum", ignore_index=IGNORED)
+    return logits_LV, float(nats)
+
+
+def num_learnt(targets: Ids) -> int:
+    """Return how many targets are learnt."""
+    return int((targets != IGNORED).sum())
+
+
+def measure_text(model: Any, stores: Sequence[TokenStore], length: int) -> Measurement:
+    """Measure a model on every token of these stores that is learnt, once.
+
+    length: tokens of a window.
+    """
+    nats, tokens = 0.0, 0
+    for batch in single_examples(stores, length):
+        _, of_window = asked(model, batch.inputs, batch.targets)
+        nats, tokens = nats + of_window, tokens + num_learnt(batch.targets)
+    return Measurement(nats, tokens, sum(store.measured_bytes(length) for store in stores), None)

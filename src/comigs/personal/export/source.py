@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from comigs.bases.load import Base
-from comigs.data.batches import Batch, evaluation_windows
+from comigs.data.batches import single_examples
 from comigs.data.corpus import TokenStore
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
@@ -22,6 +24,7 @@ from comigs.personal.model import PersonalModel
 from comigs.runs.folder import RunFolder
 from comigs.slots import OTHERS
 
+Window = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets, both (1, length)
 WINDOWS = 32  # of valid, on which an export is fitted, measured and checked
 
 
@@ -36,7 +39,7 @@ class Source:
     client: str
     base: Base
     model: PersonalModel
-    windows: Sequence[Batch]
+    windows: Sequence[Window]
 
     @property
     def attachment(self) -> Attachment:
@@ -112,12 +115,13 @@ def mixing_of(mixtures: Sequence[Mixture]) -> Mixing:
     return Mixing(num_experts, top_k, "constant", torch.stack(rows))
 
 
-def windows_of(stores: Sequence[TokenStore], length: int) -> list[Batch]:
+def windows_of(stores: Sequence[TokenStore], length: int) -> list[Window]:
     """Return up to `WINDOWS` whole windows of these stores, (1, length) each, from their start.
 
-    Raises UserError where there is no text.
+    A chat is a window. Raises UserError where there is no text.
     """
-    found = list(islice(evaluation_windows(stores, length, 1), WINDOWS))
+    batches = islice(single_examples(stores, length), WINDOWS)
+    found = [(batch.inputs, batch.targets) for batch in batches]
     if not found:
         raise UserError("valid: has no text, and an export is checked on it")
     return found

@@ -58,7 +58,7 @@ def read_weights(
     body, found = model.model.base_model, []
     with torch.no_grad(), evaluation_mode(model.model):
         for stream in streams:
-            for inputs, _ in stream_windows(stream, length, batch):
+            for inputs, _, _ in stream_windows(stream, length, batch):
                 x = torch.from_numpy(inputs).to(model.model.device)
                 with autocast(model.dtype, x.device):
                     body(input_ids=x, use_cache=False)

