@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused_naming_what_does(setting, family, to, said
 
 @pytest.mark.parametrize("type", ["q4_0", "Q4_K_M", "q5_1"])
 def test_few_bits_are_refused_for_a_merged_model_with_the_reason(type, tmp_path):
-    with pytest.raises(UserError, match=r'cost 62 %.*q8_0.*"gguf-base".*"gguf-adapter"'):
+    with pytest.raises(UserError, match=r'cost 83 %.*q8_0.*"gguf-base".*"gguf-adapter"'):
         exported(trained("1g1s"), "gguf", tmp_path / "out", type=type)
 
 

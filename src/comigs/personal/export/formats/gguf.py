@@ -62,7 +62,7 @@ def refused(type: str) -> str | None:
     """Say why there is no merged model in few bits."""
     if type.lower().startswith(("q2", "q3", "q4", "q5", "q6", "iq")):
         return (
-            "a merged update vanishes on so coarse a grid (q4_1 cost 62 % in perplexity on "
+            "a merged update vanishes on so coarse a grid (q4_1 cost 83 % in perplexity on "
             'SmolLM2); use gguf with q8_0, or "gguf-base" with q4_1 and "gguf-adapter" beside it'
         )
     return None
