@@ -35,12 +35,12 @@ WINDOW = 48  # bytes; no two tensors or texts share so many by chance
 
 class Recorder(threading.Thread):
     """A machine in the middle that has the server's key: keeps every byte, either way, as it is
-    inside the TLS.
+    inside the TLS. Requests with the words `held` wait for as long as these are there.
     """
 
     def __init__(self, federation, target):
         super().__init__(daemon=True)
-        self.target, self.bytes = target, bytearray()
+        self.target, self.bytes, self.held = target, bytearray(), None
         self.server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.server_side.load_cert_chain(federation / "server.pem", federation / "server.key")
         self.client_side = ssl.create_default_context(cafile=federation / "ca.pem")
@@ -76,6 +76,8 @@ class Recorder(threading.Thread):
         with suppress(OSError):
             while piece := await reader.read(65536):
                 heard += piece
+                while self.held and self.held in piece:
+                    await asyncio.sleep(0.1)
                 writer.write(piece)
                 await writer.drain()
         writer.close()
@@ -261,6 +263,7 @@ def test_a_revoked_device_is_put_out_and_stays_out(deployment):
 
 
 STEADY = "[participation]\nmin_clients = 2\ndeadline = 600\n"  # whoever is missing is asked again
+ENDED = "is not in `RUNNING` status"  # of a run, in the log of a SuperNode
 
 
 @pytest.mark.slow  # a minute for the run, half of one for the restart
@@ -304,6 +307,28 @@ def test_a_run_stopped_by_hand_is_resumed(deployment, pair_alone):
     again = Program(deployment.folder, "again", "resume", "stopped")
     assert again.code() == 0, again.said
     equal(deployment, "stopped", pair_alone, PAIR)
+
+
+@pytest.mark.slow  # two runs' time
+def test_a_run_that_ends_before_a_device_can_confirm_its_message_costs_no_later_answer(
+    deployment, pair_alone
+):
+    """Her SuperNode asks on while her app has answered already: the next run gets its own answer,
+    long before its deadline.
+    """
+    deployment.between.held = b"/v1/fleet/confirm-message-received"
+    run = deployment.run(deployment.config("held", PAIR, STEADY), "held")
+    for name in PAIR:
+        answered = f"{deployment.run_id('held')}: round 1 of 2: trained and answered"
+        deployment.devices[name].says(answered)
+    assert run.end() == 130, run.said
+    logs = [deployment.folder / f"home-{name}" / "log" / "supernode.log" for name in PAIR]
+    before = {log: log.read_text().count(ENDED) for log in logs}
+    deployment.between.held = None
+    wait(lambda: all(log.read_text().count(ENDED) > n for log, n in before.items()), ENDED)
+    again = Program(deployment.folder, "again", "resume", "held")
+    assert again.code() == 0, again.said
+    equal(deployment, "held", pair_alone, PAIR)
 
 
 @pytest.mark.slow  # two starts of the server and a run

@@ -87,6 +87,19 @@ class Killed:
         left = [p for folder in folders for p in folder.rglob("*") if "unfinished" in p.name]
         assert not left, "something half-written was left"
 
+    def begin_anew(self):
+        """After a failure, end its run, which would lock the next test's; start what has ended."""
+        self.run.process.kill()
+        self.run.process.wait()
+        self.deployment.server.end()
+        wait(lambda: not self.processes(), "an end of all that the server started")
+        self.deployment.serve()
+        for name, device in self.deployment.devices.items():
+            if device.process.poll() is not None:
+                self.deployment.devices[name] = self.deployment.join(name)
+                self.deployment.devices[name].says("is online")
+        self.run, self.out = None, None
+
     def processes(self, *words):
         """The process ids of the server's folder whose command line has one of these words."""
         pids = [p for p in self.deployment.pids() if cwd(p) == self.deployment.federation]
@@ -94,13 +107,21 @@ class Killed:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+def federation(tmp_path_factory):
     deployment = Deployment(tmp_path_factory.mktemp("kills"), CLIENTS)
     try:
         deployment.begin()
         yield Killed(deployment, in_process(deployment, "kills", CLIENTS, ROUNDS))
     finally:
         deployment.end()
+
+
+@pytest.fixture
+def killed(federation):
+    """The federation for one test, which leaves no run behind even where it fails."""
+    yield federation
+    if federation.run is not None:
+        federation.begin_anew()
 
 
 def kill_on_device(killed, part, draw):

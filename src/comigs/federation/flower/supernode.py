@@ -1,5 +1,5 @@
-"""This module is Flower's SuperNode, made to run one app only: the one whose sha256 the device's
-owner was given.
+"""This module is Flower's SuperNode, made to run one app only, the one whose sha256 the device's
+owner was given, and to answer each message also after a run has ended in the midst of one.
 
 By itself a SuperNode runs whatever Python the server sends. This wraps a private function of Flower
 1.41 (its command has no such option), so another release is refused until somebody has looked at
@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import httpx
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import start_client_internal as flower
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -54,8 +55,9 @@ def pinned(app: str, mark: Path) -> Callable[..., Any]:
         _leave(mark, settings)
         other = ""
         try:
-            with connect(*args, **settings) as (node_id, receive, send, get_run, get_fab, *rest):
-                assert len(rest) == 3, "another Flower"
+            with connect(*args, **settings) as calls:
+                assert len(calls) == 8, "another Flower"
+                node_id, receive, send, get_run, get_fab, pull, push, confirm = calls
 
                 def checked(fab_hash: str, run_id: int) -> Any:
                     nonlocal other
@@ -66,7 +68,8 @@ def pinned(app: str, mark: Path) -> Callable[..., Any]:
                     return fab
 
                 mark.write_text(str(node_id))
-                yield node_id, receive, send, get_run, checked, *rest
+                pull, confirm = whole_or_failed(pull), whatever_comes(confirm)
+                yield node_id, receive, send, get_run, checked, pull, push, confirm
         # Flower exits where it is refused, and says why in its log only.
         except SystemExit:
             if not mark.exists():
@@ -86,6 +89,38 @@ def pinned(app: str, mark: Path) -> Callable[..., Any]:
                 )
 
     return connection
+
+
+# Flower lets an app begin with a message before all of it is there and confirmed. Where the run
+# ends in between, Flower 1.41 drops the message by an exception that passes its own clearing up,
+# and does not wait for what the app replies. That reply is then taken for the one to the next
+# message, whose own waits here for one more message: a server waits for it until its deadline.
+
+
+def whole_or_failed(pull: Callable[[int, str], bytes]) -> Callable[[int, str], bytes]:
+    """Return `pull`, after which Flower clears up also where the message's run has ended:
+    nothing can have answered a message that is not whole.
+    """
+
+    def pulled(run_id: int, object_id: str) -> bytes:
+        try:
+            return pull(run_id, object_id)
+        except RunNotRunningException:
+            raise ConnectionAbortedError("its run has ended") from None
+
+    return pulled
+
+
+def whatever_comes(confirm: Callable[[int, str], None]) -> Callable[[int, str], None]:
+    """Return `confirm`, after which Flower waits for the reply whatever the server says: a message
+    that is whole is answered, and where nobody wants the reply any more Flower drops it.
+    """
+
+    def confirmed(run_id: int, message_id: str) -> None:
+        with suppress(Exception, RunNotRunningException):
+            confirm(run_id, message_id)
+
+    return confirmed
 
 
 def _revoked(*_: object) -> None:
