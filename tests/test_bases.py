@@ -81,7 +81,7 @@ def test_a_local_folder_is_a_base_too(tmp_path):
     ("name", "said"),
     [
         ("tiny-gpt", 'unknown base "tiny-gpt".*Did you mean "tiny-gpt2"'),
-        ("no-such-folder", "unknown base.*local folder, or a hub name"),
+        ("no-such-folder", "unknown base.*local folder, a .gguf file, or a hub name"),
         ("../../etc/passwd", "unknown base"),
     ],
 )

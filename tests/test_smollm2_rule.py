@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from comigs.bases.load import load_base
-from comigs.bases.smollm2 import gpt2s_rule, own_rule
+from comigs.bases.text_rules import gpt2s_rule, smollms_rule
 from comigs.config import BaseSection, parse_config, to_toml
 from comigs.errors import UserError
 from comigs.runs.folder import RunFolder
@@ -53,7 +53,7 @@ def test_the_rules_differ_only_where_spaces_stand_before_a_digit():
     def cut(rule, text):
         return [word for word, _ in rule.pre_tokenize_str(text)]
 
-    own, gpt2s = own_rule(), gpt2s_rule()
+    own, gpt2s = smollms_rule(), gpt2s_rule()
     assert cut(own, "a   7") == ["a", "ĠĠĠ", "7"] and cut(gpt2s, "a   7") == ["a", "ĠĠ", "Ġ7"]
     for text in ("it's what we'll read", "a  b", "\n\n\tx", "Größe"):
         assert cut(own, text) == cut(gpt2s, text)

@@ -52,7 +52,7 @@ def _bases() -> Table:
         if hasattr(module, "ARCHITECTURE"):
             families += module.ARCHITECTURE.model_types
     rows = [(name, loader.summary) for name, loader in loaders().items()]
-    others = "a local folder or hub name of: " + ", ".join(families)
+    others = "a local folder, .gguf file or hub name of: " + ", ".join(families)
     rows.append(("FOLDER or ORG/MODEL", others))
     return Table(("base.name", "what it is"), tuple(rows), names=2)
 

@@ -19,6 +19,7 @@ from comigs import bases
 from comigs.bases.base import Architecture, Loader
 from comigs.bases.chat_encoder import ChatEncoder
 from comigs.bases.chat_template import use_template
+from comigs.bases.from_gguf import is_gguf, load_gguf
 from comigs.bases.pretrained import load_pretrained
 from comigs.bases.tokenizer import TextEncoder
 from comigs.bases.usable import end_ids, require_usable
@@ -44,8 +45,8 @@ class Base:
 
     @property
     def title(self) -> str:
-        """Its name for others: a folder's last part, so that no path of this machine goes out."""
-        return Path(self.name).name if Path(self.name).is_dir() else self.name
+        """Its name for others: a path's last part, so that no path of this machine goes out."""
+        return Path(self.name).name if Path(self.name).exists() else self.name
 
 
 def load_base(section: BaseSection) -> Base:
@@ -132,11 +133,12 @@ def loaders() -> dict[str, Loader]:
 
 
 def architecture_of(model: Any) -> Architecture:
-    """Return the record that fits a loaded model.
+    """Return the record that fits a loaded model. Raises UserError."""
+    return family_of(model.config.model_type)
 
-    Raises UserError naming the families there are.
-    """
-    model_type = model.config.model_type
+
+def family_of(model_type: str) -> Architecture:
+    """Return the record that fits a model_type. Raises UserError naming the families there are."""
     known: list[str] = []
     for module in modules().values():
         if hasattr(module, "ARCHITECTURE"):
@@ -156,15 +158,18 @@ def _named(name: str) -> tuple[Any, Any]:
     if name in ours:
         return ours[name].load()
     if Path(name).is_file():
+        if is_gguf(Path(name)):
+            return load_gguf(Path(name), family_of)
         raise UserError(
-            f'base.name: unknown base "{name}": it is a file; give the folder that it is in'
+            f'base.name: unknown base "{name}": it is a file and no GGUF; give the folder that it '
+            "is in"
         )
     # The hub would take long to say that it has no such name.
     if not Path(name).is_dir() and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         known = list(ours)
         raise UserError(
             f'base.name: unknown base "{name}".{nearest(name, known)} Known: {", ".join(known)}; '
-            "or a local folder, or a hub name like org/model"
+            "or a local folder, a .gguf file, or a hub name like org/model"
         )
     return load_pretrained(name)
 

@@ -42,11 +42,18 @@ def load_pretrained(name: str | Path) -> tuple[Any, Any]:
                 "it is an adapter (PEFT), not a whole model; merge it into its base "
                 "(merge_and_unload, then save_pretrained) and give that folder",
             )
-        # No code from a model's folder is ever run.
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    require_no_refused(config.model_type)
+    config = read_config(name)
     _require_unquantised(name, config)
     return load_model(name), load_tokenizer(name)
+
+
+def read_config(name: str | Path, **settings: Any) -> Any:
+    """Read a model's config. `settings` go to `from_pretrained`. Raises UserError."""
+    with _in_one_line(name):
+        # No code from a model's folder is ever run.
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **settings)
+    require_no_refused(config.model_type)
+    return config
 
 
 def load_model(name: str | Path, **settings: Any) -> Any:
@@ -133,7 +140,7 @@ def _require_whole_files(folder: Path) -> None:
     if not (folder / "config.json").exists():
         why = "it has no config.json; give a folder that save_pretrained wrote"
         if list(folder.glob("*.gguf")):
-            why = "it holds GGUF; give the model in transformers' form (config.json, safetensors)"
+            why = "it holds GGUF; give the .gguf file itself as base.name"
         raise cannot_load(folder, why)
     if not list(folder.glob("*.safetensors*")):
         raise cannot_load(

@@ -9,6 +9,10 @@ RECURRENT = (
     "has blocks without attention, on which nothing here was tried; give a plain transformer"
 )
 TOGETHER = "reads images or sound, too; give its text model alone"
+FUSED = (
+    "keeps gate and up of its MLP in one linear (gate_up_proj), where experts have a LoRA on each; "
+    "give a family with two"
+)
 ENCODER = "is no decoder of text alone; give a causal language model"
 
 REFUSED: dict[str, str] = {
@@ -34,6 +38,7 @@ REFUSED: dict[str, str] = {
         ("gemma3", "gemma3n", "gemma4", "mistral3", "llama4", "qwen3_5", "phi4_multimodal"),
         TOGETHER,
     ),
+    **dict.fromkeys(("phi3", "glm", "glm4"), FUSED),
     **dict.fromkeys(("bert", "roberta", "t5", "bart"), ENCODER),
 }
 

@@ -37,17 +37,17 @@ def whole(path: str, folder: Path) -> str:
 
 
 def folder_or_name(name: str, beside: Path) -> str:
-    """Return the whole path of the folder that the name of a base means.
+    """Return the whole path of the folder or .gguf file that the name of a base means.
 
-    The folder lies in `beside` or in the working folder. What goes by a name of ours, or is no
-    folder, is a name and is returned as it is; what can only be a path is made whole even so.
+    It lies in `beside` or in the working folder. What goes by a name of ours, or is no such
+    thing, is a name and is returned as it is; what can only be a path is made whole even so.
     Raises UserError.
     """
     if not name or name in NAMED_BASES:
         return name
     places = [whole(name, beside), whole(name, Path())]
     for place in places:
-        if os.path.isdir(place):
+        if os.path.isdir(place) or (name.endswith(".gguf") and os.path.isfile(place)):
             return place
     return places[0] if name.startswith(("~", ".", "/")) else name
 

@@ -27,8 +27,9 @@ class BaseSection(Section):
 
     name: str = Field(
         "mini",
-        description=f"The base is {', '.join(NAMED_BASES)}, a local folder (models/mine) beside "
-        "the config file or in the working folder, or a name on the Hugging Face hub.",
+        description=f"The base is {', '.join(NAMED_BASES)}, a local folder (models/mine) or "
+        "a .gguf file beside the config file or in the working folder, or a name on the Hugging "
+        "Face hub (docs/bases.md).",
     )
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = Field(
         "auto",

@@ -143,9 +143,9 @@ def config_for(config: Config, client: str) -> dict[str, Any]:
     clients, nor where curves go.
     """
     entry = config.client_named(client).model_copy(update={"text": None})
-    # A base in a folder is called by the folder's name alone; the device has one of its own.
+    # A base in a folder or a file is called by its name alone; the device has one of its own.
     name = config.base.name
-    if Path(name).is_dir():
+    if Path(name).exists():
         name = Path(name).name
     base = {"device": "auto", "threads": None, "name": name}
     places = {n: DataSection.model_fields[n].default for n in ("root", "cache")}

@@ -12,14 +12,10 @@ from typing import Any
 
 import gguf
 
+from comigs.bases.text_rules import LLAMA3, QWEN2
 from comigs.errors import UserError
 
 INSTEAD = 'what does work: "transformers", "peft" and "flat"'
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 RULES = {  # kinds of the steps that cut text, with what they cut by -> llama.cpp's name
     ("ByteLevel by words",): "gpt-2",
     ("Digits", "ByteLevel by words"): "smollm",

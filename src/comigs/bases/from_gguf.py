@@ -1,0 +1,129 @@
+"""This module makes a base of a GGUF file, dequantised once into the cache.
+
+`transformers` reads a part of what a GGUF can say, and is silent about the rest. What it would
+leave out is refused here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from transformers import AutoTokenizer, GgufConfig
+
+from comigs.bases.pretrained import cannot_load, load_model, load_pretrained, read_config
+from comigs.bases.text_rules import RULES
+from comigs.files import cache_folder
+
+
+def is_gguf(file: Path) -> bool:
+    """Return whether a file begins as a GGUF does."""
+    with file.open("rb") as opened:
+        return opened.read(4) == b"GGUF"
+
+
+def load_gguf(file: Path, require_family: Callable[[str], object]) -> tuple[Any, Any]:
+    """Load the model and its tokenizer from a GGUF file, or from what the cache has of it.
+
+    `require_family` raises UserError for a model_type that is not known. Raises UserError for a
+    file that is damaged, or says what transformers does not read.
+    """
+    # What the head of the file says comes before gigabytes are read.
+    reader = _reader(file)
+    rule = _rule_of(file, reader)
+    _require_plain_positions(file, reader)
+    require_family(read_config(file.parent, gguf_file=file.name).model_type)
+    # The same file under another name, or in another place, is the same base.
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    folder = cache_folder() / "bases" / f"gguf-{digest[:32]}"
+    if not folder.is_dir():
+        unpack(file, folder, torch.float32)
+    model, tokenizer = load_pretrained(folder)
+    # transformers gives byte-level BPE the rule of GPT-2, whatever the file names (decision 14).
+    if rule is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = RULES[rule]()
+        # Llama 3 takes a word that is a token for that token, without asking the merges.
+        tokenizer.backend_tokenizer.model.ignore_merges = rule == "llama-bpe"
+    return model, tokenizer
+
+
+def unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write the model and the tokenizer of a GGUF as transformers keeps them. Raises UserError."""
+    # Without dequantize, transformers 5 keeps the weights packed, which is slow and not trainable
+    # through.
+    config = GgufConfig(dequantize=True)
+    model = load_model(file.parent, gguf_file=file.name, quantization_config=config, dtype=dtype)
+    _require_all_numbers(file, model)
+    # A folder that is there is whole: it is moved into place at the end.
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        whole = Path(scratch) / "base"
+        model.save_pretrained(whole)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(whole)
+        if not folder.is_dir():  # another process may have been faster
+            shutil.move(whole, folder)
+
+
+def _reader(file: Path) -> Any:
+    """Open a GGUF whose tensors are all there. Raises UserError."""
+    # The library maps the file, and fails in many ways where it ends too early.
+    try:
+        return GGUFReader(file)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise cannot_load(
+            file, f"it is a GGUF that is cut short or damaged ({reason}); copy it again"
+        ) from None
+
+
+def _said(reader: Any, key: str) -> Any:
+    """Return what a GGUF says under a key; None where it says nothing."""
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def _rule_of(file: Path, reader: Any) -> str | None:
+    """Return the name of the rule that cuts text; None for tokenizers without one."""
+    if _said(reader, "tokenizer.ggml.model") != "gpt2":
+        return None
+    rule = _said(reader, "tokenizer.ggml.pre")
+    if rule not in RULES:
+        raise cannot_load(
+            file,
+            f'its tokenizer cuts text by the rule "{rule}"; known: {", ".join(RULES)}. Give the '
+            "model as a folder, with its tokenizer.json",
+        )
+    return str(rule)
+
+
+def _require_plain_positions(file: Path, reader: Any) -> None:
+    """Refuse positions that are scaled, which transformers does not read. Raises UserError."""
+    kind = _said(reader, f"{_said(reader, 'general.architecture')}.rope.scaling.type")
+    factors = [t.name for t in reader.tensors if t.name.startswith("rope_")]
+    if kind in (None, "none") and not factors:
+        return
+    what = factors[0] if factors else f'rope.scaling.type = "{kind}"'
+    raise cannot_load(
+        file,
+        f"it scales positions ({what}), which transformers leaves out of a GGUF; give the model as "
+        "a folder (config.json, safetensors)",
+    )
+
+
+def _require_all_numbers(file: Path, model: Any) -> None:
+    """Refuse a file of which transformers left something out. Raises UserError."""
+    held = sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+    read = sum(parameter.numel() for parameter in model.parameters())
+    if held != read:
+        raise cannot_load(
+            file,
+            f"it holds {held:,} numbers, and the model that transformers makes of it {read:,}; "
+            "give the model as a folder (config.json, safetensors)",
+        )
