@@ -13,7 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
-NAMED_BASES = ("mini", "smollm2-135m", "tiny-gpt2", "tiny-llama")
+NAMED_BASES = (
+    "mini", "smollm2-135m", "tiny-gpt2", "tiny-llama",
+    "random-smollm2-135m", "random-llama-3.2-1b", "random-qwen3-1.7b",
+)  # fmt: skip
 
 
 class Section(BaseModel):
