@@ -60,7 +60,7 @@ def config_of(options: argparse.Namespace, method: str, merge: str, with_liar: b
             "client": {"steps": 8, "batch_size": 4, "router_every": 8, "router_steps": 3},
             "upload": {"merge": merge},
             "participation": {"max_failures": 1000},
-            "evaluation": {"every": 0},
+            "evaluation": {"every": 0, "keep": "last"},
         }
     )
 

@@ -52,6 +52,7 @@ router_every = 2
 router_steps = 1
 [evaluation]
 every = 0
+keep = "last"
 [participation]
 clients_per_round = {per_round}
 [options]

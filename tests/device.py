@@ -45,7 +45,7 @@ class Setting:
     def request(self, round=1, download=None, kind="exchange", **changes):
         last = round > self.config.rounds
         task = {
-            "evaluate": ("test",) if last else (),
+            "evaluate": ("valid", "test") if last else (),
             "evaluate_base": ("valid", "test") if round == 1 else (),
         }
         before = {"after": round - 1, "since": round - 1}

@@ -145,7 +145,8 @@ class Numbers:
 def rounds_of(
     root, engine, method=None, name="run", report=lambda event: None, entries=None, **tree
 ):
-    """Run (on) in a folder of that name."""
+    """Run (on) in a folder of that name. These clients have no best round."""
+    tree = {**tree, "evaluation": {"keep": "last", **tree.get("evaluation", {})}}
     clients = [
         {"name": client, "text": client, **(entries or {}).get(client, {})}
         for client in engine.names

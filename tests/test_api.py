@@ -49,6 +49,7 @@ def test_a_run_from_python(tmp_path, monkeypatch):
         "step",
         "train",
         "evaluation",
+        "kept",
         "server",
         "download",
     }

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 ANN = {"name": "ann", "text": "x"}
 OTHERS = "comigs-others"
 FULL = {
-    "version": 1,
+    "version": 3,
     "name": "full",
     "seed": 7,
     "method": "fedavg",
@@ -51,7 +51,7 @@ FULL = {
         "router_lr": 0.5,
         "betas": [0.1, 0.2],
     },
-    "evaluation": {"every": 0, "splits": ["train", "valid"], "batch_size": 1},
+    "evaluation": {"every": 0, "splits": ["train", "valid"], "keep": "last", "batch_size": 1},
     "participation": {
         "clients_per_round": 2,
         "min_clients": 2,
@@ -277,10 +277,27 @@ def test_what_older_versions_wrote_and_is_no_more_is_read(tmp_path):
 def test_comigs_without_numbers_of_experts_was_another_method_in_version_1(given, method, options):
     tree = {"clients": [ANN], **given}
     old = parse_config({"version": 1, **tree})
-    assert (old.method, dict(old.options), old.version) == (method, options, 2)
-    assert old == parse_config({**tree, "method": method, "options": options})
+    assert (old.method, dict(old.options), old.version) == (method, options, 3)
+    last = {"keep": "last"}
+    assert old == parse_config({**tree, "method": method, "options": options, "evaluation": last})
     assert parse_config(tomllib.loads(to_toml(old))) == old
     assert parse_config(tree).method == given.get("method", "comigs")  # without a version: today's
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_before_version_3_the_last_round_was_kept(version):
+    tree = {"clients": [ANN], "method": "fedavg", "evaluation": {"every": 0}}
+    old = parse_config({**tree, "version": version})
+    assert (old.evaluation.keep, old.evaluation.every, old.version) == ("last", 0, 3)
+    assert parse_config({"clients": [ANN]}).evaluation.keep == "best"
+
+
+@pytest.mark.parametrize("evaluation", [{"every": 0}, {"splits": ["test"]}])
+@pytest.mark.parametrize("given", [{}, {"keep": "best"}])
+def test_a_best_round_that_nobody_measures_is_refused(evaluation, given):
+    with pytest.raises(UserError, match=r'^config: evaluation\.keep: given "best", but .*"last"'):
+        parse_config({"clients": [ANN], "evaluation": evaluation | given})
+    parse_config({"clients": [ANN], "evaluation": evaluation | {"keep": "last"}})
 
 
 def test_a_default_that_is_given_is_a_default_that_is_not():

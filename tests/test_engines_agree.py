@@ -109,7 +109,7 @@ def test_so_it_is_with_clients_that_differ(name, both, federation):
     [
         {"participation": {"clients_per_round": 2}},
         {"participation": {"clients_per_round": 1}, "method": "flora"},
-        {"upload": {"merge": "median"}, "evaluation": {"every": 0}},
+        {"upload": {"merge": "median"}, "evaluation": {"every": 0, "keep": "last"}},
         {"upload": {"format": "bfloat16"}, "method": "pcl"},
         {"upload": {"format": "int8"}},
         {"upload": {"format": "int8"}, "participation": {"clients_per_round": 2}},
@@ -135,3 +135,17 @@ def test_trackers_are_told_by_whoever_commits(both, federation):
     points = of_tensorboard(one.path)
     assert points == of_tensorboard(other.path) and len(points) > 30
     assert not list((federation.root / "devices").rglob("track"))
+
+
+def test_each_device_keeps_its_best_round_at_home(both, federation):
+    """Learning by heart: clients' best rounds are not the last, and differ."""
+    settings = {"lr": 0.08, "steps": 6}
+    config = run_config(
+        federation.root / "text", " ".join(NAMES), WEIGHED, rounds=6, client=settings
+    )
+    _, other = both(config, "best")
+    kept = {line.client: line.round for line in other.metrics() if line.kind == "kept"}
+    assert kept.keys() == set(NAMES) and min(kept.values()) < 6
+    for name in NAMES:
+        own = federation.root / "devices" / name / "runs" / (other.path / ".run-id").read_text()
+        assert RunFolder.open(own).summary().clients[name].kept_round == kept[name]

@@ -42,7 +42,7 @@ def run(tmp_path_factory):
         "client": {
             "steps": 6, "batch_size": 2, "lr": 2e-3, "router_every": 3, "router_steps": 2,
         },
-        "evaluation": {"every": 0},
+        "evaluation": {"every": 0, "keep": "last"},
         "clients": [{
             "name": "fr",
             "text": {split: f"{split}.jsonl" for split in ("train", "valid", "test")},

@@ -350,7 +350,10 @@ def test_what_travels_is_as_large_as_its_format(federation, tmp_path):
     sizes = {}
     for format in ("float32", "bfloat16", "int8"):
         config = configured(
-            federation, upload={"format": format}, experts={"rank": 64}, evaluation={"every": 0}
+            federation,
+            upload={"format": format},
+            experts={"rank": 64},
+            evaluation={"every": 0, "keep": "last"},
         )
         seen = federation.run(tmp_path / format, config).seen
         answers = [
@@ -455,7 +458,7 @@ def test_whatever_a_liar_sends_is_named_left_out_and_the_run_goes_on(tmp_path):
     tree = {
         "participation": {"max_failures": 99},
         "client": {"steps": 1, "router_steps": 0},
-        "evaluation": {"every": 0},
+        "evaluation": {"every": 0, "keep": "last"},
     }
     out = tmp_path / "run"
     federation.run(out, configured(federation, rounds=rounds, **tree))

@@ -320,6 +320,7 @@ def test_one_client_alone_trains_as_if_there_were_no_server(name, tmp_path):
         tmp_path,
         "ada",
         method=name,
+        evaluation={"keep": "last"},
         options=NO_PULL.get(name, {}),
         rounds=1 if refactors else 2,
     )

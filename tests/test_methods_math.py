@@ -911,6 +911,7 @@ def test_fdlora_finishes_once_with_weights_no_worse_on_valid_and_that_is_the_per
         names=("ada", "bob"),
         options=options,
         rounds=3,
+        evaluation={"keep": "last"},
         experts={"specialists": 1, "specialist_rank": 4},
         client={"steps": 4, "batch_size": 4, "lr": 5e-2},
     )

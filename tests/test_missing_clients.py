@@ -92,7 +92,7 @@ def personal(folder):
 
 
 def config_of(root, method, **tree):
-    settings = {"rounds": 4, "evaluation": {"every": 0, "batch_size": 64}, **tree}
+    settings = {"rounds": 4, "evaluation": {"every": 0, "keep": "last", "batch_size": 64}, **tree}
     return run_config(root, " ".join(NAMES), method=method, **settings)
 
 

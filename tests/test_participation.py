@@ -550,7 +550,11 @@ def test_idle_clients_cost_the_server_a_number_each(tmp_path, by_turns):
         if event.kind == "server":
             kept.append(engine.folder.load("server/state"))
 
-    tree = {"rounds": 4, "participation": {"clients_per_round": 2}, "evaluation": {"every": 0}}
+    tree = {
+        "rounds": 4,
+        "participation": {"clients_per_round": 2},
+        "evaluation": {"every": 0, "keep": "last"},
+    }
     rounds_of(tmp_path, engine, method, report=watch, **tree)
     for packed in kept:
         assert sum(t.is_floating_point() for t in packed.values()) <= 3

@@ -61,7 +61,7 @@ def test_a_personal_model_is_the_one_that_was_measured_and_writes_what_it_finds_
         tmp_path,
         method=method,
         experts={"rank": 2, **experts},
-        evaluation={"every": 0, "batch_size": 8},
+        evaluation={"every": 0, "keep": "last", "batch_size": 8},
         client={"steps": 3, "batch_size": 4, "router_every": 2, "router_steps": 2, "lr": 3e-2},
         base={"name": base, "dtype": "float32", "device": "cpu", "threads": 1},
     )
@@ -103,6 +103,7 @@ def test_a_model_routed_by_sequence_reads_the_whole_text_again_for_each_token(tm
         tmp_path,
         "ada",
         experts={"rank": 2, "routing": "sequence", "router_start": 2.0},
+        evaluation={"keep": "last"},
         client={"steps": 6, "batch_size": 4, "router_every": 2, "router_steps": 4, "lr": 5e-2},
     )
     folder = api.run(config, tmp_path / "run")

@@ -266,10 +266,10 @@ def personal(path):
 
 def test_measuring_does_not_change_training(tmp_path):
     """A run with everything evaluated and reported equals one without, to the bit."""
-    api.run(run_config(tmp_path, evaluation={"every": 0}), tmp_path / "quiet")
-    watched = run_config(
-        tmp_path, evaluation={"every": 1, "splits": ["train", "valid", "test"], "batch_size": 3}
-    )
+    api.run(run_config(tmp_path, evaluation={"every": 0, "keep": "last"}), tmp_path / "quiet")
+    splits = ["train", "valid", "test"]
+    settings = {"every": 1, "splits": splits, "batch_size": 3, "keep": "last"}
+    watched = run_config(tmp_path, evaluation=settings)
     events = []
     api.run(watched, tmp_path / "watched", report=events.append)
     quiet, loud = personal(tmp_path / "quiet"), personal(tmp_path / "watched")

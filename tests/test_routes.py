@@ -117,8 +117,7 @@ def test_over_the_test_text_they_are_what_the_run_measured_itself(capsys):
     measured = [
         line["generalist_share_by_layer"]
         for line in lines
-        if line.get("split") == "test" and line.get("client") == "ada" and line["round"] == 2
-        if line["model"] == "personal"
+        if line["kind"] == "kept" and line["client"] == "ada"
     ]
     (found,) = routes_of(capsys, run, "--client", "ada")
     assert found["every"]["mean"] == pytest.approx(measured[-1], abs=1e-4)

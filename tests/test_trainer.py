@@ -148,7 +148,7 @@ def test_the_run_on_the_device_is_an_ordinary_one(setting, tmp_path, capsys):
     folder = RunFolder.open(setting.folder)
     summary = folder.summary().as_json()
     test = summary["clients"]["ada"]["test"]["nats_per_token"]
-    assert [line["nats_per_token"] for line in head.metrics if line["split"] == "test"] == [test]
+    assert [line["nats_per_token"] for line in head.metrics if line["kind"] == "kept"] == [test]
     measured = api.evaluate(setting.folder, client="ada")["ada"]
     assert measured["personal"]["nats_per_token"] == pytest.approx(test, rel=1e-6)
     assert (

@@ -288,4 +288,29 @@ def test_what_real_clients_write_is_accepted(tmp_path):
             for name, reply in engine.exchange(
                 dict.fromkeys(("ada", "bob"), task), {}
             ).replies.items():
-                assert check_lines(reply, name, task) is None
+                assert check_lines(reply, name, task, keeps=not task.train) is None
+
+
+def test_the_line_on_the_model_that_is_kept_says_one_round_of_this_run(tmp_path):
+    engine = start_engine(run_config(tmp_path)).engine
+    task = Task(3, False, ("valid", "test"), ())
+    (reply,) = engine.exchange({"ada": task}, {}).replies.values()
+    *measured, kept = reply.metrics
+
+    def why(*lines, keeps=True):
+        return check_lines(replace(reply, metrics=[*measured, *lines]), "ada", task, keeps)
+
+    assert why(kept) is None and why(keeps=False) is None
+    for lies in (
+        [],
+        [kept, kept],
+        [kept.model_copy(update={"round": 0})],
+        [kept.model_copy(update={"round": 3})],
+        [kept.model_copy(update={"split": "valid"})],
+        [kept.model_copy(update={"model": "base"})],
+        [kept.model_copy(update={"client": "bob"})],
+        [kept.model_copy(update={"perplexity": None})],
+        [{**kept.as_json(), "perplexity": 1e305}],
+    ):
+        assert why(*lies) is not None, lies
+    assert why(kept, keeps=False) is not None

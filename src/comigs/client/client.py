@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from comigs.bases.load import Base
+from comigs.client.best_round import BestRound
 from comigs.client.door import PRIVATE, require_receivable
 from comigs.client.evaluate import Measurement, evaluate, measure
 from comigs.client.state import (
@@ -60,6 +61,7 @@ class Client:
 
     text: what it trains on. is_trainer: False where another client trains for it (centralized).
     adopted_share: how far it went towards its last download, from 0 to 1, where the method asks.
+    best: None where the personal model is that of the last round.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Client:
         self.data = self.text = data
         self.is_trainer = True
         self.adopted_share: float | None = None
+        self.best = BestRound(state or {}) if config.evaluation.keep == "best" else None
 
         # The shapes follow from the client's own power and from what the method makes of it.
         self.shape = method.shape(config.shape_of(config.client_named(name)))
@@ -265,9 +268,9 @@ class Client:
             f"is kept. Start a new run and {cure}"
         )
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return what training goes on from (client/state.py)."""
-        return saved_state(self.train_state)
+    def state(self) -> dict[str, Mapping[str, Tensor]]:
+        """Return what training goes on from (client/state.py), and the best round if it is new."""
+        return {**saved_state(self.train_state), **(self.best.parts() if self.best else {})}
 
     def load_state(self, state: ClientState) -> None:
         """Copy a saved state. Raises UserError where it is not this client's."""

@@ -30,8 +30,9 @@ from comigs.seeds import generator
 from comigs.slots import Shapes
 
 # Bytes per scalar of a client in float32: value, gradient, AdamW's two moments, and the copy that
-# experts below each other are; of what is not trained, the value alone.
-TRAINED, FROZEN = 20, 4
+# experts below each other are; of what is not trained, the value alone; of a round that is kept, a
+# copy of either.
+TRAINED, FROZEN, KEPT = 20, 4, 4
 SCORE = 5  # times its own bytes that eager attention keeps of a score: 2.5 (mini) to 7.5 (SmolLM2)
 TOKEN = 24  # bytes of a token of a batch: the window as it is drawn, input and target
 LOW = 8  # bytes of each of a token's products with an A: as it comes, and scaled, in float32
@@ -82,9 +83,9 @@ def memory_needed(
             held = psutil.Process().memory_info().rss
     if on_cpu:
         workers = config.workers
-    client = 0
+    client, kept = 0, KEPT if config.evaluation.keep == "best" else 0
     for slot, dims in largest.items():
-        client += math.prod(dims) * (FROZEN if slot.is_frozen else TRAINED)
+        client += math.prod(dims) * (kept + (FROZEN if slot.is_frozen else TRAINED))
     return float(workers * (held + client + batch_bytes(config) + max(trained, measured)))
 
 

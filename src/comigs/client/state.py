@@ -17,7 +17,9 @@ from comigs.slots import Slot
 LEVELS: tuple[Level, ...] = get_args(Level)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's means of gradients and of their squares
 KEPT = (*MOMENTS, "step")  # what AdamW holds of each tensor that it has stepped
-ClientState = Mapping[str, Mapping[str, Tensor]]  # "experts" and "optimizer" -> tensors by name
+ClientState = Mapping[str, Mapping[str, Tensor]]  # a part of STATE -> tensors by name
+# The parts of a saved client, each a path in its run; those of the best round come later, if ever.
+STATE = ("experts", "optimizer", "best", "score")
 
 
 @dataclass

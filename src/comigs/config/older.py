@@ -1,6 +1,7 @@
 """This module gives configs that older versions wrote the words of this one.
 
-In version 1, comigs without any number of experts was what has been called comigs-others since.
+In version 1, comigs without any number of experts was what has been called comigs-others since. In
+versions 1 and 2, the personal model was that of the last round.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ def of_this_version(tree: Mapping[str, Any]) -> dict[str, Any]:
 
     A tree without a version is of this version. What is no config is left to be refused.
     """
-    if tree.get("version") != 1:
-        return dict(tree)
-    renewed = {**tree, "version": 2}
-    if tree.get("method", "comigs") != "comigs" or _numbers_experts(tree):
-        return renewed
-    renewed["method"] = "comigs-others"
-    # "valid" was all that this method took
-    options = tree.get("options")
-    if isinstance(options, Mapping) and options.get("adopt") == "valid":
-        renewed["options"] = {key: value for key, value in options.items() if key != "adopt"}
+    version, renewed = tree.get("version"), dict(tree)
+    if version == 1 and tree.get("method", "comigs") == "comigs" and not _numbers_experts(tree):
+        renewed["method"] = "comigs-others"
+        # "valid" was all that this method took
+        options = tree.get("options")
+        if isinstance(options, Mapping) and options.get("adopt") == "valid":
+            renewed["options"] = {key: value for key, value in options.items() if key != "adopt"}
+
+    evaluation = tree.get("evaluation", {})
+    if version in (1, 2) and isinstance(evaluation, Mapping):
+        renewed["evaluation"] = {"keep": "last", **evaluation}
+    if version in (1, 2):
+        renewed["version"] = 3
     return renewed
 
 

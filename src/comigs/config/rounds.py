@@ -21,6 +21,12 @@ class EvaluationSection(Section):
     splits: tuple[Split, ...] = Field(
         ("valid",), description="These splits are evaluated during the run."
     )
+    keep: Literal["best", "last"] = Field(
+        "best",
+        description="A client's personal model is that of the round in which its valid was lowest "
+        '("best"), or that of the "last" round. "best" needs every to be 1 or more, and valid '
+        "among splits.",
+    )
     batch_size: int = Field(
         32, ge=1, description="An evaluation has this many windows in memory at once."
     )

@@ -24,7 +24,7 @@ from comigs.config.sections import (
 )
 from comigs.errors import UserError, nearest
 
-VERSION = 2
+VERSION = 3
 
 
 class Config(Section):
@@ -110,8 +110,10 @@ class Config(Section):
                     "(experts.generalists or specialists)"
                 )
 
-        # as many must answer as can be asked, and train must not be left without text
+        # as many must answer as can be asked, the best round must be one that is known, and train
+        # must not be left without text
         self._check_participation()
+        self._check_evaluation()
         if self.data.valid_fraction + self.data.test_fraction >= 1:
             raise ValueError(
                 "data: valid_fraction + test_fraction must leave documents for train (sum below 1)"
@@ -140,6 +142,18 @@ class Config(Section):
             raise ValueError(
                 f"clients.{missing[0]}.weight: missing, but {weighed[0]} has one; "
                 "give every client a weight or none"
+            )
+
+    def _check_evaluation(self) -> None:
+        evaluation, why = self.evaluation, ""
+        if evaluation.every == 0:
+            why = "evaluation.every = 0 measures valid in no round"
+        elif "valid" not in evaluation.splits:
+            why = "valid is not among evaluation.splits"
+        if why and evaluation.keep == "best":
+            raise ValueError(
+                f'evaluation.keep: given "best", but {why}; allowed: "last", or "best" with '
+                "evaluation.every of 1 or more and valid among evaluation.splits"
             )
 
     def shape_of(self, client: ClientEntry) -> ExpertShape:

@@ -11,15 +11,17 @@ from typing import Any, Literal
 import torch
 
 from comigs.bases.load import Base
+from comigs.client.best_round import BestRound
 from comigs.client.client import Client, Workplace
 from comigs.client.evaluate import Measurement
+from comigs.client.state import load_tensors
 from comigs.client.steps import RoundLog
 from comigs.config import Config, Split
 from comigs.data.sampling import Level
 from comigs.experts.attach import Attachment
 from comigs.methods.method import Download, Method, Upload
 from comigs.processes import peak_memory
-from comigs.runs.metrics import Evaluation, Step, Timing, TrainReport
+from comigs.runs.metrics import ClientReport, Evaluation, Kept, Step, Timing, TrainReport
 from comigs.server.protocol import Reply, Report, Task
 
 
@@ -47,7 +49,7 @@ def run_task(
     report: called with each step as it is done. base_evaluation: measures the base alone.
     """
     start = time.perf_counter()
-    metrics: list[TrainReport | Evaluation] = []
+    metrics: list[ClientReport] = []
     for split in task.evaluate_base:
         metrics.append(evaluated(client, split, 0, base_evaluation(client, split), "base"))
 
@@ -55,8 +57,16 @@ def run_task(
     client.receive(download, task.round)
     if not task.train:
         client.finish()
+    measured: dict[Split, Evaluation] = {}
     for split in task.evaluate:
-        metrics.append(evaluated(client, split, task.round - 1, client.evaluate(split), "personal"))
+        result = client.evaluate(split)
+        measured[split] = evaluated(client, split, task.round - 1, result, "personal")
+        if client.best is not None and split == "valid":
+            tensors = client.train_state.tensors
+            client.best.offer(task.round - 1, result.nats_per_token, tensors)
+    metrics += measured.values()
+    if client.best is not None and client.best.round and not task.train:
+        metrics.append(go_back(client, client.best, measured["test"]))
 
     # Where text is centralized, one client trains for all; the others come here, too.
     speed: float | None = None
@@ -83,6 +93,18 @@ def run_task(
     )
     tokens = sum(store.num_tokens for store in client.data.train)
     return Reply(upload, metrics, timing, tokens, task.round)
+
+
+def go_back(client: Client, best: BestRound, last: Evaluation) -> Kept:
+    """Make the model of its best round the client's own; return the "kept" line of metrics.jsonl.
+
+    last: what the model of the last round came to on test.
+    """
+    line = last
+    if best.round != last.round:
+        load_tensors(client.train_state.tensors, best.tensors(), client.name)
+        line = evaluated(client, "test", best.round, client.evaluate("test"), "personal")
+    return Kept(**line.model_dump(exclude={"kind", "adopted_share"}), adopted_share=None)
 
 
 def trained(client: Client, round: int, log: RoundLog) -> TrainReport:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from comigs.client.client import Client, Workplace
+from comigs.client.state import STATE
 from comigs.data.prepare import Texts
 from comigs.engines.base_evaluation_cache import cached_base_evaluation
 from comigs.engines.client_task import run_task
@@ -17,8 +18,6 @@ from comigs.runs.folder import RunFolder
 from comigs.server.protocol import Reply, Report, Task
 from comigs.server.wire import as_received, decode, encode, plain
 from comigs.slots import Slot
-
-STATE = ("experts", "optimizer")  # the parts of a client's state, each a path in the run
 
 
 class ClientHost:
@@ -43,10 +42,10 @@ class ClientHost:
         """Return a client as it was when the last round ended, or, staged, as it has left its
         exchange since then.
         """
-        path, state = f"clients/{name}", None
-        if self.folder.holds(f"{path}/{STATE[0]}", staged):
-            state = {part: self.folder.load(f"{path}/{part}", staged) for part in STATE}
-        client = Client(name, self.place, self.texts.load(name), state)
+        paths = {part: f"clients/{name}/{part}" for part in STATE}
+        held = {part: path for part, path in paths.items() if self.folder.holds(path, staged)}
+        state = {part: self.folder.load(path, staged) for part, path in held.items()}
+        client = Client(name, self.place, self.texts.load(name), state or None)
         client.is_trainer = name in self.trainers
         if self.method.centralized and client.is_trainer:
             client.pool(list(self.texts.load_all().values()))

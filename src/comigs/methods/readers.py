@@ -196,7 +196,7 @@ READERS: Mapping[str, Reader] = {
     **dict.fromkeys(("client.router_every", "client.router_steps", "client.router_data"), phases),
     "client.folds": folds,
     **dict.fromkeys(("client.balance_coef", "client.generalist_share"), a_router),
-    **dict.fromkeys(("evaluation.every", "evaluation.batch_size"), always),
+    **dict.fromkeys(("evaluation.every", "evaluation.keep", "evaluation.batch_size"), always),
     "evaluation.splits": watched,
     **dict.fromkeys(("participation.clients_per_round", "participation.min_clients"), always),
     "participation.max_failures": always,

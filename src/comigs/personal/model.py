@@ -164,9 +164,14 @@ class PersonalModel:
 
 
 def model_path(folder: RunFolder, client: str) -> str:
-    """Return where a run has the newest tensors of a client."""
-    part = "personal" if folder.checkpoint().finished else "experts"
-    return f"clients/{client}/{part}"
+    """Return where a run has the tensors of a client's own model.
+
+    While the run goes on, they are those of the best round so far, where there is one.
+    """
+    if folder.checkpoint().finished:
+        return f"clients/{client}/personal"
+    best = f"clients/{client}/best"
+    return best if folder.holds(best) else f"clients/{client}/experts"
 
 
 def require_model(folder: RunFolder, client: str) -> None:

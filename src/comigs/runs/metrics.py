@@ -117,13 +117,12 @@ class Score(Record):
     perplexity_of_mean: Annotated[Perplexity | None, OrLeftOut] = None
 
 
-class Evaluation(ClientLine):
+class Measured(ClientLine):
     """A model was measured on one split of a client's text, after the round of the line.
 
     The model is the client's own (personal) or the untouched base, which is measured as of round 0.
     """
 
-    kind: Literal["evaluation"] = "evaluation"
     split: Split
     model: Literal["base", "personal"]
     nats_per_token: Figure | None = None
@@ -144,6 +143,18 @@ class Evaluation(ClientLine):
             bits_per_byte=self.bits_per_byte,
             tokens=self.tokens,
         )
+
+
+class Evaluation(Measured):
+    """A model was measured while the run went on, or when it ended with the last round."""
+
+    kind: Literal["evaluation"] = "evaluation"
+
+
+class Kept(Measured):
+    """The personal model of a client is that of the line's round, and comes to this on test."""
+
+    kind: Literal["kept"] = "kept"
 
 
 class LastDownload(ClientLine):
@@ -224,10 +235,16 @@ class Timing(Record):
 
 
 class ClientSummary(Record):
-    """One client's result; bytes are of the whole run. A client that was gone has empty scores."""
+    """One client's result; bytes are of the whole run. A client that was gone has empty scores.
+
+    kept_round: the round whose model is the personal one, where that is the best round's.
+    last_test: what the last round's came to, where that is another one.
+    """
 
     test: Score
     base_test: Score
+    kept_round: Annotated[Count | None, OrLeftOut] = None
+    last_test: Annotated[Score | None, OrLeftOut] = None
     uploaded_bytes: int
     downloaded_bytes: int
     trained_parameters: int
@@ -247,11 +264,15 @@ class ClientSummary(Record):
 
 
 class MeanSummary(Record):
-    """The means over the clients that have both scores, `clients` of them; each counts once."""
+    """The means over the clients that have both scores, `clients` of them; each counts once.
+
+    last_test: of the last round's models, where any client's personal model is another one.
+    """
 
     clients: int | None = None
     test: Score
     base_test: Score
+    last_test: Annotated[Score | None, OrLeftOut] = None
 
 
 class Summary(Record):
@@ -270,7 +291,9 @@ class Summary(Record):
 
 
 Event = Line | Note | Problem  # whatever a run tells whoever listens
-Reported = Annotated[TrainReport | Evaluation, Field(discriminator="kind")]
-REPORTED: TypeAdapter[list[TrainReport | Evaluation]] = TypeAdapter(list[Reported])
-EVENTS = (Train, Evaluation, LastDownload, RoundEnd, Absent, Warned, Step, Note, Problem)
+ClientReport = TrainReport | Evaluation | Kept  # a line that a client writes
+REPORTED: TypeAdapter[list[ClientReport]] = TypeAdapter(
+    list[Annotated[ClientReport, Field(discriminator="kind")]]
+)
+EVENTS = (Train, Evaluation, Kept, LastDownload, RoundEnd, Absent, Warned, Step, Note, Problem)
 KINDS: dict[str, type[Event]] = {event.model_fields["kind"].default: event for event in EVENTS}

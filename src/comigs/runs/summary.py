@@ -12,6 +12,7 @@ from comigs.runs.metrics import (
     ClientLine,
     ClientSummary,
     Evaluation,
+    Kept,
     LastDownload,
     Line,
     MeanSummary,
@@ -39,6 +40,8 @@ def summarize(config: Config, method: Method, metrics: Sequence[Line]) -> Summar
 
     # A mean over clients compares base and personal model, so it is of those that have both.
     both = [c for c in clients.values() if Score() not in (c.test, c.base_test)]
+    last = [client.last_test or client.test for client in both]
+    went_back = any(client.last_test is not None for client in both)
     return Summary(
         method=method.name,
         weights=method.weights,
@@ -50,6 +53,7 @@ def summarize(config: Config, method: Method, metrics: Sequence[Line]) -> Summar
             clients=len(both),
             test=_mean([client.test for client in both]),
             base_test=_mean([client.base_test for client in both]),
+            last_test=_mean(last) if went_back else None,
         ),
     )
 
@@ -59,20 +63,28 @@ def _of_client(
 ) -> ClientSummary:
     # Later lines overwrite earlier ones: what counts is the last measurement of each model.
     test = base_test = Score()
+    kept: Kept | None = None
     trained = [line for line in lines if isinstance(line, Train)]
     downloaded = sum(line.downloaded_bytes for line in trained)
     for line in lines:
         if isinstance(line, LastDownload):
             downloaded += line.downloaded_bytes
+        elif isinstance(line, Kept):
+            kept = line
         elif isinstance(line, Evaluation) and line.split == "test":
             if line.model == "base":
                 base_test = line.score
             elif line.round == config.rounds:
                 test = line.score
+
+    # The result is the personal model's; where it is not the last round's, both are told.
     shape = method.shape(config.shape_of(entry))
+    went_back = kept is not None and kept.round != config.rounds
     return ClientSummary(
-        test=test,
+        test=test if kept is None else kept.score,
         base_test=base_test,
+        kept_round=None if kept is None else kept.round,
+        last_test=test if went_back else None,
         uploaded_bytes=sum(line.uploaded_bytes for line in trained),
         downloaded_bytes=downloaded,
         trained_parameters=max((line.trained_parameters for line in trained), default=0),

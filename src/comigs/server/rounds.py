@@ -153,10 +153,11 @@ def _deliver_the_last_download(
     # What a client says of its own model counts under the same conditions as in a round.
     replies: dict[str, Reply] = {}
     absent: dict[str, str] = {}
+    keeps = config.evaluation.keep == "best"
     for name, task in tasks.items():
         if name not in answers.replies:
             absent[name] = answers.absent.get(name, NO_ANSWER)
-        elif fault := check_lines(answers.replies[name], name, task):
+        elif fault := check_lines(answers.replies[name], name, task, keeps):
             absent[name] = fault
         else:
             replies[name] = answers.replies[name]

@@ -18,7 +18,7 @@ from comigs.config import Config, ExpertShape, UploadSection
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
 from comigs.methods.method import Download, Method, Upload
-from comigs.runs.metrics import REPORTED, Evaluation, Record, Timing, TrainReport
+from comigs.runs.metrics import REPORTED, ClientReport, Evaluation, Kept, Record, Timing
 from comigs.server.protocol import Reply, Task
 from comigs.slots import Shapes, Slot
 
@@ -107,7 +107,7 @@ def too_long(lengths: Mapping[str, float], limits: UploadSection) -> dict[str, s
     return refused
 
 
-def read_reply(reply: Reply) -> tuple[list[TrainReport | Evaluation], Timing]:
+def read_reply(reply: Reply) -> tuple[list[ClientReport], Timing]:
     """Return the lines of a reply and its timing.
 
     Raises ValueError unless they are exactly what a client writes: no other fields, nothing left
@@ -122,12 +122,14 @@ def read_reply(reply: Reply) -> tuple[list[TrainReport | Evaluation], Timing]:
     return lines, timing
 
 
-def check_lines(reply: Reply, client: str, task: Task | None = None) -> str | None:
+def check_lines(
+    reply: Reply, client: str, task: Task | None = None, keeps: bool = False
+) -> str | None:
     """Return what is wrong with the lines of a client's reply, or None.
 
     They are what a client writes, about itself and the round that it answers, and about an upload
     if there is one. task: what the client was asked, where that is known; then it has measured just
-    that.
+    that. keeps: it says which round's model it keeps, and what that comes to on test.
     """
     try:
         lines, timing = read_reply(reply)
@@ -136,17 +138,21 @@ def check_lines(reply: Reply, client: str, task: Task | None = None) -> str | No
 
     # A client speaks of itself and of this exchange only; it cannot report for another one.
     due = {"base": 0, "personal": reply.round - 1}
-    measured, trainings = [], 0
+    measured, trainings, kept = [], 0, 0
     fits = timing.round == reply.round and timing.client == client
     for line in lines:
         fits = fits and line.client == client
         if isinstance(line, Evaluation):
             measured.append((line.model, line.split))
             fits = fits and line.round == due[line.model]
+        elif isinstance(line, Kept):
+            kept += 1
+            is_a_round = 1 <= line.round < reply.round
+            fits = fits and is_a_round and (line.split, line.model) == ("test", "personal")
         else:
             trainings += 1
             fits = fits and line.round == reply.round
-    fits = fits and trainings == (reply.upload is not None)
+    fits = fits and trainings == (reply.upload is not None) and kept == keeps
 
     # Nothing that was asked for is left out, and nothing is added.
     if fits and task is not None:

@@ -17,7 +17,9 @@ SAME = (  # how a run is made, which changes no result
     "base.device",
     "base.threads",
     "client.micro_batch_size",
-    "evaluation",
+    "evaluation.every",
+    "evaluation.splits",
+    "evaluation.batch_size",
     "workers",
 )
 NAMES = ("version", "name", "seed", "data.root", "data.cache", "track")

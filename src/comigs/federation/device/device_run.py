@@ -14,7 +14,7 @@ from torch import Tensor
 
 from comigs.bases.load import Base
 from comigs.client.client import Client
-from comigs.client.state import ClientState
+from comigs.client.state import STATE, ClientState
 from comigs.config import Config
 from comigs.data.prepare import ClientData
 from comigs.errors import UserError
@@ -66,9 +66,8 @@ class DeviceRun:
 
     def state(self) -> ClientState | None:
         """Return what the client goes on from; None: from its start."""
-        if not self.folder.holds(self._path("experts")):
-            return None
-        return {part: self.folder.load(self._path(part)) for part in ("experts", "optimizer")}
+        held = [part for part in STATE if self.folder.holds(self._path(part))]
+        return {part: self.folder.load(self._path(part)) for part in held} or None
 
     def residual(self) -> dict[Slot, Tensor]:
         """Return what rounding left over of its uploads so far (wire.encode)."""

@@ -55,7 +55,8 @@ SETTABLE: Mapping[str, float | None] = {  # what a server may set -> the highest
     "client.lr": REAL, "client.router_lr": REAL, "client.weight_decay": REAL, "client.betas": 1,
     "client.router_every": LARGEST, "client.router_steps": LARGEST, "client.router_data": WORD,
     "client.folds": LARGEST, "client.balance_coef": REAL, "client.generalist_share": 1,
-    "evaluation.every": LARGEST, "evaluation.splits": WORD, "evaluation.batch_size": LARGEST,
+    "evaluation.every": LARGEST, "evaluation.splits": WORD, "evaluation.keep": WORD,
+    "evaluation.batch_size": LARGEST,
     "upload.format": WORD, "upload.merge": WORD, "upload.trim": 1,
     "upload.max_norm": REAL, "upload.max_norm_ratio": REAL,
     "clients.name": WORD, "clients.specialists": EXPERTS, "clients.rank": RANK,
@@ -71,7 +72,7 @@ CHEAP = {  # numbers that cost neither memory nor time, however large they are
 SHARE = 0.8  # of the memory that is free, where the owner does not say how much
 MINUTES = 120.0  # of one request: twice the time that a server waits for it by default
 COPIES = 6  # of a message while it is read: its bytes, its tensors, and those in float32
-ON_DISK = 40  # bytes per scalar: of what is committed, and of what replaces it
+ON_DISK = 48  # bytes per scalar: of what is committed, and of what replaces it
 ENOUGH = 0.5  # seconds of a step that are long enough to tell the speed by
 FASTER = 4  # times the windows of a trial that was too short
 
@@ -221,6 +222,9 @@ class Work:
         read += looks * method.probe * config.data.sequence_length
         if method.finish is not None and not request.train:
             read += method.looks * tokens["valid"]
+        # The round that is kept may be an earlier one than that which is measured anyway.
+        if config.evaluation.keep == "best" and not request.train:
+            read += tokens["test"]
         return steps * speed.step_seconds + read * speed.evaluation_seconds
 
     def speed_here(self) -> Throughput:

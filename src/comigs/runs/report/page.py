@@ -15,6 +15,7 @@ from comigs import text as f
 from comigs.errors import UserError
 from comigs.files import write_whole, writing
 from comigs.runs.report import plots, provenance, tables
+from comigs.runs.report.best_rounds import kept_table
 from comigs.runs.report.curves import MAX_PANELS, Curve, drift_points, loss_curves, share_curves
 from comigs.runs.report.diagnostics import diagnoses
 from comigs.runs.report.read import Run, read_run
@@ -94,6 +95,7 @@ def report_page(run: Run, routes: Sequence[Routes] = ()) -> str:
         signs=diagnoses(run),
         clients=tables.client_table(run),
         absences=tables.absence_table(run),
+        kept=kept_table(run),
         num_clients=len(clients),
         two_ranks=any(c.specialist_rank not in (None, c.rank) for c in clients),
         heat=routing_heatmap(run),

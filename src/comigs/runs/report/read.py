@@ -12,7 +12,17 @@ from comigs.errors import UserError
 from comigs.files import ClosedFolder
 from comigs.runs.json_lines import parse_json, read_lines, read_record, read_timings
 from comigs.runs.layout import METRICS, TIMINGS, require_no_links
-from comigs.runs.metrics import Absent, Evaluation, Line, RoundEnd, Summary, Timing, Train, Warned
+from comigs.runs.metrics import (
+    Absent,
+    Evaluation,
+    Kept,
+    Line,
+    RoundEnd,
+    Summary,
+    Timing,
+    Train,
+    Warned,
+)
 
 OneKind = TypeVar("OneKind", bound=Line)
 
@@ -21,7 +31,8 @@ OneKind = TypeVar("OneKind", bound=Line)
 class Run:
     """Everything in a run folder that a report needs.
 
-    drift: the line that ends each round. summary: None while the run is unfinished.
+    kept: what each personal model is, in a finished run that keeps the best rounds. drift: the line
+    that ends each round. summary: None while the run is unfinished.
     """
 
     folder: Path
@@ -30,6 +41,7 @@ class Run:
     environment: dict[str, Any]
     train: tuple[Train, ...]
     evaluations: tuple[Evaluation, ...]
+    kept: tuple[Kept, ...]
     drift: tuple[RoundEnd, ...]
     warnings: tuple[Warned, ...]
     absent: tuple[Absent, ...]
@@ -83,6 +95,7 @@ def read_run(folder: str | Path) -> Run:
         environment=_object(closed, "env.json"),
         train=_of_kind(Train, lines),
         evaluations=_of_kind(Evaluation, lines),
+        kept=_of_kind(Kept, lines),
         drift=_of_kind(RoundEnd, lines),
         warnings=_of_kind(Warned, lines),
         absent=_of_kind(Absent, lines),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from comigs import text as f
-from comigs.runs.metrics import Evaluation, Train
+from comigs.runs.metrics import Measured, Train
 from comigs.runs.report.read import Run
 from comigs.runs.report.results import mean
 
@@ -39,9 +39,10 @@ def routing_heatmap(run: Run) -> HeatMap | None:
     """Return the generalist share per client and block; it is None where nothing routes."""
     # The latest evaluation says most; before there is one, training says something.
     split = "test" if run.summary else "valid"
-    latest: dict[str, Evaluation | Train] = {}
+    latest: dict[str, Measured | Train] = {}
     source = f"the {split} text"
-    for measured in run.evaluations:
+    # What a client keeps may be an earlier round's model than was measured last.
+    for measured in (*run.evaluations, *run.kept):
         own = measured.split == split and measured.model == "personal"
         if own and measured.generalist_share_by_layer:
             latest[measured.client] = measured

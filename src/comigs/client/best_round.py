@@ -1,0 +1,47 @@
+"""A client keeps the tensors of its best round, as its valid says, beside those of the last one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from comigs.client.state import ClientState
+from comigs.slots import Slot
+
+
+class BestRound:
+    """The best round of a client so far: which one it is, and its tensors.
+
+    round: 0 before any was measured. nats: what valid came to in that round, per token.
+    """
+
+    def __init__(self, saved: ClientState) -> None:
+        """Go on from what was saved (`parts`); there is nothing before the first measurement."""
+        score = saved.get("score")
+        self.round = 0 if score is None else int(score["round"])
+        self.nats = math.inf if score is None else float(score["nats"])
+        self._tensors: Mapping[str, Tensor] = saved.get("best", {})
+        self._is_new = False
+
+    def offer(self, round: int, nats: float, tensors: Mapping[Slot, Tensor]) -> None:
+        """Keep a round's tensors where valid is lower than ever; of equal rounds the first stays.
+
+        A copy is made, on the CPU, as training goes on with the tensors.
+        """
+        if nats < self.nats:
+            copies = {str(slot): t.detach().to("cpu", copy=True) for slot, t in tensors.items()}
+            self.round, self.nats, self._tensors, self._is_new = round, nats, copies, True
+
+    def parts(self) -> dict[str, Mapping[str, Tensor]]:
+        """Return what is to be saved: nothing where the best round is saved already."""
+        if not self._is_new:
+            return {}
+        nats = torch.tensor(self.nats, dtype=torch.float64)
+        return {"best": self._tensors, "score": {"round": torch.tensor(self.round), "nats": nats}}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the tensors of the best round, by the names of their slots."""
+        return self._tensors

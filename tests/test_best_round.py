@@ -1,0 +1,153 @@
+"""A client's own model is that of its best round on valid: whoever reads it, whatever happens."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import safetensors.torch
+
+from comigs.app import api
+from comigs.client.client import Client
+from comigs.personal.model import PersonalModel
+from comigs.runs.folder import RunFolder
+from comigs.runs.report.page import report_page
+from comigs.runs.report.read import read_run
+from tests.conftest import run_config, same
+
+ROUNDS = 6
+# large steps on little text: valid falls, and rises again
+LEARNT_BY_HEART = {"rounds": ROUNDS, "client": {"lr": 0.08, "steps": 6}}
+
+
+def config_of(root, keep="best", names="ada bob", **tree):
+    evaluation = {"keep": keep, **tree.pop("evaluation", {})}
+    return run_config(root, names, **LEARNT_BY_HEART, evaluation=evaluation, **tree)
+
+
+def personal(folder, name):
+    return safetensors.torch.load_file(folder.path / "clients" / name / "personal.safetensors")
+
+
+def valid_by_round(folder, name):
+    found = {}
+    for line in folder.metrics():
+        if line.kind == "evaluation" and (line.client, line.split) == (name, "valid"):
+            found[line.round] = line.nats_per_token
+    del found[0]  # the base
+    return found
+
+
+def lowest(values):
+    return min(values, key=lambda round: values[round])
+
+
+class Watched:
+    """Copies of what each client's tensors were whenever its valid was measured, in order."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def __enter__(self):
+        measure = Client.evaluate
+
+        def evaluate(client, split, untouched_base=False):
+            if split == "valid" and not untouched_base:
+                copies = {str(s): t.clone() for s, t in client.train_state.tensors.items()}
+                self.seen.setdefault(client.name, []).append(copies)
+            return measure(client, split, untouched_base)
+
+        self._patch = patch.object(Client, "evaluate", evaluate)
+        self._patch.start()
+        return self.seen
+
+    def __exit__(self, *_):
+        self._patch.stop()
+
+
+@pytest.mark.parametrize("method", ["comigs", "fdlora", "flora", "centralized"])
+def test_it_is_the_model_that_was_measured_in_the_round_with_the_lowest_valid(tmp_path, method):
+    with Watched() as seen:
+        folder = api.run(config_of(tmp_path, method=method), tmp_path / "run")
+    measured, summary = api.evaluate(folder.path), folder.summary()
+    rounds = {}
+    for name in ("ada", "bob"):
+        best = rounds[name] = lowest(valid_by_round(folder, name))
+        client, figures = summary.clients[name], measured[name]["personal"]
+        assert client.kept_round == best
+        assert same(personal(folder, name), seen[name][best - 1])
+        assert figures["perplexity"] == pytest.approx(client.test.perplexity, rel=1e-9)
+        assert (client.last_test is None) == (best == ROUNDS)
+    assert set(rounds.values()) != {ROUNDS}  # else nothing is shown here
+    tests = [client.test.perplexity for client in summary.clients.values()]
+    assert summary.mean.test.perplexity == pytest.approx(sum(tests) / 2)
+
+
+def test_training_and_the_last_round_are_what_they_are_without_it(tmp_path):
+    best = api.run(config_of(tmp_path), tmp_path / "best")
+    last = api.run(config_of(tmp_path, "last"), tmp_path / "last")
+    assert [x for x in best.metrics() if x.kind != "kept"] == last.metrics()
+    for name, client in last.summary().clients.items():
+        kept = best.summary().clients[name]
+        assert (client.kept_round, client.last_test) == (None, None)
+        assert (kept.last_test or kept.test) == client.test
+        assert same(personal(best, name), personal(last, name)) == (kept.kept_round == ROUNDS)
+
+
+@pytest.mark.parametrize("stop", range(1, ROUNDS + 1))
+def test_while_a_run_goes_on_it_is_the_best_so_far_and_stopping_changes_nothing(tmp_path, stop):
+    def stopping(event):
+        if event.kind == "server" and event.round == stop:
+            raise KeyboardInterrupt
+
+    with Watched() as seen, pytest.raises(KeyboardInterrupt):
+        run_until(config_of(tmp_path), tmp_path / "run", stopping)
+    folder = RunFolder.open(tmp_path / "run")
+    for name in ("ada", "bob"):
+        values = valid_by_round(folder, name)
+        kept = sorted((folder.path / "clients" / name).glob("*.best.safetensors"))
+        assert len(kept) == (1 if values else 0)  # one copy
+        model = PersonalModel(folder, name, api.base_of(folder))
+        if values:
+            own = {str(slot): t for slot, t in model.tensors.items()}
+            assert same(own, seen[name][lowest(values) - 1])
+        model.close()
+    api.resume(folder.path)
+    whole = api.run(config_of(tmp_path), tmp_path / "whole")
+    assert folder.metrics() == whole.metrics() and folder.summary() == whole.summary()
+    assert all(same(personal(folder, n), personal(whole, n)) for n in ("ada", "bob"))
+    assert not list(folder.path.glob("clients/*/round-*"))
+
+
+def run_until(config, out, report):
+    """`api.run` as it is when it is stopped: the interrupt comes through."""
+    with patch("comigs.app.api.Stopped", KeyboardInterrupt):
+        api.run(config, out, report=report)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_client_that_misses_rounds_keeps_the_best_of_those_it_was_measured_in(tmp_path, workers):
+    tree = {"participation": {"clients_per_round": 2}, "names": "ada bob cyd"}
+    with Watched() as seen:
+        folder = api.run(config_of(tmp_path, **tree, workers=workers), tmp_path / "run")
+    for name, client in folder.summary().clients.items():
+        values = valid_by_round(folder, name)
+        assert client.kept_round == lowest(values)
+        if workers == 1:
+            assert same(personal(folder, name), seen[name][list(values).index(lowest(values))])
+    if workers == 2:
+        alone = api.run(config_of(tmp_path, **tree), tmp_path / "alone")
+        assert folder.metrics() == alone.metrics()
+        for name in ("ada", "bob", "cyd"):
+            assert same(personal(folder, name), personal(alone, name))
+
+
+def test_the_report_says_which_round_it_is(tmp_path):
+    folder = api.run(config_of(tmp_path), tmp_path / "run")
+    page = report_page(read_run(folder.path))
+    assert "best round on valid" in page
+    for client in folder.summary().clients.values():
+        assert f"{client.kept_round} of {ROUNDS}" in page
+    assert "best round on valid" not in report_page(
+        read_run(api.run(config_of(tmp_path, "last"), tmp_path / "last").path)
+    )
