@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
+from comigs.config import VERSION
 from comigs.runs.folder import RunFolder
 from tests.runs import comigs, copied_run, files, finished, refused, write_config, write_text
 
@@ -62,8 +63,8 @@ def run_refused(capsys, config, *words):
         ("rounds = 2", "rounds = 0", "rounds: given 0; must be 1 or more"),
         (
             "rounds = 2",
-            "rounds = 2\nversion = 3",
-            "version: written for config format 3, this comigs reads up to 2",
+            f"rounds = 2\nversion = {VERSION + 1}",
+            f"version: written for config format {VERSION + 1}, this comigs reads up to {VERSION}",
         ),
         ("rounds = 2", "rounds = 2\nversion = 0", "version: given 0; must be 1 or more"),
         ("rounds = 2", 'name = "../x"', "name: given '../x'; must be a folder's name"),
@@ -140,7 +141,11 @@ def run_refused(capsys, config, *words):
             'text = "~nobody-here/x"',
             "~nobody-here/x: no such user; give the whole path",
         ),
-        ('text = "bob"', 'text = "debian-fax:fr"', 'no source "debian-fax"; there are: debian-faq'),
+        (
+            'text = "bob"',
+            'text = "debian-fax:fr"',
+            'no source "debian-fax"; there are: csv, debian-faq',
+        ),
         (
             'text = "bob"',
             'text = "debian-faq:en"',

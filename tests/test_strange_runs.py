@@ -344,8 +344,13 @@ def test_what_commands_print_is_text(tmp_path, capsys, monkeypatch):
     def stream(self, prompt, **settings):
         yield from (nasty, nasty)
 
+    def prepare(config, say):
+        say(nasty)
+        return prepared(config)
+
+    prepared = api.prepare
     monkeypatch.setattr("comigs.personal.model.PersonalModel.stream", stream)
-    monkeypatch.setattr("comigs.app.api.prepare", lambda config, say: say(nasty))
+    monkeypatch.setattr("comigs.app.api.prepare", prepare)
     generate = ("generate", finished() / "run", "--client", "ann", "--prompt", nasty)
     federation = tmp_path / nasty.replace("/", "")
     commands = [generate, ("prepare", finished() / "tiny.toml")]
