@@ -145,6 +145,7 @@ def test_a_free_folder(tmp_path):
 
 
 def test_of_two_runs_for_one_folder_the_second_prepares_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMIGS_CACHE", str(tmp_path / "cache"))  # nobody else starts runs there
     config = load_config(write_config(tmp_path / "text"))
     first, lines, inside = tmp_path / "out", [], []
 
