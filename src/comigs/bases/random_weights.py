@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from comigs.bases.base import Loader
-from comigs.bases.tiny import byte_tokenizer
+from comigs.bases.tiny import byte_tokenizer, seeded
 
 
 def smollm2_135m() -> PretrainedConfig:
@@ -66,9 +66,7 @@ def randomized(shape: Callable[[], PretrainedConfig]) -> tuple[Any, Any]:
     # The separator of the byte tokenizer ends a text here, as a shape's own does not exist.
     config, tokenizer = shape(), byte_tokenizer()
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), tokenizer
+    return seeded(config, dtype=torch.bfloat16), tokenizer
 
 
 SIZES = {

@@ -33,10 +33,14 @@ def byte_tokenizer() -> Any:
     )
 
 
-def _build(config: PretrainedConfig) -> tuple[Any, Any]:
+def seeded(config: PretrainedConfig, **settings: Any) -> Any:
+    """Return a model of this shape with random weights, the same ones each time.
+
+    `settings` go to `transformers`' from_config. The global generator stays as it was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config), byte_tokenizer()
+        return AutoModelForCausalLM.from_config(config, **settings)
 
 
 def tiny_gpt2() -> tuple[Any, Any]:
@@ -55,7 +59,7 @@ def tiny_gpt2() -> tuple[Any, Any]:
         attn_pdrop=0.0,
         initializer_range=0.2,
     )
-    return _build(config)
+    return seeded(config), byte_tokenizer()
 
 
 def tiny_llama() -> tuple[Any, Any]:
@@ -74,7 +78,7 @@ def tiny_llama() -> tuple[Any, Any]:
         tie_word_embeddings=True,
         initializer_range=0.2,
     )
-    return _build(config)
+    return seeded(config), byte_tokenizer()
 
 
 LOADERS = {
