@@ -13,6 +13,7 @@ import torch
 
 from comigs import load_config
 from comigs.app import api
+from comigs.bases.tiny import byte_tokenizer
 from comigs.errors import UserError
 from comigs.personal.chat import Chat, Style
 from comigs.personal.model import PersonalModel
@@ -223,3 +224,10 @@ def test_a_token_that_the_base_has_no_row_for_is_refused_and_forgotten(chat):
         ask(chat, "an <image>")
     assert chat.turns == []
     assert ask(chat, "the cat ")
+
+
+def test_an_empty_text_goes_on_from_what_stands_before_each_document():
+    tokenizer = byte_tokenizer()
+    assert text_ids(tokenizer, "") == [256]
+    tokenizer.eos_token = None  # some tokenizers have a beginning of text alone
+    assert text_ids(tokenizer, "") == [256]

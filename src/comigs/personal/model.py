@@ -26,7 +26,7 @@ from comigs.data.corpus import TokenStore
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.methods.loading import load_method
-from comigs.personal.prompts import conversation_ids, unread
+from comigs.personal.prompts import conversation_ids, text_ids, unread
 from comigs.personal.serve.text import Transcript, Vocabulary
 from comigs.runs.folder import RunFolder
 from comigs.slots import Slot
@@ -148,11 +148,10 @@ class PersonalModel:
 
         Raises UserError where it holds a special token that the base does not read.
         """
-        if not isinstance(prompt, str):
-            ids = conversation_ids(self.tokenizer, prompt)
+        if isinstance(prompt, str):
+            ids = text_ids(self.tokenizer, prompt)
         else:
-            text = prompt or self.tokenizer.convert_ids_to_tokens(separator(self.tokenizer))
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = conversation_ids(self.tokenizer, prompt)
         if token := unread(self.model, self.tokenizer, ids):
             raise UserError(f'--prompt: holds "{token}", which this base does not read')
         input_ids = torch.tensor([ids])

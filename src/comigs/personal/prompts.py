@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from comigs.bases.chat_template import Message, TemplateRefusal, render
+from comigs.bases.usable import separator
 from comigs.errors import UserError
 
 
@@ -33,8 +34,8 @@ def plain_text(messages: Sequence[Message]) -> str:
     """
     text = ""
     for message in messages:
-        separator = "\n" if text and message["role"] != "assistant" else ""
-        text += separator + message["content"]
+        between = "\n" if text and message["role"] != "assistant" else ""
+        text += between + message["content"]
     return text
 
 
@@ -42,9 +43,9 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of a text to go on from; of an empty one, the token that stands before each
     document.
     """
-    ids: list[int] = tokenizer(
-        text or tokenizer.eos_token, add_special_tokens=False, verbose=False
-    )["input_ids"]
+    if not text:
+        return [separator(tokenizer)]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
