@@ -182,7 +182,7 @@ def on_a_terminal(words):
 
 
 def test_run_on_a_terminal_shows_progress_and_leaves_plain_lines(config):
-    raw = on_a_terminal(["run", str(config), "--set", "client.steps=12"])
+    raw = on_a_terminal(["run", str(config), "--set", "client.steps=60"])
     assert "\x1b[?25h" in raw  # the cursor is back
     live = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", part) for part in re.split(r"[\r\n]+", raw)]
     assert max(map(len, live)) <= 80
