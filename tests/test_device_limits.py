@@ -57,7 +57,7 @@ OPTIONS = sorted(
     if hasattr(method_module(method), "Options")
     for field in numeric(method_module(method).Options)
 )
-OWN = {"version", "workers", "base.threads"}  # nothing that a server says of these is heard
+OWN = {"version", "workers", "base.threads", "privacy.noise_seed"}  # a server is not heard here
 OWNERS = ("participation.", "track.")
 OWN |= {field for field in NUMERIC if field.startswith(OWNERS)}
 

@@ -84,6 +84,10 @@ ABSENCE = {  # what tests/test_missing_clients.py and tests/test_flower_engine.p
     "participation.max_failures": 1,
     "participation.min_clients": 3,
 }
+PRIVACY = {  # what tests/test_private_*.py are about
+    "privacy.level", "privacy.epsilon", "privacy.noise_multiplier", "privacy.delta", "privacy.clip",
+    "privacy.expected_batch", "privacy.noise_seed",
+}  # fmt: skip
 ENTRY = {"ada": {"weight": 1.0}, "bob": {"weight": 1.0}, "cyd": {"weight": 1.0}}
 
 
@@ -130,7 +134,8 @@ def test_every_field_is_in_the_table_and_is_tried():
                 fields.add(f"{name}.{key}".removeprefix("."))
     assert fields == set(READERS)
     assert set(SECTIONS["clients"].model_fields) == set(OF_CLIENTS)
-    assert fields | {f"clients.ada.{key}" for key in OF_CLIENTS} == {*OTHERS, *HOW, *ABSENCE}
+    tried = {*OTHERS, *HOW, *ABSENCE, *PRIVACY}
+    assert fields | {f"clients.ada.{key}" for key in OF_CLIENTS} == tried
 
 
 @pytest.fixture(scope="module")

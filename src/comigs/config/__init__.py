@@ -6,6 +6,7 @@ Each field says its unit and what `None` means; docs/config.md is made from thes
 
 from comigs.config.clients import ClientEntry, ExpertShape, Text
 from comigs.config.paths import folder_or_name, place, relative, resolve
+from comigs.config.privacy import PrivacySection
 from comigs.config.rounds import (
     EvaluationSection,
     ParticipationSection,
@@ -28,7 +29,7 @@ from comigs.config.tree import SECTIONS, VERSION, Config, dotted
 __all__ = [
     "NAMED_BASES", "SECTIONS", "SPLITS", "VERSION", "BaseSection", "ClientEntry", "ClientSection",
     "Config", "DataSection", "EvaluationSection", "ExpertShape", "ExpertsSection",
-    "ParticipationSection", "Section", "Split", "Text", "TrackSection", "UploadSection", "dotted",
-    "folder_or_name", "load_config", "parse_config", "place", "read_toml", "relative", "resolve",
-    "to_toml",
+    "ParticipationSection", "PrivacySection", "Section", "Split", "Text", "TrackSection",
+    "UploadSection", "dotted", "folder_or_name", "load_config", "parse_config", "place",
+    "read_toml", "relative", "resolve", "to_toml",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from comigs.config.clients import ClientEntry, ExpertShape, Text
+from comigs.config.privacy import PrivacySection
 from comigs.config.rounds import (
     EvaluationSection,
     ParticipationSection,
@@ -72,6 +73,9 @@ class Config(Section):
     upload: UploadSection = Field(
         UploadSection(), description="[upload] says how uploads travel, are checked and become one."
     )
+    privacy: PrivacySection = Field(
+        PrivacySection(), description="[privacy] bounds what can be learnt from what leaves."
+    )
     track: TrackSection = Field(
         TrackSection(), description="[track] says where curves go, beside the report."
     )
@@ -114,6 +118,8 @@ class Config(Section):
         # must not be left without text
         self._check_participation()
         self._check_evaluation()
+        if problem := self.privacy.problem():
+            raise ValueError(problem)
         if self.data.valid_fraction + self.data.test_fraction >= 1:
             raise ValueError(
                 "data: valid_fraction + test_fraction must leave documents for train (sum below 1)"
@@ -188,6 +194,7 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "evaluation": EvaluationSection,
     "participation": ParticipationSection,
     "upload": UploadSection,
+    "privacy": PrivacySection,
     "track": TrackSection,
     "clients": ClientEntry,
     "text": Text,

@@ -87,6 +87,12 @@ def _require_possible(config: Config, method: Method) -> None:
 
     Raises UserError naming the field.
     """
+    level = config.privacy.level
+    if level != "none" and method.leaks:
+        raise UserError(
+            f'privacy.level: given "{level}", but {config.method} cannot be private: '
+            f'{method.leaks}; must be "none", or choose another method'
+        )
     merge = config.upload.merge
     if merge != "mean" and not method.averages:
         raise UserError(

@@ -107,6 +107,8 @@ class Method:
     weighs: whether `aggregate` reads the weights of its context, and so `clients.NAME.weight`.
     averages: whether whatever `aggregate` makes of uploads goes through RoundContext.mean, which
         `upload.merge` can replace.
+    leaks: why what a client sends would say more of its text than noised sums do, where
+        `privacy.level` is not "none"; "" where it does not.
     """
 
     name: str
@@ -132,6 +134,7 @@ class Method:
     centralized: bool = False
     weighs: bool = False
     averages: bool = False
+    leaks: str = "nobody has shown that what its clients send depends on noised sums alone"
 
     def sends(self, slot: Slot, round: int) -> bool:
         """Say whether a slot is in a client's upload in a round: it is shared, and was trained."""

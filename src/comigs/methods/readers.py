@@ -166,6 +166,11 @@ def own_machine(choice: Choice) -> Reason:
     return ""
 
 
+def private(choice: Choice) -> Reason:
+    """Say of a setting of privacy whether there is any."""
+    return "" if choice.config.privacy.is_on else 'privacy.level is "none"'
+
+
 def tracked(choice: Choice) -> Reason:
     """Say of what trackers are told whether there are any."""
     return "" if choice.config.track.to else "track.to names no tracker"
@@ -207,6 +212,9 @@ READERS: Mapping[str, Reader] = {
     ),
     "upload.merge": something_shared,
     "upload.trim": trimmed,
+    "privacy.level": always,
+    **dict.fromkeys(("privacy.epsilon", "privacy.noise_multiplier", "privacy.delta"), private),
+    **dict.fromkeys(("privacy.clip", "privacy.expected_batch", "privacy.noise_seed"), private),
     "track.to": always,
     "track.names": tracked,
 }

@@ -59,6 +59,8 @@ SETTABLE: Mapping[str, float | None] = {  # what a server may set -> the highest
     "evaluation.batch_size": LARGEST,
     "upload.format": WORD, "upload.merge": WORD, "upload.trim": 1,
     "upload.max_norm": REAL, "upload.max_norm_ratio": REAL,
+    "privacy.level": WORD, "privacy.epsilon": REAL, "privacy.noise_multiplier": REAL,
+    "privacy.delta": 1, "privacy.clip": REAL, "privacy.expected_batch": LARGEST,
     "clients.name": WORD, "clients.specialists": EXPERTS, "clients.rank": RANK,
     "clients.specialist_rank": RANK, "clients.weight": REAL,
 }  # fmt: skip
@@ -66,7 +68,7 @@ DEFAULTS = Config(clients=(ClientEntry(name="any"),))
 NAME = 255  # characters of a run's name, which is a folder's
 CHEAP = {  # numbers that cost neither memory nor time, however large they are
     "seed", "rounds", "data.short_repeat", "client.router_every", "client.folds",
-    "evaluation.every",
+    "evaluation.every", "privacy.epsilon", "privacy.noise_multiplier", "privacy.clip",
 }  # fmt: skip
 
 SHARE = 0.8  # of the memory that is free, where the owner does not say how much

@@ -1,0 +1,90 @@
+"""This module holds the section of a config that says what may be learnt from what leaves."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from comigs.config.sections import Section
+
+
+class PrivacySection(Section):
+    """[privacy] bounds what may be learnt about a client's text from what leaves it.
+
+    See docs/privacy.md.
+    """
+
+    level: Literal["none", "document"] = Field(
+        "none",
+        description='"document": what leaves a client is differentially private, and epsilon and '
+        "delta are for one document more or less in its train text. "
+        '"none": nothing bounds what can be learnt from it.',
+    )
+    epsilon: float | None = Field(
+        None,
+        gt=0,
+        description="All rounds of the run together spend this much on each client's text at most; "
+        "the noise follows from it. Either epsilon or noise_multiplier is given.",
+    )
+    noise_multiplier: float | None = Field(
+        None,
+        ge=0,
+        description="The noise on a step's sum of gradients has this standard deviation, times "
+        "clip; epsilon follows from it. 0: no noise, which is not private.",
+    )
+    delta: float = Field(
+        1e-5,
+        gt=0,
+        lt=1,
+        description="With this probability epsilon may not hold. It must be below 1 / documents "
+        "of every client.",
+    )
+    clip: float = Field(
+        1.0,
+        gt=0,
+        description="A document's gradient, over all shared tensors together, is cut to this "
+        "length (l2).",
+    )
+    expected_batch: float | None = Field(
+        None,
+        gt=0,
+        description="A step learns from this many documents on average: each joins it by itself "
+        "with the same probability. None: client.batch_size.",
+    )
+    noise_seed: int | None = Field(
+        None,
+        ge=0,
+        description="For tests only: noise and documents are drawn from this seed, and the run is "
+        "not private, since whoever knows the seed can take the noise away. None: from the "
+        "operating system.",
+    )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is bounded."""
+        return self.level != "none"
+
+    def problem(self) -> str:
+        """Return what does not fit together in this section, in one line; "" where all does."""
+        either = {"epsilon": self.epsilon, "noise_multiplier": self.noise_multiplier}
+        given = [name for name, value in either.items() if value is not None]
+        if not self.is_on:
+            if given:
+                return (
+                    f"privacy.{given[0]}: given {either[given[0]]:g}, but privacy.level is "
+                    f'"none" and nothing is private; it must be left out, or set '
+                    'privacy.level = "document"'
+                )
+            return ""
+        if len(given) == 2:
+            return (
+                f"privacy.noise_multiplier: given {self.noise_multiplier:g} beside privacy.epsilon "
+                f"{self.epsilon:g}, and either follows from the other; give one of them"
+            )
+        if not given:
+            return (
+                f'privacy.epsilon: missing with privacy.level = "{self.level}"; give epsilon (8 is '
+                "usual), or noise_multiplier"
+            )
+        return ""
