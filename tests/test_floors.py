@@ -33,7 +33,7 @@ ONLY = {  # a third-party module -> where it may be imported
     "tensorboard": ("runs/track/trackers/tensorboard.py",),
     "mlflow": ("runs/track/trackers/mlflow.py",),
     "wandb": ("runs/track/trackers/wandb.py",),
-    "flwr": ("federation/flower",),
+    "flwr": ("federation/flower", "server/secure_sum/primitives.py"),
     "pandas": ("experiments/compare/",),
     "uvicorn": ("federation/security/", "personal/serve/"),
     "starlette": ("federation/security/", "personal/serve/"),
