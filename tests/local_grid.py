@@ -32,9 +32,9 @@ from comigs.config import Config
 from comigs.federation.device import trainer_socket
 from comigs.federation.device.device_service import Device, Trainer
 from comigs.federation.flower import apps, server
-from comigs.federation.flower.dispatch import Polling
 from comigs.runs.environment import environment
 from comigs.runs.folder import RunFolder
+from comigs.server.dispatch import Polling
 
 FIRST_NODE = 1000
 ONE = threading.Lock()

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from comigs.config import Config
 from comigs.engines.upload_store import UploadStore
-from comigs.federation.flower.dispatch import Dispatcher, Question
 from comigs.federation.messages import (
     ANSWERS,
     Answered,
@@ -28,6 +27,7 @@ from comigs.federation.messages import (
 from comigs.methods.method import Download, Method, Upload
 from comigs.runs.folder import RunFolder
 from comigs.server import wire
+from comigs.server.dispatch import Dispatcher, Question
 from comigs.server.protocol import Answers, Reply, Task
 from comigs.server.validation import expected_upload
 from comigs.server.wire import WireError

@@ -5,14 +5,14 @@ in it, for many arrays cost a minute.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-GONE = "gone"
+from comigs.server.transport import GONE, Failure
+
 REASONS = {
     ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "failed",
     ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "failed: its comigs cannot be loaded",
@@ -23,16 +23,6 @@ REASONS = {
     ErrorCode.CLIENT_APP_CRASHED: "its app stopped",
 }
 NO_TRAINER = ("FileNotFoundError", "ConnectionRefusedError")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A failure says that no answer will come to a message.
-
-    reason: why, in a few words that are ours.
-    """
-
-    reason: str
 
 
 def envelope(raw: bytes) -> RecordDict:
@@ -67,9 +57,12 @@ class GridTransport:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
 
-    def online(self) -> dict[int, str]:
-        """Return the nodes that are connected, each with when it (re)started in Flower's words."""
-        return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
+    def online(self, nodes: Collection[int]) -> dict[int, str]:
+        """Return those of these nodes that are connected, each with when it (re)started in Flower's
+        words.
+        """
+        connected = {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
+        return {node: connected[node] for node in nodes if node in connected}
 
     def push(self, node: int, raw: bytes, life: float) -> str | None:
         """Send bytes to a node; return the message's id, or None where it could not be sent.

@@ -18,7 +18,6 @@ from comigs.bases.load import load_base
 from comigs.config import Config
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
-from comigs.federation.flower.dispatch import Dispatcher, Polling
 from comigs.federation.flower.engine import FederatedRun, Flower, most_of_answer
 from comigs.federation.flower.grid import GridTransport
 from comigs.federation.messages import PROGRESS, RUN_ID, federable_method
@@ -27,6 +26,7 @@ from comigs.files import ClosedFolder, writing
 from comigs.methods.method import Method
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Event, Note, Problem
+from comigs.server.dispatch import Dispatcher, Polling
 from comigs.server.protocol import Report
 from comigs.server.rounds import run_rounds
 from comigs.server.validation import shapes_of_clients

@@ -1,5 +1,5 @@
 """This module decides who is asked, who is waited for and for how long: one exchange over a network
-on which devices come and go.
+on which devices come and go, real or simulated.
 
 A client has answered (or failed), or its message is out, or it is busy with one of an earlier
 exchange, or it is away. An exchange ends when nothing is out any more, at the latest at its
@@ -9,14 +9,14 @@ exchange never begins with nobody: until one client can be asked, it waits.
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from comigs.federation.flower.grid import GONE, Failure, GridTransport
 from comigs.runs.metrics import Note
 from comigs.server.protocol import Report
+from comigs.server.transport import GONE, Clock, Failure, RealClock, Transport
 from comigs.server.wire import WireError
 from comigs.text import brief
 
@@ -38,14 +38,14 @@ Answer = TypeVar("Answer", bound=OfRound)
 
 @dataclass(frozen=True)
 class Question(Generic[Answer]):
-    """A question is what one client is asked. write(): the message. accept(raw, size of the
-    message): the answer; raises WireError.
+    """A question is what one client is asked. write(): the message. accept(what came, the
+    message's size in bytes): the answer; raises WireError.
     """
 
     client: str
     round: int
-    write: Callable[[], bytes]
-    accept: Callable[[bytes, int], Answer]
+    write: Callable[[], Any]
+    accept: Callable[[Any, int], Answer]
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Gathered(Generic[Answer]):
 
 
 @dataclass(frozen=True)
-class _Out(Generic[Answer]):
-    """A message is out. started: when its node did, to notice a restart. ends: when the message is
-    given up.
+class Out(Generic[Answer]):
+    """A message is out. size: in bytes. started: when its node did, to notice a restart. ends: when
+    the message is given up.
     """
 
     question: Question[Answer]
@@ -87,14 +87,26 @@ class _Out(Generic[Answer]):
 class Dispatcher(Generic[Answer]):
     """A dispatcher carries questions to clients. A message may stay out from one exchange to the
     next, one for each client.
+
+    out: the messages whose answers may still come in, by their ids.
     """
 
     def __init__(
-        self, grid: GridTransport, nodes: Mapping[str, int], polling: Polling, report: Report
+        self,
+        transport: Transport,
+        nodes: Mapping[str, int],
+        polling: Polling,
+        report: Report,
+        clock: Clock | None = None,
     ) -> None:
-        """Carry over `grid`. nodes: client -> Flower's node id; who has none is never there."""
-        self._grid, self._nodes, self._polling, self._report = grid, nodes, polling, report
-        self._out: dict[str, _Out[Answer]] = {}  # by message
+        """Carry over `transport`. nodes: client -> its node; who has none is never there.
+
+        clock: None is this machine's.
+        """
+        self._transport, self._nodes = transport, nodes
+        self._polling, self._report = polling, report
+        self._clock = clock or RealClock()
+        self.out: dict[str, Out[Answer]] = {}
 
     def gather(
         self, questions: Mapping[str, Question[Answer]], others: bool = True
@@ -103,26 +115,32 @@ class Dispatcher(Generic[Answer]):
 
         others: also take in what clients that are not asked now answer to something earlier.
         """
-        exchange = _Exchange(questions, self._polling, self._report)
+        exchange = _Exchange(questions, self._polling, self._report, self._clock)
         # What has come in is taken first: who has answered something earlier can be asked now.
         while True:
             looked_for = []
-            for message, sent in self._out.items():
+            for message, sent in self.out.items():
                 if others or sent.question.client in questions:
                     looked_for.append(message)
             self._collect(exchange, looked_for)
-            online = self._grid.online()
+            online = self._transport.online(self._nodes_of(questions))
             self._forget(online)
             self._push(exchange, online)
-            out = {o.question.client: o.question.round for o in self._out.values()}
+            out = {o.question.client: o.question.round for o in self.out.values()}
             if exchange.is_over(out):
                 return exchange.result(out)
             exchange.tell(out)
-            time.sleep(min(self._polling.seldom, max(self._polling.look, exchange.age() / 20)))
+            look = min(self._polling.seldom, max(self._polling.look, exchange.age() / 20))
+            given_up = [o.ends for o in self.out.values()]
+            self._clock.wait(look, min([exchange.changes(), *given_up]))
+
+    def _nodes_of(self, questions: Mapping[str, Question[Answer]]) -> set[int]:
+        clients = {*questions, *(out.question.client for out in self.out.values())}
+        return {self._nodes[client] for client in clients if client in self._nodes}
 
     def _collect(self, exchange: _Exchange[Answer], messages: Sequence[str]) -> None:
-        for message, content in self._grid.pull(messages).items():
-            out = self._out.pop(message)
+        for message, content in self._transport.pull(messages).items():
+            out = self.out.pop(message)
             if isinstance(content, Failure):
                 exchange.failed(out.question, content.reason)
                 continue
@@ -135,33 +153,38 @@ class Dispatcher(Generic[Answer]):
         """Drop messages that nobody will answer: too old, or taken by a node that has restarted
         since.
         """
-        now = time.monotonic()
-        for message, out in list(self._out.items()):
+        now = self._clock.now()
+        for message, out in list(self.out.items()):
             node = self._nodes[out.question.client]
-            if now > out.ends or (node in online and online[node] != out.started):
-                del self._out[message]
+            if now >= out.ends or (node in online and online[node] != out.started):
+                del self.out[message]
 
     def _push(self, exchange: _Exchange[Answer], online: Mapping[int, str]) -> None:
-        busy = {out.question.client for out in self._out.values()}
+        busy = {out.question.client for out in self.out.values()}
         life = LIVES * self._polling.deadline
         for client, question in exchange.open().items():
             node = self._nodes.get(client)
             if client not in busy and node is not None and node in online:
-                raw = question.write()
-                if (message := self._grid.push(node, raw, life)) is not None:
-                    ends = time.monotonic() + life
-                    self._out[message] = _Out(question, len(raw), online[node], ends)
+                written = question.write()
+                if (message := self._transport.push(node, written, life)) is not None:
+                    ends = self._clock.now() + life
+                    self.out[message] = Out(question, len(written), online[node], ends)
 
 
 class _Exchange(Generic[Answer]):
     """An exchange is known as far as it has come."""
 
     def __init__(
-        self, questions: Mapping[str, Question[Answer]], polling: Polling, report: Report
+        self,
+        questions: Mapping[str, Question[Answer]],
+        polling: Polling,
+        report: Report,
+        clock: Clock,
     ) -> None:
         self._questions, self._polling, self._report = questions, polling, report
+        self._clock = clock
         self._came = Gathered[Answer]()
-        self._began = time.monotonic()
+        self._began = clock.now()
         self._deadline: float | None = None
         self._back_by = dict.fromkeys(questions, self._began + polling.patience)
         self._told: tuple[object, ...] = ()
@@ -169,7 +192,7 @@ class _Exchange(Generic[Answer]):
 
     def age(self) -> float:
         """Return the seconds since it began."""
-        return time.monotonic() - self._began
+        return self._clock.now() - self._began
 
     def open(self) -> dict[str, Question[Answer]]:
         """Return what is not answered yet, by client."""
@@ -193,13 +216,13 @@ class _Exchange(Generic[Answer]):
         """Note that no answer will come; from who is gone, perhaps later."""
         if self._asks(question):
             if reason == GONE:
-                self._back_by[question.client] = time.monotonic() + self._polling.patience
+                self._back_by[question.client] = self._clock.now() + self._polling.patience
             else:
                 self._came.absent[question.client] = reason
 
     def is_over(self, out: Mapping[str, int]) -> bool:
         """Return whether nobody is waited for any more. out: client -> round of its message."""
-        now, open = time.monotonic(), self.open()
+        now, open = self._clock.now(), self.open()
         waiting = [name for name, question in open.items() if out.get(name) == question.round]
         if waiting and self._deadline is None:
             self._deadline = now + self._polling.deadline
@@ -208,6 +231,14 @@ class _Exchange(Generic[Answer]):
         away = [name for name in open if name not in out]
         may_come = any(now < self._back_by[name] for name in away)
         return self._deadline is not None and not waiting and not may_come
+
+    def changes(self) -> float:
+        """Return when the next moment comes that may end it without an answer."""
+        moments = [self._back_by[name] for name in self.open()]
+        if self._deadline is not None:
+            moments.append(self._deadline)
+        now = self._clock.now()
+        return min((moment for moment in moments if moment > now), default=math.inf)
 
     def result(self, out: Mapping[str, int]) -> Gathered[Answer]:
         """Return what came, at its end, with a reason for each client that did not answer."""
@@ -225,7 +256,7 @@ class _Exchange(Generic[Answer]):
         missing, count = list(self.open()), len(self._questions)
         stuck = self._deadline is None
         state = (len(missing), stuck, *missing)
-        if state == self._told and time.monotonic() - self._told_at < EVERY:
+        if state == self._told and self._clock.now() - self._told_at < EVERY:
             return
 
         # A long list of names would say less than how many there are.
@@ -238,4 +269,4 @@ class _Exchange(Generic[Answer]):
         first = next(iter(self._questions.values()))
         message = f"round {first.round}: {how} ({self.age():.0f} s)"
         self._report(Note(message=message, say=stuck and state != self._told))
-        self._told, self._told_at = state, time.monotonic()
+        self._told, self._told_at = state, self._clock.now()
