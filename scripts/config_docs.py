@@ -11,7 +11,12 @@ from pydantic.fields import FieldInfo
 from comigs.config import SECTIONS
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
-TITLES = {"": "At the top", "clients": "[[clients]]", "text": "text = {...} of a client"}
+TITLES = {
+    "": "At the top",
+    "clients": "[[clients]]",
+    "conditions.groups": "[conditions.groups.NAME], beside what [conditions] has",
+    "text": "text = {...} of a client",
+}
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 INTRO = """# The config
@@ -55,9 +60,12 @@ def page() -> str:
     """Return the whole page."""
     parts = [INTRO]
     for name, section in SECTIONS.items():
+        if name == "conditions.clients":  # what it holds is in the table of [conditions]
+            continue
         rows = ["| field | type | default | what |", "|---|---|---|---|"]
         for key, field in section.model_fields.items():
-            if name or key not in SECTIONS:  # a section has a table of its own
+            told = name == "conditions.groups" and key in SECTIONS["conditions"].model_fields
+            if not told and (name or key not in SECTIONS):  # a section has a table of its own
                 rows.append(row(key, field))
         table = "\n".join(rows)
         parts.append(f"## {TITLES.get(name, f'[{name}]')}\n\n{table}\n")

@@ -107,6 +107,7 @@ def run_config(
         "evaluation": {"batch_size": 8},
         "participation": {},
         "upload": {},
+        "conditions": {},
         "options": {},
     }
     plain = {key: value for key, value in tree.items() if not isinstance(value, dict)}

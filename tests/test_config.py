@@ -149,6 +149,7 @@ def test_every_section_is_known():
         "participation",
         "upload",
         "privacy",
+        "conditions",
         "track",
         "clients",
     }
@@ -166,11 +167,12 @@ def test_the_nearest_name_is_given_in_every_section(name):
             tree["clients"][0][wrong] = 1
         elif name == "text":
             tree["clients"][0]["text"] = {"train": "a", "valid": "b", "test": "c", wrong: "d"}
+        elif name.startswith("conditions."):
+            tree["conditions"] = {name.removeprefix("conditions."): {"ann": {wrong: 1}}}
         else:
             tree[name] = {wrong: 1}
-        where = {"": "", "clients": "clients.ann.", "text": "clients.ann.text."}.get(
-            name, f"{name}."
-        )
+        inside = f"{name}.ann." if "." in name else f"{name}."
+        where = {"": "", "clients": "clients.ann.", "text": "clients.ann.text."}.get(name, inside)
         with pytest.raises(
             UserError, match=rf'^config: {where}{wrong}: unknown key\. Did you mean "{key}"\?'
         ):

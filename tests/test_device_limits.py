@@ -58,7 +58,7 @@ OPTIONS = sorted(
     for field in numeric(method_module(method).Options)
 )
 OWN = {"version", "workers", "base.threads", "privacy.noise_seed"}  # a server is not heard here
-OWNERS = ("participation.", "track.")
+OWNERS = ("participation.", "conditions.", "track.")
 OWN |= {field for field in NUMERIC if field.startswith(OWNERS)}
 
 

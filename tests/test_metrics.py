@@ -10,8 +10,15 @@ import pytest
 from pydantic import ValidationError
 
 from comigs.errors import UserError
-from comigs.runs.json_lines import read_event, read_lines, read_record, read_timings, to_lines
-from comigs.runs.metrics import KINDS, Evaluation, Note, RoundEnd, Score, Summary, Train
+from comigs.runs.json_lines import (
+    KINDS,
+    read_event,
+    read_lines,
+    read_record,
+    read_timings,
+    to_lines,
+)
+from comigs.runs.metrics import Evaluation, Note, RoundEnd, Score, Summary, Train
 from tests.fake_engine import evaluation_of, train_of
 from tests.test_reading import FILES, SOURCE
 

@@ -25,6 +25,7 @@ from comigs.client.estimate import memory_needed
 from comigs.config import SPLITS, Config, Split
 from comigs.data.prepare import Texts, require_text
 from comigs.data.prepare import prepare as prepare_data
+from comigs.engines.conditions.engine import engine_for, with_machine
 from comigs.engines.in_process import InProcess
 from comigs.errors import Stopped, UserError, nearest
 from comigs.files import command, require_free
@@ -66,6 +67,7 @@ def run(
         known = data.load_all() if everybody_trains(config) else data.outlines()
         with attached(config, base) as (attachment, shapes):
             require_memory(memory_needed(config, base, shapes, attachment), base.device)
+            config = with_machine(config, base, shapes, attachment)
         folder = new_folder(out, config, environment(base, known))
 
     with folder, _going_on(folder):
@@ -232,7 +234,8 @@ def _with_a_device(config: Config) -> Config:
 def _go_on(folder: RunFolder, config: Config, base: Base, data: Texts, report: Report) -> None:
     """Run the rounds that are left, and sum the run up."""
     method = load_method(config)
-    engine = InProcess(config, method, base, data, folder, report)
+    clients = InProcess(config, method, base, data, folder, report)
+    engine = engine_for(config, method, clients, folder, report)
     try:
         run_rounds(config, method, engine, folder, report)
     finally:

@@ -5,6 +5,7 @@ Each field says its unit and what `None` means; docs/config.md is made from thes
 """
 
 from comigs.config.clients import ClientEntry, ExpertShape, Text
+from comigs.config.conditions import Condition, ConditionsSection, Group, merged, read_trace
 from comigs.config.paths import folder_or_name, place, relative, resolve
 from comigs.config.privacy import PrivacySection
 from comigs.config.rounds import (
@@ -28,8 +29,8 @@ from comigs.config.tree import SECTIONS, VERSION, Config, dotted
 
 __all__ = [
     "NAMED_BASES", "SECTIONS", "SPLITS", "VERSION", "BaseSection", "ClientEntry", "ClientSection",
-    "Config", "DataSection", "EvaluationSection", "ExpertShape", "ExpertsSection",
-    "ParticipationSection", "PrivacySection", "Section", "Split", "Text", "TrackSection",
-    "UploadSection", "dotted", "folder_or_name", "load_config", "parse_config", "place",
-    "read_toml", "relative", "resolve", "to_toml",
+    "Condition", "ConditionsSection", "Config", "DataSection", "EvaluationSection", "ExpertShape",
+    "ExpertsSection", "Group", "ParticipationSection", "PrivacySection", "Section", "Split", "Text",
+    "TrackSection", "UploadSection", "dotted", "folder_or_name", "load_config", "merged",
+    "parse_config", "place", "read_toml", "read_trace", "relative", "resolve", "to_toml",
 ]  # fmt: skip

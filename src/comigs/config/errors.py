@@ -43,9 +43,10 @@ def one_line(
     first, *more = _problems(error)
 
     # an unknown key is compared with those of the innermost section that it stands in
-    section = sections[""]
+    section, above = sections[""], ""
     for part in first["loc"][:-1]:
-        section = sections.get(str(part), section)
+        section = sections.get(f"{above}{part}", sections.get(str(part), section))
+        above += f"{part}."
 
     where = _place(first["loc"], tree)
     message = _message(first, where, list(section.model_fields))

@@ -59,14 +59,18 @@ def read_template(tree: dict[str, Any], folder: Path, source: str) -> None:
     """
     base = tree.get("base")
     given = base.get("chat_template") if isinstance(base, dict) else None
-    if not isinstance(given, str) or "{" in given:
-        return
-    path = whole(given, folder)
+    if isinstance(given, str) and "{" not in given:
+        path = whole(given, folder)
+        tree["base"]["chat_template"] = read_named(path, f"{source}: base.chat_template")
+
+
+def read_named(path: str, field: str) -> str:
+    """Return the text of a file that a field names. Raises UserError where it cannot be read."""
     try:
-        tree["base"]["chat_template"] = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"{source}: base.chat_template: {path}: cannot be read: {why}") from None
+        raise UserError(f"{field}: {path}: cannot be read: {why}") from None
 
 
 def place(tree: dict[str, Any], folder: Path, source: str) -> None:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from comigs.config.address import set_field
 from comigs.config.errors import one_line
 from comigs.config.older import of_this_version, without_retired
-from comigs.config.paths import place, read_template
+from comigs.config.paths import place, read_named, read_template, whole
 from comigs.config.tree import SECTIONS, VERSION, Config
 from comigs.errors import UserError
 
@@ -38,6 +38,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), own: bool = Tru
     place(tree, path.parent, str(path))
     if own:
         read_template(tree, path.parent, str(path))
+        read_conditions(tree, path.parent, str(path))
     return parse_config(tree, source=str(path))
 
 
@@ -58,6 +59,48 @@ def read_toml(path: Path, what: str = "config") -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from None
     require_shallow(tree, str(path))
     return tree
+
+
+def read_conditions(tree: dict[str, Any], folder: Path, source: str) -> None:
+    """Put what files say of devices in the place of their names, in the values of a user's config.
+
+    Raises UserError where there is no such file, or it holds something else.
+    """
+    conditions = tree.get("conditions")
+    if not isinstance(conditions, dict):
+        return
+    named = conditions.pop("file", None)
+    if isinstance(named, str):
+        path = Path(whole(named, folder))
+        given = read_toml(path, "conditions")
+        if given.keys() != {"conditions"} or not isinstance(given["conditions"], dict):
+            raise UserError(f"{path}: must hold [conditions] and nothing else")
+        read_conditions(given, path.parent, str(path))
+        tree["conditions"] = conditions = _over(conditions, given["conditions"])
+    elif named is not None:
+        conditions["file"] = named  # to be refused
+
+    # A trace that has lines is a text already.
+    nested = [conditions]
+    for kind in ("groups", "clients"):
+        below = conditions.get(kind)
+        nested += below.values() if isinstance(below, dict) else []
+    for section in nested:
+        given_trace = section.get("trace") if isinstance(section, dict) else None
+        if isinstance(given_trace, str) and "\n" not in given_trace:
+            where = f"{source}: conditions.trace"
+            section["trace"] = read_named(whole(given_trace, folder), where)
+
+
+def _over(own: dict[str, Any], general: dict[str, Any]) -> dict[str, Any]:
+    """Return the general values with the own ones over them, section by section."""
+    both = dict(general)
+    for key, value in own.items():
+        under = both.get(key)
+        if isinstance(value, dict) and isinstance(under, dict):
+            value = _over(value, under)
+        both[key] = value
+    return both
 
 
 def require_shallow(tree: Any, source: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from comigs.config.clients import ClientEntry, ExpertShape, Text
+from comigs.config.conditions import Condition, ConditionsSection, Group
 from comigs.config.privacy import PrivacySection
 from comigs.config.rounds import (
     EvaluationSection,
@@ -76,6 +77,10 @@ class Config(Section):
     privacy: PrivacySection = Field(
         PrivacySection(), description="[privacy] bounds what can be learnt from what leaves."
     )
+    conditions: ConditionsSection = Field(
+        ConditionsSection(),
+        description="[conditions] says what devices and links to simulate, in one process.",
+    )
     track: TrackSection = Field(
         TrackSection(), description="[track] says where curves go, beside the report."
     )
@@ -120,6 +125,7 @@ class Config(Section):
         self._check_evaluation()
         if problem := self.privacy.problem():
             raise ValueError(problem)
+        self.conditions.require_clients([client.name for client in self.clients])
         if self.data.valid_fraction + self.data.test_fraction >= 1:
             raise ValueError(
                 "data: valid_fraction + test_fraction must leave documents for train (sum below 1)"
@@ -195,6 +201,9 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "participation": ParticipationSection,
     "upload": UploadSection,
     "privacy": PrivacySection,
+    "conditions": ConditionsSection,
+    "conditions.groups": Group,
+    "conditions.clients": Condition,
     "track": TrackSection,
     "clients": ClientEntry,
     "text": Text,

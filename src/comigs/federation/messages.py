@@ -156,7 +156,7 @@ def config_for(config: Config, client: str) -> dict[str, Any]:
         "base": config.base.model_copy(update=base),
     }
     told = config.model_copy(update=sections)
-    return told.model_dump(mode="json", exclude={"track"}, exclude_none=True)
+    return told.model_dump(mode="json", exclude={"track", "conditions"}, exclude_none=True)
 
 
 def federable_method(config: Config) -> Method:

@@ -135,9 +135,9 @@ def trimmed(choice: Choice) -> Reason:
 
 def network(choice: Choice) -> Reason:
     """Say of a setting of waiting whether anybody can be late."""
-    if choice.engine == "flower":
+    if choice.engine == "flower" or choice.config.conditions.given:
         return ""
-    return "in one process nobody is waited for (--engine flower)"
+    return "in one process nobody is waited for ([conditions], or --engine flower)"
 
 
 def discounted(choice: Choice) -> Reason:
@@ -169,6 +169,11 @@ def own_machine(choice: Choice) -> Reason:
 def private(choice: Choice) -> Reason:
     """Say of a setting of privacy whether there is any."""
     return "" if choice.config.privacy.is_on else 'privacy.level is "none"'
+
+
+def simulated(choice: Choice) -> Reason:
+    """Say of simulated conditions whether this run simulates any."""
+    return "devices have conditions of their own" if choice.engine == "flower" else ""
 
 
 def tracked(choice: Choice) -> Reason:
@@ -215,6 +220,7 @@ READERS: Mapping[str, Reader] = {
     "privacy.level": always,
     **dict.fromkeys(("privacy.epsilon", "privacy.noise_multiplier", "privacy.delta"), private),
     **dict.fromkeys(("privacy.clip", "privacy.expected_batch", "privacy.noise_seed"), private),
+    "conditions": simulated,
     "track.to": always,
     "track.names": tracked,
 }

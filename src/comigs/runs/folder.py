@@ -194,15 +194,17 @@ class RunFolder:
             self._staged[path] = file, sha256(self.files.reading(file))
 
     def staged(self, prefix: str) -> dict[str, tuple[str, str]]:
-        """Return what was staged since the last commit below a path: path -> its file and sha256.
-
-        prefix: such as clients/fr/.
-        """
+        """Return what was staged since the last commit below clients/fr/: path -> file, sha256."""
         return {path: where for path, where in self._staged.items() if path.startswith(prefix)}
 
     def take(self, staged: Mapping[str, tuple[str, str]]) -> None:
         """Take what another process of this run staged as staged here."""
         self._staged |= {path: (file, digest) for path, (file, digest) in staged.items()}
+
+    def discard(self, prefix: str) -> None:
+        """Remove what was staged below a path since the last commit."""
+        for path in self.staged(prefix):
+            self.files.remove(self._staged.pop(path)[0])
 
     def follow(self) -> None:
         """See the run as it is on the disk: for a process beside the one that commits."""

@@ -14,7 +14,29 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from comigs.errors import UserError
-from comigs.runs.metrics import KINDS, Event, Line, Record, Timing
+from comigs.runs.metrics import (
+    Absent,
+    Evaluation,
+    Event,
+    Kept,
+    LastDownload,
+    Line,
+    Note,
+    Problem,
+    Record,
+    RoundEnd,
+    Step,
+    Timing,
+    Train,
+    Warned,
+)
+from comigs.runs.simulated import Attempt, Exchange
+
+EVENTS = (
+    *(Train, Evaluation, Kept, LastDownload, RoundEnd, Absent, Warned, Exchange, Attempt),
+    *(Step, Note, Problem),
+)
+KINDS: dict[str, type[Event]] = {event.model_fields["kind"].default: event for event in EVENTS}
 
 WORDS = {  # what pydantic calls a type -> what people call it
     "int_type": "a whole number",

@@ -295,5 +295,3 @@ ClientReport = TrainReport | Evaluation | Kept  # a line that a client writes
 REPORTED: TypeAdapter[list[ClientReport]] = TypeAdapter(
     list[Annotated[ClientReport, Field(discriminator="kind")]]
 )
-EVENTS = (Train, Evaluation, Kept, LastDownload, RoundEnd, Absent, Warned, Step, Note, Problem)
-KINDS: dict[str, type[Event]] = {event.model_fields["kind"].default: event for event in EVENTS}

@@ -73,6 +73,7 @@ class RoundCollector:
         self._replies: dict[str, Reply] = {}
         self._late: dict[str, tuple[Reply, Upload]] = {}  # with what it counts for in this round
         self._too_late: list[Absent] = []
+        self._of_engine: list[Line] = []
         self._expected: dict[tuple[int, int], Shapes] = {}  # by round and kind of client
 
     def to_ask(self) -> list[str]:
@@ -82,6 +83,7 @@ class RoundCollector:
 
     def take(self, tasks: Mapping[str, Task], answers: Answers) -> None:
         """Sort what an exchange brought, check it, and leave out who failed too often."""
+        self._of_engine += answers.lines
         # An answer to the first asking of this round may come in with the second.
         self._tasks |= tasks
         late = dict(answers.late)
@@ -217,7 +219,7 @@ class RoundCollector:
             self.config.upload.format,
             self.server.method.reads_peers,
         )
-        lines: list[Line] = [*self._too_late]
+        lines: list[Line] = [*self._of_engine, *self._too_late]
         for name, reply in self._counted().items():
             for line in read_reply(reply)[0]:
                 if isinstance(line, TrainReport):

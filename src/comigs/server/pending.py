@@ -80,15 +80,26 @@ def discounted(
     return counts
 
 
-def pack_server(downloads: Mapping[str, Download], memory: Memory) -> dict[str, Tensor]:
+Started = Mapping[str, Mapping[int, Download]]  # client -> round -> what a late upload started from
+
+
+def pack_server(
+    downloads: Mapping[str, Download], memory: Memory, started: Started | None = None
+) -> dict[str, Tensor]:
     """Return what the server goes on from, as named tensors: each tensor once, and tables.
 
     "tensor/N": the tensors, copied: views of one merged tensor, which a method may hand out, cannot
     be saved as they are. "memory" and "download/M": which of them is where. "client": which
-    download each client gets.
+    download each client gets. "started", where there are any: which one a late upload of
+    ROUND/CLIENT is a step from.
     """
     # A place is whatever holds tensors under names.
-    distinct = _distinct(downloads)
+    begun = {
+        f"{round}/{client}": download
+        for client, rounds in (started or {}).items()
+        for round, download in rounds.items()
+    }
+    distinct = _distinct({**{f"now/{name}": d for name, d in downloads.items()}, **begun})
     places: dict[str, dict[str, Tensor]] = {"memory": dict(memory)}
     for number, download in enumerate(distinct):
         places[f"download/{number}"] = {str(slot): tensor for slot, tensor in download.items()}
@@ -105,18 +116,36 @@ def pack_server(downloads: Mapping[str, Download], memory: Memory) -> dict[str, 
         tables |= _table(name, {key: numbers[id(tensor)] for key, tensor in place.items()})
     of_download = {id(download): number for number, download in enumerate(distinct)}
     chosen = {client: of_download[id(download)] for client, download in downloads.items()}
-    return packed | tables | _table("client", chosen)
+    tables |= _table("client", chosen)
+    if begun:
+        tables |= _table("started", {key: of_download[id(d)] for key, d in begun.items()})
+    return packed | tables
 
 
 def unpack_server(packed: Mapping[str, Tensor]) -> tuple[dict[str, Download], Memory]:
-    """Return what `pack_server` was given."""
-    chosen = _read_table("client", packed)
-    distinct: list[Download] = []
-    for number in range(max(chosen.values(), default=-1) + 1):
-        slots = _read_table(f"download/{number}", packed)
-        distinct.append({Slot.parse(slot): packed[f"tensor/{n}"] for slot, n in slots.items()})
+    """Return the downloads and the memory that `pack_server` was given."""
     memory = {key: packed[f"tensor/{n}"] for key, n in _read_table("memory", packed).items()}
-    return {client: distinct[number] for client, number in chosen.items()}, memory
+    return _read_downloads("client", packed), memory
+
+
+def unpack_started(packed: Mapping[str, Tensor]) -> dict[str, dict[int, Download]]:
+    """Return what late uploads started from, as `pack_server` was given it."""
+    started: dict[str, dict[int, Download]] = {}
+    if "started/names" in packed:
+        for key, download in _read_downloads("started", packed).items():
+            round, _, client = key.partition("/")
+            started.setdefault(client, {})[int(round)] = download
+    return started
+
+
+def _read_downloads(name: str, packed: Mapping[str, Tensor]) -> dict[str, Download]:
+    """Return the downloads of a table; those that are the same are one object."""
+    chosen = _read_table(name, packed)
+    distinct: dict[int, Download] = {}
+    for number in sorted(set(chosen.values())):
+        slots = _read_table(f"download/{number}", packed)
+        distinct[number] = {Slot.parse(slot): packed[f"tensor/{n}"] for slot, n in slots.items()}
+    return {key: distinct[number] for key, number in chosen.items()}
 
 
 def _table(name: str, numbers: Mapping[str, int]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from comigs.config import Split
 from comigs.methods.method import Download, Upload
-from comigs.runs.metrics import Event
+from comigs.runs.metrics import Event, Line
 from comigs.slots import Shapes
 
 Report = Callable[[Event], None]
@@ -52,12 +52,13 @@ class Answers:
 
     replies: in time, by client, in the order of the tasks. absent: client -> why nothing usable
     came, in a few words. late: replies to what was asked in an earlier exchange (reply.round) that
-    came in since.
+    came in since. lines: what the engine itself says of the exchange, to be kept.
     """
 
     replies: dict[str, Reply]
     absent: dict[str, str] = field(default_factory=dict)
     late: dict[str, Reply] = field(default_factory=dict)
+    lines: list[Line] = field(default_factory=list)
 
 
 class Engine(Protocol):

@@ -21,7 +21,7 @@ from comigs.server.collect import NO_ANSWER, RoundCollector, ServerState
 from comigs.server.communication import last_download
 from comigs.server.diagnostics import diagnose, drift
 from comigs.server.participation import has_trained, late_line, left_out, measured_base
-from comigs.server.pending import next_downloads, pack_server, unpack_server
+from comigs.server.pending import next_downloads, pack_server, unpack_server, unpack_started
 from comigs.server.protocol import Engine, Reply, Report, Task
 from comigs.server.validation import check_lines, common_start, read_reply
 
@@ -44,7 +44,9 @@ def run_rounds(
         start, history = common_start(config.seed), folder.metrics()
         server = ServerState(config, method, engine.shapes, start, history)
         if last.round:
-            server.downloads, server.memory = unpack_server(folder.load("server/state"))
+            packed = folder.load("server/state")
+            server.downloads, server.memory = unpack_server(packed)
+            server.started = unpack_started(packed)
 
         # Nobody hears of a round before it cannot be lost any more.
         for round in range(last.round + 1, config.rounds + 1):
@@ -89,7 +91,8 @@ def _run_round(
     )
     lines += collector.warnings
     lines += _diagnosed(server, lines)
-    folder.stage("server/state", pack_server(server.downloads, server.memory), round)
+    packed = pack_server(server.downloads, server.memory, server.started)
+    folder.stage("server/state", packed, round)
     folder.commit(round, lines, collector.timings())
     server.history += lines
     return lines

@@ -1,0 +1,249 @@
+"""This module holds the section of a config that says what simulated clients' devices are like.
+
+A figure of one client counts before that of its group, and that before the one for all.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+
+from pydantic import Field, field_validator, model_validator
+
+from comigs.config.sections import Section
+
+TRACE = ("client", "seconds", "available")  # the columns of a trace
+Switches = tuple[tuple[float, bool], ...]  # from these seconds on: whether a client is there
+EITHER = (  # of these figures, one level's replace those of a more general one together
+    ("tokens_per_second", "speed"),
+    ("on", "off", "trace"),
+)
+
+
+class Condition(Section):
+    """A condition says what a device and its link are like; None is without any limit."""
+
+    tokens_per_second: float | None = Field(
+        None,
+        gt=0,
+        description="A client trains on this many tokens per second. None: it takes no time.",
+    )
+    speed: float | None = Field(
+        None,
+        gt=0,
+        description="A client is this many times as fast as this machine, whose tokens per second "
+        "are measured when the run begins. In place of tokens_per_second.",
+    )
+    upload: float | None = Field(
+        None,
+        gt=0,
+        description="A client sends this many bytes per second. None: sending takes no time.",
+    )
+    download: float | None = Field(
+        None, gt=0, description="A client receives this many bytes per second, likewise."
+    )
+    latency: float | None = Field(
+        None, ge=0, description="A message is under way for this many seconds beside its bytes."
+    )
+    on: float | None = Field(
+        None,
+        gt=0,
+        description="A client is there for this many seconds at a time, on average: a Markov chain "
+        "of two states. Needs off.",
+    )
+    off: float | None = Field(
+        None, gt=0, description="A client is away for this many seconds at a time, on average."
+    )
+    trace: str | None = Field(
+        None,
+        description="When clients are there, in place of on and off: a CSV file beside the config "
+        "file with the columns client, seconds and available (1 or 0 from then on), sorted, from "
+        "second 0 on to beyond the end of the run. Its text goes into the run.",
+    )
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="A client that is asked drops out on its way with this probability, and what "
+        "it did since it was asked is lost.",
+    )
+    spread: float | None = Field(
+        None,
+        ge=0,
+        le=3,
+        description="Clients' speeds and bandwidths differ from these figures by factors whose "
+        "logarithm has this standard deviation, drawn once per client.",
+    )
+    jitter: float | None = Field(
+        None,
+        ge=0,
+        le=3,
+        description="Speed, bandwidth and latency differ likewise each time a client is asked.",
+    )
+    specialists: tuple[tuple[int, int], ...] | None = Field(
+        None,
+        description="A client's memory changes: [[5, 2], [9, 0]] gives it 2 specialists from round "
+        "5 on and none from round 9 on, in place of its own number.",
+    )
+    specialists_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Before each round from the second on, a client gains or loses a specialist "
+        "with this probability.",
+    )
+    specialists_range: tuple[int, int] | None = Field(
+        None,
+        description="The least and the most specialists that specialists_rate leads to. None: 1 "
+        "and 3.",
+    )
+
+    @field_validator("trace")
+    @classmethod
+    def _is_a_trace(cls, text: str | None) -> str | None:
+        if text is not None:
+            read_trace(text)
+        return text
+
+    @field_validator("specialists")
+    @classmethod
+    def _in_order(cls, pairs: tuple[tuple[int, int], ...] | None) -> object:
+        rounds = [round for round, _ in pairs or ()]
+        if rounds != sorted(set(rounds)) or any(round < 1 for round in rounds):
+            raise ValueError("rounds must be from 1 on and in order, each once")
+        if any(not 0 <= number <= 256 for _, number in pairs or ()):
+            raise ValueError("a client has 0 to 256 specialists")
+        return pairs
+
+    @field_validator("specialists_range")
+    @classmethod
+    def _low_and_high(cls, pair: tuple[int, int] | None) -> tuple[int, int] | None:
+        if pair is not None and not 0 <= pair[0] < pair[1] <= 256:
+            raise ValueError("must be [least, most], least below most, from 0 to 256")
+        return pair
+
+    @model_validator(mode="after")
+    def _one_way_each(self) -> Condition:
+        if self.tokens_per_second is not None and self.speed is not None:
+            raise ValueError("tokens_per_second and speed: give one of them")
+        if (self.on is None) != (self.off is None):
+            raise ValueError("on and off: give both or neither")
+        if self.on is not None and self.trace is not None:
+            raise ValueError("trace: given together with on and off; give one of them")
+        if self.specialists and self.specialists_rate:
+            raise ValueError("specialists and specialists_rate: give one of them")
+        return self
+
+
+class Group(Condition):
+    """A group is a share of the clients with figures of its own."""
+
+    share: float = Field(
+        gt=0,
+        le=1,
+        description="Each client is in this group with this probability, drawn by its name. Who is "
+        "in none has the figures for all.",
+    )
+
+
+class ConditionsSection(Condition):
+    """[conditions] says what devices and links to simulate, in one process (docs/conditions.md)."""
+
+    file: str | None = Field(
+        None,
+        description="The [conditions] of this file beside the config file hold where nothing is "
+        "said here; they go into the run.",
+    )
+    machine: float | None = Field(
+        None,
+        gt=0,
+        description="This machine trains on so many tokens per second. None: it is measured when "
+        "the run begins, where any speed asks for it, and goes into the run.",
+    )
+    patience: float = Field(
+        30.0,
+        ge=0,
+        description="A round waits for this many seconds for clients that are away to come back.",
+    )
+    noticed: float = Field(
+        45.0,
+        ge=0,
+        description="The server learns after this many seconds that a client is lost: Flower's "
+        "nodes tell every 30 that they are there, and are given up after 60.",
+    )
+    groups: Mapping[str, Group] = Field(
+        {}, description="[conditions.groups.NAME] is a share of the clients."
+    )
+    clients: Mapping[str, Condition] = Field(
+        {}, description="[conditions.clients.NAME] is one client."
+    )
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is to be simulated."""
+        return any(merged([condition]) != Condition() for condition in self.everyone())
+
+    def everyone(self) -> list[Condition]:
+        """Return the figures for all, of every group and of every client."""
+        own = Condition(**{key: getattr(self, key) for key in Condition.model_fields})
+        groups = [
+            Condition(**group.model_dump(exclude={"share"})) for group in self.groups.values()
+        ]
+        return [own, *groups, *self.clients.values()]
+
+    def require_clients(self, names: Iterable[str]) -> None:
+        """Raise ValueError where shares, clients or traces are not those of these clients."""
+        known = list(names)
+        shares = sum(group.share for group in self.groups.values())
+        if shares > 1 + 1e-9:
+            raise ValueError(
+                f"conditions.groups: the shares are {shares:g} together; at most 1 is allowed"
+            )
+        for name in self.clients:
+            if name not in known:
+                raise ValueError(
+                    f"conditions.clients.{name}: no such client; there are: {', '.join(known)}"
+                )
+        for condition in self.everyone():
+            if condition.trace is None:
+                continue
+            only = [name for name, own in self.clients.items() if own is condition]
+            missing = sorted(set(only or known) - read_trace(condition.trace).keys())
+            if missing:
+                raise ValueError(
+                    f"conditions.trace: has no line of client {missing[0]}; it must cover the run"
+                )
+
+
+def merged(conditions: Iterable[Condition]) -> Condition:
+    """Return one condition of several; what is given later counts."""
+    values: dict[str, object] = {}
+    for condition in conditions:
+        given = {key: v for key, v in condition if v is not None and key in Condition.model_fields}
+        for alternatives in EITHER:
+            if given.keys() & set(alternatives):
+                values = {key: v for key, v in values.items() if key not in alternatives}
+        values |= given
+    return Condition.model_validate(values)
+
+
+def read_trace(text: str) -> dict[str, Switches]:
+    """Return client -> its switches. Raises ValueError with the line that is wrong."""
+    rows = csv.DictReader(io.StringIO(text))
+    if tuple(rows.fieldnames or ()) != TRACE:
+        raise ValueError(f"a trace begins with the line {','.join(TRACE)}")
+    switches: dict[str, list[tuple[float, bool]]] = {}
+    for row in rows:
+        line = f"line {rows.line_num}"
+        try:
+            seconds, available = float(row["seconds"]), bool(("0", "1").index(row["available"]))
+        except (TypeError, ValueError):
+            raise ValueError(f"{line}: seconds must be a number, available 0 or 1") from None
+        of_client = switches.setdefault(row["client"], [])
+        if not of_client and seconds != 0:
+            raise ValueError(f"{line}: a client's first line must be of second 0")
+        if of_client and not seconds > of_client[-1][0]:
+            raise ValueError(f"{line}: not sorted: a client's seconds must rise")
+        of_client.append((seconds, available))
+    return {client: tuple(of_client) for client, of_client in switches.items()}

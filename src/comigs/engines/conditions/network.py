@@ -1,0 +1,225 @@
+"""This module is a network of simulated devices: a transport for a dispatcher, and its clock.
+
+Clients really work, all that were asked at a moment together; then it is known what they have
+trained and what travels, and so when each answer is in. The clock goes from one such moment to the
+next. What is lost on the way is undone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from comigs.engines.conditions.weather import Link, Weather
+from comigs.errors import UserError
+from comigs.methods.method import Download
+from comigs.runs.simulated import Attempt
+from comigs.server.protocol import Reply, Task
+from comigs.server.transport import GONE, Failure
+
+DROPPED = "dropped out"
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message asks one client for one exchange. size: the bytes of its numbers."""
+
+    client: str
+    task: Task
+    download: Download
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class Work:
+    """A client has done this: its reply, the tokens that it trained on, and all its work in tokens
+    that take as long to train on. uploaded_bytes: of the upload's numbers.
+    """
+
+    reply: Reply
+    tokens: int
+    effort: float
+    uploaded_bytes: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer is ready on its device from a moment on."""
+
+    reply: Reply
+    uploaded_bytes: int
+    ready: float
+
+
+@dataclass(frozen=True)
+class Trip:
+    """A trip is a message on its way. known: when the server hears what has come of it.
+
+    answer: None where it is lost, and why. Of an upload that is lost the device keeps the answer.
+    """
+
+    id: str
+    client: str
+    known: float
+    answer: Answer | None
+    lost: str = ""
+
+
+class Network:
+    """A network has a node for each client, by its place in the config.
+
+    now: simulated seconds since the run began. trips: by client, of which one at most is at work.
+    held: answers that clients have and the server does not, by client. attempts: lines of what has
+    been tried since they were last taken.
+    """
+
+    def __init__(
+        self,
+        weather: Weather,
+        names: list[str],
+        noticed: float,
+        work: Callable[[Mapping[str, Message]], Mapping[str, Work]],
+        undo: Callable[[str], None],
+    ) -> None:
+        """Begin at second 0. work: lets clients do what they are asked. undo: makes one forget."""
+        self.time = 0.0
+        self.trips: dict[str, Trip] = {}
+        self.held: dict[str, Answer] = {}
+        self.attempts: list[Attempt] = []
+        self._weather, self._names, self._noticed = weather, names, noticed
+        self._work, self._undo = work, undo
+        self._pushed: dict[str, tuple[str, Message]] = {}
+        self._away: set[str] = set()
+        self._round, self._asked = 0, dict[str, int]()
+
+    def now(self) -> float:
+        """Return the simulated seconds since the run began."""
+        return self.time
+
+    def wait(self, seconds: float, until: float) -> None:
+        """Go on to the next moment at which anything changes. Raises UserError where none comes."""
+        if any(trip.known <= self.time for trip in self._depart()):
+            return
+        moments = [until, *(trip.known for trip in self.trips.values())]
+        for client in self._away:
+            moments.append(self._weather.availability(client).next_switch(self.time))
+        after = min((moment for moment in moments if moment > self.time), default=math.inf)
+        if math.isinf(after):
+            raise UserError("conditions: nobody who is asked will ever be there again")
+        self.time = after
+
+    def online(self, nodes: Collection[int]) -> dict[int, str]:
+        """Return those of these nodes whose clients are there now; none ever restarts."""
+        clients = {node: self._names[node] for node in nodes}
+        there = [n for n, c in clients.items() if self._weather.availability(c).at(self.time)]
+        self._away = {client for node, client in clients.items() if node not in there}
+        return dict.fromkeys(there, "")
+
+    def push(self, node: int, message: Message, life: float) -> str | None:
+        """Ask a client, who is there."""
+        asked = self._asked if message.task.round == self._round else {}
+        id = f"{message.client} {message.task.round} {asked.get(message.client, 0)}"
+        self._pushed[message.client] = id, message
+        return id
+
+    def pull(self, ids: Iterable[str]) -> dict[str, Reply | Failure]:
+        """Return what is known by now of these messages."""
+        wanted, came = set(ids), {}
+        for trip in list(self.trips.values()):
+            if trip.id in wanted and trip.known <= self.time:
+                del self.trips[trip.client]
+                came[trip.id] = Failure(trip.lost) if trip.answer is None else trip.answer.reply
+        return came
+
+    def _depart(self) -> list[Trip]:
+        """Let everybody work who was asked at this moment; return what comes of it when."""
+        pushed, self._pushed = self._pushed, {}
+        asked: dict[str, Message] = {}
+        for client, (id, message) in pushed.items():
+            # Whoever has an answer that nobody waits for any more sends that first.
+            given_up = self.trips.pop(client, None)
+            if given_up is not None and given_up.answer is not None:
+                self.held[client] = given_up.answer
+            if client in self.held:
+                answer, link = self.held.pop(client), self._link(message)
+                self._send(id, message, answer, link, 0)
+            else:
+                asked[client] = message
+        if asked:
+            for client, work in self._work(asked).items():
+                self._carry(pushed[client][0], asked[client], work)
+        return [self.trips[client] for client in pushed]
+
+    def _carry(self, id: str, message: Message, work: Work) -> None:
+        """Take a client through its attempt: receive, work, send; or lose it before it is done."""
+        link = self._link(message)
+        received = self.time + link.latency + len(message) / link.download
+        ready = received + work.effort / link.tokens_per_second
+        answer = Answer(work.reply, work.uploaded_bytes, ready)
+        lost, why = self._loss(message.client, link, self._arrival(answer, link))
+        if lost > ready:
+            self._send(id, message, answer, link, work.tokens)
+            return
+
+        # Work that was not finished is as if it had never been begun.
+        self._undo(message.client)
+        done = max(0.0, lost - received) / max(ready - received, 1e-12)
+        self._lose(id, message, lost, why, int(done * work.tokens), work.uploaded_bytes)
+
+    def _send(self, id: str, message: Message, answer: Answer, link: Link, tokens: int) -> None:
+        """Take an answer that is ready to the server, or leave it on its device."""
+        arrives = self._arrival(answer, link)
+        lost, why = self._loss(message.client, link, arrives)
+        if lost <= arrives:
+            self.held[message.client] = answer
+            self._lose(id, message, lost, why, tokens, answer.uploaded_bytes)
+            return
+        self._note(message, arrives, tokens, answer.uploaded_bytes)
+        self.trips[message.client] = Trip(id, message.client, arrives, answer)
+
+    def _arrival(self, answer: Answer, link: Link) -> float:
+        begins = max(self.time + link.latency, answer.ready)
+        return begins + link.latency + answer.uploaded_bytes / link.upload
+
+    def _link(self, message: Message) -> Link:
+        if message.task.round != self._round:
+            self._round, self._asked = message.task.round, {}
+        attempt = self._asked.get(message.client, 0)
+        self._asked[message.client] = attempt + 1
+        return self._weather.link(message.client, message.task.round, attempt)
+
+    def _loss(self, client: str, link: Link, arrives: float) -> tuple[float, str]:
+        """Return when a client is lost on its way, and why."""
+        goes = self._weather.availability(client).lost_after(self.time)
+        drops = math.inf
+        if link.drops_at is not None:
+            drops = self.time + link.drops_at * (arrives - self.time)
+        return (drops, DROPPED) if drops < goes else (goes, GONE)
+
+    def _lose(
+        self, id: str, message: Message, lost: float, why: str, tokens: int, sent: int
+    ) -> None:
+        self._note(message, lost, tokens, sent, why)
+        self.trips[message.client] = Trip(
+            id, message.client, lost + self._noticed, answer=None, lost=why
+        )
+
+    def _note(
+        self, message: Message, ended: float, tokens: int, sent: int, why: str | None = None
+    ) -> None:
+        self.attempts.append(
+            Attempt(
+                round=message.task.round,
+                client=message.client,
+                asked=self.time,
+                ended=ended,
+                tokens=tokens,
+                uploaded_bytes=sent,
+                downloaded_bytes=len(message),
+                lost=why,
+            )
+        )

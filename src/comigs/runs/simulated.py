@@ -1,0 +1,32 @@
+"""What a run with simulated devices and links writes down beside all else (docs/conditions.md)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from comigs.runs.metrics import ClientLine, Count, Figure, Line, OrLeftOut
+
+
+class Exchange(Line):
+    """An exchange took from one moment to another, in simulated seconds since the run began."""
+
+    kind: Literal["exchange"] = "exchange"
+    began: Figure
+    ended: Figure
+
+
+class Attempt(ClientLine):
+    """A client was asked in the round of the line, at a moment in simulated seconds.
+
+    ended: when its answer is in, or what it did is lost. tokens: that it trained on until then.
+    uploaded_bytes, downloaded_bytes: of the numbers that were to travel. lost: why no answer comes
+    of it; None where one does, however late.
+    """
+
+    kind: Literal["attempt"] = "attempt"
+    asked: Figure
+    ended: Figure
+    tokens: Count
+    uploaded_bytes: Count
+    downloaded_bytes: Count
+    lost: Annotated[str | None, OrLeftOut] = None

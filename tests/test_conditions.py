@@ -1,0 +1,272 @@
+"""Simulated devices and links: what is drawn, what the clock says; nothing else changes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from comigs.app import api
+from comigs.config import parse_config
+from comigs.engines.conditions.network import DROPPED, Message, Network, Work
+from comigs.engines.conditions.weather import Weather
+from comigs.errors import Stopped, UserError
+from comigs.runs.folder import RunFolder
+from comigs.runs.metrics import RoundEnd
+from comigs.server.dispatch import Dispatcher, Polling, Question
+from comigs.server.protocol import Reply, Task
+from tests.conftest import run_config
+from tests.test_missing_clients import run as run_losing
+
+NAMES = "ada bob cyd"
+TRACE = "client,seconds,available\nada,0,1\nada,50,0\nada,90,1\nada,1000,0\n"
+ROUGH = {  # bob is too slow for the deadline, and whoever is asked may be lost
+    "conditions": {
+        **{"tokens_per_second": 100, "upload": 20000, "download": 20000, "latency": 0.1},
+        **{"on": 100, "off": 20, "dropout": 0.2, "jitter": 0.3, "spread": 0.5},
+        "clients": {"bob": {"tokens_per_second": 4}},
+    },
+    "participation": {"deadline": 40, "late": "discount", "max_failures": 9},
+    "evaluation": {"every": 0, "keep": "last"},
+    "rounds": 4,
+}
+
+
+def weather(names="ada bob", seed=7, **conditions):
+    clients = [{"name": name, "text": name} for name in names.split()]
+    return Weather(parse_config({"seed": seed, "clients": clients, "conditions": conditions}))
+
+
+def lines(folder, *kinds):
+    every = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
+    return [line for line in every if line["kind"] in kinds or not kinds]
+
+
+@pytest.mark.parametrize(
+    "conditions, said",
+    [
+        ({"upload": -5}, "conditions.upload: given -5; must be above 0"),
+        (
+            {"groups": {"a": {"share": 0.7}, "b": {"share": 0.6}}},
+            "conditions.groups: the shares are 1.3 together; at most 1",
+        ),
+        (
+            {"clients": {"zoe": {"specialists": [[2, 0]]}}},
+            "conditions.clients.zoe: no such client; there are: ada",
+        ),
+        ({"trace": TRACE.replace("90", "20")}, "line 4: not sorted"),
+        ({"trace": TRACE.replace("ada", "bob")}, "no line of client ada; it must cover the run"),
+        ({"trace": TRACE.replace("ada,0,", "ada,3,")}, "first line must be of second 0"),
+        ({"trace": "a,b\n1,2\n"}, "begins with the line client,seconds,available"),
+        ({"on": 5}, "on and off: give both or neither"),
+        ({"speed": 1, "tokens_per_second": 5}, "give one of them"),
+        ({"specialists": [[3, 1], [2, 0]]}, "in order, each once"),
+        (
+            {"groups": {"a": {"shar": 0.7}}},
+            'conditions.groups.a.shar: unknown key. Did you mean "sh',
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(conditions, said):
+    with pytest.raises(UserError) as refused:
+        parse_config({"clients": [{"name": "ada", "text": "a"}], "conditions": conditions})
+    assert said in str(refused.value).replace("1.0 is", "1 is") and "\n" not in str(refused.value)
+
+
+def test_one_client_more_changes_nobody_elses_weather():
+    given = {
+        **{"tokens_per_second": 9, "jitter": 0.5, "spread": 0.5, "dropout": 0.5, "latency": 1},
+        **{"on": 50, "off": 30, "specialists_rate": 0.5},
+        "groups": {"slow": {"share": 0.4, "upload": 10}, "fast": {"share": 0.4, "upload": 99}},
+    }
+    few, many = weather("ada bob", **given), weather("zoe ada dan bob", **given)
+    for name in ("ada", "bob"):
+        assert few.group(name) == many.group(name)
+        for round in (1, 2):
+            assert few.link(name, round, 0) == many.link(name, round, 0)
+            assert few.link(name, round, 0) != few.link(name, round, 1)
+            assert few.specialists(name, round + 3) == many.specialists(name, round + 3)
+        times = np.arange(0, 3000, 7)
+        one, other = few.availability(name), many.availability(name)
+        assert [one.at(t) for t in times] == [other.at(t) for t in reversed(times)][::-1]
+    assert few.link("ada", 1, 0) != few.link("bob", 1, 0)
+
+
+def test_figures_of_a_client_count_before_its_groups_and_those_before_the_general_ones():
+    one = weather(
+        **{"speed": 2, "latency": 3, "upload": 5, "on": 1, "off": 1},
+        groups={"all": {"share": 1, "tokens_per_second": 10, "upload": 6}},
+        clients={"bob": {"upload": 7, "trace": TRACE.replace("ada", "bob")}},
+    )
+    ada, bob = one.of("ada"), one.of("bob")
+    assert (ada.speed, ada.tokens_per_second, ada.latency, ada.upload, ada.on) == (
+        None,
+        10,
+        3,
+        6,
+        1,
+    )
+    assert (bob.speed, bob.tokens_per_second, bob.upload, bob.on) == (None, 10, 7, None)
+
+
+def test_groups_have_their_share_and_chains_their_means():
+    names = " ".join(f"c{number}" for number in range(2000))
+    one = weather(names, on=30, off=10, groups={"some": {"share": 0.3}})
+    assert abs(np.mean([one.group(name) == "some" for name in names.split()]) - 0.3) < 0.03
+    there, switches = [], []
+    for name in names.split()[:200]:
+        chain = one.availability(name)
+        there += [chain.at(t) for t in range(0, 2000, 40)]
+        switch = 0.0
+        while (switch := chain.next_switch(switch)) < 2000:
+            switches.append(switch)
+    assert abs(np.mean(there) - 30 / 40) < 0.02
+    assert abs(len(switches) / (200 * 2000) - 2 / 40) < 0.002
+
+
+def test_a_trace_is_followed_and_must_not_end_before_the_run():
+    chain = weather("ada", trace=TRACE).availability("ada")
+    assert [chain.at(t) for t in (0, 49.9, 50, 89, 90, 999)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert (chain.next_switch(0), chain.next_switch(50), chain.lost_after(90)) == (50, 90, np.inf)
+    with pytest.raises(UserError, match="client ada's ends at second 1000, but the run is at"):
+        chain.at(1000)
+
+
+class Clients:
+    """Clients whose work is a number of tokens, behind a network: the dispatcher's own rules."""
+
+    def __init__(self, tokens, sent=1000, deadline=100.0, patience=30.0, **conditions):
+        names = list(tokens)
+        self.undone, self.tokens, self.sent = [], tokens, sent
+        self.network = Network(
+            weather(" ".join(names), **conditions), names, 45.0, self.work, self.undone.append
+        )
+        polling, nodes = Polling(deadline, patience), {n: k for k, n in enumerate(names)}
+        self.dispatcher = Dispatcher(self.network, nodes, polling, lambda event: None, self.network)
+
+    def work(self, messages):
+        replies = {name: Reply(None, [], round=m.task.round) for name, m in messages.items()}
+        return {n: Work(r, self.tokens[n], self.tokens[n], self.sent) for n, r in replies.items()}
+
+    def ask(self, round, size=500):
+        questions = {}
+        for name in self.tokens:
+            message = Message(name, Task(round, True, (), ()), {}, size)
+            questions[name] = Question(name, round, lambda m=message: m, lambda reply, _: reply)
+        return self.dispatcher.gather(questions)
+
+
+def test_seconds_follow_from_bytes_latency_and_tokens_and_the_deadline_counts_in_them():
+    clients = Clients(
+        {"ada": 40, "bob": 900}, tokens_per_second=10, upload=100, download=50, latency=2
+    )
+    came = clients.ask(1)
+    assert clients.network.now() == 100  # the deadline: bob is not in
+    assert list(came.answers) == ["ada"]
+    assert came.absent == {"bob": "no answer by the deadline"}
+    # naively: there, the download, the work, the upload, back
+    ends = {name: 2 + 500 / 50 + n / 10 + 1000 / 100 + 2 for name, n in clients.tokens.items()}
+    assert {a.client: a.ended for a in clients.network.attempts} == pytest.approx(ends)
+
+    # bob's comes in the second round, after which it can be asked; ada alone is waited for.
+    came = clients.ask(2)
+    assert came.late["bob"].round == 1 and set(came.answers) == {"ada"}
+    asked = [a.asked for a in clients.network.attempts if (a.client, a.round) == ("bob", 2)]
+    assert asked == [pytest.approx(ends["bob"])]
+
+
+def test_who_drops_out_is_noticed_and_not_asked_again_in_the_round():
+    clients = Clients({"ada": 40, "bob": 40}, tokens_per_second=1, clients={"bob": {"dropout": 1}})
+    came = clients.ask(1)
+    assert came.absent == {"bob": DROPPED} and clients.undone == ["bob"]
+    (lost,) = [a for a in clients.network.attempts if a.lost]
+    assert 0 < lost.ended < 40 and lost.tokens == int(lost.ended)
+    assert clients.network.now() == pytest.approx(max(40, lost.ended + 45))
+
+
+def test_who_goes_away_is_waited_for_and_sends_what_was_ready():
+    # ada is away from 50 to 90: its answer, ready at 45, would have been there at 55
+    clients = Clients({"ada": 45}, deadline=200, tokens_per_second=1, upload=100, trace=TRACE)
+    came = clients.ask(1)
+    assert set(came.answers) == {"ada"} and not clients.undone
+    first, again = clients.network.attempts
+    assert (first.ended, first.lost, first.tokens) == (50, "gone", 45)
+    # noticed at 95, when it has come back, and asked again at once
+    assert (again.asked, again.ended, again.tokens) == (95, 105, 0)
+
+    # an answer that nobody waits for any more is sent first when its client is asked again
+    clients = Clients({"ada": 500}, tokens_per_second=1, deadline=100.0)
+    assert clients.ask(1).absent and clients.ask(2).absent and clients.network.now() > 200 - 1e-9
+    late = clients.ask(3).late["ada"]
+    assert late.round == 1 and clients.network.now() >= 500
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs that other tests look at: without the section, with it, and with no limit."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def run(name, names=NAMES, **tree):
+        return api.run(run_config(root / "text", names, **tree), root / name)
+
+    run.root = root
+    run.off, run.empty = run("off"), run("empty", conditions={})
+    run.free = run("free", conditions={"latency": 0.0})
+    run.rough = run("rough", **ROUGH)
+    return run
+
+
+def test_with_every_condition_off_a_run_is_the_same_to_the_bit(runs):
+    files = [file for file in sorted(runs.off.path.rglob("*")) if file.is_file()]
+    for file in files:
+        if file.name not in ("timings.jsonl", "checkpoint.json", "config.toml", "env.json"):
+            other = runs.empty.path / file.relative_to(runs.off.path)
+            assert file.read_bytes() == other.read_bytes(), file
+    assert runs.off.checkpoint().files == runs.empty.checkpoint().files
+
+    # A clock alone changes nothing, and takes no time where nothing does.
+    told = [line for line in lines(runs.free) if line["kind"] not in ("exchange", "attempt")]
+    assert told == lines(runs.off)
+    assert {line["ended"] for line in lines(runs.free, "exchange")} == {0.0}
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(runs):
+    assert any("no answer by" in line["reason"] for line in lines(runs.rough, "absent"))
+    assert any("lost" in line for line in lines(runs.rough, "attempt"))
+
+    def stop(event):
+        if isinstance(event, RoundEnd) and event.round == 2:
+            raise KeyboardInterrupt
+
+    config, path = run_config(runs.root / "text", NAMES, **ROUGH), runs.root / "stopped"
+    with pytest.raises(Stopped):
+        api.run(config, path, stop)
+    api.resume(path)
+    assert lines(RunFolder.open(path)) == lines(runs.rough)
+
+
+def test_what_is_lost_on_the_way_was_never_done(runs):
+    """Bob is lost in each round: all others do what they do where he cannot be reached."""
+    tree = {"participation": {"max_failures": 9}, "evaluation": {"every": 0, "keep": "last"}}
+    lost = runs("lost", conditions={"clients": {"bob": {"dropout": 1}}}, **tree)
+    config = run_config(runs.root / "text", NAMES, **tree)
+    gone = run_losing(config, runs.root / "gone", {1: {"bob"}, 2: {"bob"}})
+    for kind in ("train", "server"):
+        assert lines(lost, kind) == lines(gone, kind)
+    tests = [line for line in lines(lost, "evaluation") if line["model"] == "personal"]
+    assert tests == [line for line in lines(gone, "evaluation") if line["model"] == "personal"]
+
+
+def test_the_speed_of_this_machine_is_measured_once(runs):
+    folder = runs("speed", "ada bob", conditions={"speed": 0.5}, rounds=1)
+    machine = folder.config().conditions.machine
+    attempt, _ = lines(folder, "attempt")
+    assert machine > 0 and attempt["ended"] >= 2 * attempt["tokens"] / machine
