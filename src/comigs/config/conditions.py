@@ -233,6 +233,8 @@ def read_trace(text: str) -> dict[str, Switches]:
     rows = csv.DictReader(io.StringIO(text))
     if tuple(rows.fieldnames or ()) != TRACE:
         raise ValueError(f"a trace begins with the line {','.join(TRACE)}")
+
+    # Lines of several clients may stand among each other; each client's own must be in order.
     switches: dict[str, list[tuple[float, bool]]] = {}
     for row in rows:
         line = f"line {rows.line_num}"

@@ -52,8 +52,7 @@ from comigs.runs.reader import ALLOW, ANYBODY, Reader
 class RunFolder:
     """A run on disk is opened with `create` or `open`.
 
-    As a context it is locked against a second writer. scratch: a folder for what is needed until
-    the next commit only; `commit` and `rewind` remove it.
+    As a context it is locked against a second writer. scratch: a folder that goes with `commit`.
     """
 
     def __init__(self, path: Path, reader: Reader = ANYBODY) -> None:

@@ -62,5 +62,5 @@ class RealClock:
         return time.monotonic()
 
     def wait(self, seconds: float, until: float) -> None:
-        """Sleep for so many seconds."""
+        """Wait for so many seconds."""
         time.sleep(seconds)

@@ -70,6 +70,7 @@ class Weather:
     def link(self, client: str, round: int, attempt: int) -> Link:
         """Return what a client meets when it is asked in a round; attempt: how often before."""
         own, (speed, bandwidth) = self.of(client), self._factors(client)
+        # As much is drawn whatever the figures are, so that one figure changes no other draw.
         random = self._random("link", client, round, attempt)
         now_speed, up, down, lag = (
             math.exp((own.jitter or 0.0) * each) for each in random.normal(size=4)
