@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from comigs.bases.load import architecture_of
 from comigs.client.balance_loss import batch_densities
 from comigs.client.evaluate import measure
-from comigs.client.loss import Windows, sum_cross_entropy, windows_on
-from comigs.client.steps import micro_batches
+from comigs.client.loss import Windows, micro_batches, sum_cross_entropy, windows_on
 from comigs.data.batches import (
     Batch,
     Fold,

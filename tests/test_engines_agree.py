@@ -127,6 +127,12 @@ def test_so_it_is_with_other_settings(tree, both, federation):
     )
 
 
+def test_so_it_is_where_a_router_follows_similar_clients(both, federation):
+    entries = {**WEIGHED, "cyd": {"weight": 1.0, "router_data": "prior"}}
+    one, _ = both(run_config(federation.root / "text", " ".join(NAMES), entries, rounds=3), "prior")
+    assert [list(line.prior) for line in one.metrics() if line.kind == "server"] == [["cyd"]] * 3
+
+
 def test_trackers_are_told_by_whoever_commits(both, federation):
     pytest.importorskip("tensorboard", reason="comigs[tensorboard] is not installed")
     config = run_config(federation.root / "text", " ".join(NAMES), entries=WEIGHED)

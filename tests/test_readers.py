@@ -54,6 +54,7 @@ OTHERS = {  # a field -> another value than a run here has, and what else must b
     "client.router_every": (1, {}),
     "client.router_steps": (1, {}),
     "client.router_data": ("train", {}),
+    "client.prior_coef": (30.0, {"clients.ada.router_data": "prior"}),
     "client.folds": (2, {"client.router_data": "crossfit"}),
     "client.balance_coef": (1.0, {}),
     "client.generalist_share": (0.9, {}),
@@ -71,6 +72,7 @@ OTHERS = {  # a field -> another value than a run here has, and what else must b
     "clients.ada.specialists": (2, {}),
     "clients.ada.rank": (3, {"method": "flora"}),
     "clients.ada.specialist_rank": (3, {}),
+    "clients.ada.router_data": ("entropy", {}),
     "clients.ada.weight": (3.0, {"method": "flexlora"}),
 }
 HOW = {  # how, where or under which name a run is made, which is to change no figure

@@ -9,7 +9,7 @@ L blocks, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,22 +22,37 @@ from comigs.experts.router import Routing, balance_loss
 def batch_densities(
     attachment: Attachment, pieces: Sequence[Windows], dtype: torch.dtype
 ) -> list[Tensor] | None:
-    """Return each block's density (E,) over all pieces, by a forward pass without gradients.
+    """Return each block's density (E,) over all pieces.
 
     None: one piece knows its own density, and where every token uses all experts it is 1 / E.
     """
     if len(pieces) == 1 or not any(mixture.chooses for mixture in attachment.mixtures):
         return None
-    chosen: list[Tensor] = []
+    return mean_over_pieces(
+        attachment, pieces, dtype, lambda r: r.selected_TE.sum(dim=0).double() / r.top_k
+    )
+
+
+def mean_over_pieces(
+    attachment: Attachment,
+    pieces: Sequence[Windows],
+    dtype: torch.dtype,
+    sum_over_tokens: Callable[[Routing], Tensor],
+) -> list[Tensor]:
+    """Return each block's mean over the tokens of all pieces, by a forward pass without gradients.
+
+    sum_over_tokens: what a piece adds to it, (E,).
+    """
+    sums: list[Tensor] = []
     tokens = 0
     for piece in pieces:
         with torch.no_grad(), autocast(dtype, piece.inputs.device):
             hidden_states(attachment.model, piece)
         routings = attachment.routings(piece.learnt)
         tokens += len(routings[0].selected_TE)
-        counts = [r.selected_TE.sum(dim=0).double() / r.top_k for r in routings]
-        chosen = [a + b for a, b in zip(chosen, counts, strict=True)] if chosen else counts
-    return [counts_E / tokens for counts_E in chosen]
+        own = [sum_over_tokens(routing) for routing in routings]
+        sums = [a + b for a, b in zip(sums, own, strict=True)] if sums else own
+    return [sum_E / tokens for sum_E in sums]
 
 
 def mean_balance_loss(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from comigs.bases.load import Base
 from comigs.client.best_round import BestRound
-from comigs.client.door import PRIVATE, require_receivable
+from comigs.client.door import PRIVATE, Weights, checked_prior, require_receivable
 from comigs.client.evaluate import Measurement, evaluate, measure
+from comigs.client.objective import objective_of
 from comigs.client.state import (
     MOMENTS,
     ClientState,
@@ -94,7 +95,7 @@ class Client:
 
         lr = config.client.lr or base.architecture.lr
         self.step_settings = StepSettings(
-            client=settings_of(config, method, self.shapes),
+            client=settings_of(config, method, name, self.shapes),
             lr=lr,
             router_lr=config.client.router_lr or lr,
             total_steps=config.rounds * config.client.steps,
@@ -162,10 +163,10 @@ class Client:
                 if self.method.shares(slot):
                     own[slot].copy_(tensor)
 
-    def train(self, round: int, on_step: OnStep) -> RoundLog:
+    def train(self, round: int, on_step: OnStep, prior: Weights | None = None) -> RoundLog:
         """Train for one round, and return what was measured.
 
-        Raises UserError when a loss is NaN or infinite.
+        prior: of a Task. Raises UserError when a loss is NaN or infinite.
         """
         own, method = self.train_state.tensors, self.method
         self.attachment.bind(own)
@@ -177,7 +178,8 @@ class Client:
         penalty = None
         if method.penalty is not None:
             penalty = partial(method.penalty, own, anchor)
-        hooks = MethodHooks(lambda slot: self._trains(slot, round), penalty)
+        objective = objective_of(self.step_settings.client, checked_prior(self.name, prior, own))
+        hooks = MethodHooks(lambda slot: self._trains(slot, round), penalty, objective)
 
         # Rates follow the run, also where the client was not asked in some of its rounds.
         missed = (round - 1) * self.config.client.steps - self.train_state.local_steps

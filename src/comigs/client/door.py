@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from comigs.methods.method import Method, Tensors
 from comigs.slots import Slot
 
+Weights = Sequence[Sequence[float]]  # routing weights, by block and expert
+NEAR = 1e-6  # of a sum of weights to 1
 PRIVATE = ("specialist", "router")  # these roles neither leave a client nor come from elsewhere
+
+
+def checked_prior(client: str, prior: Weights | None, own: Tensors) -> Tensor | None:
+    """Return a prior of mean routing weights (blocks, experts); None where there is none.
+
+    Raises AssertionError where it is none for this client's routers, as a download would be.
+    """
+    if prior is None:
+        return None
+    routers = [tensor for slot, tensor in own.items() if slot.role == "router" and not slot.is_gate]
+    sizes = [len(weights_E) for weights_E in prior]
+    if sizes != [len(router_ED) for router_ED in routers]:
+        raise AssertionError(f"{client}: a prior for other routers than the client has")
+    prior_LE = torch.tensor(prior, dtype=torch.float64, device=routers[0].device)
+    if not bool((prior_LE >= 0).all()) or not bool((prior_LE.sum(dim=1) - 1).abs().max() < NEAR):
+        raise AssertionError(f"{client}: a prior whose weights do not sum to 1")
+    return prior_LE
 
 
 def require_receivable(client: str, method: Method, given: Tensors, own: Tensors) -> None:

@@ -1,10 +1,11 @@
-"""Cross-entropy goes through a frozen head here, a chunk of tokens at a time.
+"""What is made of logits goes through a frozen head here, a chunk of tokens at a time.
 
 T tokens, C tokens of a chunk, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +21,21 @@ CHUNK = 1 << 24  # logits that exist at once: as bfloat16 32 MB
 BLOCK = 1 << 17  # logits that a CPU thread works on: as float32 512 KB, a core's second cache
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum of -log p(target), which keeps nothing but the gradient to the hidden states.
+SumNats = Callable[[slice, Tensor, torch.dtype, bool], Tensor]
+"""(tokens of this chunk, their logits (C, V), the type to compute in, whether to) -> a sum of nats.
+Where it is to, it turns the logits into the sum's gradient, in place.
+"""
+
+
+class _ThroughHead(torch.autograd.Function):
+    """A sum of nats over tokens, which keeps nothing but the gradient to the hidden states.
 
     The head is frozen, so that is all that the backward pass needs.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, targets_T: Tensor, head: Any, vocabulary: int
+        ctx: Any, hidden_TD: Tensor, head: Any, vocabulary: int, sum_nats: SumNats
     ) -> Tensor:
         wants_grad = ctx.needs_input_grad[0]
         dtype = torch.float32
@@ -36,12 +43,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dtype = torch.float64
         total = torch.zeros((), dtype=dtype, device=hidden_TD.device)
         grad_TD = torch.empty_like(hidden_TD) if wants_grad else None
-        for rows in even_slices(len(targets_T), CHUNK // vocabulary):
+        for rows in even_slices(len(hidden_TD), CHUNK // vocabulary):
             # Each chunk's logits live only until the gradient to its hidden states is known.
             h_CD = hidden_TD[rows].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
                 logits_CV = head(h_CD)
-            total += _sum_nats(logits_CV.detach(), targets_T[rows], dtype, wants_grad)
+            total += sum_nats(rows, logits_CV.detach(), dtype, wants_grad)
             if grad_TD is not None:
                 (grad_TD[rows],) = torch.autograd.grad(logits_CV, h_CD, logits_CV.detach())
         if grad_TD is not None:
@@ -110,6 +117,13 @@ def windows_on(device: torch.device, batch: Batch, rows: slice = slice(None)) ->
     return windows._replace(positions=torch.from_numpy(positions[rows]).to(device))
 
 
+def micro_batches(batch: Batch, size: int | None, device: torch.device) -> Iterator[Windows]:
+    """Yield the batch in pieces of `size` windows, or whole where `size` is None, on the device."""
+    size = size or len(batch.inputs)
+    for start in range(0, len(batch.inputs), size):
+        yield windows_on(device, batch, slice(start, start + size))
+
+
 def hidden_states(model: Any, windows: Windows) -> Tensor:
     """Return what the model makes of windows before its head, (B, L, D).
 
@@ -132,8 +146,17 @@ def sum_cross_entropy(model: Any, windows: Windows) -> Tensor:
     # Where nothing is learnt, nothing goes through the head.
     if (learnt_T := windows.learnt) is not None:
         hidden_TD, targets_T = hidden_TD[learnt_T], targets_T[learnt_T]
-    total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_TD, targets_T, _head(model), model.config.vocab_size
+
+    def sum_nats(rows: slice, logits_CV: Tensor, dtype: torch.dtype, to_gradient: bool) -> Tensor:
+        return _sum_nats(logits_CV, targets_T[rows], dtype, to_gradient)
+
+    return sum_through_head(model, hidden_TD, sum_nats)
+
+
+def sum_through_head(model: Any, hidden_TD: Tensor, sum_nats: SumNats) -> Tensor:
+    """Return what `sum_nats` makes of the logits of hidden states, a chunk of tokens at a time."""
+    total: Tensor = _ThroughHead.apply(  # type: ignore[no-untyped-call]
+        hidden_TD, _head(model), model.config.vocab_size, sum_nats
     )
     return total
 

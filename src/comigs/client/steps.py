@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from comigs.client.balance_loss import batch_densities, mean_balance_loss
-from comigs.client.loss import Windows, autocast, sum_cross_entropy, windows_on
+from comigs.client.loss import autocast, micro_batches
+from comigs.client.objective import CROSS_ENTROPY, Objective
 from comigs.client.state import TrainState
-from comigs.config import ClientSection, Config
+from comigs.config import ClientSection, Config, RouterData
 from comigs.data.batches import Batch
-from comigs.data.sampling import Level
+from comigs.data.sampling import Level, router_split
 from comigs.experts.attach import Attachment
 from comigs.methods.method import Method, Schedule
 from comigs.slots import Slot
@@ -60,26 +61,30 @@ class StepSettings:
         return self.lr / 10 + (self.lr - self.lr / 10) * (1 + math.cos(math.pi * over)) / 2
 
 
-def settings_of(config: Config, method: Method, slots: Iterable[Slot]) -> ClientSection:
-    """Return [client] as a client with these slots trains by it.
+def settings_of(
+    config: Config, method: Method, client: str, slots: Iterable[Slot]
+) -> ClientSection:
+    """Return [client] as the client of that name, which has these slots, trains by it.
 
     Without phases of the router there is nothing to set a fold of train aside for.
     """
     has_router = any(slot.role == "router" for slot in slots)
+    router_data: RouterData = "valid"
     if method.schedule != "joint" and has_router:
-        return config.client
-    return config.client.model_copy(update={"router_data": "valid"})
+        router_data = config.router_data_of(config.client_named(client))
+    return config.client.model_copy(update={"router_data": router_data})
 
 
 @dataclass(frozen=True)
 class MethodHooks:
-    """The hooks are what the method says about one round.
+    """The hooks are what the method says about one round, and what its router phases minimise.
 
     trains(slot): the slot learns in this round. penalty(): it is added to the loss of local steps.
     """
 
     trains: Callable[[Slot], bool] = lambda slot: True
     penalty: Callable[[], Tensor] | None = None
+    router: Objective = CROSS_ENTROPY
 
 
 @dataclass
@@ -165,7 +170,7 @@ def local_round(
         if not has_phases or state.local_steps % client.router_every:
             continue
         for _ in range(client.router_steps):
-            with naming(client.router_data, state.router_steps):
+            with naming(router_split(client), state.router_steps):
                 batch = next_batch("router", state.router_steps)
                 outcome = step(attachment, state, settings, hooks, ("router",), batch)
             state.router_steps += 1
@@ -184,12 +189,14 @@ def step(
 ) -> Outcome:
     """Take one AdamW step of these levels on one batch, and return what was measured.
 
-    The loss is the mean cross-entropy in nats, plus `balance_coef` times the balance loss, plus the
-    method's penalty. Raises NonFiniteLoss before anything is stepped.
+    The loss is the objective's mean in nats (cross-entropy, but in some router phases), plus
+    `balance_coef` times the balance loss, plus the method's penalty. Raises NonFiniteLoss before
+    anything is stepped.
     """
     with gradients_for(state, levels, hooks.trains):
         # The gradient of the whole batch is gathered piece by piece, as memory allows.
-        outcome = accumulate(attachment, settings, batch)
+        objective = hooks.router if levels == ("router",) else CROSS_ENTROPY
+        outcome = accumulate(attachment, settings, batch, objective)
         if hooks.penalty is not None and "experts" in levels:
             hooks.penalty().backward()
 
@@ -214,7 +221,12 @@ def step(
     return outcome
 
 
-def accumulate(attachment: Attachment, settings: StepSettings, batch: Batch) -> Outcome:
+def accumulate(
+    attachment: Attachment,
+    settings: StepSettings,
+    batch: Batch,
+    objective: Objective = CROSS_ENTROPY,
+) -> Outcome:
     """Add a batch's gradient to the tensors that collect one, and return what was measured.
 
     Raises NonFiniteLoss.
@@ -222,15 +234,17 @@ def accumulate(attachment: Attachment, settings: StepSettings, batch: Batch) -> 
     client, outcome = settings.client, Outcome(tokens=batch.num_learnt)
     pieces = list(micro_batches(batch, client.micro_batch_size, attachment.model.device))
     densities = batch_densities(attachment, pieces, settings.dtype)
+    weights_LE = objective.batch_weights(attachment, pieces, settings.dtype)
     for piece in pieces:
         # Each piece counts by its tokens, so that the pieces' sum is the whole batch's mean.
         learnt = piece.learnt
         part = (piece.inputs.numel() if learnt is None else int(learnt.sum())) / outcome.tokens
         with autocast(settings.dtype, piece.inputs.device):
-            nats = sum_cross_entropy(attachment.model, piece) / outcome.tokens
+            nats = objective.sum_nats(attachment.model, piece) / outcome.tokens
             routings = attachment.routings(learnt)
             balance = mean_balance_loss(routings, client.generalist_share, densities)
-        loss = nats + client.balance_coef * balance * part
+            distance = objective.distance(routings, weights_LE)
+        loss = nats + (client.balance_coef * balance + distance) * part
         outcome.nats += float(nats.detach())
         outcome.balance += float(balance.detach()) * part
         if not math.isfinite(outcome.nats):
@@ -281,10 +295,3 @@ def experts_differ(tensors: Mapping[Slot, Tensor]) -> bool:
         if slot.matrix == "B" and slot.role in ("generalist", "specialist") and tensor.any():
             return True
     return False
-
-
-def micro_batches(batch: Batch, size: int | None, device: torch.device) -> Iterator[Windows]:
-    """Yield the batch in pieces of `size` windows, or whole where `size` is None, on the device."""
-    size = size or len(batch.inputs)
-    for start in range(0, len(batch.inputs), size):
-        yield windows_on(device, batch, slice(start, start + size))

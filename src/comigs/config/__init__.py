@@ -21,6 +21,7 @@ from comigs.config.sections import (
     ClientSection,
     DataSection,
     ExpertsSection,
+    RouterData,
     Section,
     Split,
 )
@@ -30,7 +31,7 @@ from comigs.config.tree import SECTIONS, VERSION, Config, dotted
 __all__ = [
     "NAMED_BASES", "SECTIONS", "SPLITS", "VERSION", "BaseSection", "ClientEntry", "ClientSection",
     "Condition", "ConditionsSection", "Config", "DataSection", "EvaluationSection", "ExpertShape",
-    "ExpertsSection", "Group", "ParticipationSection", "PrivacySection", "Section", "Split", "Text",
-    "TrackSection", "UploadSection", "dotted", "folder_or_name", "load_config", "merged",
-    "parse_config", "place", "read_toml", "read_trace", "relative", "resolve", "to_toml",
+    "ExpertsSection", "Group", "ParticipationSection", "PrivacySection", "RouterData", "Section",
+    "Split", "Text", "TrackSection", "UploadSection", "dotted", "folder_or_name", "load_config",
+    "merged", "parse_config", "place", "read_toml", "read_trace", "relative", "resolve", "to_toml",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from comigs.config.sections import Section
+from comigs.config.sections import RouterData, Section
 from comigs.slots import expert_parts
 
 
@@ -46,6 +46,10 @@ class ClientEntry(Section):
         ge=1,
         description="Its specialists have this LoRA rank. None: experts.specialist_rank if given, "
         "else rank.",
+    )
+    router_data: RouterData | None = Field(
+        None,
+        description="The client's router learns from this. None: client.router_data.",
     )
     weight: float | None = Field(
         None,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+RouterData = Literal["valid", "train", "crossfit", "prior", "entropy"]
 NAMED_BASES = (
     "mini", "smollm2-135m", "tiny-gpt2", "tiny-llama",
     "random-smollm2-135m", "random-llama-3.2-1b", "random-qwen3-1.7b",
@@ -237,11 +238,18 @@ class ClientSection(Section):
         ge=0,
         description="A router phase has this many steps, each on a batch of router_data.",
     )
-    router_data: Literal["valid", "train", "crossfit"] = Field(
+    router_data: RouterData = Field(
         "valid",
-        description='The router learns from "valid", from "train", or by "crossfit" from a fold of '
-        "train that the experts did not see since the last router phase (for clients without "
-        "validation text).",
+        description='The router learns from "valid", or, for clients without validation text, from '
+        '"train"; by "crossfit" from a fold of train that the experts did not see since the last '
+        "router phase; from train, its mean weights held to those of similar clients that have "
+        'valid ("prior"); or from train without its targets, by being sure ("entropy").',
+    )
+    prior_coef: float = Field(
+        1.0,
+        ge=0,
+        description='With router_data "prior", the distance from the prior has this weight, in '
+        "nats beside the loss on train.",
     )
     folds: int = Field(
         4,

@@ -22,6 +22,7 @@ from comigs.config.sections import (
     ClientSection,
     DataSection,
     ExpertsSection,
+    RouterData,
     Section,
 )
 from comigs.errors import UserError, nearest
@@ -179,6 +180,10 @@ class Config(Section):
             specialist_rank=client.specialist_rank or e.specialist_rank or rank,
             attention_rank=e.attention_rank or e.rank,
         )
+
+    def router_data_of(self, client: ClientEntry) -> RouterData:
+        """Return what one client's router learns from."""
+        return client.router_data or self.client.router_data
 
     def client_named(self, name: str) -> ClientEntry:
         """Return the entry of that name. Raises UserError that names the clients there are."""

@@ -19,6 +19,7 @@ from comigs.errors import UserError
 from comigs.seeds import generator
 
 Level = Literal["experts", "router"]  # the lower and the upper level of the bi-level method
+RouterSplit = Literal["valid", "train", "crossfit"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class BatchSource:
     def batch(self, level: Level, number: int, local_steps: int) -> Batch:
         """Return batch `number` (from 0) of a level, after `local_steps` local steps of the run."""
         settings, is_router = self.settings, level == "router"
-        split = settings.router_data if is_router else "train"
+        split = router_split(settings) if is_router else "train"
         purpose = "router train" if is_router and split == "train" else split
         random = self.random_for(purpose, number)
         if settings.router_data == "crossfit":
@@ -48,6 +49,13 @@ class BatchSource:
             return fold_windows(self.data.train, random, settings.batch_size, self.length, fold)
         stores = self.data.train if split == "train" else self.data.valid
         return sample_windows(stores, random, settings.batch_size, self.length)
+
+
+def router_split(settings: ClientSection) -> RouterSplit:
+    """Return the text that a router's phases read."""
+    if settings.router_data in ("valid", "crossfit"):
+        return settings.router_data
+    return "train"
 
 
 def probe_windows(

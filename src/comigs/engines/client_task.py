@@ -80,7 +80,7 @@ def run_task(
             name, number = client.name, task.round
             report(Step(round=number, client=name, step=step, level=level, nats_per_token=nats))
 
-        log = client.train(task.round, on_step)
+        log = client.train(task.round, on_step, task.prior)
         upload = client.send(task.round)
         metrics.append(trained(client, task.round, log))
         speed = log.trained_tokens / (time.perf_counter() - began)

@@ -47,7 +47,7 @@ class InProcess:
         # Where clients are drawn, a text is looked at only when its client is asked.
         if config.participation.clients_per_round is None:
             for name, shapes in self.shapes.items():
-                settings = settings_of(config, method, shapes)
+                settings = settings_of(config, method, name, shapes)
                 check_text(name, texts.load(name), settings, config.data.sequence_length)
 
     def close(self) -> None:

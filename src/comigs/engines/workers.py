@@ -264,8 +264,9 @@ class _Inside:
     def _exchange(self, name: str, task: Line, download: str | None) -> Line:
         # JSON has no tuples.
         splits = {key: tuple(task[key]) for key in ("evaluate", "evaluate_base")}
+        prior = task["prior"] and tuple(tuple(weights_E) for weights_E in task["prior"])
         received = {} if download is None else self._store.read(Path(download))
-        reply = self._host.exchange(name, Task(**{**task, **splits}), received)
+        reply = self._host.exchange(name, Task(**{**task, **splits, "prior": prior}), received)
         upload = str(reply.upload.path) if isinstance(reply.upload, StoredUpload) else None
         return {
             "upload": upload,

@@ -13,6 +13,7 @@ from comigs.data.prepare import require_own_text_only
 from comigs.errors import UserError
 from comigs.methods.loading import list_methods, load_method
 from comigs.methods.method import Method
+from comigs.runs.metrics import OrLeftOut
 from comigs.server.protocol import Task
 from comigs.server.wire import Head
 
@@ -20,10 +21,15 @@ RUN_ID = ".run-id"  # a file in the server's run folder: what devices call the r
 PROGRESS = ".progress.jsonl"  # likewise: a line for each event, for whoever watches
 LARGEST = 10**6  # of whatever is counted: rounds, steps, windows, tokens of a window
 UPLOADS = 4096  # of other clients, measured at once
+LAYERS, EXPERTS = 1024, 1024  # of a prior
 # A run's id is also a folder's name on the device.
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{7,63}$")]
 Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,32}$")]
 Number = Annotated[int, Field(ge=0, le=LARGEST + 1)]  # of a round; the last exchange is one more
+Share = Annotated[float, Field(ge=0, le=1)]
+Priors = Annotated[
+    tuple[Annotated[tuple[Share, ...], Field(max_length=EXPERTS)], ...], Field(max_length=LAYERS)
+]
 Splits = Annotated[tuple[Split, ...], Field(max_length=3)]
 Code = Literal[
     "unreadable",
@@ -64,7 +70,7 @@ class Request(Head):
     run: the run's id. after: the last round whose answer the server has from this client, 0: none.
     since: the last round that the client answered in time; the download holds whatever was merged
     from then on. config: without anybody's text or paths, and with one client. comigs: the server's
-    version. base: its fingerprint. probed: the number of uploads.
+    version. base: its fingerprint. probed: the number of uploads. prior: of a Task.
     """
 
     kind: Literal["exchange", "probe"]
@@ -79,11 +85,12 @@ class Request(Head):
     comigs: str = Field(max_length=64)
     base: str = Field(max_length=64)
     probed: int = Field(0, ge=0, le=UPLOADS)
+    prior: Annotated[Priors | None, OrLeftOut] = None
 
     @property
     def task(self) -> Task:
         """The task as rounds know it."""
-        return Task(self.round, self.train, self.evaluate, self.evaluate_base)
+        return Task(self.round, self.train, self.evaluate, self.evaluate_base, self.prior)
 
 
 class Answered(Head):

@@ -107,6 +107,7 @@ def _require_possible(config: Config, method: Method) -> None:
                 f'experts.top_k: {top_k} experts per token, but client "{client.name}" has '
                 f"{experts} with {config.method}; allowed: 1 to {experts}"
             )
+    _require_guides(config, method)
     # Where text is centralized, one place has it all, and nobody can be away.
     everybody = {"clients_per_round": len(config.clients), "min_clients": 1}
     for name, allowed in everybody.items():
@@ -115,4 +116,24 @@ def _require_possible(config: Config, method: Method) -> None:
             raise UserError(
                 f"participation.{name}: given {given}, but {config.method} trains one model in one "
                 "place on everybody's text; leave it out"
+            )
+
+
+def _require_guides(config: Config, method: Method) -> None:
+    """Refuse a router that is to follow similar clients where there is none it could follow.
+
+    Raises UserError naming the field. A device knows of one client only, and asks nothing.
+    """
+    if method.mixing != "routed" or method.schedule == "joint" or len(config.clients) == 1:
+        return
+    guides = [client for client in config.clients if config.router_data_of(client) == "valid"]
+    parts = [method.shape(config.shape_of(guide)).parts for guide in guides]
+    for client in config.clients:
+        own = method.shape(config.shape_of(client)).parts
+        if config.router_data_of(client) == "prior" and len(own) > 1 and own not in parts:
+            field = "client" if client.router_data is None else f"clients.{client.name}"
+            raise UserError(
+                f'{field}.router_data: given "prior", but no other client with the experts of '
+                f'"{client.name}" ({", ".join(own)}) learns from valid; give one '
+                'clients.NAME.router_data = "valid"'
             )

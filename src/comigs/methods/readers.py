@@ -65,8 +65,19 @@ def phases(choice: Choice) -> Reason:
 
 def folds(choice: Choice) -> Reason:
     """Say of the number of folds whether train is cut into any."""
-    if choice.config.client.router_data != "crossfit":
-        return 'client.router_data is not "crossfit"'
+    return of_source("crossfit", choice)
+
+
+def prior(choice: Choice) -> Reason:
+    """Say of the weight of a prior whether any client has one."""
+    return of_source("prior", choice)
+
+
+def of_source(source: str, choice: Choice) -> Reason:
+    """Say of a setting of one source of routers whether any client's learns from it."""
+    config = choice.config
+    if all(config.router_data_of(client) != source for client in config.clients):
+        return f'client.router_data is not "{source}"'
     return phases(choice)
 
 
@@ -205,6 +216,7 @@ READERS: Mapping[str, Reader] = {
     "client.router_lr": a_router,
     **dict.fromkeys(("client.router_every", "client.router_steps", "client.router_data"), phases),
     "client.folds": folds,
+    "client.prior_coef": prior,
     **dict.fromkeys(("client.balance_coef", "client.generalist_share"), a_router),
     **dict.fromkeys(("evaluation.every", "evaluation.keep", "evaluation.batch_size"), always),
     "evaluation.splits": watched,
@@ -230,6 +242,7 @@ OF_CLIENTS: Mapping[str, Callable[[ClientEntry, Choice], Reason]] = {
     "specialists": partial(shape_of_client, "specialists"),
     "rank": partial(shape_of_client, "rank"),
     "specialist_rank": partial(shape_of_client, "specialist_rank"),
+    "router_data": lambda entry, choice: phases(choice),
     "weight": weight,
 }
 

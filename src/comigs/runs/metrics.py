@@ -168,11 +168,14 @@ class RoundEnd(Line):
     """A round ends. `asked` is None where every client of the run was asked.
 
     drift: how far the uploads lie apart (server/diagnostics.py), None where nothing is shared.
+    prior: client -> the mean routing weights of similar clients by block, which it is told next;
+    None where no client asks.
     """
 
     kind: Literal["server"] = "server"
     drift: float | None = None
     asked: Annotated[list[str] | None, OrLeftOut] = None
+    prior: Annotated[dict[str, list[Weights]] | None, OrLeftOut] = None
 
 
 class Absent(ClientLine):

@@ -12,6 +12,7 @@ from comigs.runs.metrics import Event, Line
 from comigs.slots import Shapes
 
 Report = Callable[[Event], None]
+Prior = tuple[tuple[float, ...], ...]  # by block and expert; each block's weights sum to 1
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,15 @@ class Task:
 
     round: the round to train (from 1). train: False in the last exchange, which only delivers and
     evaluates. evaluate: splits to measure with the client's own model, as it is after the download
-    of round - 1. evaluate_base: splits to measure with the base alone.
+    of round - 1. evaluate_base: splits to measure with the base alone. prior: mean routing weights
+    of similar clients, by block and expert, for a client that asks for them.
     """
 
     round: int
     train: bool
     evaluate: tuple[Split, ...]
     evaluate_base: tuple[Split, ...]
+    prior: Prior | None = None
 
 
 @dataclass(frozen=True)

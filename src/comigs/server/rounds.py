@@ -10,6 +10,8 @@ loop; nor does it matter to the loop which engine carries the messages.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from comigs.config import Config, Split
 from comigs.errors import UserError
 from comigs.files import command
@@ -23,6 +25,7 @@ from comigs.server.diagnostics import diagnose, drift
 from comigs.server.participation import has_trained, late_line, left_out, measured_base
 from comigs.server.pending import next_downloads, pack_server, unpack_server, unpack_started
 from comigs.server.protocol import Engine, Reply, Report, Task
+from comigs.server.routing_prior import latest_priors, priors_of_round
 from comigs.server.validation import check_lines, common_start, read_reply
 
 SHOWN = 4  # clients whose reason is told where a round is asked again
@@ -86,9 +89,9 @@ def _run_round(
 
     # Commit: the round is whole once its lines and the server's state are on the disk.
     lines = collector.lines()
-    lines.append(
-        RoundEnd(round=round, drift=drift(collector.uploads, sent), asked=collector.asked())
-    )
+    priors = priors_of_round(config, server.shapes, collector.uploads, sent, server.start, lines)
+    apart = drift(collector.uploads, sent)
+    lines.append(RoundEnd(round=round, drift=apart, asked=collector.asked(), prior=priors))
     lines += collector.warnings
     lines += _diagnosed(server, lines)
     packed = pack_server(server.downloads, server.memory, server.started)
@@ -107,6 +110,7 @@ def _ask(collector: RoundCollector, engine: Engine, folder: RunFolder, report: R
     config, round = collector.config, collector.round
     needed, everyone = config.participation.min_clients, len(config.clients)
     measured = measured_base(collector.server.history)
+    priors = latest_priors(collector.server.history)
     while True:
         # Waiting for clients that will not come back is no use.
         names, left = collector.to_ask(), everyone - len(collector.out)
@@ -117,7 +121,10 @@ def _ask(collector: RoundCollector, engine: Engine, folder: RunFolder, report: R
                 "are left out, so too few are left to ask; every whole round is kept. When they "
                 f"are back, go on with: {command('resume', folder.path)}"
             )
-        tasks = {name: task_of(config, round, base_known=name in measured) for name in names}
+        tasks = {}
+        for name in names:
+            task = task_of(config, round, base_known=name in measured)
+            tasks[name] = replace(task, prior=priors.get(name))
         waiting = collector.downloads
         downloads = {name: waiting[name] for name in names if name in waiting}
         collector.take(tasks, engine.exchange(tasks, downloads))

@@ -54,7 +54,8 @@ SETTABLE: Mapping[str, float | None] = {  # what a server may set -> the highest
     "client.steps": LARGEST, "client.batch_size": LARGEST, "client.micro_batch_size": LARGEST,
     "client.lr": REAL, "client.router_lr": REAL, "client.weight_decay": REAL, "client.betas": 1,
     "client.router_every": LARGEST, "client.router_steps": LARGEST, "client.router_data": WORD,
-    "client.folds": LARGEST, "client.balance_coef": REAL, "client.generalist_share": 1,
+    "client.prior_coef": REAL, "client.folds": LARGEST,
+    "client.balance_coef": REAL, "client.generalist_share": 1,
     "evaluation.every": LARGEST, "evaluation.splits": WORD, "evaluation.keep": WORD,
     "evaluation.batch_size": LARGEST,
     "upload.format": WORD, "upload.merge": WORD, "upload.trim": 1,
@@ -62,7 +63,7 @@ SETTABLE: Mapping[str, float | None] = {  # what a server may set -> the highest
     "privacy.level": WORD, "privacy.epsilon": REAL, "privacy.noise_multiplier": REAL,
     "privacy.delta": 1, "privacy.clip": REAL, "privacy.expected_batch": LARGEST,
     "clients.name": WORD, "clients.specialists": EXPERTS, "clients.rank": RANK,
-    "clients.specialist_rank": RANK, "clients.weight": REAL,
+    "clients.specialist_rank": RANK, "clients.router_data": WORD, "clients.weight": REAL,
 }  # fmt: skip
 DEFAULTS = Config(clients=(ClientEntry(name="any"),))
 NAME = 255  # characters of a run's name, which is a folder's

@@ -155,6 +155,7 @@ class Flower:
             train=task.train,
             evaluate=task.evaluate,
             evaluate_base=task.evaluate_base,
+            prior=task.prior,
             config=config_for(self._config, name),
             comigs=our_version(),
             base=self._run.fingerprint,
