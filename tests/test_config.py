@@ -18,8 +18,9 @@ from comigs.methods.loading import list_methods, load_method
 ROOT = Path(__file__).parents[1]
 ANN = {"name": "ann", "text": "x"}
 OTHERS = "comigs-others"
+MIXTURE = {"finish": "mixture"}  # what comigs ended with before version 4
 FULL = {
-    "version": 3,
+    "version": 4,
     "name": "full",
     "seed": 7,
     "method": "fedavg",
@@ -270,17 +271,21 @@ def test_what_older_versions_wrote_and_is_no_more_is_read(tmp_path):
         ({"options": {"adopt": "valid", "probe_windows": 8}}, OTHERS, {"probe_windows": 8}),
         ({"options": {"adopt": "all"}}, OTHERS, {"adopt": "all"}),  # refused, as ever
         ({"experts": {"rank": 4, "attention_rank": 2}}, OTHERS, {}),
-        ({"experts": {"generalists": 1}}, "comigs", {}),
-        ({"experts": {"specialists": 0}, "options": {"adopt": "all"}}, "comigs", {"adopt": "all"}),
-        ({"experts": {"specialist_rank": 8}}, "comigs", {}),
-        ({"clients": [ANN, {"name": "bob", "text": "y", "specialists": 1}]}, "comigs", {}),
+        ({"experts": {"generalists": 1}}, "comigs", MIXTURE),
+        (
+            {"experts": {"specialists": 0}, "options": {"adopt": "all"}},
+            "comigs",
+            {"adopt": "all", **MIXTURE},
+        ),
+        ({"experts": {"specialist_rank": 8}}, "comigs", MIXTURE),
+        ({"clients": [ANN, {"name": "bob", "text": "y", "specialists": 1}]}, "comigs", MIXTURE),
         ({"method": "fedavg"}, "fedavg", {}),
     ],
 )
 def test_comigs_without_numbers_of_experts_was_another_method_in_version_1(given, method, options):
     tree = {"clients": [ANN], **given}
     old = parse_config({"version": 1, **tree})
-    assert (old.method, dict(old.options), old.version) == (method, options, 3)
+    assert (old.method, dict(old.options), old.version) == (method, options, 4)
     last = {"keep": "last"}
     assert old == parse_config({**tree, "method": method, "options": options, "evaluation": last})
     assert parse_config(tomllib.loads(to_toml(old))) == old
@@ -291,8 +296,17 @@ def test_comigs_without_numbers_of_experts_was_another_method_in_version_1(given
 def test_before_version_3_the_last_round_was_kept(version):
     tree = {"clients": [ANN], "method": "fedavg", "evaluation": {"every": 0}}
     old = parse_config({**tree, "version": version})
-    assert (old.evaluation.keep, old.evaluation.every, old.version) == ("last", 0, 3)
+    assert (old.evaluation.keep, old.evaluation.every, old.version) == ("last", 0, 4)
     assert parse_config({"clients": [ANN]}).evaluation.keep == "best"
+
+
+@pytest.mark.parametrize(("given", "read"), [({}, MIXTURE), ({"finish": "valid"}, None)])
+def test_before_version_4_comigs_ended_with_its_mixture(given, read):
+    tree = {"clients": [ANN], "options": given}
+    old = parse_config({**tree, "version": 3})
+    assert (dict(old.options), old.version) == (given if read is None else read, 4)
+    assert old == parse_config({**tree, "options": {**MIXTURE, **given}})
+    assert dict(parse_config({**tree, "method": "fedavg", "version": 3}).options) == given
 
 
 @pytest.mark.parametrize("evaluation", [{"every": 0}, {"splits": ["test"]}])

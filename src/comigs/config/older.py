@@ -1,7 +1,8 @@
 """This module gives configs that older versions wrote the words of this one.
 
 In version 1, comigs without any number of experts was what has been called comigs-others since. In
-versions 1 and 2, the personal model was that of the last round.
+versions 1 and 2, the personal model was that of the last round. Up to version 3, comigs ended with
+its mixture, whatever valid said.
 """
 
 from __future__ import annotations
@@ -34,8 +35,12 @@ def of_this_version(tree: Mapping[str, Any]) -> dict[str, Any]:
     evaluation = tree.get("evaluation", {})
     if version in (1, 2) and isinstance(evaluation, Mapping):
         renewed["evaluation"] = {"keep": "last", **evaluation}
-    if version in (1, 2):
-        renewed["version"] = 3
+    if version in (1, 2, 3):
+        if renewed.get("method", "comigs") == "comigs":
+            options = renewed.get("options", {})
+            if isinstance(options, Mapping):
+                renewed["options"] = {"finish": "mixture", **options}
+        renewed["version"] = 4
     return renewed
 
 

@@ -27,7 +27,7 @@ from comigs.config.sections import (
 )
 from comigs.errors import UserError, nearest
 
-VERSION = 3
+VERSION = 4
 
 
 class Config(Section):

@@ -103,6 +103,8 @@ def go_back(client: Client, best: BestRound, last: Evaluation) -> Kept:
     line = last
     if best.round != last.round:
         load_tensors(client.train_state.tensors, best.tensors(), client.name)
+        # The model of the last round was finished before it was measured; this one was not.
+        client.finish()
         line = evaluated(client, "test", best.round, client.evaluate("test"), "personal")
     return Kept(**line.model_dump(exclude={"kind", "adopted_share"}), adopted_share=None)
 

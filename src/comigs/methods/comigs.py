@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from comigs.config import Config, Section
+from comigs.methods.alone import best_on_valid, most_candidates
 from comigs.methods.loading import options
 from comigs.methods.merging import mean_of_uploads
 from comigs.methods.method import Download, Method, Mixed, Nats, Tensors
@@ -44,16 +45,24 @@ class Options(Adoption):
         "valid",
         description='A client adopts "all" of a download, or generalists as far as "valid" asks.',
     )
+    finish: Literal["mixture", "valid"] = Field(
+        "valid",
+        description='At the end a client keeps its "mixture", or whatever its "valid" says is best '
+        "of that, each expert alone, attention LoRA alone, and the base.",
+    )
 
 
 def method(config: Config) -> Method:
-    """Return the paper's method, with adoption where the options say so."""
+    """Return the paper's method, with adoption and a choice at the end where the options say so."""
     settings = options(config, Options)
-    published = as_published(config)
-    if settings.adopt == "all":
-        return published
-    probe = settings.probe_windows
-    return replace(published, mix=mix_as_valid_asks, looks=LOOKS, probe=probe)
+    method = as_published(config)
+    if settings.adopt == "valid":
+        method = replace(method, mix=mix_as_valid_asks, looks=LOOKS, probe=settings.probe_windows)
+    if settings.finish == "valid":
+        most = max(config.shape_of(client).num_experts for client in config.clients)
+        looks = max(method.looks, most_candidates(most))
+        method = replace(method, finish=best_on_valid, looks=looks)
+    return method
 
 
 def as_published(

@@ -19,7 +19,7 @@ from comigs.methods.method import Method
 
 Settings = TypeVar("Settings", bound=Section)
 # what methods are made of
-NO_METHODS = ("loading", "lowrank", "merging", "method", "readers", "shapes")
+NO_METHODS = ("alone", "loading", "lowrank", "merging", "method", "readers", "shapes")
 
 
 def list_methods() -> list[str]:
