@@ -37,6 +37,8 @@ ONLY = {  # a third-party module -> where it may be imported
     "pandas": ("experiments/compare/",),
     "uvicorn": ("federation/security/", "personal/serve/"),
     "starlette": ("federation/security/", "personal/serve/"),
+    "lm_eval": ("personal/tasks/",),
+    "rouge_score": ("personal/tasks/",),
     "typer": ("app/cli",),
     "rich": ("app/console.py", "app/tables.py"),
 }

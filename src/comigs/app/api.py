@@ -174,22 +174,7 @@ def evaluate(
     """
     split_named(split)
     folder = open_run(path, reader)
-    if "federation" in folder.environment():
-        raise UserError(
-            f"{folder.path}: of a federation, whose text and models are on its devices; "
-            f"what they measured: {command('report', folder.path)}"
-        )
-
-    # what is wrong with a name or the text is said before any model is measured
-    config = _with_a_device(folder.config())
-    names = [entry.name for entry in config.clients]
-    if client is not None:
-        names = [config.client_named(client).name]
-    folder.require_a_round()
-    base, _ = load(config)
-    data = prepare_data(config, base.encoder)
-    require_same_text(folder, data)
-
+    base, data, names = measurable(folder, client)
     results = {}
     for name in names:
         with closing(PersonalModel(folder, name, base)) as model:
@@ -199,6 +184,33 @@ def evaluate(
                 "personal": model.evaluate(stores).figures(),
             }
     return results
+
+
+def measurable(folder: RunFolder, client: str | None) -> tuple[Base, Texts, list[str]]:
+    """Return the base, the texts and the names of the clients whose models can be measured here.
+
+    client: only this one; None: all. What is wrong with a name or the text is said before any model
+    is measured. Raises UserError.
+    """
+    base, names = measurable_models(folder, client)
+    data = prepare_data(folder.config(), base.encoder)
+    require_same_text(folder, data)
+    return base, data, names
+
+
+def measurable_models(folder: RunFolder, client: str | None) -> tuple[Base, list[str]]:
+    """Return the base and the names of the clients, where no text is needed."""
+    if "federation" in folder.environment():
+        raise UserError(
+            f"{folder.path}: of a federation, whose text and models are on its devices; "
+            f"what they measured: {command('report', folder.path)}"
+        )
+    config = folder.config()
+    names = [entry.name for entry in config.clients]
+    if client is not None:
+        names = [config.client_named(client).name]
+    folder.require_a_round()
+    return base_of(folder), names
 
 
 def split_named(name: str) -> Split:

@@ -6,12 +6,15 @@ import json
 import math
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from comigs.errors import UserError
 from comigs.text import harmless
+
+if TYPE_CHECKING:
+    from comigs.runs.tasks import Tasks
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 AllowCode = Annotated[
@@ -38,6 +41,32 @@ def evaluate(
     model: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Measure this export of the run instead.")
     ] = None,
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--answers", help="Ask the questions of the clients' chats instead: docs/tasks.md."
+        ),
+    ] = False,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="Ask this task of lm-evaluation-harness instead. Repeatable."
+        ),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Task files, for --tasks by name."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="With --tasks: ask through the chat template.")
+    ] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --answers, --tasks: the first ones of each only."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="With --answers: tokens to write at most.")
+    ] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     cache: Cache = None,
     allow_code: AllowCode = False,
@@ -47,9 +76,24 @@ def evaluate(
     from comigs.app.console import Console
     from comigs.runs.reader import Reader
 
-    which = api.split_named(split)
-    # an export is measured on the same text as the run's own model
+    which, console = api.split_named(split), Console(quiet=as_json)
     reader = Reader(allow_code, cache)
+    if answers or tasks:
+        from comigs.app.tasks import evaluate_answers, evaluate_tasks
+        from comigs.personal.tasks.extra import TaskFiles
+        from comigs.runs.tasks import Tasks
+
+        if model is not None:
+            raise UserError("--model: is measured on text alone; leave out --answers and --tasks")
+        folder = api.open_run(run, reader)
+        asked = Tasks(clients={})
+        if tasks:
+            files = TaskFiles(tasks, tasks_dir, chat)
+            asked |= evaluate_tasks(folder, files, client, limit, console.say)
+        if answers:
+            asked |= evaluate_answers(folder, client, which, limit, max_new_tokens, console.say)
+        _show_tasks(asked, as_json)
+        return
     # An export is measured on the same text, so that both figures can be compared.
     if model is None:
         results = api.evaluate(run, which, client, reader)
@@ -60,7 +104,17 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(results, indent=1))
     else:
-        Console().table(api.evaluation_table(results, which))
+        console.table(api.evaluation_table(results, which))
+
+
+def _show_tasks(tasks: Tasks, as_json: bool) -> None:
+    from comigs.app.console import Console
+    from comigs.runs.report.tasks_table import tasks_table
+
+    if as_json:
+        typer.echo(json.dumps(tasks.as_json(), indent=1))
+    elif (table := tasks_table(tasks.clients)) is not None:
+        Console().table(table)
 
 
 def generate(

@@ -71,6 +71,20 @@ class ChatEncoder:
         learnt = self._learnt(ids, spans, answers)
         return ids, learnt, self._bytes(text, ids, spans, answers)
 
+    def prompt(self, turns: Sequence[tuple[str, str]], where: str) -> list[int]:
+        """Return the tokens of these turns, after which an answer comes.
+
+        Raises UserError, naming the place, where there cannot be any.
+        """
+        self._require_plain_words(turns, where)
+        messages: list[Message] = [{"role": role, "content": words} for role, words in turns]
+        try:
+            text = render(self.tokenizer, messages, prompt=True, day=LEARNT_ON)
+        except TemplateRefusal as error:
+            raise self._refusal(error, where) from None
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return ids as text, with the template's own tokens."""
         text: str = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
@@ -123,10 +137,11 @@ class ChatEncoder:
                     )
                 answers.append((len(before), len(after)))
         except TemplateRefusal as error:
-            raise UserError(
-                f"{where}: the chat template of base {self.name} refuses it: {error}"
-            ) from None
+            raise self._refusal(error, where) from None
         return whole, answers
+
+    def _refusal(self, error: TemplateRefusal, where: str) -> UserError:
+        return UserError(f"{where}: the chat template of base {self.name} refuses it: {error}")
 
     def _learnt(
         self, ids: list[int], spans: list[tuple[int, int]], answers: list[tuple[int, int]]

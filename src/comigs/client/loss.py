@@ -143,8 +143,21 @@ def sum_cross_entropy(model: Any, windows: Windows) -> Tensor:
     At most CHUNK logits exist at once, and the head, which is frozen, gets no gradient.
     """
     hidden_TD, targets_T = hidden_states(model, windows).flatten(0, 1), windows.targets.flatten()
+    return _nats_of(model, hidden_TD, targets_T, windows.learnt)
+
+
+def cross_entropy_by_window(model: Any, windows: Windows) -> Tensor:
+    """Return for each window (B,) the nats of those of its targets that are learnt."""
+    sums = []
+    for hidden_LD, targets_L in zip(hidden_states(model, windows), windows.targets, strict=True):
+        sums.append(_nats_of(model, hidden_LD, targets_L, targets_L != IGNORED))
+    return torch.stack(sums)
+
+
+def _nats_of(model: Any, hidden_TD: Tensor, targets_T: Tensor, learnt_T: Tensor | None) -> Tensor:
+    """Return the nats of targets after these hidden states; learnt_T: of which, None: of all."""
     # Where nothing is learnt, nothing goes through the head.
-    if (learnt_T := windows.learnt) is not None:
+    if learnt_T is not None:
         hidden_TD, targets_T = hidden_TD[learnt_T], targets_T[learnt_T]
 
     def sum_nats(rows: slice, logits_CV: Tensor, dtype: torch.dtype, to_gradient: bool) -> Tensor:

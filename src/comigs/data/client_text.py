@@ -87,6 +87,11 @@ class ClientText:
         self._tell(stores, missing)
         return stores
 
+    def documents(self, split: Split) -> Iterator[Document]:
+        """Yield the documents of a split, read from their source again."""
+        for _, document in self._read([split]):
+            yield document
+
     def _open(self, folder: Path) -> TokenStore:
         if self.part.is_chat:
             return open_examples(folder, self.data.loss == "all")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from comigs.config import SPLITS, Config
+from comigs.config import SPLITS, Config, Split
 from comigs.data.client_text import ClientText, Progress, SplitText, chat_lines
 from comigs.data.corpus import Encoder, TokenStore
+from comigs.data.document import Document
 from comigs.data.leaks import check_disjoint, without_short_repeats
 from comigs.data.partition import partition
 from comigs.errors import UserError
@@ -140,6 +141,15 @@ class Texts:
         if self._mixed:
             return ClientData((stores["train"],), *self._held_out_of_all)
         return ClientData((stores["train"],), (stores["valid"],), (stores["test"],))
+
+    def documents(self, name: str, split: Split) -> Iterator[Document]:
+        """Yield the documents that a client's split is made of, read from their sources again.
+
+        Valid and test out-of-distribution are those of all clients.
+        """
+        held_out_of_all = self._mixed and split != "train"
+        for own in self._own.values() if held_out_of_all else [self._own[name]]:
+            yield from own.documents(split)
 
     def load_all(self) -> dict[str, ClientData]:
         """Return the data of all clients by name."""

@@ -18,7 +18,7 @@ SCRATCH, LOCK = ".scratch", ".lock"
 TRACK = "track"  # what trackers write here (docs/track.md)
 TENSORS = rf"(round-[0-9]{{4,}}\.\w+|{PERSONAL})\{SUFFIX}"
 TEXTS = (
-    r"(config\.toml|(env|checkpoint|summary)\.json|(metrics|timings)\.jsonl|report\.html"
+    r"(config\.toml|(env|checkpoint|summary|tasks)\.json|(metrics|timings)\.jsonl|report\.html"
     r"|\.run-id|\.progress\.jsonl|\.answer-[0-9]{4,})"
 )
 CLIENT = r"[^./][^/]*"

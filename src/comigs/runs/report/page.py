@@ -22,6 +22,7 @@ from comigs.runs.report.read import Run, read_run
 from comigs.runs.report.results import results
 from comigs.runs.report.routes_part import block_rules, parts_of
 from comigs.runs.report.routing_heatmap import routing_heatmap
+from comigs.runs.report.tasks_table import tasks_table
 from comigs.runs.routes import Routes
 
 HERE = Path(__file__).parent
@@ -96,6 +97,7 @@ def report_page(run: Run, routes: Sequence[Routes] = ()) -> str:
         clients=tables.client_table(run),
         absences=tables.absence_table(run),
         kept=kept_table(run),
+        tasks=tasks_table(run.tasks.clients),
         num_clients=len(clients),
         two_ranks=any(c.specialist_rank not in (None, c.rank) for c in clients),
         heat=routing_heatmap(run),

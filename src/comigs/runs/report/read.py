@@ -23,6 +23,7 @@ from comigs.runs.metrics import (
     Train,
     Warned,
 )
+from comigs.runs.tasks import Tasks, read_tasks
 
 OneKind = TypeVar("OneKind", bound=Line)
 
@@ -47,6 +48,7 @@ class Run:
     absent: tuple[Absent, ...]
     timings: tuple[Timing, ...]
     summary: Summary | None
+    tasks: Tasks
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -101,6 +103,7 @@ def read_run(folder: str | Path) -> Run:
         absent=_of_kind(Absent, lines),
         timings=tuple(timed),
         summary=result,
+        tasks=read_tasks(closed),
     )
 
 

@@ -1,0 +1,51 @@
+"""What models get right on tasks, base against personal, as a table for page and terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+
+from comigs import text as f
+from comigs.runs.tasks import Estimate, Measure, TaskResult
+
+PLACES = 3
+
+
+def tasks_table(clients: Mapping[str, Mapping[str, TaskResult]]) -> f.Table | None:
+    """Return a row for each task, measure and client, and for the mean over clients.
+
+    Beside a mean over items stands its standard error. It is None where no task was done.
+    """
+    by_measure: dict[tuple[str, str], dict[str, Measure]] = {}
+    for client, results in clients.items():
+        for task, result in results.items():
+            for name, measure in result.measures.items():
+                by_measure.setdefault((task, name), {})[client] = measure
+    rows: list[tuple[str, ...]] = []
+    for (task, name), measures in by_measure.items():
+        for client, measure in measures.items():
+            figures = (_estimate(measure.base), _estimate(measure.personal))
+            gain = measure.personal.mean - measure.base.mean
+            rows.append((task, name, client, f.count(measure.items), *figures, _signed(gain)))
+        if len(measures) > 1:
+            rows.append((task, name, "mean", *_mean(measures)))
+    if not rows:
+        return None
+    headers = ("task", "measure", "client", "items", "base", "personal", "difference")
+    return f.Table(headers, tuple(rows), names=3)
+
+
+def _mean(measures: Mapping[str, Measure]) -> tuple[str, ...]:
+    """Return the items of all clients, and means in which each client counts once."""
+    items = sum(measure.items for measure in measures.values())
+    base = fmean(measure.base.mean for measure in measures.values())
+    personal = fmean(measure.personal.mean for measure in measures.values())
+    return f.count(items), f.decimal(base), f.decimal(personal), _signed(personal - base)
+
+
+def _estimate(estimate: Estimate) -> str:
+    return f.spread(estimate.mean, estimate.error, PLACES)
+
+
+def _signed(difference: float) -> str:
+    return f.signed(difference, None, PLACES)

@@ -1,0 +1,239 @@
+"""Tasks of lm-evaluation-harness, on clients' own models and on the base, without a network."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from comigs.app.export import export
+from comigs.bases.tiny import byte_tokenizer, tiny_llama
+from comigs.runs.tasks import read_tasks
+from tests.chats import write_lines
+from tests.runs import comigs, copied_run, refused, write_config
+
+ITEMS = [
+    {"question": f"{word} {n}?", "choices": ["the cat", "a dog", "mats"], "label": n % 3}
+    for n, word in enumerate(["who", "what sat", "which", "where on"] * 2)
+]
+CHOICE = """\
+task: pets
+dataset_path: json
+dataset_kwargs: {data_files: items.jsonl}
+output_type: multiple_choice
+test_split: train
+doc_to_text: "{{question}}"
+doc_to_target: label
+doc_to_choice: choices
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: brier_score, aggregation: brier_score, higher_is_better: false}
+"""
+ROLLING = """\
+task: words
+dataset_path: json
+dataset_kwargs: {data_files: items.jsonl}
+output_type: loglikelihood_rolling
+test_split: train
+doc_to_text: ""
+doc_to_target: "{{question}} {{choices[label]}}"
+metric_list: [{metric: bits_per_byte}]
+"""
+WRITTEN = """\
+task: writes
+dataset_path: json
+dataset_kwargs: {data_files: items.jsonl}
+output_type: generate_until
+test_split: train
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[label]}}"
+generation_kwargs: {until: ["."], max_gen_toks: 6}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_cache_and_no_network(tmp_path_factory):
+    """What the library keeps of data goes into a folder of the tests'; a connection is an error."""
+
+    def refuse(*_):
+        raise AssertionError("a connection was made")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        patch.setattr(socket.socket, "connect", refuse)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of tasks whose data are beside them."""
+    made = tmp_path_factory.mktemp("tasks")
+    write_lines(made / "items.jsonl", ITEMS)
+    for name, text in {"pets": CHOICE, "words": ROLLING, "writes": WRITTEN}.items():
+        (made / f"{name}.yaml").write_text(text)
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    from comigs import load_config
+    from comigs.app import api
+
+    made = tmp_path_factory.mktemp("run")
+    changes = [f'data.cache="{made / "cache"}"', 'base.name="tiny-llama"', "client.lr=0.02"]
+    return api.run(load_config(write_config(made), changes), made / "run")
+
+
+@pytest.fixture(scope="module")
+def asked(run, folder, tmp_path_factory):
+    """What `evaluate --tasks` says of both clients, as JSON."""
+    from comigs.app.tasks import evaluate_tasks
+    from comigs.personal.tasks.extra import TaskFiles
+
+    files = TaskFiles([str(folder / "pets.yaml"), "words", "writes"], folder)
+    return evaluate_tasks(run.path, files)
+
+
+def by_the_harness(model, folder, **more):
+    """The same tasks on a model that is given to the harness as it is."""
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tasks = manager.load(["pets", "words", "writes"])
+    for task in tasks["tasks"].values():
+        task.set_config(key="num_fewshot", value=0)
+    found = evaluate(
+        lm=HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1, **more),
+        task_dict=tasks,
+        log_samples=False,
+    )
+    return found["results"]
+
+
+def require_same(asked, client, which, found):
+    """All figures of one model are the harness's own, with their standard errors."""
+    names = {
+        "pets": ("acc", "brier_score"),
+        "words": ("bits_per_byte",),
+        "writes": ("exact_match",),
+    }
+    for task, metrics in names.items():
+        result = asked.clients[client][task]
+        assert list(result.measures) == list(metrics) and result.by.startswith("lm_eval 0.4")
+        for metric in metrics:
+            measure = result.measures[metric]
+            estimate, error = getattr(measure, which), found[task][f"{metric}_stderr,none"]
+            assert measure.items == len(ITEMS)
+            assert estimate.mean == pytest.approx(found[task][f"{metric},none"], rel=1e-4)
+            if error == "N/A":
+                assert estimate.error is None
+            elif metric == "acc":
+                assert estimate.error == pytest.approx(error)
+
+
+def test_the_base_is_what_the_harness_says_of_it(asked, folder):
+    found = by_the_harness(tiny_llama()[0], folder)
+    for client in ("ann", "bob"):
+        require_same(asked, client, "base", found)
+    error = asked.clients["ann"]["pets"].measures["acc"].base.error
+    right = asked.clients["ann"]["pets"].measures["acc"].base.mean
+    assert error == pytest.approx(math.sqrt(right * (1 - right) / (len(ITEMS) - 1)))
+
+
+def test_a_personal_model_is_what_the_harness_says_of_its_export(asked, run, folder, tmp_path):
+    export(run.path, "ann", "transformers", tmp_path / "model", "float32")
+    found = by_the_harness(str(tmp_path / "model"), folder, device="cpu", dtype="float32")
+    require_same(asked, "ann", "personal", found)
+    measure = asked.clients["ann"]["words"].measures["bits_per_byte"]
+    assert measure.personal.mean != pytest.approx(measure.base.mean, rel=1e-3)
+
+
+def test_results_are_kept_and_a_task_that_is_asked_again_is_replaced(asked, run, folder, capsys):
+    assert read_tasks(run.files) == asked
+    before = torch.random.get_rng_state()
+    words = ("--tasks", folder / "pets.yaml", "--client", "ann", "--limit", "3")
+    done = comigs(capsys, "evaluate", run.path, *words)
+    assert done.code == 0 and "pets" in done.out and "acc" in done.out and done.err == ""
+    assert torch.equal(torch.random.get_rng_state(), before)
+    kept = read_tasks(run.files).clients
+    assert kept["ann"]["pets"].measures["acc"].items == 3
+    assert kept["bob"] == asked.clients["bob"] and kept["ann"]["words"].measures
+    done = comigs(capsys, "evaluate", run.path, *words, "--json")
+    assert json.loads(done.out)["clients"]["ann"]["pets"]["settings"]["limit"] == 3
+
+
+def changed(folder, tmp_path, *replaced):
+    """A copy of the task with words replaced, beside its data."""
+    text = CHOICE
+    for old, new in replaced:
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "task.yaml").write_text(text)
+    (tmp_path / "items.jsonl").write_bytes((folder / "items.jsonl").read_bytes())
+    return tmp_path / "task.yaml"
+
+
+@pytest.mark.parametrize(
+    ("replaced", "says"),
+    [
+        ([("task: pets\n", "")], "the field `task`, a task's name, is missing"),
+        ([("dataset_path: json\n", "")], "the field `dataset_path` is missing"),
+        ([('doc_to_text: "{{question}}"\n', "")], "the field `doc_to_text` is missing"),
+        ([("dataset_path: json\n", "dataset_path: allenai/ai2_arc\n"),
+          ("dataset_kwargs: {data_files: items.jsonl}\n", "")],
+         "its data (allenai/ai2_arc) are not on this machine, and nothing is downloaded here"),
+        ([("items.jsonl", "https://example.org/items.jsonl")], "its data are on the network"),
+        ([("items.jsonl", "none.jsonl")], "its data are not there"),
+        ([("{{question}}", "{{query}}")], "a field that it names: 'query' is undefined"),
+        ([('"{{question}}"', "query")], "doc_to_text: its data have no field `query`; there are"),
+        ([("multiple_choice", "guessing")], "the harness refuses it"),
+    ],
+)  # fmt: skip
+def test_a_task_that_cannot_be_asked_is_one_line(run, folder, tmp_path, capsys, replaced, says):
+    before = (run.path / "tasks.json").read_bytes()
+    task = changed(folder, tmp_path, *replaced)
+    line = refused(capsys, "evaluate", run.path, "--tasks", task)
+    assert says in line and line.startswith(("error: --tasks pets: ", f"error: --tasks {task}: "))
+    assert (run.path / "tasks.json").read_bytes() == before
+
+
+def test_an_item_that_lacks_a_field_is_named(run, folder, tmp_path, capsys):
+    task = changed(folder, tmp_path)
+    write_lines(tmp_path / "items.jsonl", [*ITEMS, {"choices": ["a", "b"], "label": 1}])
+    line = refused(capsys, "evaluate", run.path, "--tasks", task)
+    assert "pets: item 9: lacks a field that is asked for: question" in line
+    done = comigs(capsys, "evaluate", run.path, "--tasks", task, "--limit", "2", "--client", "ann")
+    assert done.code == 0
+
+
+def test_names_are_looked_for_in_the_folder(run, folder, capsys, tmp_path):
+    line = refused(capsys, "evaluate", run.path, "--tasks", "pet", "--tasks-dir", folder)
+    assert "which has pets, words and writes. Did you mean" in line
+    line = refused(capsys, "evaluate", run.path, "--tasks", "arc_easy")
+    assert "a task by its name needs --tasks-dir" in line
+    assert "no such file" in refused(capsys, "evaluate", run.path, "--tasks", tmp_path / "a.yaml")
+    line = refused(capsys, "evaluate", run.path, "--tasks", "x", "--tasks-dir", tmp_path / "no")
+    assert "no such folder" in line
+    line = refused(capsys, "evaluate", run.path, "--tasks", folder / "pets.yaml", "--chat")
+    assert "--chat: base tiny-llama has no chat template" in line
+
+
+def test_a_router_of_whole_texts_does_not_write_token_by_token(run, folder, capsys, tmp_path):
+    copy = copied_run(tmp_path)
+    config = copy / "config.toml"
+    text = config.read_text()
+    assert 'routing = "token"' in text
+    config.write_text(text.replace('routing = "token"', 'routing = "sequence"'))
+    line = refused(capsys, "evaluate", copy, "--tasks", folder / "writes.yaml")
+    assert "--tasks writes: lets models write token by token" in line
+    done = comigs(capsys, "evaluate", copy, "--tasks", folder / "pets.yaml", "--limit", "2")
+    assert done.code == 0 and Path(copy / "tasks.json").exists()
