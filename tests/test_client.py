@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 
 from comigs.app import api
-from comigs.client.client import Client, Workplace
+from comigs.client.client import Client
 from comigs.client.steps import NonFiniteLoss
+from comigs.client.workplace import Workplace
 from comigs.errors import UserError
 from comigs.slots import Slot
 from tests.conftest import WORDS, bits, copy_of, run_config, same, start_engine

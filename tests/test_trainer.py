@@ -16,7 +16,8 @@ import torch
 
 from comigs.app import api
 from comigs.bases.load import load_base
-from comigs.client.client import Client, Workplace
+from comigs.client.client import Client
+from comigs.client.workplace import Workplace
 from comigs.data.prepare import prepare_client
 from comigs.engines.client_task import run_task
 from comigs.errors import UserError

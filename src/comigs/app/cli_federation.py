@@ -174,12 +174,20 @@ def client(
     max_minutes: Annotated[
         float, typer.Option(min=0.01, help="Time that the server may ask for in a round.")
     ] = 120,
+    specialists: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Specialists of this device from now on: it gains or loses some with its next "
+            "round. Default: as the run's config says.",
+        ),
+    ] = None,
 ) -> None:
     """Take part with this device until Ctrl-C."""
     from comigs.federation.device.join import Owner, join
 
     memory = max_memory and max_memory * 1e9
-    owner = Owner(tuple(text), home, base, device, threads, memory, max_minutes)
+    owner = Owner(tuple(text), home, base, device, threads, memory, max_minutes, specialists)
     join(bundle, owner, _say)
 
 

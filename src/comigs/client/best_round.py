@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from comigs.client.state import ClientState
+from comigs.client.state import ClientState, num_specialists
 from comigs.slots import Slot
 
 
@@ -19,7 +19,12 @@ class BestRound:
     """
 
     def __init__(self, saved: ClientState) -> None:
-        """Go on from what was saved (`parts`); there is nothing before the first measurement."""
+        """Go on from what was saved (`parts`); there is nothing before the first measurement.
+
+        A model that the client has no room for any more is forgotten.
+        """
+        if num_specialists(saved.get("best", ())) > num_specialists(saved.get("experts", ())):
+            saved = {}
         score = saved.get("score")
         self.round = 0 if score is None else int(score["round"])
         self.nats = math.inf if score is None else float(score["nats"])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from comigs.bases.load import Base
 from comigs.client.best_round import BestRound
 from comigs.client.door import PRIVATE, Weights, checked_prior, require_receivable
 from comigs.client.evaluate import Measurement, evaluate, measure
@@ -21,6 +20,7 @@ from comigs.client.state import (
     load_state,
     new_train_state,
     saved_state,
+    shape_as_saved,
 )
 from comigs.client.steps import (
     MethodHooks,
@@ -31,30 +31,17 @@ from comigs.client.steps import (
     local_round,
     settings_of,
 )
-from comigs.config import Config, Split
+from comigs.client.workplace import Workplace
+from comigs.config import Split
 from comigs.data.batches import Batch, evaluation_windows
 from comigs.data.prepare import ClientData, pooled
 from comigs.data.sampling import BatchSource, Level, check_text, probe_windows
 from comigs.errors import UserError
-from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
 from comigs.methods.merging import pairs
-from comigs.methods.method import Download, Method, Tensors
+from comigs.methods.method import Download, Tensors
 from comigs.seeds import generator
 from comigs.slots import Slot
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """A workplace is what the clients of one process take turns on: one base with experts attached.
-
-    The attachment points at the tensors of whichever client is at work.
-    """
-
-    config: Config
-    method: Method
-    base: Base
-    attachment: Attachment
 
 
 class Client:
@@ -62,7 +49,8 @@ class Client:
 
     text: what it trains on. is_trainer: False where another client trains for it (centralized).
     adopted_share: how far it went towards its last download, from 0 to 1, where the method asks.
-    best: None where the personal model is that of the last round.
+    best: None where the personal model is that of the last round. opening: (E,) how far its router
+    is open to each expert while one of them is new (client/power.py).
     """
 
     def __init__(
@@ -78,10 +66,13 @@ class Client:
         self.data = self.text = data
         self.is_trainer = True
         self.adopted_share: float | None = None
+        self.opening: Tensor | None = None
         self.best = BestRound(state or {}) if config.evaluation.keep == "best" else None
 
         # The shapes follow from the client's own power and from what the method makes of it.
         self.shape = method.shape(config.shape_of(config.client_named(name)))
+        if state is not None:
+            self.shape = shape_as_saved(self.shape, state["experts"])
         routed = method.mixing == "routed"
         self.shapes = attachment.slot_shapes(self.shape, routed, method.merges)
 
@@ -169,7 +160,7 @@ class Client:
         prior: of a Task. Raises UserError when a loss is NaN or infinite.
         """
         own, method = self.train_state.tensors, self.method
-        self.attachment.bind(own)
+        self.attachment.bind(own, self.opening)
 
         # Some methods look back at the tensors with which the round began.
         anchor: Tensors = {}
@@ -194,6 +185,7 @@ class Client:
                 f"learnt from and the state after round {round - 1} is kept. Start a new run with "
                 f"client.lr lower than {settings.lr:g}, or look at the text"
             ) from None
+        self.opening = None
         if method.after_training is not None:
             self._replace(method.after_training(own, anchor))
         return log
@@ -256,7 +248,7 @@ class Client:
 
         Raises UserError where the model gives a loss that is not finite.
         """
-        self.attachment.bind({} if untouched_base else self.train_state.tensors)
+        self.attachment.bind({} if untouched_base else self.train_state.tensors, self.opening)
         length, batch_size = self.config.data.sequence_length, self.config.evaluation.batch_size
         stores, dtype = getattr(self.data, split), self.base.dtype
         result = evaluate(self.attachment, stores, length, batch_size, dtype)
@@ -290,11 +282,13 @@ class Client:
 
     def _nats(self, tensors: Tensors, windows: Iterable[Batch]) -> float:
         """Return the nats per token of a model with these tensors on these windows."""
-        self.attachment.bind(tensors)
+        self.attachment.bind(tensors, self.opening)
         return measure(self.attachment, windows, self.base.dtype).nats_per_token
 
     def _next_batch(self, level: Level, number: int) -> Batch:
         settings, length = self.step_settings.client, self.config.data.sequence_length
+        if self.opening is not None and level == "experts":
+            self.opening += 1 / settings.steps  # whole with the last local step of the round
         random = partial(generator, self.config.seed, "batch", self.name)
         source = BatchSource(self.text, settings, length, random)
         return source.batch(level, number, self.train_state.local_steps)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from comigs.config import ClientSection
+from comigs.config import ClientSection, ExpertShape
 from comigs.data.sampling import Level
 from comigs.errors import UserError
 from comigs.slots import Slot
@@ -97,6 +97,20 @@ def load_state(state: TrainState, saved: ClientState, client: str) -> None:
                     key: saved_optimizer[f"{name}/{key}"].to(param.device, copy=True)
                     for key in KEPT
                 }
+
+
+def num_specialists(names: Iterable[str]) -> int:
+    """Return how many specialists a client has, by the names of its saved tensors."""
+    slots = map(Slot.parse, names)
+    return len({slot.part for slot in slots if slot.role == "specialist"})
+
+
+def shape_as_saved(shape: ExpertShape, names: Iterable[str]) -> ExpertShape:
+    """Return the experts of a client whose power may have changed since the run began.
+
+    names: of its saved tensors.
+    """
+    return shape.model_copy(update={"specialists": num_specialists(names)})
 
 
 def load_tensors(tensors: Mapping[Slot, Tensor], saved: Mapping[str, Tensor], client: str) -> None:

@@ -194,6 +194,7 @@ class ConditionsSection(Condition):
 
     def require_clients(self, names: Iterable[str]) -> None:
         """Raise ValueError where shares, clients or traces are not those of these clients."""
+        # Whoever is named must be there, and whoever is there must be in a trace that is for all.
         known = list(names)
         shares = sum(group.share for group in self.groups.values())
         if shares > 1 + 1e-9:

@@ -12,10 +12,11 @@ import torch
 
 from comigs.bases.load import Base
 from comigs.client.best_round import BestRound
-from comigs.client.client import Client, Workplace
+from comigs.client.client import Client
 from comigs.client.evaluate import Measurement
-from comigs.client.state import load_tensors
+from comigs.client.state import new_train_state
 from comigs.client.steps import RoundLog
+from comigs.client.workplace import Workplace
 from comigs.config import Config, Split
 from comigs.data.sampling import Level
 from comigs.experts.attach import Attachment
@@ -23,6 +24,7 @@ from comigs.methods.method import Download, Method, Upload
 from comigs.processes import peak_memory
 from comigs.runs.metrics import ClientReport, Evaluation, Kept, Step, Timing, TrainReport
 from comigs.server.protocol import Reply, Report, Task
+from comigs.slots import Slot
 
 
 def workplace(config: Config, method: Method, base: Base) -> Workplace:
@@ -102,7 +104,10 @@ def go_back(client: Client, best: BestRound, last: Evaluation) -> Kept:
     """
     line = last
     if best.round != last.round:
-        load_tensors(client.train_state.tensors, best.tensors(), client.name)
+        # It may be of a round in which the client had fewer specialists.
+        own = {Slot.parse(n): t.clone() for n, t in best.tensors().items()}
+        own = {slot: tensor.to(client.base.device) for slot, tensor in own.items()}
+        client.train_state = new_train_state(own, client.config.client)
         # The model of the last round was finished before it was measured; this one was not.
         client.finish()
         line = evaluated(client, "test", best.round, client.evaluate("test"), "personal")

@@ -7,11 +7,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from comigs.client.client import Client, Workplace
+from comigs.client.client import Client
+from comigs.client.power import with_specialists
 from comigs.client.state import STATE
+from comigs.client.workplace import Workplace
 from comigs.data.prepare import Texts
 from comigs.engines.base_evaluation_cache import cached_base_evaluation
 from comigs.engines.client_task import run_task
+from comigs.engines.conditions.weather import Weather
 from comigs.engines.upload_store import UploadStore
 from comigs.methods.method import Download, Upload
 from comigs.runs.folder import RunFolder
@@ -36,6 +39,7 @@ class ClientHost:
         self.folder, self.store, self.report = folder, store, report
         self.config, self.method, self.attachment = place.config, place.method, place.attachment
         trains = self.config.clients[: 1 if self.method.centralized else None]
+        self.weather = Weather(place.config)
         self.trainers = {client.name for client in trains}
 
     def client(self, name: str, staged: bool = False) -> Client:
@@ -54,6 +58,8 @@ class ClientHost:
     def exchange(self, name: str, task: Task, download: Download) -> Reply:
         """Do one client's exchange, from the disk and back to the disk; return its reply."""
         client, received = self.client(name), as_received(download, self.config.upload.format)
+        if task.train:
+            client = with_specialists(client, self.weather.specialists(name, task.round))
         reply = run_task(client, task, received, self.report, cached_base_evaluation)
 
         # The client leaves the base with all that it is; after the last round only its model stays.

@@ -8,6 +8,7 @@ references, it copies nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,15 +91,18 @@ class Attachment:
                 shapes[Slot(layer, site, "merged", "W")] = (width_out, width_in)
         return shapes
 
-    def bind(self, tensors: Mapping[Slot, Tensor]) -> None:
-        """Point the mixtures at a client's tensors, which decide experts, ranks and routing."""
+    def bind(self, tensors: Mapping[Slot, Tensor], opening: Tensor | None = None) -> None:
+        """Point the mixtures at a client's tensors, which decide experts, ranks and routing.
+
+        opening: (E,) how far the router is open to each expert, from 0 to 1; None: to all.
+        """
         names = {slot.part for slot in tensors if slot.role in ("generalist", "specialist", OTHERS)}
         generalists = sum(name.startswith("g") for name in names)
         specialists = sum(name.startswith("s") for name in names)
         # All blocks have the same experts, in the order in which a router's rows are.
         parts = expert_parts(generalists, specialists, OTHERS in names)
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
-            mixture.bind(self._block_experts(tensors, layer, parts))
+            mixture.bind(replace(self._block_experts(tensors, layer, parts), opening=opening))
             for site, lora in adapted.items():
                 lora.A = tensors.get(Slot(layer, site, "attention", "A"))
                 lora.B = tensors.get(Slot(layer, site, "attention", "B"))
@@ -111,7 +115,7 @@ class Attachment:
     ) -> BlockExperts:
         sites = self.architecture.mlp_linears()
         router = tensors.get(Slot(layer, "mlp", "router", "W"))
-        strength = self._strength(parts, routed=router is not None)
+        strength = self.strength(parts, routed=router is not None)
         # A strength is part of the scale, so that the mixture knows one factor of an expert only.
         experts, merged = [], {}
         for part in parts:
@@ -132,7 +136,7 @@ class Attachment:
             routed_by=self.settings.routing,
         )
 
-    def _strength(self, parts: Sequence[str], routed: bool) -> float:
+    def strength(self, parts: Sequence[str], routed: bool) -> float:
         """Return the factor of each expert's scale.
 
         The others' expert is no part of a client's budget, and not always asked.

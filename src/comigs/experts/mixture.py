@@ -53,8 +53,9 @@ class BlockExperts:
     Where there are no `experts`, the frozen MLP works alone. `summed` says that the experts are a
     single one, whose LoRA is the sum of theirs. `merged` maps a site to a frozen change (out, in)
     of that linear. `W_ED` is the router; without one, every expert weighs 1/E. `gate` (1,) is how
-    far the router is open to the last expert; None: it is to all. `top_k` experts are used by a
-    token. `routed_by` is ExpertsSection.routing.
+    far the router is open to the last expert; None: it is to all. `opening` (E,) is how far it is
+    open to each expert, whose weight is as many times as large before all are made to sum to 1;
+    None: to all. `top_k` experts are used by a token. `routed_by` is ExpertsSection.routing.
     """
 
     experts: Sequence[Expert] = ()
@@ -62,6 +63,7 @@ class BlockExperts:
     merged: Mapping[str, Tensor] = field(default_factory=dict)
     W_ED: Tensor | None = None
     gate: Tensor | None = None
+    opening: Tensor | None = None
     top_k: int = 1
     routed_by: str = "token"
 
@@ -143,6 +145,8 @@ class Mixture(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             read = routing_inputs(x.to(own.W_ED.dtype), own.routed_by)
             logits_TE = F.linear(read, own.W_ED)
+            if own.opening is not None:
+                logits_TE = logits_TE + own.opening.log()
             if own.gate is None:
                 self.routing = route(logits_TE, own.top_k)
             else:

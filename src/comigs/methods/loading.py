@@ -82,6 +82,26 @@ def options(config: Config, kind: type[Settings]) -> Settings:
         raise UserError(f"options.{one_line(error, dict(config.options), {'': kind})}") from None
 
 
+def _require_power(config: Config, method: Method) -> None:
+    """Refuse conditions that leave a client with fewer experts than a token uses, or none.
+
+    Raises UserError naming the number.
+    """
+    for condition in config.conditions.everyone():
+        numbers = [number for _, number in condition.specialists or ()]
+        if condition.specialists_rate is not None:
+            numbers += condition.specialists_range or ()
+        for number in numbers:
+            for client in config.clients:
+                entry = client.model_copy(update={"specialists": number})
+                experts = method.shape(config.shape_of(entry)).num_experts
+                if experts == 0 or config.experts.top_k > experts > 1:
+                    raise UserError(
+                        f"conditions.specialists: {number} leaves {experts} experts, but a token "
+                        f"uses {config.experts.top_k} (experts.top_k)"
+                    )
+
+
 def _require_possible(config: Config, method: Method) -> None:
     """Refuse settings of other sections that this method cannot follow.
 
@@ -108,6 +128,7 @@ def _require_possible(config: Config, method: Method) -> None:
                 f"{experts} with {config.method}; allowed: 1 to {experts}"
             )
     _require_guides(config, method)
+    _require_power(config, method)
     # Where text is centralized, one place has it all, and nobody can be away.
     everybody = {"clients_per_round": len(config.clients), "min_clients": 1}
     for name, allowed in everybody.items():

@@ -20,7 +20,7 @@ from comigs.bases.chat_template import Message
 from comigs.bases.load import Base
 from comigs.bases.usable import separator
 from comigs.client.evaluate import Measurement, evaluate
-from comigs.client.state import load_tensors
+from comigs.client.state import load_tensors, shape_as_saved
 from comigs.config import ExpertShape
 from comigs.data.corpus import TokenStore
 from comigs.errors import UserError
@@ -205,9 +205,11 @@ def client_tensors(
     attachment: with the run's settings of experts.
     """
     method, shape = load_method(folder.config()), client_shape(folder, client)
+    saved = folder.load(model_path(folder, client))
+    shape = shape_as_saved(shape, saved)
     shapes = attachment.slot_shapes(shape, method.mixing == "routed", method.merges)
     tensors = {slot: torch.empty(size, device=base.device) for slot, size in shapes.items()}
-    load_tensors(tensors, folder.load(model_path(folder, client)), client)
+    load_tensors(tensors, saved, client)
     return tensors
 
 

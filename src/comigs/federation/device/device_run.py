@@ -212,7 +212,9 @@ def open_folder(path: Path, config: Config, base: Base, data: ClientData, after:
 
 def _told(config: Config) -> dict[str, Any]:
     """Return the settings that the server decides."""
+    # How many specialists it has is the owner's to change from one start to the next.
     told = config_for(config, config.clients[0].name)
+    told["clients"][0].pop("specialists", None)
     return told | {"base": told["base"] | {"name": ""}}
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from comigs.bases.load import Base, load_base, require_window
 from comigs.client.client import Client
 from comigs.client.estimate import Throughput
+from comigs.client.power import with_specialists
 from comigs.config import NAMED_BASES, BaseSection, Config, Text, parse_config
 from comigs.data.prepare import ClientData, prepare_client
 from comigs.engines.client_task import run_task, workplace
@@ -50,7 +51,8 @@ class Device:
     owner only. root: where relative paths in `text` start. base: a local folder or name to load;
     None: what `pinned` names. accelerator: as base.device. threads: CPU threads; None: as torch
     finds them. pinned: the base that the bundle allows; None: what `base` says or, without one,
-    those that come with comigs. limits: what a request may need.
+    those that come with comigs. limits: what a request may need. specialists: how many the device
+    has from its next round on; None: as the config says.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Device:
     threads: int | None = None
     pinned: PinnedBase | None = None
     limits: Limits = field(default_factory=Limits)
+    specialists: int | None = None
 
 
 class Trainer:
@@ -126,6 +129,8 @@ class Trainer:
             client = Client(self.device.name, place, data, run.state())
             if request.kind == "probe":
                 return _probe(request, tensors, run, client)
+            if request.train:
+                client = with_specialists(client, self.device.specialists)
             return self._exchange(request, tensors, run, client)
 
     def _plan(self, request: Request) -> tuple[Config, Method]:
@@ -142,6 +147,10 @@ class Trainer:
                 raise Refused("refused", f"{asked}, but this device is {device.name}")
             require_settable(told)
             require_in_order(request, told.rounds)
+            if device.specialists is not None:
+                own = {"specialists": device.specialists}
+                clients = (told.clients[0].model_copy(update=own),)
+                told = told.model_copy(update={"clients": clients})
             method = messages.federable_method(told)
         name = self._base_name(told.base, request.base)
 
@@ -149,8 +158,8 @@ class Trainer:
         entry = told.clients[0].model_copy(update={"text": device.text})
         cache = (device.home / "cache").resolve()
         data = told.data.model_copy(update={"root": device.root.resolve(), "cache": cache})
-        own = {"name": name, "device": device.accelerator, "threads": device.threads}
-        sections = {"clients": (entry,), "data": data, "base": told.base.model_copy(update=own)}
+        here = {"name": name, "device": device.accelerator, "threads": device.threads}
+        sections = {"clients": (entry,), "data": data, "base": told.base.model_copy(update=here)}
         return told.model_copy(update=sections), method
 
     def _base_name(self, told: BaseSection, fingerprint: str) -> str:

@@ -34,7 +34,8 @@ class Owner:
     """An owner decides what a device takes part with.
 
     text: see `text_of`. home: the device's own folder; None: one in ~/.comigs. base, accelerator,
-    threads: as in Device (device_service.py). memory, minutes: as in Limits (limits.py).
+    threads, specialists: as in Device (device_service.py). memory, minutes: as in Limits
+    (limits.py).
     """
 
     text: tuple[str, ...]
@@ -44,6 +45,7 @@ class Owner:
     threads: int | None = None
     memory: float | None = None
     minutes: float = 120
+    specialists: int | None = None
 
 
 def join(file: Path, owner: Owner, say: Say) -> None:
@@ -72,6 +74,7 @@ def join(file: Path, owner: Owner, say: Say) -> None:
             "threads": owner.threads,
             "pinned": bundle.base and bundle.base.model_dump(),
             "limits": {"memory": owner.memory, "minutes": owner.minutes},
+            "specialists": owner.specialists,
         }
         write_private(home / "device.json", json.dumps(device))
 

@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 import torch
 
-from comigs.client.client import Workplace
 from comigs.client.estimate import (
     Throughput,
     available_memory,
@@ -29,6 +28,7 @@ from comigs.client.estimate import (
     num_scalars,
     router_steps,
 )
+from comigs.client.workplace import Workplace
 from comigs.config import SPLITS, ClientEntry, Config, dotted
 from comigs.data.prepare import ClientData
 from comigs.federation.device.device_run import Refused

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comigs.bases.load import Base
+from comigs.client.state import shape_as_saved
 from comigs.data.batches import single_examples
 from comigs.data.corpus import TokenStore
 from comigs.errors import UserError
@@ -60,7 +61,8 @@ class Source:
     def parts(self) -> list[str]:
         """Return the experts' names in the router's order: "g0", "s0", "rest"."""
         config, method = self.model.config, self.method
-        return method.shape(config.shape_of(config.client_named(self.client))).parts
+        shape = method.shape(config.shape_of(config.client_named(self.client)))
+        return shape_as_saved(shape, map(str, self.model.tensors)).parts
 
     @property
     def private_parts(self) -> list[str]:

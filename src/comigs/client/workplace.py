@@ -1,0 +1,23 @@
+"""A workplace is one base, for the clients of a process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from comigs.bases.load import Base
+from comigs.config import Config
+from comigs.experts.attach import Attachment
+from comigs.methods.method import Method
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A workplace is what the clients of one process take turns on: one base with experts attached.
+
+    The attachment points at the tensors of whichever client is at work.
+    """
+
+    config: Config
+    method: Method
+    base: Base
+    attachment: Attachment
