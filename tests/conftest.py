@@ -108,6 +108,7 @@ def run_config(
         "participation": {},
         "upload": {},
         "conditions": {},
+        "privacy": {},
         "options": {},
     }
     plain = {key: value for key, value in tree.items() if not isinstance(value, dict)}

@@ -87,9 +87,10 @@ ABSENCE = {  # what tests/test_missing_clients.py and tests/test_flower_engine.p
     "participation.max_failures": 1,
     "participation.min_clients": 3,
 }
-PRIVACY = {  # what tests/test_private_*.py are about
+PRIVACY = {  # what tests/test_private_*.py and test_sums.py are about
     "privacy.level", "privacy.epsilon", "privacy.noise_multiplier", "privacy.delta", "privacy.clip",
-    "privacy.expected_batch", "privacy.noise_seed",
+    "privacy.expected_batch", "privacy.noise_seed", "privacy.secure_aggregation",
+    "privacy.threshold",
 }  # fmt: skip
 ENTRY = {"ada": {"weight": 1.0}, "bob": {"weight": 1.0}, "cyd": {"weight": 1.0}}
 

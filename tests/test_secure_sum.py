@@ -15,7 +15,8 @@ from comigs.config import UploadSection
 from comigs.server.secure_sum import fixed_point, party, primitives, uploads
 from comigs.server.secure_sum.opening import unmasked
 from comigs.server.secure_sum.primitives import SumError, private_key, public_name
-from comigs.server.secure_sum.session import MOST, Session, threshold_of
+from comigs.server.secure_sum.session import Session, threshold_of
+from comigs.server.sums import MOST
 from comigs.server.validation import common_start
 from comigs.slots import Slot
 

@@ -182,12 +182,21 @@ def client(
             "round. Default: as the run's config says.",
         ),
     ] = None,
+    only_sums: Annotated[
+        bool,
+        typer.Option(
+            "--only-sums",
+            help="Send nothing but uploads that the server can see the sum of alone.",
+        ),
+    ] = False,
 ) -> None:
     """Take part with this device until Ctrl-C."""
     from comigs.federation.device.join import Owner, join
 
     memory = max_memory and max_memory * 1e9
-    owner = Owner(tuple(text), home, base, device, threads, memory, max_minutes, specialists)
+    owner = Owner(
+        tuple(text), home, base, device, threads, memory, max_minutes, specialists, only_sums
+    )
     join(bundle, owner, _say)
 
 

@@ -23,6 +23,7 @@ from comigs.processes import cpus
 from comigs.runs.metrics import Note
 from comigs.runs.track.tracker import require_trackers, say_where
 from comigs.server.protocol import Report
+from comigs.server.sums import require_sums
 from comigs.server.validation import shapes_of_clients
 from comigs.slots import Shapes
 from comigs.text import large, plural
@@ -37,9 +38,11 @@ def ignore(_: Any) -> None:
 def say_unread(config: Config, engine: Engine, say: Say) -> None:
     """Say in a line what the config gives and nothing reads, and in one where its curves go.
 
-    Raises UserError for the method, and for trackers that are unknown or not installed.
+    Raises UserError for the method, for trackers that are unknown or not installed, and for sums
+    of too few clients.
     """
     require_trackers(config)
+    require_sums(config)
     for line in (unread(config, load_method(config), engine), say_where(config)):
         if line:
             say(line)

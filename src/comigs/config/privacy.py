@@ -60,6 +60,20 @@ class PrivacySection(Section):
         "operating system.",
     )
 
+    secure_aggregation: bool = Field(
+        False,
+        description="true: the server learns the sum of a round's uploads and nothing of one, for "
+        "methods that only need their mean. A client cuts its own step to upload.max_norm.",
+    )
+    threshold: float = Field(
+        0.66,
+        gt=0.5,
+        le=1,
+        description="This share of the clients that take part in a round's sum, rounded up, must "
+        "still be there to open it, and fewer of them can tell the server no more than the sum. At "
+        "least 3 and more than half.",
+    )
+
     @property
     def is_on(self) -> bool:
         """Whether anything is bounded."""

@@ -124,6 +124,7 @@ class Config(Section):
         # must not be left without text
         self._check_participation()
         self._check_evaluation()
+        self._check_sums()
         if problem := self.privacy.problem():
             raise ValueError(problem)
         self.conditions.require_clients([client.name for client in self.clients])
@@ -168,6 +169,20 @@ class Config(Section):
                 f'evaluation.keep: given "best", but {why}; allowed: "last", or "best" with '
                 "evaluation.every of 1 or more and valid among evaluation.splits"
             )
+
+    def _check_sums(self) -> None:
+        # what looks at a single upload cannot be where the server has their sum alone
+        wanted = {
+            "upload.merge": (self.upload.merge, "mean"),
+            "upload.format": (self.upload.format, "float32"),
+            "participation.late": (self.participation.late, "drop"),
+        }
+        for field, (given, allowed) in wanted.items():
+            if self.privacy.secure_aggregation and given != allowed:
+                raise ValueError(
+                    f'{field}: given "{given}" beside privacy.secure_aggregation, with which the '
+                    f'server has the sum of uploads and none of them; allowed: "{allowed}"'
+                )
 
     def shape_of(self, client: ClientEntry) -> ExpertShape:
         """Return the experts of one client: the defaults, and its exceptions to them."""

@@ -21,7 +21,7 @@ from comigs.engines.workers import Worker, Workers
 from comigs.methods.method import Download, Method, Upload
 from comigs.runs.folder import RunFolder
 from comigs.server.protocol import Answers, Reply, Report, Task
-from comigs.server.validation import shapes_of_clients
+from comigs.server.validation import expected_upload, shapes_of_clients
 
 
 class InProcess:
@@ -65,7 +65,15 @@ class InProcess:
         def there(worker: Worker, name: str) -> Reply:
             return worker.exchange(name, tasks[name], parcels.get(name))
 
-        return Answers(self.workers.spread(tasks, here, there))
+        answers = Answers(self.workers.spread(tasks, here, there))
+        if not self.host.config.privacy.secure_aggregation:
+            return answers
+        # It imports Flower's primitives, which other runs do without.
+        from comigs.engines.summing import summed
+
+        (round,) = {task.round for task in tasks.values()}
+        expected = expected_upload(self.host.method, self.shapes[next(iter(tasks))], round)
+        return summed(self.host.config, answers, downloads, expected)
 
     def probe(self, uploads: Mapping[str, Upload], round: int) -> dict[str, dict[str, float]]:
         """Return reader -> author -> nats per token of the author's upload on a sample of the

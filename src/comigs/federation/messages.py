@@ -11,6 +11,13 @@ from comigs import __version__
 from comigs.config import Config, DataSection, ParticipationSection, Split
 from comigs.data.prepare import require_own_text_only
 from comigs.errors import UserError
+from comigs.federation.sum_messages import (
+    Announced,
+    OpenedRound,
+    RunId,
+    SealedRound,
+    SumRequest,
+)
 from comigs.methods.loading import list_methods, load_method
 from comigs.methods.method import Method
 from comigs.runs.metrics import OrLeftOut
@@ -22,8 +29,6 @@ PROGRESS = ".progress.jsonl"  # likewise: a line for each event, for whoever wat
 LARGEST = 10**6  # of whatever is counted: rounds, steps, windows, tokens of a window
 UPLOADS = 4096  # of other clients, measured at once
 LAYERS, EXPERTS = 1024, 1024  # of a prior
-# A run's id is also a folder's name on the device.
-RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{7,63}$")]
 Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,32}$")]
 Number = Annotated[int, Field(ge=0, le=LARGEST + 1)]  # of a round; the last exchange is one more
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -31,6 +36,7 @@ Priors = Annotated[
     tuple[Annotated[tuple[Share, ...], Field(max_length=EXPERTS)], ...], Field(max_length=LAYERS)
 ]
 Splits = Annotated[tuple[Split, ...], Field(max_length=3)]
+Kind = Literal["exchange", "probe", "announce", "seal", "open"]
 Code = Literal[
     "unreadable",
     "version",
@@ -70,10 +76,12 @@ class Request(Head):
     run: the run's id. after: the last round whose answer the server has from this client, 0: none.
     since: the last round that the client answered in time; the download holds whatever was merged
     from then on. config: without anybody's text or paths, and with one client. comigs: the server's
-    version. base: its fingerprint. probed: the number of uploads. prior: of a Task.
+    version. base: its fingerprint. probed: the number of uploads. prior: of a Task. sum: of a round
+    whose uploads are summed unseen, whose tensors are then the download and what others sealed for
+    this client.
     """
 
-    kind: Literal["exchange", "probe"]
+    kind: Kind
     run: RunId
     round: Annotated[Number, Field(ge=1)]
     after: Number
@@ -86,6 +94,7 @@ class Request(Head):
     base: str = Field(max_length=64)
     probed: int = Field(0, ge=0, le=UPLOADS)
     prior: Annotated[Priors | None, OrLeftOut] = None
+    sum: Annotated[SumRequest | None, OrLeftOut] = None
 
     @property
     def task(self) -> Task:
@@ -95,7 +104,7 @@ class Request(Head):
 
 class Answered(Head):
     """A device answers an exchange so. trained: the tensors are its upload. metrics, timing: as in
-    a Reply.
+    a Reply. session: of the sum for which the upload is masked; "" where it is not.
     """
 
     kind: Literal["answered"] = "answered"
@@ -104,6 +113,7 @@ class Answered(Head):
     trained: bool
     metrics: list[dict[str, Any]] = Field(max_length=16)
     timing: dict[str, Any] = Field(max_length=16)
+    session: str = Field("", max_length=32)
 
 
 class Probed(Head):
@@ -135,8 +145,9 @@ class Refusal(Head):
 
 
 REQUESTS: TypeAdapter[Request] = TypeAdapter(Request)
-ANSWERS: TypeAdapter[Answered | Probed | Refusal] = TypeAdapter(
-    Annotated[Answered | Probed | Refusal, Field(discriminator="kind")]
+Answer = Answered | Probed | Announced | SealedRound | OpenedRound
+ANSWERS: TypeAdapter[Answer | Refusal] = TypeAdapter(
+    Annotated[Answer | Refusal, Field(discriminator="kind")]
 )
 
 

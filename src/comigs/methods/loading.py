@@ -15,6 +15,7 @@ from comigs import methods
 from comigs.config import Config, Section
 from comigs.config.errors import one_line
 from comigs.errors import UserError, nearest
+from comigs.methods.merging import mean_of_uploads
 from comigs.methods.method import Method
 
 Settings = TypeVar("Settings", bound=Section)
@@ -112,6 +113,13 @@ def _require_possible(config: Config, method: Method) -> None:
         raise UserError(
             f'privacy.level: given "{level}", but {config.method} cannot be private: '
             f'{method.leaks}; must be "none", or choose another method'
+        )
+    averages = method.aggregate is mean_of_uploads and not method.centralized
+    if config.privacy.secure_aggregation and not averages:
+        raise UserError(
+            f"privacy.secure_aggregation: given true, but {config.method} does more with uploads "
+            "than average them all, and the server would have their sum alone; must be false, or "
+            "choose a method that averages, such as comigs or fedavg"
         )
     merge = config.upload.merge
     if merge != "mean" and not method.averages:

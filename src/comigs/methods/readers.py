@@ -187,6 +187,13 @@ def simulated(choice: Choice) -> Reason:
     return "devices have conditions of their own" if choice.engine == "flower" else ""
 
 
+def summed(choice: Choice) -> Reason:
+    """Say of a setting of sums whether uploads are summed."""
+    if choice.config.privacy.secure_aggregation:
+        return something_shared(choice)
+    return "privacy.secure_aggregation is false"
+
+
 def tracked(choice: Choice) -> Reason:
     """Say of what trackers are told whether there are any."""
     return "" if choice.config.track.to else "track.to names no tracker"
@@ -230,6 +237,8 @@ READERS: Mapping[str, Reader] = {
     "upload.merge": something_shared,
     "upload.trim": trimmed,
     "privacy.level": always,
+    "privacy.secure_aggregation": something_shared,
+    "privacy.threshold": summed,
     **dict.fromkeys(("privacy.epsilon", "privacy.noise_multiplier", "privacy.delta"), private),
     **dict.fromkeys(("privacy.clip", "privacy.expected_batch", "privacy.noise_seed"), private),
     "conditions": simulated,

@@ -109,13 +109,17 @@ class Dispatcher(Generic[Answer]):
         self.out: dict[str, Out[Answer]] = {}
 
     def gather(
-        self, questions: Mapping[str, Question[Answer]], others: bool = True
+        self,
+        questions: Mapping[str, Question[Answer]],
+        others: bool = True,
+        enough: int | None = None,
     ) -> Gathered[Answer]:
         """Ask, and wait for answers. Every client of `questions` is in the answers or in absent.
 
         others: also take in what clients that are not asked now answer to something earlier.
+        enough: with so many answers the rest are not waited for longer than for who is away.
         """
-        exchange = _Exchange(questions, self._polling, self._report, self._clock)
+        exchange = _Exchange(questions, self._polling, self._report, self._clock, enough)
         # What has come in is taken first: who has answered something earlier can be asked now.
         while True:
             looked_for = []
@@ -180,9 +184,10 @@ class _Exchange(Generic[Answer]):
         polling: Polling,
         report: Report,
         clock: Clock,
+        enough: int | None,
     ) -> None:
         self._questions, self._polling, self._report = questions, polling, report
-        self._clock = clock
+        self._clock, self._enough = clock, enough
         self._came = Gathered[Answer]()
         self._began = clock.now()
         self._deadline: float | None = None
@@ -228,6 +233,8 @@ class _Exchange(Generic[Answer]):
             self._deadline = now + self._polling.deadline
         if not open or (self._deadline is not None and now >= self._deadline):
             return True
+        if self._enough is not None and len(self._came.answers) >= self._enough:
+            return self.age() >= self._polling.patience
         away = [name for name in open if name not in out]
         may_come = any(now < self._back_by[name] for name in away)
         return self._deadline is not None and not waiting and not may_come

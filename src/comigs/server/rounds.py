@@ -90,7 +90,9 @@ def _run_round(
     # Commit: the round is whole once its lines and the server's state are on the disk.
     lines = collector.lines()
     priors = priors_of_round(config, server.shapes, collector.uploads, sent, server.start, lines)
-    apart = drift(collector.uploads, sent)
+    # How far uploads are apart is seen by nobody where their sum alone is known.
+    summed = config.privacy.secure_aggregation
+    apart = None if summed else drift(collector.uploads, sent)
     lines.append(RoundEnd(round=round, drift=apart, asked=collector.asked(), prior=priors))
     lines += collector.warnings
     lines += _diagnosed(server, lines)

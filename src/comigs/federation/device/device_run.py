@@ -5,7 +5,7 @@ be repeated when asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from comigs.client.state import STATE, ClientState
 from comigs.config import Config
 from comigs.data.prepare import ClientData
 from comigs.errors import UserError
-from comigs.federation.messages import Code, config_for
+from comigs.federation.messages import ANSWERS, Answered, Code, config_for
 from comigs.files import writing
-from comigs.methods.method import Download, Method
+from comigs.methods.method import Download, Method, Upload
 from comigs.runs.environment import describe, environment
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Line, TrainReport
 from comigs.runs.summary import write_summary
+from comigs.server import wire
 from comigs.server.communication import last_download, traffic, with_traffic
 from comigs.server.protocol import Reply
 from comigs.server.wire import plain
@@ -72,6 +73,15 @@ class DeviceRun:
     def residual(self) -> dict[Slot, Tensor]:
         """Return what rounding left over of its uploads so far (wire.encode)."""
         return {Slot.parse(name): tensor for name, tensor in self._held("residual").items()}
+
+    def encoded(
+        self, upload: Upload, download: Download, round: int
+    ) -> tuple[dict[str, Tensor], dict[Slot, Tensor]]:
+        """Return an upload as it travels, and what rounding left over. Raises Refused."""
+        try:
+            return wire.encode(upload, download, self.config.upload.format, self.residual())
+        except wire.WireError as error:
+            raise Refused("loss", f"{self.folder.path}: round {round}: {error}") from None
 
     def unseen(self, download: Download, since: int) -> Download:
         """Return a download without the updates that were added here already.
@@ -122,6 +132,22 @@ class DeviceRun:
             problem = f"{self.folder.path / file}: missing; the answer cannot be repeated"
             raise Refused("lost", problem) from None
 
+    def last_answer(self) -> tuple[Answered, dict[str, Tensor]]:
+        """Return head and tensors of the last answer. Raises Refused where it is missing."""
+        raw = self.said()
+        head, tensors = wire.unpack(raw, ANSWERS, len(raw))
+        assert isinstance(head, Answered)
+        return head, tensors
+
+    def say_instead(self, raw: bytes) -> None:
+        """Keep another answer in the place of the last one. Raises UserError."""
+        with self.keeping():
+            self.folder.files.write(self._answer_file(self.answered), lambda p: p.write_bytes(raw))
+
+    def keeping(self) -> AbstractContextManager[None]:
+        """Turn what the disk refuses into a UserError."""
+        return writing(self.folder.path, "make room or allow writing; the server will ask again")
+
     def keep(
         self,
         raw: bytes,
@@ -146,7 +172,7 @@ class DeviceRun:
                 parts["merged"] = {str(slot): _rank(slot, t) for slot, t in updates.items()}
         for part, tensors in parts.items():
             self.folder.stage(self._path(part), tensors, round)
-        with writing(self.folder.path, "make room or allow writing; the server will ask again"):
+        with self.keeping():
             self.folder.files.write(self._answer_file(round), lambda path: path.write_bytes(raw))
 
         # The device counts what travelled itself, as the server does for all clients.

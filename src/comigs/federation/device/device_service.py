@@ -9,12 +9,13 @@ byte, and nothing is trained twice.
 
 from __future__ import annotations
 
-import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -30,6 +31,7 @@ from comigs.engines.client_task import run_task, workplace
 from comigs.federation import messages
 from comigs.federation.device.device_run import DeviceRun, Refused, open_folder, refusing
 from comigs.federation.device.limits import Limits, Work, require_in_order, require_settable
+from comigs.federation.device.received import probe, read_download
 from comigs.federation.messages import Request, our_version
 from comigs.federation.pinned_base import PinnedBase
 from comigs.methods.method import Method
@@ -37,6 +39,9 @@ from comigs.server import wire
 from comigs.server.protocol import Report
 from comigs.slots import Slot
 from comigs.text import brief, harmless
+
+if TYPE_CHECKING:
+    from comigs.federation.device.device_sum import DeviceSum
 
 MOST_HEADER = 1 << 25  # bytes of a request's head and of the list of its tensors
 LINE, TRACEBACK = 500, 8000  # characters of what the owner is shown
@@ -122,16 +127,24 @@ class Trainer:
             path = self.device.home / "runs" / request.run
             folder = open_folder(path, config, base, data, request.after)
             run = DeviceRun(stack.enter_context(folder), config, method)
+            device_sum = self._sum_of(run, request)
+            if device_sum is not None and request.kind in ("announce", "seal", "open"):
+                return device_sum.answer(request)
+
+            # A round that is done is not done again: what was said is said again.
+            client = partial(Client, self.device.name, place, data)
             if request.kind == "exchange" and run.is_answered(request.round, request.after):
                 self.say(f"{request.run}: what was answered in round {run.answered} is sent again")
-                return run.said()
-
-            client = Client(self.device.name, place, data, run.state())
+                if device_sum is None or not device_sum.is_to_mask_again(request):
+                    return run.said()
+                upload, download = client(run.state()).send(request.round), read_download(tensors)
+                return device_sum.mask_again(request, tensors, upload, download)
             if request.kind == "probe":
-                return _probe(request, tensors, run, client)
+                return probe(request, tensors, run, client(run.state()))
+            started = client(run.state())
             if request.train:
-                client = with_specialists(client, self.device.specialists)
-            return self._exchange(request, tensors, run, client)
+                started = with_specialists(started, self.device.specialists)
+            return self._exchange(request, tensors, run, started, device_sum)
 
     def _plan(self, request: Request) -> tuple[Config, Method]:
         """Return the config as this device runs it, and its method. Raises Refused for what it does
@@ -145,7 +158,7 @@ class Trainer:
             if names != [device.name]:
                 asked = f"the server asked for {', '.join(names)}"
                 raise Refused("refused", f"{asked}, but this device is {device.name}")
-            require_settable(told)
+            require_settable(told, device.limits)
             require_in_order(request, told.rounds)
             if device.specialists is not None:
                 own = {"specialists": device.specialists}
@@ -212,18 +225,34 @@ class Trainer:
                 self._speed = config, work.speed_here()
         return self._speed[1]
 
+    def _sum_of(self, run: DeviceRun, request: Request) -> DeviceSum | None:
+        """Return this device's part in the sums of a run whose uploads are summed unseen."""
+        if not run.config.privacy.secure_aggregation:
+            if request.kind in ("announce", "seal", "open"):
+                raise Refused("refused", f"{request.run}: asked for a sum that no config mentions")
+            return None
+        # It imports Flower's primitives, which other runs do without.
+        from comigs.federation.device.device_sum import DeviceSum
+
+        return DeviceSum(self.device.home, run, self.say)
+
     def _exchange(
-        self, request: Request, tensors: wire.Encoded, run: DeviceRun, client: Client
+        self,
+        request: Request,
+        tensors: wire.Encoded,
+        run: DeviceRun,
+        client: Client,
+        device_sum: DeviceSum | None,
     ) -> bytes:
         """Do what is asked, keep what came of it, and only then answer."""
-        download, format = _download(tensors), run.config.upload.format
+        download = read_download(tensors)
+        residual: Mapping[Slot, Tensor] = {}
         with refusing("loss"):
             reply = run_task(client, request.task, run.unseen(download, request.since), self.report)
-            try:
-                sent = wire.encode(reply.upload or {}, download, format, run.residual())
-            except wire.WireError as error:
-                problem = f"{run.folder.path}: round {request.round}: {error}"
-                raise Refused("loss", problem) from None
+            if device_sum is not None and reply.upload:
+                sent = device_sum.mask(request, tensors, reply.upload, download)
+            else:
+                sent, residual = run.encoded(reply.upload or {}, download, request.round)
 
         # The answer is kept as it is sent, to be sent again where it gets lost on its way.
         head = messages.Answered(
@@ -232,10 +261,13 @@ class Trainer:
             trained=request.train,
             metrics=[line.as_json() for line in reply.metrics],
             timing=reply.timing.as_json(),
+            session=request.sum.session if request.sum is not None else "",
         )
-        raw = wire.pack(head, sent[0])
+        raw = wire.pack(head, sent)
         with refusing("disk"):
-            run.keep(raw, reply, client, sent[1], download)
+            run.keep(raw, reply, client, residual, download)
+        if device_sum is not None and not request.train:
+            device_sum.forget()
         done = "trained and answered" if request.train else "has its own model"
         rounds = run.config.rounds
         self.say(f"{request.run}: round {min(request.round, rounds)} of {rounds}: {done}")
@@ -254,34 +286,6 @@ def _read(raw: bytes, limits: Limits) -> tuple[Request, dict[str, Tensor]]:
             "install the same one",
         )
     return request, tensors
-
-
-def _download(tensors: wire.Encoded) -> dict[Slot, Tensor]:
-    try:
-        return wire.decode_download(tensors)
-    except wire.WireError as error:
-        raise Refused("unreadable", f"the server sent {error}") from None
-
-
-def _probe(request: Request, tensors: wire.Encoded, run: DeviceRun, client: Client) -> bytes:
-    """Measure others' uploads in this client's place, and answer. Nothing is kept."""
-    asked = f"asked to measure round {request.round}"
-    if run.answered != request.round:
-        raise Refused("ahead", f"{asked}, but round {run.answered} was the last here")
-
-    # Uploads come without names, by their numbers.
-    uploads: dict[str, dict[str, Tensor]] = {str(number): {} for number in range(request.probed)}
-    for name, tensor in tensors.items():
-        number, _, slot = name.partition("/")
-        if number not in uploads:
-            raise Refused("unreadable", "the server sent a tensor of nobody's upload")
-        uploads[number][slot] = tensor
-    nats = client.probe({number: _download(of) for number, of in uploads.items()}, request.round)
-    if not all(map(math.isfinite, nats.values())):
-        where = f"{run.folder.path}: round {request.round}"
-        raise Refused("loss", f"{where}: another client's upload has no finite loss here")
-    head = messages.Probed(run=request.run, round=request.round, nats=list(nats.values()))
-    return wire.pack(head)
 
 
 def _resolved(config: Config, base: Base) -> Config:

@@ -34,7 +34,7 @@ class Owner:
     """An owner decides what a device takes part with.
 
     text: see `text_of`. home: the device's own folder; None: one in ~/.comigs. base, accelerator,
-    threads, specialists: as in Device (device_service.py). memory, minutes: as in Limits
+    threads, specialists: as in Device (device_service.py). memory, minutes, only_sums: as in Limits
     (limits.py).
     """
 
@@ -46,6 +46,7 @@ class Owner:
     memory: float | None = None
     minutes: float = 120
     specialists: int | None = None
+    only_sums: bool = False
 
 
 def join(file: Path, owner: Owner, say: Say) -> None:
@@ -73,7 +74,11 @@ def join(file: Path, owner: Owner, say: Say) -> None:
             "accelerator": owner.accelerator,
             "threads": owner.threads,
             "pinned": bundle.base and bundle.base.model_dump(),
-            "limits": {"memory": owner.memory, "minutes": owner.minutes},
+            "limits": {
+                "memory": owner.memory,
+                "minutes": owner.minutes,
+                "only_sums": owner.only_sums,
+            },
             "specialists": owner.specialists,
         }
         write_private(home / "device.json", json.dumps(device))

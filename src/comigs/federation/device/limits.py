@@ -62,6 +62,7 @@ SETTABLE: Mapping[str, float | None] = {  # what a server may set -> the highest
     "upload.max_norm": REAL, "upload.max_norm_ratio": REAL,
     "privacy.level": WORD, "privacy.epsilon": REAL, "privacy.noise_multiplier": REAL,
     "privacy.delta": 1, "privacy.clip": REAL, "privacy.expected_batch": LARGEST,
+    "privacy.secure_aggregation": WORD, "privacy.threshold": 1,
     "clients.name": WORD, "clients.specialists": EXPERTS, "clients.rank": RANK,
     "clients.specialist_rank": RANK, "clients.router_data": WORD, "clients.weight": REAL,
 }  # fmt: skip
@@ -70,6 +71,7 @@ NAME = 255  # characters of a run's name, which is a folder's
 CHEAP = {  # numbers that cost neither memory nor time, however large they are
     "seed", "rounds", "data.short_repeat", "client.router_every", "client.folds",
     "evaluation.every", "privacy.epsilon", "privacy.noise_multiplier", "privacy.clip",
+    "privacy.threshold",
 }  # fmt: skip
 
 SHARE = 0.8  # of the memory that is free, where the owner does not say how much
@@ -85,10 +87,12 @@ class Limits:
     """The limits are the owner's.
 
     memory: bytes where the model is; None: SHARE of what is free. minutes: of one request.
+    only_sums: take part only in runs whose uploads are summed unseen.
     """
 
     memory: float | None = None
     minutes: float = MINUTES
+    only_sums: bool = False
 
     @property
     def message(self) -> int:
@@ -100,8 +104,13 @@ class Limits:
         return self.memory or SHARE * available_memory(device)
 
 
-def require_settable(told: Config) -> None:
-    """Raise Refused where a server sets what is not its to set, or a number beyond its bound."""
+def require_settable(told: Config, limits: Limits) -> None:
+    """Raise Refused where a server sets what is not its to set, or a number beyond its bound, or
+    less than the owner wants.
+    """
+    if limits.only_sums and not told.privacy.secure_aggregation:
+        why = "this device sends its uploads into sums only (--only-sums)"
+        raise _refused("privacy.secure_aggregation", False, why)
     defaults = dict(_settings(DEFAULTS))
     for field, value in _settings(told):
         # What is the owner's to decide comes as the default, or not at all.

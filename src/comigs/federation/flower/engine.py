@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,16 @@ from comigs.config import Config
 from comigs.engines.upload_store import UploadStore
 from comigs.federation.messages import (
     ANSWERS,
+    Answer,
     Answered,
+    Kind,
     Probed,
     Refusal,
     Request,
     config_for,
     our_version,
 )
+from comigs.federation.sum_messages import SumRequest
 from comigs.methods.method import Download, Method, Upload
 from comigs.runs.folder import RunFolder
 from comigs.server import wire
@@ -57,9 +60,7 @@ class FederatedRun:
 class Flower:
     """This engine's clients are on machines of their own."""
 
-    def __init__(
-        self, run: FederatedRun, folder: RunFolder, dispatcher: Dispatcher[Reply | Probed]
-    ) -> None:
+    def __init__(self, run: FederatedRun, folder: RunFolder, dispatcher: Dispatcher[Any]) -> None:
         """Carry a run's exchanges; what it must know after a resume is in the run folder."""
         self.shapes = run.shapes
         self._run, self._config, self._method = run, run.config, run.method
@@ -67,6 +68,7 @@ class Flower:
         self._store, self._round = UploadStore(folder.scratch / "uploads"), 0
         self._sent: dict[str, dict[int, Download]] = defaultdict(dict)
         seen = folder.load(SEEN) if folder.holds(SEEN) else {}
+        self._keys: dict[str, str] = {}  # of devices that take part in sums, since this start
         self._seen = {name: (int(rounds[0]), int(rounds[1])) for name, rounds in seen.items()}
 
     def exchange(self, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
@@ -77,16 +79,40 @@ class Flower:
         self._round, before = max(task.round for task in tasks.values()), self._round
         if self._round != before:
             self._store.clear()
-        questions = {n: self._question(n, task, downloads.get(n, {})) for n, task in tasks.items()}
-        came = self._dispatcher.gather(questions)
+        if self._is_summed():
+            answers = self._summed(tasks, downloads)
+        else:
+            questions = {}
+            for name, task in tasks.items():
+                questions[name] = self._question(name, task, downloads.get(name, {}))
+            came = self._dispatcher.gather(questions)
+            answers = Answers(replies_of(came.answers, tasks), came.absent, replies_of(came.late))
 
-        # Replies go on in the order of the tasks, whoever was first.
-        replies = _replies({name: came.answers[name] for name in tasks if name in came.answers})
-        for name in replies:
+        for name in answers.replies:
             self._seen[name] = (self._round, self._round)
         seen = {name: torch.tensor(rounds) for name, rounds in self._seen.items()}
         self._folder.stage(SEEN, seen, self._round)
-        return Answers(replies, came.absent, _replies(came.late))
+        return answers
+
+    def _is_summed(self) -> bool:
+        """Return whether there are uploads in this round of which the server learns the sum."""
+        summed = self._config.privacy.secure_aggregation and self._round <= self._config.rounds
+        of_any = next(iter(self.shapes.values()))
+        return summed and bool(expected_upload(self._method, of_any, self._round))
+
+    def _summed(self, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
+        # It imports Flower's primitives, which other runs do without.
+        from comigs.federation.flower.round_sum import RoundSum
+
+        return RoundSum(self._run, self, self._dispatcher, self._keys).exchange(tasks, downloads)
+
+    def note_answered(self, name: str, answered: int) -> None:
+        """Take note of the last round that a device says it has answered.
+
+        An answer of an earlier round is of no use any more where uploads are summed.
+        """
+        after, since = self._seen.get(name, (0, 0))
+        self._seen[name] = (max(after, min(answered, self._round - 1)), since)
 
     def probe(self, uploads: Mapping[str, Upload], round: int) -> dict[str, dict[str, float]]:
         """Return reader -> author -> nats per token of the author's upload, of readers that answer.
@@ -112,7 +138,7 @@ class Flower:
                 self._sent[name][task.round] = download
                 for old in sorted(self._sent[name])[:-KEPT]:
                     del self._sent[name][old]
-            head = self._request("exchange", name, task)
+            head = self.request("exchange", name, task)
             return wire.pack(head, wire.encode_download(download, format))
 
         def accept(raw: bytes, size: int) -> Reply:
@@ -130,10 +156,10 @@ class Flower:
                 encoded = wire.encode_download(upload, self._config.upload.format)
                 tensors |= {f"{number}/{slot}": tensor for slot, tensor in encoded.items()}
             task = Task(round, False, (), ())
-            return wire.pack(self._request("probe", name, task, len(uploads)), tensors)
+            return wire.pack(self.request("probe", name, task, len(uploads)), tensors)
 
         def accept(raw: bytes, size: int) -> Probed:
-            head, _ = self._opened(raw, name)
+            head, _ = self.opened(raw, name)
             fits = isinstance(head, Probed) and len(head.nats) == len(uploads)
             if not isinstance(head, Probed) or not fits or head.round != round:
                 raise WireError("answered something else")
@@ -141,9 +167,15 @@ class Flower:
 
         return Question(name, round, write, accept)
 
-    def _request(
-        self, kind: Literal["exchange", "probe"], name: str, task: Task, probed: int = 0
+    def request(
+        self,
+        kind: Kind,
+        name: str,
+        task: Task,
+        probed: int = 0,
+        of_sum: SumRequest | None = None,
     ) -> Request:
+        """Return the head of a message to a client."""
         after, since = self._seen.get(name, (0, 0))
         # A device is told all that it needs with each request, for it may have missed any other.
         return Request(
@@ -160,9 +192,10 @@ class Flower:
             comigs=our_version(),
             base=self._run.fingerprint,
             probed=probed,
+            sum=of_sum,
         )
 
-    def _opened(self, raw: bytes, name: str) -> tuple[Answered | Probed, dict[str, Tensor]]:
+    def opened(self, raw: bytes, name: str) -> tuple[Answer, dict[str, Tensor]]:
         """Return an answer's head and tensors. Raises WireError where it is no answer of this run,
         or a refusal.
         """
@@ -178,7 +211,19 @@ class Flower:
         """Return the reply to an exchange of that round, or to an earlier one whose answer did not
         come in. Raises WireError.
         """
-        head, tensors = self._opened(raw, name)
+        head, tensors = self.opened(raw, name)
+        reply = self.reply(name, round, head, (size, len(raw)))
+        if reply.round > self._config.rounds:
+            return reply
+        upload = self._upload(name, reply.round, tensors)
+        kept = upload if upload is None else self._store.add(name, upload)
+        return replace(reply, upload=kept)
+
+    def reply(self, name: str, round: int, head: Answer, sizes: tuple[int, int]) -> Reply:
+        """Return what an answer's head says, without its upload. Raises WireError.
+
+        round: that was asked for. sizes: bytes of the request and of the answer.
+        """
         after, since = self._seen.get(name, (0, 0))
         if not isinstance(head, Answered) or not (
             head.round == round or after < head.round < round
@@ -188,10 +233,8 @@ class Flower:
         self._seen[name] = (head.round, since)
         if head.trained != (head.round <= self._config.rounds):
             raise WireError("answered something else")
-        upload = self._upload(name, head.round, tensors) if head.trained else None
-        kept = upload if upload is None else self._store.add(name, upload)
-        timing = head.timing | {"received_bytes": size, "sent_bytes": len(raw)}
-        return Reply(kept, head.metrics, timing, 1, head.round)
+        timing = head.timing | {"received_bytes": sizes[0], "sent_bytes": sizes[1]}
+        return Reply(None, head.metrics, timing, 1, head.round)
 
     def _upload(self, name: str, round: int, tensors: wire.Encoded) -> Upload | None:
         """Return the upload, or None where it is a step from a download that is not here any more.
@@ -211,5 +254,7 @@ def most_of_answer(method: Method, shapes: Shapes) -> int:
     return 4 * sum(shared) + ROOM
 
 
-def _replies(came: Mapping[str, Reply | Probed]) -> dict[str, Reply]:
-    return {name: answer for name, answer in came.items() if isinstance(answer, Reply)}
+def replies_of(came: Mapping[str, object], order: Iterable[str] | None = None) -> dict[str, Reply]:
+    """Return the replies among answers, in the order of names where one is given."""
+    replies = {name: answer for name, answer in came.items() if isinstance(answer, Reply)}
+    return {name: replies[name] for name in order or replies if name in replies}

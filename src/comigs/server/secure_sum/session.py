@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from comigs.server.secure_sum.primitives import SumError
-
-FEWEST = 3  # members of a sum: of two, each could tell the other's numbers
-MOST = 256  # members of a sum: to share a seed among n takes n^2 steps
+from comigs.server.sums import FEWEST, MOST
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,46 @@
+"""This module reads what a server sent to a device: a download, and others' uploads to measure."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from comigs.client.client import Client
+from comigs.federation import messages
+from comigs.federation.device.device_run import DeviceRun, Refused
+from comigs.federation.messages import Request
+from comigs.federation.sum_messages import ROWS
+from comigs.server import wire
+from comigs.slots import Slot
+
+
+def read_download(tensors: wire.Encoded) -> dict[Slot, Tensor]:
+    """Return the download of a request. Raises Refused where it is none."""
+    try:
+        return wire.decode_download({name: t for name, t in tensors.items() if name != ROWS})
+    except wire.WireError as error:
+        raise Refused("unreadable", f"the server sent {error}") from None
+
+
+def probe(request: Request, tensors: wire.Encoded, run: DeviceRun, client: Client) -> bytes:
+    """Measure others' uploads in this client's place, and answer. Nothing is kept."""
+    asked = f"asked to measure round {request.round}"
+    if run.answered != request.round:
+        raise Refused("ahead", f"{asked}, but round {run.answered} was the last here")
+
+    # Uploads come without names, by their numbers.
+    uploads: dict[str, dict[str, Tensor]] = {str(number): {} for number in range(request.probed)}
+    for name, tensor in tensors.items():
+        number, _, slot = name.partition("/")
+        if number not in uploads:
+            raise Refused("unreadable", "the server sent a tensor of nobody's upload")
+        uploads[number][slot] = tensor
+    nats = client.probe(
+        {number: read_download(of) for number, of in uploads.items()}, request.round
+    )
+    if not all(map(math.isfinite, nats.values())):
+        where = f"{run.folder.path}: round {request.round}"
+        raise Refused("loss", f"{where}: another client's upload has no finite loss here")
+    head = messages.Probed(run=request.run, round=request.round, nats=list(nats.values()))
+    return wire.pack(head)

@@ -1,0 +1,222 @@
+"""Sums over Flower: what devices send is masked, whoever drops out and when, and the server never
+has an upload.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from comigs.app import api
+from comigs.federation.messages import REQUESTS
+from comigs.runs.folder import RunFolder
+from comigs.server import wire
+from comigs.server.secure_sum import uploads
+from tests.conftest import run_config
+from tests.local_grid import FIRST_NODE, Federation, TestTrainer, events
+
+NAMES = ("ada", "bob", "cyd", "dan")
+ROOM = 1 << 26
+CYD, DAN = FIRST_NODE + 2, FIRST_NODE + 3
+
+
+class Told(TestTrainer):
+    """Does something of a test's before it answers: `on[kind, round]`, once."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.on, self.asked, self.given = {}, [], {}
+
+    def before(self, raw):
+        request, tensors = wire.unpack(raw, REQUESTS, ROOM)
+        self.asked.append((request.kind, request.round))
+        if request.kind == "exchange":
+            self.given[request.round] = tensors
+        return self.on.pop((request.kind, request.round), lambda raw: None)(raw)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    root = tmp_path_factory.mktemp("text")
+    run_config(root, " ".join(NAMES))
+    return root
+
+
+@pytest.fixture
+def federation(tmp_path, text):
+    return Federation(tmp_path / "federation", NAMES, text, Told)
+
+
+def configured(text, **tree):
+    quick = {"evaluation": {"every": 0, "keep": "last"}, "client": {"steps": 1, "router_steps": 0}}
+    settings = {"rounds": 2, "method": "fedavg", "privacy": {"secure_aggregation": True}, **quick}
+    return run_config(text, " ".join(NAMES), **{**settings, **tree})
+
+
+@pytest.fixture(scope="module")
+def in_process(text, tmp_path_factory):
+    return api.run(configured(text), tmp_path_factory.mktemp("in-process") / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """A run that nobody disturbs: its devices, its folder, all messages, and what was masked."""
+    root, plain, to_sum = tmp_path_factory.mktemp("whole"), [], uploads.to_sum
+    federation = Federation(root / "federation", NAMES, text, Told)
+
+    def watched(upload, *given):
+        numbers = to_sum(upload, *given)
+        plain.append(({slot: t.clone() for slot, t in upload.items()}, numbers.copy()))
+        return numbers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("comigs.federation.device.device_sum.to_sum", watched)
+        return federation, root / "run", federation.run(root / "run", configured(text)), plain
+
+
+def lines(out, kind):
+    return [line for line in RunFolder.open(out).metrics() if line.kind == kind]
+
+
+def absent(out):
+    return [(line.round, line.client, line.reason) for line in lines(out, "absent")]
+
+
+def trained(out):
+    return [(line.round, line.client) for line in lines(out, "train")]
+
+
+def is_as_in_one_process(out, in_process):
+    return (out / "metrics.jsonl").read_bytes() == (in_process.path / "metrics.jsonl").read_bytes()
+
+
+ALL = [(round, name) for round in (1, 2) for name in NAMES]
+
+
+def test_a_run_is_what_it_is_in_one_process_to_the_bit(whole, in_process):
+    federation, out, _, _ = whole
+    assert is_as_in_one_process(out, in_process) and trained(out) == ALL
+    for name in NAMES:
+        own = RunFolder.open(federation.device_run(name))
+        one, other = (f.load(f"clients/{name}/personal") for f in (own, in_process))
+        assert all(torch.equal(one[slot], other[slot]) for slot in one)
+        assert not own.files.has(".sum.json")  # nothing is left of the last round's secrets
+    asked = federation.trainers["dan"].asked
+    assert [kind for kind, _ in asked] == [
+        *("announce", "seal", "exchange", "open", "seal", "exchange", "open", "exchange")
+    ]
+
+
+def test_owners_are_shown_each_others_keys(whole):
+    own, others = {}, {}
+    for name, said in whole[0].said.items():
+        (line,) = [line for line in said if "this device's key is" in line]
+        own[name], told = line.split("key is ")[1].split(", theirs are ")
+        others[name] = told.split(":")[0].split(", ")
+    for name in NAMES:
+        assert sorted(others[name]) == sorted(own[other] for other in NAMES if other != name)
+
+
+def test_no_upload_is_in_any_byte_of_any_message_or_of_the_server(whole):
+    """Neither as numbers nor as fixed-point steps; what the server has of them is their mean."""
+    federation, out, grid, plain = whole
+    files = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
+    everything, found, differing = b"".join([*grid.seen, *files]), 0, 0
+    assert len(plain) == 8
+    for first in (0, 4):
+        of_round = plain[first : first + 4]
+        for slot in of_round[0][0]:
+            tensors = [upload[slot] for upload, _ in of_round]
+            mean = torch.stack(tensors).double().mean(0).float()
+            given = federation.trainers["ada"].given[2 + first // 4][str(slot)]
+            torch.testing.assert_close(given, mean, rtol=2**-23, atol=2**-28)
+            assert given.numpy().tobytes() in everything
+            for tensor in tensors:
+                same = torch.equal(tensor, given)
+                assert same or tensor.numpy().tobytes() not in everything
+                differing += not same
+        for _, numbers in of_round:
+            pieces = [numbers[at : at + 8] for at in range(0, len(numbers), 8)]
+            found += sum(bool(p.any()) and p.tobytes() in everything for p in pieces)
+    assert found == 0 and differing > 50
+
+
+def going(federation, out, config):
+    """A run that is about to begin, and its grid."""
+    federation.create(out, config)
+    return federation.grid()
+
+
+@pytest.mark.parametrize("kind", ["seal", "exchange", "open"])
+def test_one_that_drops_out_costs_nobody_else_the_round(federation, text, tmp_path, kind):
+    """Before it has sealed, before its upload came, and after: then it is in the sum."""
+    out, config = tmp_path / "run", configured(text)
+    grid = going(federation, out, config)
+    federation.trainers["dan"].on[kind, 2] = lambda raw: grid.offline.add(DAN)
+    federation.go_on(out, grid)
+    missing = [(2, "dan")] if kind != "open" else []
+    assert trained(out) == [of for of in ALL if of not in missing]
+    assert [(round, name) for round, name, _ in absent(out)] == [*missing, (3, "dan")]
+    assert RunFolder.open(out).checkpoint().finished
+
+
+def test_below_the_threshold_nothing_is_opened_and_the_round_is_tried_again(
+    federation, text, in_process, tmp_path
+):
+    """Two are gone after all have trained: nobody trains twice, the same uploads are masked anew,
+    and the run is what it would have been.
+    """
+    out, grid = tmp_path / "run", going(federation, tmp_path / "run", configured(text))
+    trainers, asked = federation.trainers, federation.trainers["ada"].asked
+
+    def leave(raw):
+        grid.offline.update({CYD, DAN})
+        trainers["ada"].on["seal", 2] = lambda raw: grid.offline.clear()
+
+    trainers["cyd"].on["open", 2] = leave
+    federation.go_on(out, grid, patience=3.0)
+    assert trained(out) == ALL and is_as_in_one_process(out, in_process)
+    assert asked.count(("open", 2)) == 2 and asked.count(("exchange", 2)) == 2
+    done = [line for line in federation.said["ada"] if "trained and answered" in line]
+    assert len(done) == 2  # once a round
+    (note,) = [e for e in events(out) if "0 of the 1 uploads it needs" in e.get("message", "")]
+    assert "no sum of this round: 2 of the 3 clients that it takes helped" in note["message"]
+
+
+def test_what_comes_late_is_dropped(federation, text, tmp_path):
+    """dan's masked upload of round 1 comes when the round is over; the next is with it again."""
+    config = configured(text, participation={"deadline": 8, "max_failures": 9}, rounds=3)
+    out, grid = tmp_path / "run", going(federation, tmp_path / "run", config)
+    gate = threading.Event()
+    federation.trainers["dan"].on["exchange", 1] = lambda raw: gate.wait(60) and None
+    federation.trainers["ada"].on["open", 1] = lambda raw: gate.set()
+    federation.go_on(out, grid)
+    assert (1, "dan") not in trained(out) and (3, "dan") in trained(out)
+    assert (1, "dan", "no answer by the deadline") in absent(out)
+    assert all(name == "dan" for _, name, _ in absent(out))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_server_may_die_after_it_has_opened_a_sum(gone, federation, text, in_process, tmp_path):
+    """It seals the round anew, and devices open the same sum again and no other: without dan, if
+    dan was not in it and is back now.
+    """
+    out, grid = tmp_path / "run", going(federation, tmp_path / "run", configured(text))
+    commit = RunFolder.commit
+    if gone:
+        federation.trainers["dan"].on["seal", 2] = lambda raw: grid.offline.add(DAN)
+
+    def die(self, number, *given, **how):
+        if self.path == out and number == 2 and not how.get("finished"):
+            raise KeyboardInterrupt
+        return commit(self, number, *given, **how)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "commit", die)
+        federation.go_on(out, grid)
+    federation.go_on(out, federation.grid())
+    assert gone or is_as_in_one_process(out, in_process)
+    why = "not in the sum that was opened before the server stopped"
+    assert absent(out) == ([(2, "dan", why)] if gone else [])
