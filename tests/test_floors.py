@@ -14,7 +14,7 @@ FLOORS = [
     {"errors", "text", "seeds", "slots"},
     {"files", "processes"},
     {"config"},
-    {"data", "bases", "methods"},
+    {"data", "bases", "methods", "privacy"},
     {"experts"},
     {"runs", "client"},
     {"server", "personal"},
@@ -30,6 +30,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {  # a third-party module -> where it may be imported
     "transformers": ("bases/", "personal/"),
     "matplotlib": ("runs/report/plots.py", "experiments/compare/plots.py"),
+    "dp_accounting": ("privacy/accountant.py",),
     "tensorboard": ("runs/track/trackers/tensorboard.py",),
     "mlflow": ("runs/track/trackers/mlflow.py",),
     "wandb": ("runs/track/trackers/wandb.py",),

@@ -189,14 +189,22 @@ def client(
             help="Send nothing but uploads that the server can see the sum of alone.",
         ),
     ] = False,
+    max_epsilon: Annotated[
+        float | None,
+        typer.Option(
+            metavar="EPSILON",
+            min=0.0,
+            help="Privacy that all runs together may spend of your text, by document; runs that "
+            "are not private are refused. Default: no limit.",
+        ),
+    ] = None,
 ) -> None:
     """Take part with this device until Ctrl-C."""
     from comigs.federation.device.join import Owner, join
 
     memory = max_memory and max_memory * 1e9
-    owner = Owner(
-        tuple(text), home, base, device, threads, memory, max_minutes, specialists, only_sums
-    )
+    allowed = (memory, max_minutes, specialists, only_sums, max_epsilon)
+    owner = Owner(tuple(text), home, base, device, threads, *allowed)
     join(bundle, owner, _say)
 
 

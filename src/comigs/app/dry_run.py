@@ -21,6 +21,7 @@ from comigs.client.estimate import (
     memory_needed,
     num_scalars,
     router_steps,
+    shared_phase_steps,
 )
 from comigs.config import Config, Split
 from comigs.data.prepare import Outline, require_text
@@ -169,9 +170,9 @@ def run_seconds(
     """Return the seconds of a run at that speed, with a client at a time in each worker."""
     # a round trains those that are asked, and a router phase comes after every so many steps
     asked = config.participation.clients_per_round or len(config.clients)
-    steps = config.rounds * config.client.steps
-    steps += router_steps(config, method, steps // config.client.router_every)
-    total = asked * steps * speed.step_seconds
+    local = config.rounds * config.client.steps
+    steps = local + router_steps(config, method, local // config.client.router_every)
+    total = asked * (steps + shared_phase_steps(config, local)) * speed.step_seconds
 
     # the exchange after the last round only measures, and measures everybody
     tokens = _mean_tokens(outlines, tokens_per_byte)

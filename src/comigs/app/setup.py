@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from comigs.app.privacy import privacy_lines
 from comigs.bases.load import Base, load_base, require_window
 from comigs.config import SPLITS, Config
 from comigs.data.prepare import Texts, prepare
@@ -19,6 +20,7 @@ from comigs.experts import csrc
 from comigs.experts.attach import Attachment
 from comigs.methods.loading import load_method
 from comigs.methods.readers import Engine, unread
+from comigs.privacy.accountant import require_accountant
 from comigs.processes import cpus
 from comigs.runs.metrics import Note
 from comigs.runs.track.tracker import require_trackers, say_where
@@ -38,11 +40,13 @@ def ignore(_: Any) -> None:
 def say_unread(config: Config, engine: Engine, say: Say) -> None:
     """Say in a line what the config gives and nothing reads, and in one where its curves go.
 
-    Raises UserError for the method, for trackers that are unknown or not installed, and for sums
-    of too few clients.
+    Raises UserError for the method, for trackers that are unknown or not installed, for sums of too
+    few clients, and where the accountant of privacy is not installed.
     """
     require_trackers(config)
     require_sums(config)
+    if config.privacy.is_on:
+        require_accountant()
     for line in (unread(config, load_method(config), engine), say_where(config)):
         if line:
             say(line)
@@ -95,6 +99,8 @@ def read_texts(config: Config, base: Base, report: Report, say: Say) -> Texts:
     data = prepare(config, base.encoder, lambda line: report(Note(message=line)))
     # Nobody can know from the numbers of tokens what of a folder was no text.
     for line in data.notes():
+        say(line)
+    for line in privacy_lines(config, data):
         say(line)
     if config.data.loss == "all" and not data.has_chats:
         say("given, but without effect here: data.loss (no client has chats)")

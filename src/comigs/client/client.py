@@ -14,11 +14,13 @@ from comigs.client.best_round import BestRound
 from comigs.client.door import PRIVATE, Weights, checked_prior, require_receivable
 from comigs.client.evaluate import Measurement, evaluate, measure
 from comigs.client.objective import objective_of
+from comigs.client.round_log import RoundLog
+from comigs.client.shared_part import is_shared, shared_part
 from comigs.client.state import (
-    MOMENTS,
     ClientState,
     load_state,
     new_train_state,
+    replace_tensors,
     saved_state,
     shape_as_saved,
 )
@@ -26,7 +28,6 @@ from comigs.client.steps import (
     MethodHooks,
     NonFiniteLoss,
     OnStep,
-    RoundLog,
     StepSettings,
     local_round,
     settings_of,
@@ -40,6 +41,7 @@ from comigs.errors import UserError
 from comigs.experts.init import starting_tensors
 from comigs.methods.merging import pairs
 from comigs.methods.method import Download, Tensors
+from comigs.privacy.budget import Budget
 from comigs.seeds import generator
 from comigs.slots import Slot
 
@@ -50,15 +52,21 @@ class Client:
     text: what it trains on. is_trainer: False where another client trains for it (centralized).
     adopted_share: how far it went towards its last download, from 0 to 1, where the method asks.
     best: None where the personal model is that of the last round. opening: (E,) how far its router
-    is open to each expert while one of them is new (client/power.py).
+    is open to each expert while one is new (client/power.py). shared: what it sends, if private.
     """
 
     def __init__(
-        self, name: str, place: Workplace, data: ClientData, state: ClientState | None = None
+        self,
+        name: str,
+        place: Workplace,
+        data: ClientData,
+        state: ClientState | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """Begin from `state`, or from the client's start where `state` is None.
 
-        Raises UserError where the state is not this client's, or its text is too short to train on.
+        budget: of its privacy, where it is to train with any. Raises UserError where the state is
+        not this client's, or its text is too short to train on.
         """
         self.name = name
         self.config, self.method = config, method = place.config, place.method
@@ -83,6 +91,7 @@ class Client:
             empty = {slot: torch.empty(s, device=base.device) for slot, s in self.shapes.items()}
             self.train_state = new_train_state(empty, config.client)
             self.load_state(state)
+        self.shared = shared_part(place, name, self.train_state.tensors, state, budget)
 
         lr = config.client.lr or base.architecture.lr
         self.step_settings = StepSettings(
@@ -108,11 +117,8 @@ class Client:
 
     def trained_parameters(self, rounds: Iterable[int]) -> int:
         """Return how many scalars this client trains in any of these rounds."""
-        rounds, count = list(rounds), 0
-        for slot, tensor in self.train_state.tensors.items():
-            if any(self._trains(slot, round) for round in rounds):
-                count += tensor.numel()
-        return count
+        rounds, own = list(rounds), self.train_state.tensors
+        return sum(t.numel() for s, t in own.items() if any(self._trains(s, r) for r in rounds))
 
     def receive(self, download: Download, round: int = 1) -> None:
         """Write the server's tensors over the client's before it trains in `round`.
@@ -139,12 +145,11 @@ class Client:
         for slot, tensor in written.items():
             own[slot].copy_(tensor)
         self._merge(factors)
+        if self.shared is not None:
+            self.shared.receive(download)
 
     def _merge(self, factors: Download) -> None:
-        """Add factored updates to the frozen changes of their linears.
-
-        Where the method says so, the LoRA that went into the updates starts anew.
-        """
+        """Add updates to the frozen changes; where the method says so, LoRA starts anew then."""
         own = self.train_state.tensors
         for (layer, site, _), (A_RI, B_OR) in pairs(factors).items():
             merged_OI = own[Slot(layer, site, "merged", "W")]
@@ -157,9 +162,20 @@ class Client:
     def train(self, round: int, on_step: OnStep, prior: Weights | None = None) -> RoundLog:
         """Train for one round, and return what was measured.
 
-        prior: of a Task. Raises UserError when a loss is NaN or infinite.
+        prior: of a Task. Raises UserError for a loss that is not finite, and BudgetSpent first.
         """
-        own, method = self.train_state.tensors, self.method
+        own, method, sent = self.train_state.tensors, self.method, None
+        if self.shared is not None:
+            place = self.attachment, self.step_settings, self.data
+            sent = self.shared.train(round, place, own, on_step)
+
+        # What is sent has learnt, where that is private; all else learns as ever.
+        def trains(slot: Slot) -> bool:
+            is_sent = self.shared is not None and is_shared(method, slot)
+            return self._trains(slot, round) and not is_sent
+
+        if sent is not None and not any(map(trains, own)):
+            return sent
         self.attachment.bind(own, self.opening)
 
         # Some methods look back at the tensors with which the round began.
@@ -170,7 +186,7 @@ class Client:
         if method.penalty is not None:
             penalty = partial(method.penalty, own, anchor)
         objective = objective_of(self.step_settings.client, checked_prior(self.name, prior, own))
-        hooks = MethodHooks(lambda slot: self._trains(slot, round), penalty, objective)
+        hooks = MethodHooks(trains, penalty, objective)
 
         # Rates follow the run, also where the client was not asked in some of its rounds.
         missed = (round - 1) * self.config.client.steps - self.train_state.local_steps
@@ -187,22 +203,10 @@ class Client:
             ) from None
         self.opening = None
         if method.after_training is not None:
-            self._replace(method.after_training(own, anchor))
+            replace_tensors(self.train_state, method.after_training(own, anchor))
+        if sent is not None:
+            log.sent_losses, log.epsilon = sent.train_losses, sent.epsilon
         return log
-
-    def _replace(self, tensors: Tensors) -> None:
-        """Write what the method made of the tensors after training.
-
-        What it set to zero loses its moments, since AdamW would revive it.
-        """
-        for slot, tensor in tensors.items():
-            own = self.train_state.tensors[slot]
-            zeroed = (tensor == 0) & (own != 0)
-            own.copy_(tensor)
-            for optimizer in self.train_state.optimizers.values():
-                for key in MOMENTS:
-                    if key in optimizer.state.get(own, {}):
-                        optimizer.state[own][key][zeroed] = 0
 
     def send(self, round: int) -> dict[Slot, Tensor]:
         """Return copies on the CPU of what the method shares and this round trained.
@@ -210,7 +214,7 @@ class Client:
         Specialists and routers never leave, whatever the method says.
         """
         upload = {}
-        for slot, tensor in self.train_state.tensors.items():
+        for slot, tensor in (self.shared or self.train_state).tensors.items():
             if not self.method.shares(slot) or not self._trains(slot, round):
                 continue
             if slot.role in PRIVATE:
@@ -264,7 +268,9 @@ class Client:
 
     def state(self) -> dict[str, Mapping[str, Tensor]]:
         """Return what training goes on from (client/state.py), and the best round if it is new."""
-        return {**saved_state(self.train_state), **(self.best.parts() if self.best else {})}
+        best = self.best.parts() if self.best else {}
+        shared = self.shared.state() if self.shared else {}
+        return {**saved_state(self.train_state), **best, **shared}
 
     def load_state(self, state: ClientState) -> None:
         """Copy a saved state. Raises UserError where it is not this client's."""

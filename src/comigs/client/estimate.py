@@ -26,6 +26,7 @@ from comigs.experts.init import starting_tensors
 from comigs.methods.loading import load_method
 from comigs.methods.method import Method
 from comigs.methods.readers import Choice
+from comigs.privacy.budget import batch_of
 from comigs.seeds import generator
 from comigs.slots import Shapes
 
@@ -35,6 +36,7 @@ from comigs.slots import Shapes
 TRAINED, FROZEN, KEPT = 20, 4, 4
 SCORE = 5  # times its own bytes that eager attention keeps of a score: 2.5 (mini) to 7.5 (SmolLM2)
 TOKEN = 24  # bytes of a token of a batch: the window as it is drawn, input and target
+BY_DOCUMENT = 2  # times the seconds of windows that are trained one by one (docs/performance.md)
 LOW = 8  # bytes of each of a token's products with an A: as it comes, and scaled, in float32
 
 
@@ -160,6 +162,13 @@ def router_steps(config: Config, method: Method, phases: int) -> int:
     """Return the steps of so many phases of the router, where any client has them."""
     has_router = Choice(config, method, "in-process").has_router
     return phases * config.client.router_steps * (has_router and method.schedule != "joint")
+
+
+def shared_phase_steps(config: Config, steps: int) -> float:
+    """Return as how many local steps so many noised ones count, where a run has any."""
+    if not config.privacy.is_on:
+        return 0.0
+    return steps * BY_DOCUMENT * batch_of(config) / config.client.batch_size
 
 
 def num_scalars(shapes: Shapes) -> int:

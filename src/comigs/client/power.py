@@ -60,7 +60,8 @@ def with_specialists(client: Client, number: int | None) -> Client:
     factor = client.attachment.strength(parts, routed)
     factor /= client.attachment.strength(after.parts, after.num_experts > 1)
     place = Workplace(config, client.method, client.base, client.attachment)
-    changed = Client(client.name, place, client.data, rescaled(state, factor))
+    budget = client.shared.budget if client.shared else None
+    changed = Client(client.name, place, client.data, rescaled(state, factor), budget)
     changed.is_trainer = client.is_trainer
     if after.num_experts > shape.num_experts:
         changed.opening = torch.ones(after.num_experts, device=client.base.device)

@@ -18,8 +18,9 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's means of gradients and of their squares
 KEPT = (*MOMENTS, "step")  # what AdamW holds of each tensor that it has stepped
 ClientState = Mapping[str, Mapping[str, Tensor]]  # a part of STATE -> tensors by name
-# The parts of a saved client, each a path in its run; those of the best round come later, if ever.
-STATE = ("experts", "optimizer", "best", "score")
+# The parts of a saved client, each a path in its run; those of the best round come later, if ever,
+# and what is sent is a part of its own only where it is private.
+STATE = ("experts", "optimizer", "best", "score", "shared", "shared_optimizer")
 
 
 @dataclass
@@ -128,3 +129,18 @@ def load_tensors(tensors: Mapping[Slot, Tensor], saved: Mapping[str, Tensor], cl
             )
     for slot, tensor in tensors.items():
         tensor.copy_(saved[str(slot)])
+
+
+def replace_tensors(state: TrainState, tensors: Mapping[Slot, Tensor]) -> None:
+    """Write what a method made of the tensors after training.
+
+    What it set to zero loses its moments, since AdamW would revive it.
+    """
+    for slot, tensor in tensors.items():
+        own = state.tensors[slot]
+        zeroed = (tensor == 0) & (own != 0)
+        own.copy_(tensor)
+        for optimizer in state.optimizers.values():
+            for key in MOMENTS:
+                if key in optimizer.state.get(own, {}):
+                    optimizer.state[own][key][zeroed] = 0

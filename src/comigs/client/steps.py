@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from comigs.client.balance_loss import batch_densities, mean_balance_loss
 from comigs.client.loss import autocast, micro_batches
 from comigs.client.objective import CROSS_ENTROPY, Objective
+from comigs.client.round_log import Outcome, RoundLog
 from comigs.client.state import TrainState
 from comigs.config import ClientSection, Config, RouterData
 from comigs.data.batches import Batch
@@ -87,45 +88,6 @@ class MethodHooks:
     router: Objective = CROSS_ENTROPY
 
 
-@dataclass
-class Outcome:
-    """The outcome is what one step measured.
-
-    nats, balance: means over the batch's T tokens that are learnt. shares_LE: for each piece of the
-    batch, the sums of the routing weights over these tokens; empty without a router.
-    """
-
-    tokens: int
-    nats: float = 0.0
-    balance: float = 0.0
-    shares_LE: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class RoundLog:
-    """The log is what a client's round measured.
-
-    train_losses, router_losses: nats per token of each step. share_sum_LE: the experts' routing
-    weights, summed over trained_tokens tokens; None without a router.
-    """
-
-    train_losses: list[float] = field(default_factory=list)
-    router_losses: list[float] = field(default_factory=list)
-    balance_losses: list[float] = field(default_factory=list)
-    share_sum_LE: Tensor | None = None
-    learning_rate: float = 0.0
-    trained_tokens: int = 0
-
-    def note(self, outcome: Outcome) -> None:
-        """Add a local step."""
-        self.train_losses.append(outcome.nats)
-        self.balance_losses.append(outcome.balance)
-        self.trained_tokens += outcome.tokens
-        for shares_LE in outcome.shares_LE:
-            before_LE = self.share_sum_LE
-            self.share_sum_LE = shares_LE if before_LE is None else before_LE + shares_LE
-
-
 class NonFiniteLoss(ArithmeticError):
     """A batch's loss or gradient is NaN or infinite, and nothing was stepped with it.
 
@@ -163,6 +125,7 @@ def local_round(
             batch = next_batch("experts", state.local_steps)
             outcome = step(attachment, state, settings, hooks, levels, batch)
         state.local_steps += 1
+        log.local_steps += 1
         log.note(outcome)
         on_step("experts", outcome.nats)
 

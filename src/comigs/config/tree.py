@@ -125,8 +125,7 @@ class Config(Section):
         self._check_participation()
         self._check_evaluation()
         self._check_sums()
-        if problem := self.privacy.problem():
-            raise ValueError(problem)
+        self._check_privacy()
         self.conditions.require_clients([client.name for client in self.clients])
         if self.data.valid_fraction + self.data.test_fraction >= 1:
             raise ValueError(
@@ -157,6 +156,17 @@ class Config(Section):
                 f"clients.{missing[0]}.weight: missing, but {weighed[0]} has one; "
                 "give every client a weight or none"
             )
+
+    def _check_privacy(self) -> None:
+        if problem := self.privacy.problem():
+            raise ValueError(problem)
+        for client in self.clients if self.privacy.is_on else ():
+            if self.router_data_of(client) == "prior":
+                raise ValueError(
+                    f'clients.{client.name}.router_data: "prior" follows the routing weights of '
+                    "other clients, which depend on their text and do not leave them with "
+                    'privacy.level; use "entropy" or "train"'
+                )
 
     def _check_evaluation(self) -> None:
         evaluation, why = self.evaluation, ""

@@ -11,7 +11,7 @@ from comigs.data.client_text import ClientText, Progress, SplitText, chat_lines
 from comigs.data.corpus import Encoder, TokenStore
 from comigs.data.document import Document
 from comigs.data.leaks import check_disjoint, without_short_repeats
-from comigs.data.partition import partition
+from comigs.data.partition import Partition, partition
 from comigs.errors import UserError
 
 OFTEN = 100  # clients between two lines of progress
@@ -61,6 +61,7 @@ def prepare(config: Config, encoder: Encoder, progress: Progress | None = None) 
             progress(f"reading text: {number:,} of {len(config.clients):,} clients")
         partitions.append(partition(entry, config.data))
     partitions = without_short_repeats(partitions, config.data)
+    require_documents(config, partitions)
     check_disjoint(partitions)
     own = [ClientText(part, config.data, encoder, progress) for part in partitions]
     return Texts(own, config.data.distribution)
@@ -77,6 +78,7 @@ def prepare_client(
     entry = config.client_named(name)
     require_own_text_only(config)
     (part,) = without_short_repeats([partition(entry, config.data)], config.data)
+    require_documents(config, [part])
     check_disjoint([part])
     if progress is not None:
         for line in part.notes():
@@ -91,6 +93,21 @@ def require_own_text_only(config: Config) -> None:
             'data.distribution: "out" mixes the text of all clients, '
             'and a device has only its own; use "in"'
         )
+
+
+def require_documents(config: Config, partitions: Iterable[Partition]) -> None:
+    """Refuse a train text that is one document where privacy is by document. Raises UserError."""
+    if config.privacy.level != "document":
+        return
+    for part in partitions:
+        for listing in part.listings:
+            if listing.in_pieces or part.num_documents("train") == 1:
+                raise UserError(
+                    f'clients.{part.client}.text: "{listing.spec}" is one document, and '
+                    'privacy.level "document" protects documents, of which a step has one window '
+                    "each; make a file of each letter, page or record, or a .jsonl file with a "
+                    'line {"text": ...} for each'
+                )
 
 
 def require_text(config: Config) -> None:

@@ -14,8 +14,8 @@ from comigs.bases.load import Base
 from comigs.client.best_round import BestRound
 from comigs.client.client import Client
 from comigs.client.evaluate import Measurement
+from comigs.client.round_log import RoundLog
 from comigs.client.state import new_train_state
-from comigs.client.steps import RoundLog
 from comigs.client.workplace import Workplace
 from comigs.config import Config, Split
 from comigs.data.sampling import Level
@@ -123,7 +123,7 @@ def trained(client: Client, round: int, log: RoundLog) -> TrainReport:
     return TrainReport(
         round=round,
         client=client.name,
-        local_steps=len(log.train_losses),
+        local_steps=log.local_steps,
         router_steps=len(log.router_losses),
         learning_rate=log.learning_rate,
         train_nats_per_token=_mean(log.train_losses),
@@ -131,6 +131,8 @@ def trained(client: Client, round: int, log: RoundLog) -> TrainReport:
         router_nats_per_token=_mean(log.router_losses),
         balance_loss=_mean(log.balance_losses),
         trained_tokens=log.trained_tokens,
+        sent_nats_per_token=_mean(log.sent_losses),
+        epsilon=log.epsilon,
         trained_parameters=client.trained_parameters([round]),
         **_shares(client, shares_LE, client.adopted_share),
     )

@@ -17,6 +17,7 @@ from comigs.engines.client_task import run_task
 from comigs.engines.conditions.weather import Weather
 from comigs.engines.upload_store import UploadStore
 from comigs.methods.method import Download, Upload
+from comigs.privacy.budget import Ledger, run_budget
 from comigs.runs.folder import RunFolder
 from comigs.server.protocol import Reply, Report, Task
 from comigs.server.wire import as_received, decode, encode, plain
@@ -49,7 +50,13 @@ class ClientHost:
         paths = {part: f"clients/{name}/{part}" for part in STATE}
         held = {part: path for part, path in paths.items() if self.folder.holds(path, staged)}
         state = {part: self.folder.load(path, staged) for part, path in held.items()}
-        client = Client(name, self.place, self.texts.load(name), state or None)
+        data, budget = self.texts.load(name), None
+        if self.config.privacy.is_on:
+            # What was spent is no part of a round that could be rewound.
+            ledger = Ledger(self.folder.files, f"clients/{name}/privacy.json")
+            documents = sum(store.num_documents for store in data.train)
+            budget = run_budget(self.config, name, documents, ledger, "this run")
+        client = Client(name, self.place, data, state or None, budget)
         client.is_trainer = name in self.trainers
         if self.method.centralized and client.is_trainer:
             client.pool(list(self.texts.load_all().values()))

@@ -8,6 +8,7 @@ run folder and puts it back there, so who does what makes no difference to the r
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from comigs.bases.load import Base
 from comigs.client.steps import settings_of
@@ -19,6 +20,7 @@ from comigs.engines.host import ClientHost
 from comigs.engines.upload_store import UploadStore
 from comigs.engines.workers import Worker, Workers
 from comigs.methods.method import Download, Method, Upload
+from comigs.privacy.budget import SPENT, BudgetSpent
 from comigs.runs.folder import RunFolder
 from comigs.server.protocol import Answers, Reply, Report, Task
 from comigs.server.validation import expected_upload, shapes_of_clients
@@ -59,13 +61,20 @@ class InProcess:
         """Do each client's exchange as soon as a process is free for it; return all replies."""
         parcels = self.workers.parcels(downloads)
 
-        def here(name: str) -> Reply:
-            return self.host.exchange(name, tasks[name], downloads.get(name, {}))
+        # Whoever has spent its privacy says no more than that.
+        def here(name: str) -> Reply | None:
+            with suppress(BudgetSpent):
+                return self.host.exchange(name, tasks[name], downloads.get(name, {}))
+            return None
 
-        def there(worker: Worker, name: str) -> Reply:
-            return worker.exchange(name, tasks[name], parcels.get(name))
+        def there(worker: Worker, name: str) -> Reply | None:
+            with suppress(BudgetSpent):
+                return worker.exchange(name, tasks[name], parcels.get(name))
+            return None
 
-        answers = Answers(self.workers.spread(tasks, here, there))
+        came = self.workers.spread(tasks, here, there)
+        replies = {name: reply for name, reply in came.items() if reply is not None}
+        answers = Answers(replies, {name: SPENT for name in came if name not in replies})
         if not self.host.config.privacy.secure_aggregation:
             return answers
         # It imports Flower's primitives, which other runs do without.

@@ -1,5 +1,4 @@
-"""Workers are processes beside the main one, each with a base of its own, on a GPU of its own where
-there are several.
+"""Workers are processes beside the main one, each with a base, and a GPU where there are several.
 
 Main process and worker talk in lines of JSON over a socket that nobody else has; tensors go by
 files of the run folder. A worker ends with the main process, however that ends. No pickle.
@@ -30,6 +29,7 @@ from comigs.errors import UserError
 from comigs.files import command
 from comigs.methods.loading import load_method
 from comigs.methods.method import Upload
+from comigs.privacy.budget import BudgetSpent
 from comigs.processes import Child, cpus
 from comigs.runs.environment import require_same_base
 from comigs.runs.folder import RunFolder
@@ -40,6 +40,7 @@ from comigs.server.protocol import Reply, Report, Task
 
 Result = TypeVar("Result")
 Line = dict[str, Any]
+KNOWN = (UserError, BudgetSpent, torch.OutOfMemoryError)  # what is raised here as it was there
 KILLED = -9  # how a process ends when the system is short of memory
 
 
@@ -231,8 +232,7 @@ class Worker:
 
 
 def _problem(said: Line) -> Exception:
-    kinds = {"UserError": UserError, "OutOfMemoryError": torch.OutOfMemoryError}
-    return kinds.get(said["type"], RuntimeError)(said["text"])
+    return {kind.__name__: kind for kind in KNOWN}.get(said["type"], RuntimeError)(said["text"])
 
 
 def _say(lines: Any, line: Mapping[str, Any]) -> None:
@@ -258,8 +258,7 @@ class _Inside:
     def answer(self, question: Line) -> Line:
         """Answer what the main process asks: `do` says which function below, all else is for it."""
         self._folder.follow()
-        do: Callable[..., Line] = getattr(self, f"_{question.pop('do')}")
-        return do(**question)
+        return getattr(self, f"_{question.pop('do')}")(**question)  # type: ignore[no-any-return]
 
     def _exchange(self, name: str, task: Line, download: str | None) -> Line:
         # JSON has no tuples.
@@ -296,6 +295,6 @@ def main() -> None:
                 inside = _Inside(folder, number, device, lambda event: _say(lines, event.as_json()))
             _say(lines, {**inside.answer(json.loads(line)), "kind": "answer"})
         except Exception as problem:
-            if not isinstance(problem, (UserError, torch.OutOfMemoryError)):
+            if not isinstance(problem, KNOWN):
                 traceback.print_exc()
             _say(lines, {"kind": "problem", "type": type(problem).__name__, "text": str(problem)})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +22,8 @@ from comigs.federation.sum_messages import (
 )
 from comigs.methods.loading import list_methods, load_method
 from comigs.methods.method import Method
-from comigs.runs.metrics import OrLeftOut
+from comigs.privacy.budget import SPENT
+from comigs.runs.metrics import ClientReport, OrLeftOut, Timing, TrainReport
 from comigs.server.protocol import Task
 from comigs.server.wire import Head
 
@@ -46,6 +49,7 @@ Code = Literal[
     "disk",
     "memory",
     "time",
+    "budget",
     "loss",
     "over",
     "ahead",
@@ -61,6 +65,7 @@ SAID: dict[Code, str] = {  # what the server makes of a code; the device says th
     "disk": "cannot write to its disk, or has too little room on it",
     "memory": "needs more memory for this config than its owner allows",
     "time": "would take longer with this config than its owner allows",
+    "budget": SPENT,
     "loss": "its loss is not finite",
     "over": "asked for a round that it has left behind",
     "ahead": "asked for something of a round that it has not done",
@@ -149,6 +154,34 @@ Answer = Answered | Probed | Announced | SealedRound | OpenedRound
 ANSWERS: TypeAdapter[Answer | Refusal] = TypeAdapter(
     Annotated[Answer | Refusal, Field(discriminator="kind")]
 )
+
+
+def leaving(config: Config, lines: Sequence[ClientReport], timing: Timing) -> dict[str, Any]:
+    """Return what leaves a device of its lines and its timing, as an `Answered` has it.
+
+    Where what leaves is private, that is nothing that depends on text: which settings a round had,
+    and the epsilon spent, rounded up to tenths, so that documents cannot be counted from it.
+    """
+    if not config.privacy.is_on:
+        return {"metrics": [line.as_json() for line in lines], "timing": timing.as_json()}
+    told = []
+    for line in lines:
+        if isinstance(line, TrainReport):
+            spent = None if line.epsilon is None else math.ceil(10 * line.epsilon) / 10
+            settings = TrainReport(
+                round=line.round,
+                client=line.client,
+                local_steps=line.local_steps,
+                router_steps=line.router_steps,
+                learning_rate=line.learning_rate,
+                train_nats_per_token_by_step=[],
+                trained_tokens=0,
+                trained_parameters=line.trained_parameters,
+                epsilon=spent,
+            )
+            told.append(settings.as_json())
+    nothing = Timing(round=timing.round, client=timing.client)
+    return {"metrics": told, "timing": nothing.as_json()}
 
 
 def our_version() -> str:

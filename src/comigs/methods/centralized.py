@@ -22,4 +22,5 @@ def method(config: Config) -> Method:
         weights="-",
         averages=False,
         centralized=True,
+        leaks="all text is in one place",
     )

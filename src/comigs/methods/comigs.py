@@ -88,6 +88,7 @@ def as_published(
         receives=shares,
         aggregate=mean_of_uploads,
         averages=True,
+        leaks="",
     )
 
 

@@ -40,6 +40,7 @@ def method(config: Config) -> Method:
         mix=mix,
         looks=comigs.LOOKS,
         probe=options(config, Options).probe_windows,
+        leaks="its own expert is sent, and learns beside a router that has learnt from all text",
     )
 
 

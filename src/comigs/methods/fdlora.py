@@ -52,6 +52,7 @@ def method(config: Config) -> Method:
         mixing="sum",
         finish=finish,
         looks=settings.evaluations,
+        leaks="its shared LoRA learns through the personal one, which has learnt from all text",
     )
 
 

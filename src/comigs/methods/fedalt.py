@@ -34,6 +34,7 @@ def method(config: Config) -> Method:
         shape=beside_others("open"),
         schedule="joint",
         averages=True,
+        leaks="what it sends learns beside a router that has learnt from all text",
     )
 
 

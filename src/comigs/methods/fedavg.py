@@ -21,6 +21,7 @@ def method(config: Config) -> Method:
         shape=all_generalists,
         mixing="uniform",
         averages=True,
+        leaks="",
     )
 
 

@@ -47,4 +47,5 @@ def method(config: Config) -> Method:
         shape=shape,
         mixing="uniform",
         merges=True,
+        leaks="",
     )

@@ -26,4 +26,5 @@ def method(config: Config) -> Method:
         shape=shape,
         mixing="uniform",
         averages=True,
+        leaks="",
     )

@@ -25,4 +25,5 @@ def method(config: Config) -> Method:
         shape=shape,
         mixing="uniform",
         averages=True,
+        leaks="",
     )

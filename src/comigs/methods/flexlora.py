@@ -56,4 +56,5 @@ def method(config: Config) -> Method:
         shape=shape,
         mixing="uniform",
         weighs=True,
+        leaks="its mean weighs clients by how much text they have",
     )

@@ -35,6 +35,7 @@ def method(config: Config) -> Method:
         averages=False,
         probe=options(config, Options).probe_windows,
         reads_peers=True,
+        leaks="each client tells the server how well every upload does on its valid text",
     )
 
 

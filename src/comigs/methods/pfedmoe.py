@@ -19,4 +19,5 @@ def method(config: Config) -> Method:
         summary="as comigs, but experts and router learn together from train (one level)",
         paper="2402.01350",
         schedule="joint",
+        leaks="it is comigs without its two levels; choose comigs, whose generalists learn apart",
     )

@@ -27,4 +27,5 @@ def method(config: Config) -> Method:
         shape=shape,
         mixing="uniform",
         averages=True,
+        leaks="",
     )

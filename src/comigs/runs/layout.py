@@ -19,7 +19,7 @@ TRACK = "track"  # what trackers write here (docs/track.md)
 TENSORS = rf"(round-[0-9]{{4,}}\.\w+|{PERSONAL})\{SUFFIX}"
 TEXTS = (
     r"(config\.toml|(env|checkpoint|summary|tasks)\.json|(metrics|timings)\.jsonl|report\.html"
-    r"|\.run-id|\.progress\.jsonl|\.answer-[0-9]{4,})"
+    r"|privacy\.json|\.run-id|\.progress\.jsonl|\.answer-[0-9]{4,})"
 )
 CLIENT = r"[^./][^/]*"
 LEFT = re.compile(  # what a killed process may leave; older versions wrote no letters and digits

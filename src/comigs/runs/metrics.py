@@ -25,9 +25,7 @@ Figure = Annotated[float, Field(ge=-1e100, le=1e100)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Weight = Annotated[float, Field(ge=-0.01, le=1.01)]  # a mean of routing weights, as it is rounded
 Weights = Annotated[list[Weight], Field(min_length=1)]
-SumOfWeights = Annotated[
-    int | float, Field(ge=-0.01, le=1.01)
-]  # of no weights: 0, which stays an int
+SumOfWeights = Annotated[int | float, Field(ge=-0.01, le=1.01)]  # of none: 0, which stays an int
 Perplexity = Annotated[float, Field(ge=0, le=1.1e304)]  # exp(700) is the most that is ever said
 OrLeftOut = Field(default=None, exclude_if=_is_none)  # of a field that is not written without value
 
@@ -59,7 +57,8 @@ class TrainReport(ClientLine):
     """A client reports what its training in one round was like.
 
     A share by layer is a mean of routing weights per block, None without a router. adopted_share is
-    None where no download was weighed. A loss is None where nothing of the kind was trained.
+    None where no download was weighed. A loss is None where nothing of the kind was trained; that
+    of what is sent is told where it learns by itself. epsilon: of the run so far.
     """
 
     kind: Literal["train"] = "train"
@@ -75,6 +74,8 @@ class TrainReport(ClientLine):
     generalist_share_by_layer: list[SumOfWeights] | None = None
     expert_share_by_layer: list[Weights] | None = None
     adopted_share: Weight | None = None
+    sent_nats_per_token: Annotated[Figure | None, OrLeftOut] = None
+    epsilon: Annotated[Figure | None, OrLeftOut] = None
 
     @property
     def router_tokens(self) -> int:
@@ -168,8 +169,7 @@ class RoundEnd(Line):
     """A round ends. `asked` is None where every client of the run was asked.
 
     drift: how far the uploads lie apart (server/diagnostics.py), None where nothing is shared.
-    prior: client -> the mean routing weights of similar clients by block, which it is told next;
-    None where no client asks.
+    prior: client -> similar clients' mean routing weights, which it is told next; None: nobody's.
     """
 
     kind: Literal["server"] = "server"

@@ -96,7 +96,9 @@ def _of_client(
 
 
 def _mean(scores: Sequence[Score]) -> Score:
-    """Return the means over clients, each client counting once."""
+    """Return the means over clients, each client counting once; nothing where none said any."""
+    if not scores:
+        return Score()
     nats = _mean_of([score.nats_per_token for score in scores])
     return Score(
         nats_per_token=nats,

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from comigs.config import Config
 from comigs.methods.method import Download, Memory, Method, Upload
+from comigs.privacy.budget import SPENT
 from comigs.runs.metrics import Absent, Line, Timing, TrainReport, Warned
 from comigs.server.communication import traffic_by_client, with_traffic
 from comigs.server.participation import (
+    budget_spent,
     failures,
     has_trained,
     late_line,
@@ -58,13 +60,16 @@ class RoundCollector:
     """One round on the server, from whom to ask to what to merge.
 
     uploads: what counts, in the config's order. absent: client -> why nothing usable came. reached:
-    who has the download. out: who is left out; warnings: the lines that say so, of this round.
+    who has the download. out: who is left out, with `spent`, who has no privacy left; warnings: the
+    lines that say so, of this round.
     """
 
     def __init__(self, server: ServerState, round: int) -> None:
         self.server, self.config, self.round = server, server.config, round
         self.downloads = server.downloads  # what is delivered in this round
-        self.failed, self.out = failures(server.history), left_out(server.history)
+        self.failed, self.spent = failures(server.history), budget_spent(server.history)
+        self.out = left_out(server.history) | self.spent
+        self.private = server.config.privacy.is_on
         self.uploads: dict[str, Upload] = {}
         self.absent: dict[str, str] = {}
         self.reached: set[str] = set()
@@ -111,6 +116,10 @@ class RoundCollector:
         self.absent = {name: why for name, why in absent.items() if name not in self._replies}
         for name, why in failed.items():
             if name in self._late:
+                continue
+            if why == SPENT:
+                self.spent.add(name)
+                self.out.add(name)
                 continue
             self.failed[name] += 1
             if self.failed[name] >= self.config.participation.max_failures:
@@ -184,7 +193,7 @@ class RoundCollector:
         return refused
 
     def _fault(self, name: str, reply: Reply, task: Task | None) -> str | None:
-        fault = check_lines(reply, name, task)
+        fault = check_lines(reply, name, task, private=self.private)
         if fault is None and reply.upload is None:
             return None if self.server.method.centralized else "no upload"
         return fault or check_upload(reply.upload or {}, self._expect(name, reply.round))
@@ -221,7 +230,7 @@ class RoundCollector:
         )
         lines: list[Line] = [*self._of_engine, *self._too_late]
         for name, reply in self._counted().items():
-            for line in read_reply(reply)[0]:
+            for line in read_reply(reply, self.private)[0]:
                 if isinstance(line, TrainReport):
                     lines.append(with_traffic(line, moved[name]))
                 else:
@@ -232,7 +241,7 @@ class RoundCollector:
 
     def timings(self) -> list[Timing]:
         """Return the lines of timings.jsonl of the answers that count."""
-        return [read_reply(reply)[1] for reply in self._counted().values()]
+        return [read_reply(reply, self.private)[1] for reply in self._counted().values()]
 
     def asked(self) -> list[str] | None:
         """Return the clients that were asked in this round, None where all were."""

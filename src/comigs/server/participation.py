@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 
 from comigs.config import Config
+from comigs.privacy.budget import SPENT
 from comigs.runs.metrics import Absent, Evaluation, Line, RoundEnd, Train, Warned
 from comigs.seeds import generator
 
@@ -53,6 +54,24 @@ def left_out(history: Iterable[Line]) -> set[str]:
         for line in history
         if isinstance(line, Warned) and line.sign == "left-out" and line.client is not None
     }
+
+
+def budget_spent(history: Iterable[Line]) -> set[str]:
+    """Return the clients that have spent their privacy and train no more."""
+    return {line.client for line in history if isinstance(line, Absent) and line.reason == SPENT}
+
+
+def stopped_line(config: Config, history: Iterable[Line]) -> Warned | None:
+    """Return the line of a run whose rounds ended early, None where all were done."""
+    done = max((line.round for line in history if isinstance(line, RoundEnd)), default=0)
+    if done == config.rounds:
+        return None
+    return Warned(
+        round=done,
+        sign="privacy-budget-spent",
+        message=f"too few clients had privacy left to train after round {done} of {config.rounds}; "
+        f"every model is that of round {done}",
+    )
 
 
 def failures(history: Iterable[Line]) -> Counter[str]:

@@ -22,7 +22,13 @@ from comigs.runs.track.tracks import Tracks
 from comigs.server.collect import NO_ANSWER, RoundCollector, ServerState
 from comigs.server.communication import last_download
 from comigs.server.diagnostics import diagnose, drift
-from comigs.server.participation import has_trained, late_line, left_out, measured_base
+from comigs.server.participation import (
+    has_trained,
+    late_line,
+    left_out,
+    measured_base,
+    stopped_line,
+)
 from comigs.server.pending import next_downloads, pack_server, unpack_server, unpack_started
 from comigs.server.protocol import Engine, Reply, Report, Task
 from comigs.server.routing_prior import latest_priors, priors_of_round
@@ -54,6 +60,8 @@ def run_rounds(
         # Nobody hears of a round before it cannot be lost any more.
         for round in range(last.round + 1, config.rounds + 1):
             lines = _run_round(server, round, engine, folder, report)
+            if not lines:
+                break
             _tell(lines, report, tracks)
         lines = _deliver_the_last_download(server, engine, folder)
         _tell(lines, report, tracks)
@@ -68,12 +76,16 @@ def _tell(lines: list[Line], report: Report, tracks: Tracks) -> None:
 def _run_round(
     server: ServerState, round: int, engine: Engine, folder: RunFolder, report: Report
 ) -> list[Line]:
-    """Take a run one round further, and return the lines that were committed."""
+    """Take a run one round further, and return the lines that were committed.
+
+    There are none where too few clients have privacy left to train.
+    """
     # Ask: clients receive what waits for them, train on text that stays with them, and send.
     # Collect: only what is as it should be counts, and a round needs enough of it.
     config, method = server.config, server.method
     collector = RoundCollector(server, round)
-    _ask(collector, engine, folder, report)
+    if not _ask(collector, engine, folder, report):
+        return []
 
     # Merge: the method makes of the uploads what each client receives next. Whoever was not
     # reached still has what it missed to come, so its next download is both.
@@ -103,11 +115,12 @@ def _run_round(
     return lines
 
 
-def _ask(collector: RoundCollector, engine: Engine, folder: RunFolder, report: Report) -> None:
+def _ask(collector: RoundCollector, engine: Engine, folder: RunFolder, report: Report) -> bool:
     """Ask the clients of a round, and while too few uploads are usable, ask again who is missing.
 
-    Asking ends: who fails too often is left out, and nobody is asked who has answered. Raises
-    UserError when too few are left.
+    Asking ends: who fails too often is left out, and nobody is asked who has answered. Returns
+    whether enough came; where not, clients have spent their privacy. Raises UserError when too few
+    are left for other reasons.
     """
     config, round = collector.config, collector.round
     needed, everyone = config.participation.min_clients, len(config.clients)
@@ -116,6 +129,8 @@ def _ask(collector: RoundCollector, engine: Engine, folder: RunFolder, report: R
     while True:
         # Waiting for clients that will not come back is no use.
         names, left = collector.to_ask(), everyone - len(collector.out)
+        if (left < needed or not names) and collector.spent:
+            return False
         if left < needed or not names:
             raise UserError(
                 f"round {round}: {len(collector.uploads)} of the {needed} usable uploads that it "
@@ -131,7 +146,7 @@ def _ask(collector: RoundCollector, engine: Engine, folder: RunFolder, report: R
         downloads = {name: waiting[name] for name in names if name in waiting}
         collector.take(tasks, engine.exchange(tasks, downloads))
         if len(collector.uploads) >= needed:
-            return
+            return True
 
         # Whoever watches the run should know why a round takes longer than others.
         reasons = [f"{name}: {reason}" for name, reason in collector.absent.items()]
@@ -165,11 +180,11 @@ def _deliver_the_last_download(
     # What a client says of its own model counts under the same conditions as in a round.
     replies: dict[str, Reply] = {}
     absent: dict[str, str] = {}
-    keeps = config.evaluation.keep == "best"
+    keeps, private = config.evaluation.keep == "best", config.privacy.is_on
     for name, task in tasks.items():
         if name not in answers.replies:
             absent[name] = answers.absent.get(name, NO_ANSWER)
-        elif fault := check_lines(answers.replies[name], name, task, keeps):
+        elif fault := check_lines(answers.replies[name], name, task, keeps, private):
             absent[name] = fault
         else:
             replies[name] = answers.replies[name]
@@ -185,11 +200,13 @@ def _deliver_the_last_download(
     for name in replies:
         lines.append(last_download(name, round, waiting.get(name, {}), config.upload.format))
     for reply in replies.values():
-        own, timing = read_reply(reply)
+        own, timing = read_reply(reply, private)
         lines += own
         timings.append(timing)
     for name, why in absent.items():
         lines.append(Absent(round=round, client=name, reason=why))
+    if stopped := stopped_line(config, server.history):
+        lines.append(stopped)
     for name, late in answers.late.items():
         if not has_trained(server.history, name, late.round):
             lines.append(late_line(late.round, name, round, "dropped"))

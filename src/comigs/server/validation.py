@@ -25,7 +25,7 @@ from comigs.slots import Shapes, Slot
 Start = Callable[[Slot, tuple[int, ...]], Tensor]
 ENOUGH = 3  # uploads from which on their median says what is usual
 # A client writes every field but these: the server measures a device's messages itself.
-OTHERS = {"kind", "received_bytes", "sent_bytes"}
+OTHERS = {"kind", "received_bytes", "sent_bytes", "sent_nats_per_token", "epsilon"}
 SCORES = ("nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes")
 MEASURED = (*SCORES, "seconds", "peak_memory_bytes")
 
@@ -107,8 +107,8 @@ def too_long(lengths: Mapping[str, float], limits: UploadSection) -> dict[str, s
     return refused
 
 
-def read_reply(reply: Reply) -> tuple[list[ClientReport], Timing]:
-    """Return the lines of a reply and its timing.
+def read_reply(reply: Reply, private: bool = False) -> tuple[list[ClientReport], Timing]:
+    """Return the lines of a reply and its timing. private: it may say nothing that is measured.
 
     Raises ValueError unless they are exactly what a client writes: no other fields, nothing left
     out, nothing unmeasured, and every figure finite and no larger than anybody needs.
@@ -117,22 +117,28 @@ def read_reply(reply: Reply) -> tuple[list[ClientReport], Timing]:
     records: list[Record] = [*lines, timing]
     for record in records:
         left_out = type(record).model_fields.keys() - record.model_fields_set - OTHERS
-        if left_out or any(getattr(record, name, 0) is None for name in MEASURED):
+        unmeasured = any(getattr(record, name, 0) is None for name in MEASURED)
+        if left_out or (unmeasured and not (private and record is timing)):
             raise ValueError("a field is missing")
     return lines, timing
 
 
 def check_lines(
-    reply: Reply, client: str, task: Task | None = None, keeps: bool = False
+    reply: Reply,
+    client: str,
+    task: Task | None = None,
+    keeps: bool = False,
+    private: bool = False,
 ) -> str | None:
     """Return what is wrong with the lines of a client's reply, or None.
 
     They are what a client writes, about itself and the round that it answers, and about an upload
     if there is one. task: what the client was asked, where that is known; then it has measured just
-    that. keeps: it says which round's model it keeps, and what that comes to on test.
+    that. keeps: it says which round's model it keeps, and what that comes to on test. private: what
+    it has measured may stay with it, all of it.
     """
     try:
-        lines, timing = read_reply(reply)
+        lines, timing = read_reply(reply, private)
     except ValueError:
         return "metrics that are not as they should be"
 
@@ -152,11 +158,12 @@ def check_lines(
         else:
             trainings += 1
             fits = fits and line.round == reply.round
-    fits = fits and trainings == (reply.upload is not None) and kept == keeps
+    silent = private and not measured and not kept
+    fits = fits and trainings == (reply.upload is not None) and (kept == keeps or silent)
 
     # Nothing that was asked for is left out, and nothing is added.
     if fits and task is not None:
         asked = [("base", split) for split in task.evaluate_base]
         asked += [("personal", split) for split in task.evaluate]
-        fits = reply.round == task.round and sorted(measured) == sorted(asked)
+        fits = reply.round == task.round and (silent or sorted(measured) == sorted(asked))
     return None if fits else "metrics of something else than it was asked for"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from comigs.config import Config
 from comigs.data.prepare import ClientData
 from comigs.errors import UserError
 from comigs.federation.messages import ANSWERS, Answered, Code, config_for
-from comigs.files import writing
+from comigs.files import ClosedFolder, writing
 from comigs.methods.method import Download, Method, Upload
+from comigs.privacy.budget import Budget, BudgetSpent, Ledger, run_budget
 from comigs.runs.environment import describe, environment
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Line, TrainReport
@@ -51,6 +53,8 @@ def refusing(code: Code) -> Iterator[None]:
         yield
     except UserError as error:
         raise Refused(code, str(error)) from None
+    except BudgetSpent as spent:
+        raise Refused("budget", str(spent)) from None
 
 
 class DeviceRun:
@@ -82,6 +86,19 @@ class DeviceRun:
             return wire.encode(upload, download, self.config.upload.format, self.residual())
         except wire.WireError as error:
             raise Refused("loss", f"{self.folder.path}: round {round}: {error}") from None
+
+    def budget(self, data: ClientData, home: Path, most: float | None) -> Budget | None:
+        """Return what the run may spend of the text's privacy; None where it bounds nothing.
+
+        home: the device's folder, whose ledger counts the runs of all operators and configs. most:
+        the epsilon of all of them together, as the owner says. Raises UserError.
+        """
+        if not self.config.privacy.is_on:
+            return None
+        ledger = Ledger(ClosedFolder(home), "privacy.json")
+        documents = sum(store.num_documents for store in data.train)
+        budget = run_budget(self.config, self.name, documents, ledger, self.folder.path.name)
+        return replace(budget, owner=most)
 
     def unseen(self, download: Download, since: int) -> Download:
         """Return a download without the updates that were added here already.

@@ -141,7 +141,8 @@ class Trainer:
                 return device_sum.mask_again(request, tensors, upload, download)
             if request.kind == "probe":
                 return probe(request, tensors, run, client(run.state()))
-            started = client(run.state())
+            budget = run.budget(data, self.device.home, self.device.limits.epsilon)
+            started = client(run.state(), budget)
             if request.train:
                 started = with_specialists(started, self.device.specialists)
             return self._exchange(request, tensors, run, started, device_sum)
@@ -259,8 +260,7 @@ class Trainer:
             run=request.run,
             round=request.round,
             trained=request.train,
-            metrics=[line.as_json() for line in reply.metrics],
-            timing=reply.timing.as_json(),
+            **messages.leaving(run.config, reply.metrics, reply.timing),
             session=request.sum.session if request.sum is not None else "",
         )
         raw = wire.pack(head, sent)

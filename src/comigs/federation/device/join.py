@@ -34,8 +34,8 @@ class Owner:
     """An owner decides what a device takes part with.
 
     text: see `text_of`. home: the device's own folder; None: one in ~/.comigs. base, accelerator,
-    threads, specialists: as in Device (device_service.py). memory, minutes, only_sums: as in Limits
-    (limits.py).
+    threads, specialists: as in Device (device_service.py). memory, minutes, only_sums, epsilon: as
+    in Limits (limits.py).
     """
 
     text: tuple[str, ...]
@@ -47,6 +47,7 @@ class Owner:
     minutes: float = 120
     specialists: int | None = None
     only_sums: bool = False
+    epsilon: float | None = None
 
 
 def join(file: Path, owner: Owner, say: Say) -> None:
@@ -78,6 +79,7 @@ def join(file: Path, owner: Owner, say: Say) -> None:
                 "memory": owner.memory,
                 "minutes": owner.minutes,
                 "only_sums": owner.only_sums,
+                "epsilon": owner.epsilon,
             },
             "specialists": owner.specialists,
         }

@@ -27,6 +27,7 @@ from comigs.client.estimate import (
     memory_needed,
     num_scalars,
     router_steps,
+    shared_phase_steps,
 )
 from comigs.client.workplace import Workplace
 from comigs.config import SPLITS, ClientEntry, Config, dotted
@@ -87,12 +88,14 @@ class Limits:
     """The limits are the owner's.
 
     memory: bytes where the model is; None: SHARE of what is free. minutes: of one request.
-    only_sums: take part only in runs whose uploads are summed unseen.
+    only_sums: take part only in runs whose uploads are summed unseen. epsilon: of all runs
+    together, which then must be private by document; None: no limit.
     """
 
     memory: float | None = None
     minutes: float = MINUTES
     only_sums: bool = False
+    epsilon: float | None = None
 
     @property
     def message(self) -> int:
@@ -111,6 +114,7 @@ def require_settable(told: Config, limits: Limits) -> None:
     if limits.only_sums and not told.privacy.secure_aggregation:
         why = "this device sends its uploads into sums only (--only-sums)"
         raise _refused("privacy.secure_aggregation", False, why)
+    _require_private(told, limits)
     defaults = dict(_settings(DEFAULTS))
     for field, value in _settings(told):
         # What is the owner's to decide comes as the default, or not at all.
@@ -130,6 +134,17 @@ def require_settable(told: Config, limits: Limits) -> None:
             is_number = isinstance(number, int | float) and not isinstance(number, bool)
             if is_number and most is not None and abs(number) > most:
                 raise _refused(field, number, f"this device allows {most:.15g} at most")
+
+
+def _require_private(told: Config, limits: Limits) -> None:
+    """Raise Refused where the owner has set a budget and a run would spend without counting."""
+    if limits.epsilon is not None and told.privacy.level != "document":
+        raise Refused(
+            "budget",
+            f'the server\'s config: privacy.level: given "{told.privacy.level}", which bounds '
+            f'nothing by itself; this device allows "document" only (--max-epsilon '
+            f"{limits.epsilon:g})",
+        )
 
 
 def require_in_order(request: Request, rounds: int) -> None:
@@ -223,10 +238,11 @@ class Work:
             tokens[split] = sum(store.num_tokens for store in getattr(data, split))
 
         # A router phase may begin in this round wherever the rounds before have ended.
-        steps = 0
+        steps = 0.0
         if request.train:
             phases = math.ceil(config.client.steps / config.client.router_every)
             steps = config.client.steps + router_steps(config, method, phases)
+            steps += shared_phase_steps(config, config.client.steps)
 
         # What is weighed is measured as well: a download, others' uploads, the model at the end.
         read = sum(tokens[split] for split in (*request.evaluate, *request.evaluate_base))

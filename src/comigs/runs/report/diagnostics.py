@@ -12,6 +12,8 @@ MEANING = {
     "the others are not used.",
     "drifting-generalists": "The clients' generalists move apart from round to round; "
     "their mean says less and less.",
+    "privacy-budget-spent": "Too few clients had any privacy left to train on: "
+    "the run ended before its last round.",
     "left-out": "A client was asked several times in a row and gave nothing usable: "
     "the run goes on without it.",
     "overfitting": "Training loss still falls while valid loss rises: "

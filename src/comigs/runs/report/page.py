@@ -18,6 +18,7 @@ from comigs.runs.report import plots, provenance, tables
 from comigs.runs.report.best_rounds import kept_table
 from comigs.runs.report.curves import MAX_PANELS, Curve, drift_points, loss_curves, share_curves
 from comigs.runs.report.diagnostics import diagnoses
+from comigs.runs.report.privacy_part import privacy_note, privacy_table
 from comigs.runs.report.read import Run, read_run
 from comigs.runs.report.results import results
 from comigs.runs.report.routes_part import block_rules, parts_of
@@ -98,6 +99,8 @@ def report_page(run: Run, routes: Sequence[Routes] = ()) -> str:
         absences=tables.absence_table(run),
         kept=kept_table(run),
         tasks=tasks_table(run.tasks.clients),
+        privacy=privacy_note(run),
+        spent=privacy_table(run),
         num_clients=len(clients),
         two_ranks=any(c.specialist_rank not in (None, c.rank) for c in clients),
         heat=routing_heatmap(run),

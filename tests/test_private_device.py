@@ -1,0 +1,127 @@
+"""What leaves a private device: the same bytes whatever its text, but for noised numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+
+import pytest
+
+from comigs.federation.device.limits import Limits
+from comigs.slots import Slot
+from tests.conftest import WORDS
+from tests.device import RUN, Setting, opened
+
+PRIVACY = {"level": "document", "delta": 1e-3, "expected_batch": 3}
+DEPENDS_ON_TEXT = (  # figures of a line that a device keeps to itself
+    "train_nats_per_token", "train_nats_per_token_by_step", "router_nats_per_token", "balance_loss",
+    "trained_tokens", "generalist_share_by_layer", "expert_share_by_layer", "nats_per_token",
+    "perplexity", "bits_per_byte", "tokens", "bytes", "seconds", "tokens_per_second",
+    "peak_memory_bytes", "sent_nats_per_token",
+)  # fmt: skip
+
+
+def whole_run(setting):
+    """Every answer of a run, each download the upload before."""
+    raws, given = [], {}
+    for round in range(1, setting.config.rounds + 2):
+        raws.append(setting.trainer.answer(setting.request(round, given)))
+        given = {Slot.parse(name): tensor for name, tensor in opened(raws[-1])[1].items()}
+    return raws
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory):
+    """Two devices that answered the same, of which one has other text, as many documents of it."""
+    root, ran = tmp_path_factory.mktemp("private-device"), []
+    for home in ("one", "other"):
+        setting = Setting(root, home, privacy={**PRIVACY, "noise_multiplier": 1.0})
+        if home == "other":
+            (root / "elsewhere").mkdir()
+            for number in range(9):
+                text = " ".join(WORDS["bob"].split()[number % 5 :] * (2 + number))
+                (root / "elsewhere" / f"{number}.txt").write_text(f"{text} {number}")
+            setting = Setting(
+                root,
+                home,
+                privacy={**PRIVACY, "noise_multiplier": 1.0},
+                device={"text": "elsewhere"},
+            )
+        ran.append((setting, whole_run(setting)))
+    return ran
+
+
+def test_beside_noised_numbers_an_answer_says_nothing_of_the_text(devices):
+    (_, one), (_, other) = devices
+    for mine, yours in zip(one, other, strict=True):
+        heads = [opened(raw)[0] for raw in (mine, yours)]
+        assert heads[0] == heads[1]
+        header = 8 + int.from_bytes(mine[:8], "little")
+        assert mine[:header] == yours[:header]  # whatever is not a tensor's numbers
+        assert len(mine) == len(yours)
+        assert mine == yours or len(mine) > header
+
+
+def test_no_figure_of_the_devices_own_is_in_any_byte(devices):
+    for setting, raws in devices:
+        kept = []
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            lines = (setting.folder / name).read_text().splitlines()
+            kept += [json.loads(line) for line in lines]
+        figures = set()
+        for line in kept:
+            values = json.dumps([line.get(name) for name in DEPENDS_ON_TEXT])
+            figures |= set(re.findall(r"[0-9.e-]{4,}", values))  # as they would be written
+        assert len(figures) > 40  # its owner has them all
+        wire = b"".join(raws)
+        for figure in figures:
+            assert figure[:7].encode() not in wire, figure
+            assert struct.pack("<d", float(figure)) not in wire
+            assert struct.pack("<f", float(figure)) not in wire
+
+
+def test_what_it_spent_is_rounded_up_so_that_nobody_counts_documents(devices):
+    setting, raws = devices[0]
+    told = [opened(raw)[0].metrics[0]["epsilon"] for raw in raws[:-1]]
+    lines = [json.loads(x) for x in (setting.folder / "metrics.jsonl").read_text().splitlines()]
+    own = [line["epsilon"] for line in lines if line["kind"] == "train"]
+    assert all(0 <= said - real < 0.1 for said, real in zip(told, own, strict=True))
+    assert told == [round(said, 1) for said in told]
+
+
+def test_asked_again_it_sends_the_same_noise(devices):
+    setting, raws = devices[0]
+    before = (setting.device.home / "privacy.json").read_bytes()
+    last = setting.config.rounds + 1
+    again = setting.trainer.answer(setting.request(last, after=last - 1))
+    assert again == raws[-1]
+    assert (setting.device.home / "privacy.json").read_bytes() == before
+
+
+def limited(root, home, epsilon, **tree):
+    return Setting(root, home, device={"limits": Limits(epsilon=epsilon)}, **tree)
+
+
+def test_the_owners_budget_holds_over_runs_and_the_server_learns_a_code(tmp_path):
+    noise = {**PRIVACY, "noise_multiplier": 1.0}
+    setting = limited(tmp_path, "device", 3.0, privacy=noise)
+    head, _ = setting.ask(1)  # 2.83, and 3.95 with one round more
+    assert head.trained
+    assert setting.refused(1, run="another-run-of-the-same-operator") == "budget"
+    assert "(--max-epsilon)" in setting.said[-1]
+    entries = json.loads((setting.device.home / "privacy.json").read_bytes())
+    assert [(entry["run"], entry["round"]) for entry in entries] == [(RUN, 1)]
+
+    # Nor does a process that was killed and started anew, or an operator who asks for no privacy.
+    setting.trainer = setting.restarted()
+    assert setting.refused(1, run="a-third-run-of-the-operator") == "budget"
+    loud = limited(tmp_path, "device", 3.0)
+    assert loud.refused(1, run="a-run-without-any-privacy") == "budget"
+    assert 'allows "document" only' in loud.said[-1]
+
+
+def test_a_server_cannot_choose_the_noise(tmp_path):
+    setting = Setting(tmp_path, privacy={**PRIVACY, "epsilon": 1.0, "noise_seed": 3})
+    assert setting.refused(1) == "refused"
+    assert "privacy.noise_seed" in setting.said[-1] and "decides that itself" in setting.said[-1]

@@ -1,0 +1,71 @@
+"""A private run over Flower's carrier: the server's own files have gaps, and a run still ends."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from comigs.federation.device.limits import Limits
+from comigs.methods.loading import load_method
+from comigs.runs.folder import RunFolder
+from comigs.runs.metrics import Absent, Evaluation, Kept, Train, Warned
+from comigs.runs.report.page import write_report
+from comigs.runs.summary import write_summary
+from tests.conftest import run_config
+from tests.local_grid import Federation
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Three rounds, of which ada's owner allows two."""
+    root = tmp_path_factory.mktemp("private-federation")
+    privacy = {"level": "document", "delta": 1e-3, "expected_batch": 3, "noise_multiplier": 1.0}
+    config = run_config(root / "text", privacy=privacy, rounds=3, upload={"format": "int8"})
+    federation = Federation(root / "federation", ["ada", "bob"], root / "text")
+    ada = federation.trainers["ada"]
+    ada.device = replace(ada.device, limits=Limits(epsilon=4.5))  # 2.8, 4.0, 4.8
+    grid = federation.run(root / "run", config)
+    return federation, RunFolder.open(root / "run"), b"".join(grid.seen)
+
+
+def test_the_servers_files_say_what_was_spent_and_nothing_of_the_text(run):
+    federation, folder, _ = run
+    lines = folder.metrics()
+    assert not [line for line in lines if isinstance(line, Evaluation | Kept)]
+    trained = [line for line in lines if isinstance(line, Train)]
+    assert [(t.client, t.round, t.epsilon) for t in trained if t.client == "ada"] == [
+        ("ada", 1, 2.9),
+        ("ada", 2, 4.0),
+    ]
+    for line in trained:
+        assert line.train_nats_per_token is None and line.train_nats_per_token_by_step == []
+        assert line.trained_tokens == 0 and line.expert_share_by_layer is None
+        assert line.uploaded_bytes > 0 and line.local_steps == 2
+    timings = [json.loads(x) for x in (folder.path / "timings.jsonl").read_text().splitlines()]
+    assert all(timing["seconds"] is None for timing in timings if timing["client"])
+
+    # The devices have it all.
+    own = RunFolder.open(federation.device_run("bob")).metrics()
+    assert len([line for line in own if isinstance(line, Evaluation) and line.perplexity]) > 3
+    assert [line for line in own if isinstance(line, Kept)]
+
+
+def test_a_device_whose_owner_allows_no_more_is_named_and_the_others_go_on(run):
+    federation, folder, seen = run
+    absent = [line for line in folder.metrics() if isinstance(line, Absent)]
+    assert [(a.client, a.round, a.reason) for a in absent] == [("ada", 3, "privacy budget spent")]
+    assert not [line for line in folder.metrics() if isinstance(line, Warned)]
+    assert folder.checkpoint().finished and b"--max-epsilon" not in seen
+    assert RunFolder.open(federation.device_run("ada")).checkpoint().finished
+    assert any("(--max-epsilon)" in line for line in federation.said["ada"])
+
+
+def test_a_summary_without_figures_is_one_and_so_is_a_report(run, tmp_path):
+    _, folder, _ = run
+    config = folder.config()
+    write_summary(folder, config, load_method(config))
+    assert folder.summary().clients["bob"].test.perplexity is None
+    page = write_report(folder.path, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "whatever was sent is (4.9, 0.001)-differentially private" in page

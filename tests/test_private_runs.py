@@ -1,0 +1,164 @@
+"""Private runs: what they spend, when they stop, what a crash costs, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from comigs.app import api
+from comigs.app.dry_run import dry_run
+from comigs.config import parse_config
+from comigs.errors import UserError
+from comigs.methods.loading import list_methods, load_method
+from comigs.runs.metrics import Absent, Evaluation, Step, Train, Warned
+from tests.chats import write_lines
+from tests.conftest import run_config
+
+PRIVATE = {"level": "document", "delta": 1e-3, "expected_batch": 3}
+
+
+class Killed(Exception):
+    """A process ends in the middle of a round."""
+
+
+def config_of(root, names="ada bob", privacy=None, **tree):
+    return run_config(root, names, privacy={**PRIVATE, **(privacy or {})}, **tree)
+
+
+def spent(folder, client="ada"):
+    """The epsilon of each round of a client."""
+    lines = [line for line in folder.metrics() if isinstance(line, Train)]
+    return [line.epsilon for line in lines if line.client == client]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("private-runs")
+
+
+@pytest.fixture(scope="module")
+def said():
+    return []
+
+
+@pytest.fixture(scope="module")
+def crashed(root, said):
+    """Three rounds for epsilon 8, of which the second was begun twice."""
+    config = config_of(root, "ada bob", {"epsilon": 8.0}, rounds=3)
+
+    def until_round_two(event):
+        if isinstance(event, Step) and event.round == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        api.run(config, root / "crashed", until_round_two, said.append)
+    return api.resume(root / "crashed")
+
+
+def test_epsilon_is_committed_and_a_round_that_is_asked_again_counts_again(crashed):
+    # Ada was at work when the process died; bob had not begun.
+    ada, bob = spent(crashed), spent(crashed, "bob")
+    assert ada[0] == bob[0] < bob[1] < bob[2] <= 8
+    assert ada[1] == bob[2]  # two rounds in the file, three on the ledger
+    ledger = json.loads((crashed.path / "clients/ada/privacy.json").read_bytes())
+    assert [entry["round"] for entry in ledger] == [1, 2, 2]
+
+
+def test_rounds_stop_where_the_budget_ends_for_whom_it_ends(crashed):
+    """Bob goes on alone; ada still gets the last download, and has a model."""
+    lines = crashed.metrics()
+    absent = [line for line in lines if isinstance(line, Absent)]
+    assert [(a.client, a.round, a.reason) for a in absent] == [("ada", 3, "privacy budget spent")]
+    measured = [line for line in lines if isinstance(line, Evaluation) and line.round == 3]
+    assert {line.client for line in measured if line.split == "test"} == {"ada", "bob"}
+    assert not [line for line in lines if isinstance(line, Warned)]
+
+
+def test_where_nobody_has_any_left_the_run_ends_with_the_model_of_that_round(crashed, root):
+    config = config_of(root, "ada", {"epsilon": 8.0}, rounds=3)
+
+    def until_round_two(event):
+        if isinstance(event, Step) and event.round == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        api.run(config, root / "alone", until_round_two)
+    folder = api.resume(root / "alone")
+    warned = [line for line in folder.metrics() if isinstance(line, Warned)]
+    assert [(line.sign, line.round) for line in warned] == [("privacy-budget-spent", 2)]
+    assert folder.checkpoint().finished and len(spent(folder)) == 2
+    assert folder.summary().clients["ada"].test.perplexity
+
+
+def test_a_dry_run_says_epsilon_noise_and_documents(root, crashed, said):
+    shown = []
+    dry_run(config_of(root, "ada bob", {"epsilon": 8.0}, rounds=3), say=shown.append)
+    (bound,) = (line for line in shown if line.startswith("private by document"))
+    assert bound in said and "epsilon 7.98, delta 0.001, noise 0.739" in bound
+    assert "a client needs 3 documents in train, and has: ada 7 and bob 7" in shown
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_each_method_is_private_or_says_why_not(root, method):
+    config = config_of(root, "ada bob", {"noise_multiplier": 1.0}, method=method)
+    able = {"comigs", "fedavg", "fedprox", "ffa-lora", "fedsa-lora", "rolora", "fedex-lora"}
+    if method in able:
+        assert load_method(config).leaks == ""
+        return
+    with pytest.raises(UserError, match=f"privacy.level: .* {method} cannot be private: .+; must"):
+        load_method(config)
+
+
+@pytest.mark.parametrize("method", ["fedprox", "ffa-lora", "fedsa-lora", "rolora", "fedex-lora"])
+def test_every_private_method_runs(root, tmp_path, method):
+    """The noise can be drawn again here, so two workers must come to what one process does."""
+    privacy = {"noise_multiplier": 0.5, "noise_seed": 1}
+    folders = []
+    for workers in (1, 2) if method == "fedex-lora" else (1,):
+        config = config_of(root, "ada bob", privacy, method=method, workers=workers, rounds=2)
+        folders.append(api.run(config, tmp_path / str(workers)))
+    assert spent(folders[0]) == [None, None]  # who knows the seed can take the noise away
+    assert all(f.metrics() == folders[0].metrics() for f in folders)
+
+
+def test_new_noise_makes_another_run_and_the_seed_has_no_part_in_it(root, tmp_path):
+    config = config_of(root, "ada", {"noise_multiplier": 0.5}, rounds=1)
+    first, second = (api.run(config, tmp_path / name) for name in "ab")
+    assert first.metrics() != second.metrics()
+    assert spent(first) == spent(second)
+
+
+@pytest.mark.parametrize(
+    ("privacy", "why"),
+    [
+        ({"epsilon": 1.0, "noise_multiplier": 1.0}, "noise_multiplier: given 1 beside"),
+        ({}, "privacy.epsilon: missing"),
+        ({"level": "none", "epsilon": 1.0}, "nothing is private; it must be left out"),
+        ({"epsilon": 0.0}, "privacy.epsilon: given 0.0; must be above 0"),
+        ({"epsilon": 1.0, "delta": 0.2}, "7 documents in train; must be below 1 / 7 = 0.14"),
+        ({"epsilon": 1.0, "expected_batch": 9.0}, "client ada: 7 documents in train, but a step"),
+    ],
+)
+def test_what_cannot_be_is_one_line(root, tmp_path, privacy, why):
+    with pytest.raises(UserError) as refused:
+        plain = run_config(root, "ada bob").model_dump(mode="json")
+        api.run(parse_config({**plain, "privacy": {**PRIVATE, **privacy}}), tmp_path / "run")
+    assert why in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_text_without_documents_is_refused_with_how_to_split_it(root, tmp_path, split):
+    long = "\n\n".join(f"paragraph {n} of a long letter" for n in range(90))
+    (tmp_path / "long.txt").write_text(long)
+    text = str(tmp_path / "long.txt")
+    if split:
+        text = {"train": text}
+        for other in ("valid", "test"):
+            pages = [{"text": f"page {n} of {other}, {'word ' * 20}"} for n in range(9)]
+            write_lines(tmp_path / f"{other}.jsonl", pages)
+            text[other] = str(tmp_path / f"{other}.jsonl")
+    config = config_of(root, "ada", {"epsilon": 1.0}, entries={"ada": {"text": text}})
+    with pytest.raises(UserError, match=r"long.txt\" is one document.* a \.jsonl file with a line"):
+        api.run(config, tmp_path / "run")
