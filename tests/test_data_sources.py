@@ -26,7 +26,17 @@ def test_every_source_says_what_it_is() -> None:
     assert (
         [info.name for info in infos]
         == source_names()
-        == ["csv", "debian-faq", "debian-faq-chat", "folder", "hub", "jsonl", "manpages", "parquet"]
+        == [
+            "chatterbot",
+            "csv",
+            "debian-faq",
+            "debian-faq-chat",
+            "folder",
+            "hub",
+            "jsonl",
+            "manpages",
+            "parquet",
+        ]
     )
     for info in infos:
         assert info.summary.startswith(f"{info.name}:") and "\n" not in info.summary
