@@ -94,7 +94,10 @@ def test_what_is_written_comes_back(tmp_path, tree):
     assert again.data.root == (tmp_path / config.data.root).resolve()
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda p: p.name)
+CONFIGS = sorted([*ROOT.glob("configs/*.toml"), *ROOT.glob("configs/instruct/*.toml")])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_the_configs_we_ship_are_valid(path):
     config = load_config(path)
     assert parse_config(tomllib.loads(to_toml(config))) == config
