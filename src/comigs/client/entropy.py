@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comigs.client.loss import Windows, hidden_states, sum_through_head
+from comigs.client.loss import Windows, blocks_of_rows, hidden_states, sum_through_head
 
 
 def sum_entropy(model: Any, windows: Windows) -> Tensor:
@@ -27,14 +27,17 @@ def sum_entropy(model: Any, windows: Windows) -> Tensor:
     return sum_through_head(model, hidden_TD, _sum_nats)
 
 
-def _sum_nats(rows: slice, logits_CV: Tensor, dtype: torch.dtype, to_gradient: bool) -> Tensor:
+def _sum_nats(chunk: slice, logits_CV: Tensor, dtype: torch.dtype, to_gradient: bool) -> Tensor:
     """Return the sum of H = -sum_v p_v log p_v, and turn the logits into its gradient.
 
     That is dH / dlogit_v = -p_v (log p_v + H).
     """
-    log_p_CV = logits_CV.to(dtype).log_softmax(dim=-1)
-    p_CV = log_p_CV.exp()
-    entropy_C1 = -(p_CV * log_p_CV).sum(dim=-1, keepdim=True)
-    if to_gradient:
-        logits_CV.copy_(log_p_CV.add_(entropy_C1).mul_(p_CV).neg_())
-    return entropy_C1.sum()
+    total = torch.zeros((), dtype=dtype, device=logits_CV.device)
+    for rows in blocks_of_rows(logits_CV):
+        log_p = logits_CV[rows].to(dtype).log_softmax(dim=-1)
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(dim=-1, keepdim=True)
+        total += entropy.sum()
+        if to_gradient:
+            logits_CV[rows] = log_p.add_(entropy).mul_(p).neg_().to(logits_CV.dtype)
+    return total

@@ -68,16 +68,11 @@ def _sum_nats(
 
     to_gradient: turn the logits into the sum's gradient, p - [is target], in place.
     """
-    C, V = logits_CV.shape
     if csrc.takes(logits_CV) and dtype == torch.float32:
         return csrc.cross_entropy(logits_CV, targets_C, to_gradient).sum()
 
-    # A processor's caches are small: it works on blocks of rows that fit. Other devices take all.
-    rows_at_once = C
-    if logits_CV.device.type == "cpu":
-        rows_at_once = BLOCK * torch.get_num_threads() // V
-    blocks = even_slices(C, rows_at_once)
-    buffer = logits_CV.new_empty(blocks[0].stop, V, dtype=dtype)
+    blocks = blocks_of_rows(logits_CV)
+    buffer = logits_CV.new_empty(blocks[0].stop, logits_CV.shape[1], dtype=dtype)
     targets_C1 = targets_C[:, None]
     chosen_C1 = logits_CV.gather(-1, targets_C1).to(dtype)
     log_norm_C1 = torch.empty_like(chosen_C1)
@@ -91,6 +86,18 @@ def _sum_nats(
             minus_one = torch.full_like(norm, -1)
             logits_CV[rows] = p.div_(norm).scatter_add_(-1, targets_C1[rows], minus_one)
     return (log_norm_C1 - chosen_C1).sum()
+
+
+def blocks_of_rows(logits_CV: Tensor) -> list[slice]:
+    """Return the rows to compute at once.
+
+    A processor's caches are small: it works on blocks of rows that fit. Other devices take all.
+    """
+    C, V = logits_CV.shape
+    rows_at_once = C
+    if logits_CV.device.type == "cpu":
+        rows_at_once = BLOCK * torch.get_num_threads() // V
+    return even_slices(C, rows_at_once)
 
 
 class Windows(NamedTuple):
