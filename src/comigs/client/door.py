@@ -18,14 +18,13 @@ PRIVATE = ("specialist", "router")  # these roles neither leave a client nor com
 def checked_prior(client: str, prior: Weights | None, own: Tensors) -> Tensor | None:
     """Return a prior of mean routing weights (blocks, experts); None where there is none.
 
-    Raises AssertionError where it is none for this client's routers, as a download would be.
+    It is passed over where it is for another number of experts, as a client may have gained or lost
+    one since. Raises AssertionError where its weights are none.
     """
-    if prior is None:
-        return None
     routers = [tensor for slot, tensor in own.items() if slot.role == "router" and not slot.is_gate]
-    sizes = [len(weights_E) for weights_E in prior]
-    if sizes != [len(router_ED) for router_ED in routers]:
-        raise AssertionError(f"{client}: a prior for other routers than the client has")
+    sizes = [len(weights_E) for weights_E in prior or ()]
+    if prior is None or sizes != [len(router_ED) for router_ED in routers] or not routers:
+        return None
     prior_LE = torch.tensor(prior, dtype=torch.float64, device=routers[0].device)
     if not bool((prior_LE >= 0).all()) or not bool((prior_LE.sum(dim=1) - 1).abs().max() < NEAR):
         raise AssertionError(f"{client}: a prior whose weights do not sum to 1")
