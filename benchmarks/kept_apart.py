@@ -45,12 +45,14 @@ def main() -> None:
     parser.add_argument("--train-share", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 45, 47])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--set", nargs="+", default=[], dest="more", help="as of comigs run")
     given = parser.parse_args()
     write_texts(given.out / "text")
 
     table = Table("seed", "router's text", "last", "valid chooses", "a tenth chooses", "test would")
     for seed in given.seeds:
         whole, apart, judged = (run_of(given, kind, seed) for kind in ("whole", "apart", "judged"))
+        assert losses(apart) == losses(judged), "what is measured changed what is learnt"
         test = curve(whole, "test")
         by_valid = mean_at(test, lowest(curve(whole, "valid")))
         table.add_row(str(seed), "all", *cells(test, by_valid, None))
@@ -92,11 +94,17 @@ def run_of(given: argparse.Namespace, kind: str, seed: int) -> RunFolder:
     if path.exists():
         return api.resume(path, say=print)
     text = given.out.resolve() / "text"
+    splits = ["test"] if kind == "judged" else ["valid", "test"]
     overrides = [
-        f"seed={seed}", f"rounds={given.rounds}", f"data.train_share={given.train_share}",
-        "client.batch_size=4", "client.lr=4e-3", 'evaluation.keep="last"',
-        'evaluation.splits=["test"]' if kind == "judged" else 'evaluation.splits=["valid", "test"]',
-    ]  # fmt: skip
+        f"seed={seed}",
+        f"rounds={given.rounds}",
+        f"data.train_share={given.train_share}",
+        f"evaluation.splits={json.dumps(splits)}",
+        'evaluation.keep="last"',
+        "client.batch_size=4",
+        "client.lr=4e-3",
+        *given.more,
+    ]
     for number, client in enumerate(CLIENTS):
         if kind != "whole":
             overrides.append(f'clients.{number}.text.valid="{text / client}.nine.jsonl"')
@@ -112,6 +120,12 @@ def curve(folder: RunFolder, split: str) -> Curve:
         if line.kind == "evaluation" and line.split == split and line.model == "personal":
             found[line.client][line.round] = line.nats_per_token
     return found
+
+
+def losses(folder: RunFolder) -> list[object]:
+    """Return the loss of every local step of a run."""
+    lines = folder.metrics()
+    return [line.train_nats_per_token_by_step for line in lines if line.kind == "train"]
 
 
 def lowest(of: Curve) -> dict[str, int]:
