@@ -103,8 +103,12 @@ def randomised(model):
 
 
 def built(model_type):
+    return built_from(CONFIGS[model_type])
+
+
+def built_from(config):
     torch.manual_seed(0)
-    return randomised(AutoModelForCausalLM.from_config(CONFIGS[model_type]))
+    return randomised(AutoModelForCausalLM.from_config(config))
 
 
 def saved(model_type, folder):

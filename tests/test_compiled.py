@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from comigs.experts import csrc, hidden_c, hidden_torch
+from comigs import csrc
+from comigs.experts import hidden_c, hidden_torch
 from comigs.experts.activation import GELU, SILU, by_autograd
 from comigs.experts.hidden import mixed_hidden
 from comigs.experts.hidden_layer import HiddenLayer, HiddenSettings, Wanted
@@ -197,7 +198,7 @@ def test_a_target_that_is_no_column_is_refused(target):
 def says(code, **environment):
     """What a process of its own prints; its cache folder is not ours."""
     done = subprocess.run(
-        [sys.executable, "-c", f"from comigs.experts import csrc as compiled; {code}"],
+        [sys.executable, "-c", f"from comigs import csrc as compiled; {code}"],
         capture_output=True, text=True, check=True, env={**os.environ, **environment},
     )  # fmt: skip
     return done.stdout.strip()

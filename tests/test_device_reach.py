@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from comigs.experts import csrc
+from comigs import csrc
 from comigs.federation.bundle import Bundle
 from comigs.federation.device import trainer_socket
 from comigs.federation.messages import REQUESTS, Answered, Refusal, config_for

@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "comigs"
 FLOORS = [
     {"errors", "text", "seeds", "slots"},
     {"files", "processes"},
+    {"csrc"},
     {"config"},
     {"data", "bases", "methods", "privacy"},
     {"experts"},

@@ -12,10 +12,11 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from comigs import csrc
 from comigs.bases import llama
 from comigs.bases.load import architecture_of
 from comigs.config import ExpertsSection
-from comigs.experts import activation, csrc, hidden_torch
+from comigs.experts import activation, hidden_torch
 from comigs.experts.attach import Attachment
 from comigs.slots import Slot
 from tests import naive

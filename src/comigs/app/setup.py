@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from comigs import csrc
 from comigs.app.privacy import privacy_lines
 from comigs.bases.load import Base, load_base, require_window
 from comigs.config import SPLITS, Config
 from comigs.data.prepare import Texts, prepare
 from comigs.engines.workers import devices
-from comigs.experts import csrc
 from comigs.experts.attach import Attachment
 from comigs.methods.loading import load_method
 from comigs.methods.readers import Engine, unread

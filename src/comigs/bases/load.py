@@ -15,7 +15,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from comigs import bases
+from comigs import bases, csrc
+from comigs.bases import attention
 from comigs.bases.base import Architecture, Loader
 from comigs.bases.chat_encoder import ChatEncoder
 from comigs.bases.chat_template import use_template
@@ -217,8 +218,7 @@ def _device(name: str) -> torch.device:
 def _attention(section: BaseSection, model: Any, device: torch.device) -> str:
     """Return how attention is computed. Raises UserError where that would leave a cap out."""
     if getattr(model.config, "attn_logit_softcapping", None) is None:
-        fast = "eager" if device.type == "cpu" else "sdpa"
-        return fast if section.attention == "auto" else section.attention
+        return _fastest(device) if section.attention == "auto" else section.attention
     # torch's own attention has no cap, and transformers would leave it out.
     if section.attention == "sdpa":
         raise UserError(
@@ -226,6 +226,13 @@ def _attention(section: BaseSection, model: Any, device: torch.device) -> str:
             f"{section.name} has one (attn_logit_softcapping); allowed: auto, eager"
         )
     return "eager"
+
+
+def _fastest(device: torch.device) -> str:
+    if device.type != "cpu":
+        return "sdpa"
+    # Where nothing can be compiled: torch's own has a slow backward pass there (LOG.md).
+    return "eager" if csrc.library() is None else attention.register()
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

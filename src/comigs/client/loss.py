@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from comigs import csrc
 from comigs.data.batches import Batch
 from comigs.data.examples import IGNORED
-from comigs.experts import csrc
 from comigs.experts.hidden_torch import even_slices
 from comigs.experts.router import reading_examples
 

@@ -42,8 +42,9 @@ class BaseSection(Section):
     )
     attention: Literal["auto", "eager", "sdpa"] = Field(
         "auto",
-        description="transformers computes attention this way. auto is eager on a CPU, a quarter "
-        "faster there at 128 tokens, and sdpa on a GPU.",
+        description="Attention is computed this way. auto is sdpa on a GPU; on a CPU the frozen "
+        "block's attention and norms are computed in C where there is a compiler (docs/performance."
+        "md). eager and sdpa are those of transformers, and leave the block as it is.",
     )
     device: str = Field(
         "auto",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from comigs.bases.base import Architecture, linear_size
 from comigs.config import ExpertShape, ExpertsSection
+from comigs.experts.block import quicker_modules
 from comigs.experts.lora import LoraLinear
 from comigs.experts.mixture import BlockExperts, Expert, Mixture
 from comigs.experts.router import Routing
@@ -41,6 +42,7 @@ class Attachment:
         self.mixtures: list[Mixture] = []
         self.attention: list[dict[str, LoraLinear]] = []
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        self._quickened: list[nn.Module] = []
         # Modules are replaced on the model itself, and remembered, so that `detach` can undo it.
         for block in model.get_submodule(architecture.blocks):
             mixture = Mixture(block.get_submodule(architecture.mlp), architecture)
@@ -51,6 +53,9 @@ class Attachment:
                 adapted[site] = LoraLinear(block.get_submodule(path))
                 self._replace(block, path, adapted[site])
             self.attention.append(adapted)
+        for module, compute in quicker_modules(model, self.attention, architecture.blocks):
+            self._quickened.append(module)
+            module.forward = compute
 
     def _replace(self, block: nn.Module, path: str, new: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
@@ -161,6 +166,8 @@ class Attachment:
 
     def detach(self) -> None:
         """Put the base's own modules back, as if nothing had ever been attached."""
+        while self._quickened:
+            del self._quickened.pop().forward  # the class has its own
         while self._replaced:
             owner, name, original = self._replaced.pop()
             setattr(owner, name, original)

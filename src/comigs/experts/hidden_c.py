@@ -11,7 +11,7 @@ from ctypes import POINTER, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from comigs.experts import csrc
+from comigs import csrc
 from comigs.experts.hidden_layer import Gradients, HiddenLayer, Wanted
 
 LANES = 16  # as in hidden.c, which takes an I that is a multiple of it

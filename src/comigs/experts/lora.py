@@ -1,10 +1,15 @@
-"""This module holds the LoRA on one attention linear: not routed, one per linear."""
+"""This module holds the LoRA on attention linears: not routed, one per linear."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from comigs.experts.reading import Frozen, read
 
 
 class LoraLinear(nn.Module):
@@ -23,11 +28,25 @@ class LoraLinear(nn.Module):
         self.merged: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(x)
-        if self.merged is not None:
-            y = y + F.linear(x, self.merged.to(x.dtype))
-        if self.A is None or self.B is None:
-            return y
-        low = F.linear(x, self.A.to(x.dtype))
-        B = (self.scale * self.B).to(y.dtype)
-        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2).to(y.dtype), B.T).view_as(y)
+        return adapted(x, [self])[0]
+
+
+def adapted(x: Tensor, linears: Sequence[LoraLinear]) -> list[Tensor]:
+    """Return what linears that read the same x make of it, with the LoRA of each."""
+    As = [lora.A for lora in linears if lora.A is not None]
+    if len(As) < len(linears):
+        return [_alone(x, lora) for lora in linears]
+    frozen = [Frozen(lora.linear, lora.merged) for lora in linears]
+    results, low = read(x.flatten(0, -2), frozen, torch.cat(As) if len(As) > 1 else As[0])
+    found = []
+    for lora, y, own in zip(linears, results, low.split([len(A) for A in As], 1), strict=True):
+        B: Any = lora.B
+        B = (lora.scale * B).to(y.dtype)
+        found.append(torch.addmm(y, own, B.T).view(*x.shape[:-1], -1))
+    return found
+
+
+def _alone(x: Tensor, lora: LoraLinear) -> Tensor:
+    """Return what a linear makes of x where no client is at work."""
+    y: Tensor = lora.linear(x)
+    return y if lora.merged is None else y + F.linear(x, lora.merged.to(x.dtype))

@@ -25,6 +25,7 @@ from comigs.bases.base import Architecture
 from comigs.experts.activation import activation_of
 from comigs.experts.hidden import mixed_hidden
 from comigs.experts.hidden_layer import HiddenLayer, HiddenSettings
+from comigs.experts.reading import Frozen, read
 from comigs.experts.router import Routing, route, route_gated, routing_inputs
 
 
@@ -100,21 +101,20 @@ class Mixture(nn.Module):
         if not own.experts:
             return self.mlp(x)  # type: ignore[no-any-return]
         # Everything that is trained, and everything element-wise, is computed in float32 or more.
-        frozen = [self.frozen_linear(site, x_TD) for site in self.inputs]
+        # The experts' A's are below each other, so that one product serves all experts and inputs.
+        frozen, low = read(x_TD, self._frozen_inputs(), self._stacked_a(self.inputs))
         dtype = torch.promote_types(frozen[0].dtype, torch.float32)
         weights_TE = self.routing_weights(x).to(dtype).expand(len(x_TD), -1)
 
-        # The experts' A's are below each other, so that one product serves all experts and inputs.
         scales_R = torch.cat(
             [x_TD.new_full((expert.rank,), expert.scale, dtype=dtype) for expert in own.experts]
         )
-        low = F.linear(x_TD, self._stacked_a(self.inputs).to(x.dtype)).to(dtype)
         B_SRI = torch.cat([e.B[site].T for site in self.inputs for e in own.experts]).to(dtype)
         mixed_TI, low_TR = mixed_hidden(
             HiddenLayer(
                 settings=self._hidden_settings(),
                 weights_TE=weights_TE,
-                low_TSR=low.unflatten(1, (len(frozen), -1)) * scales_R,
+                low_TSR=low.to(dtype).unflatten(1, (len(frozen), -1)) * scales_R,
                 B_SRI=B_SRI.unflatten(0, (len(frozen), -1)),
                 A_RI=self._stacked_a(["down"]).to(dtype),
                 frozen=frozen,
@@ -160,6 +160,10 @@ class Mixture(nn.Module):
         if site not in self.bound.merged:
             return y
         return y + F.linear(x, self.bound.merged[site].to(x.dtype))
+
+    def _frozen_inputs(self) -> list[Frozen]:
+        names, merged = self.architecture.mlp_linears(), self.bound.merged
+        return [Frozen(getattr(self.mlp, names[site]), merged.get(site)) for site in self.inputs]
 
     def _stacked_a(self, sites: Sequence[str]) -> Tensor:
         """Return the A's of all experts below each other, one site's after another's."""

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
-from comigs import __version__
+from comigs import __version__, csrc
 from comigs.bases.load import Base
 from comigs.config import SPLITS
 from comigs.data.client_text import SplitText
 from comigs.data.corpus import TokenStore
 from comigs.data.prepare import ClientData, Outline
 from comigs.errors import UserError
-from comigs.experts import csrc
 from comigs.runs.folder import RunFolder
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")

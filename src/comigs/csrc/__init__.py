@@ -1,7 +1,8 @@
 """This module compiles and calls what is written in C, for CPUs (docs/decisions/0012).
 
-In C are the hidden layer of all experts, and cross-entropy. They are compiled for this machine
-when first wanted, by the C compiler that is there ($CC, else cc), and kept in the cache folder.
+In C are the hidden layer of all experts, cross-entropy, attention, norms and rotation. They are
+compiled for this machine when first wanted, by the C compiler that is there ($CC, else cc), and
+kept in the cache folder.
 Without a compiler, or with COMIGS_COMPILED=0, PyTorch does the same more slowly.
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from comigs.files import cache_folder
 
 HERE = Path(__file__).parent
+LANES = 16  # as in vectors.h
 FLAGS = shlex.split("-std=gnu11 -O3 -march=native -ffp-contract=fast -fno-math-errno -fPIC -shared")
 
 
@@ -62,6 +64,13 @@ def cross_entropy(logits_CV: Tensor, targets_C: Tensor, to_gradient: bool) -> Te
 def call(function: str, *arguments: Any) -> None:
     """Call a C function of `library`, which must be there."""
     getattr(library(), function)(*arguments)
+
+
+def number(function: str, *arguments: int) -> int:
+    """Return the whole number that a C function of `library` makes of these."""
+    called = getattr(library(), function)
+    called.restype = ctypes.c_int64
+    return int(called(*map(ctypes.c_int64, arguments)))
 
 
 def library() -> ctypes.CDLL | None:

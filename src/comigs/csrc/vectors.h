@@ -85,3 +85,29 @@ static inline float total(vec v) {
   four c = b.half[0] + b.half[1];
   return (c[0] + c[2]) + (c[1] + c[3]);
 }
+
+/* n numbers in whole vectors */
+static inline int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* d numbers as float32 into a row, and from it; the row is as long as whole(d), the rest of it stays as it is */
+static inline void take(float *row, const void *from, int64_t at, int64_t d, int64_t half) {
+  int64_t i = 0;
+  for (; i + LANES <= d; i += LANES) store(row + i, load_any(from, at + i, half));
+  for (; i < d; i++) {
+    uint32_t bits = half ? (uint32_t)((const uint16_t *)from)[at + i] << 16 : 0;
+    if (half) memcpy(row + i, &bits, 4);
+    else row[i] = ((const float *)from)[at + i];
+  }
+}
+
+static inline void give(void *to, int64_t at, const float *row, int64_t d, int64_t half) {
+  int64_t i = 0;
+  for (; i + LANES <= d; i += LANES) store_any(to, at + i, half, load(row + i));
+  if (i == d) return;
+  float rest[LANES] = {0}, *numbers = (float *)to + at + i;
+  uint16_t halves_of_rest[LANES];
+  memcpy(rest, row + i, 4 * (d - i));
+  if (!half) memcpy(numbers, rest, 4 * (d - i));
+  store_any(halves_of_rest, 0, 1, load(rest));
+  if (half) memcpy((uint16_t *)to + at + i, halves_of_rest, 2 * (d - i));
+}
