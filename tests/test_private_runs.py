@@ -75,16 +75,19 @@ def test_rounds_stop_where_the_budget_ends_for_whom_it_ends(crashed):
     assert not [line for line in lines if isinstance(line, Warned)]
 
 
-def test_where_nobody_has_any_left_the_run_ends_with_the_model_of_that_round(crashed, root):
-    config = config_of(root, "ada", {"epsilon": 8.0}, rounds=3)
+@pytest.mark.parametrize("conditions", [{}, {"latency": 0.1, "machine": 1000.0}])
+def test_where_nobody_has_any_left_the_run_ends_with_the_model_of_that_round(
+    crashed, root, tmp_path, conditions
+):
+    config = config_of(root, "ada", {"epsilon": 8.0}, rounds=3, conditions=conditions)
 
     def until_round_two(event):
         if isinstance(event, Step) and event.round == 2:
             raise Killed
 
     with pytest.raises(Killed):
-        api.run(config, root / "alone", until_round_two)
-    folder = api.resume(root / "alone")
+        api.run(config, tmp_path / "alone", until_round_two)
+    folder = api.resume(tmp_path / "alone")
     warned = [line for line in folder.metrics() if isinstance(line, Warned)]
     assert [(line.sign, line.round) for line in warned] == [("privacy-budget-spent", 2)]
     assert folder.checkpoint().finished and len(spent(folder)) == 2

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from comigs.config import Config
 from comigs.data.prepare import Texts
 from comigs.privacy.budget import Plan, batch_of, plan_for, require_documents
+from comigs.server.private_mean import client_privacy
 from comigs.text import listed
+
+SEEDED = "NOT PRIVATE: privacy.noise_seed is given, and whoever knows it can take noise away"
 
 
 def privacy_lines(config: Config, texts: Texts) -> Iterator[str]:
@@ -17,7 +20,9 @@ def privacy_lines(config: Config, texts: Texts) -> Iterator[str]:
     Raises UserError for a client that has too few, or too many for delta.
     """
     privacy, documents = config.privacy, dict[str, int]()
-    if not privacy.is_on:
+    if privacy.by_client:
+        yield from _client_lines(config)
+    if not privacy.by_document:
         return
     for name, outline in texts.outlines().items():
         documents[name] = sum(text.num_documents for text in outline.train)
@@ -31,7 +36,23 @@ def privacy_lines(config: Config, texts: Texts) -> Iterator[str]:
     has = [f"{name} {number:,}" for name, number in documents.items()]
     yield f"a client needs {needed:,} documents in train, and has: {listed(has)}"
     if privacy.noise_seed is not None:
-        yield "NOT PRIVATE: privacy.noise_seed is given, and whoever knows it can take noise away"
+        yield SEEDED
+
+
+def _client_lines(config: Config) -> Iterator[str]:
+    found = client_privacy(config)
+    spent = _spent(found.epsilon(config.rounds))
+    yield (
+        f"private by client, with {spent}, delta {found.delta:g}, noise "
+        f"{found.noise_multiplier:.3g} times privacy.clip; {found.sampling_rate:.0%} of "
+        f"{found.clients:,} clients in a round on average; the server is trusted"
+    )
+    if config.privacy.noise_seed is not None:
+        yield SEEDED
+
+
+def _spent(epsilon: float) -> str:
+    return "NO NOISE" if math.isinf(epsilon) else f"epsilon {epsilon:.3g}"
 
 
 def _figures(config: Config, plans: list[tuple[str, Plan]]) -> Iterator[str]:
@@ -40,7 +61,6 @@ def _figures(config: Config, plans: list[tuple[str, Plan]]) -> Iterator[str]:
         if plan in told:
             continue
         told.add(plan)
-        epsilon = plan.epsilon(config.rounds)
-        spent = "NO NOISE" if math.isinf(epsilon) else f"epsilon {epsilon:.3g}"
+        spent = _spent(plan.epsilon(config.rounds))
         noise = f"noise {plan.noise_multiplier:.3g} times privacy.clip"
         yield f"{spent}, delta {plan.delta:g}, {noise} ({name}, {plan.documents:,} documents)"

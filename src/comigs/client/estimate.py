@@ -166,7 +166,7 @@ def router_steps(config: Config, method: Method, phases: int) -> int:
 
 def shared_phase_steps(config: Config, steps: int) -> float:
     """Return as how many local steps so many noised ones count, where a run has any."""
-    if not config.privacy.is_on:
+    if not config.privacy.by_document:
         return 0.0
     return steps * BY_DOCUMENT * batch_of(config) / config.client.batch_size
 

@@ -144,6 +144,6 @@ def shared_part(
     budget: Budget | None,
 ) -> SharedPart | None:
     """Return the shared part of a client with the tensors `own`; None where nothing is private."""
-    if not place.config.privacy.is_on:
+    if not place.config.privacy.by_document:
         return None
     return SharedPart(name, place.config, place.method, own, state, budget)

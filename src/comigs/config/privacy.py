@@ -15,11 +15,12 @@ class PrivacySection(Section):
     See docs/privacy.md.
     """
 
-    level: Literal["none", "document"] = Field(
+    level: Literal["none", "document", "client"] = Field(
         "none",
         description='"document": what leaves a client is differentially private, and epsilon and '
         "delta are for one document more or less in its train text. "
-        '"none": nothing bounds what can be learnt from it.',
+        '"client": what the server gives back is, for one client more or less in the run; the '
+        'server itself is trusted. "none": nothing bounds what can be learnt.',
     )
     epsilon: float | None = Field(
         None,
@@ -30,21 +31,22 @@ class PrivacySection(Section):
     noise_multiplier: float | None = Field(
         None,
         ge=0,
-        description="The noise on a step's sum of gradients has this standard deviation, times "
-        "clip; epsilon follows from it. 0: no noise, which is not private.",
+        description="The noise on a step's sum of gradients (by client: on a round's sum of steps) "
+        "has this standard deviation, times clip; epsilon follows from it. 0: no noise, which is "
+        "not private.",
     )
     delta: float = Field(
         1e-5,
         gt=0,
         lt=1,
         description="With this probability epsilon may not hold. It must be below 1 / documents "
-        "of every client.",
+        "of every client, or 1 / clients.",
     )
     clip: float = Field(
         1.0,
         gt=0,
         description="A document's gradient, over all shared tensors together, is cut to this "
-        "length (l2).",
+        "length (l2); by client, the step from the download to an upload is.",
     )
     expected_batch: float | None = Field(
         None,
@@ -78,6 +80,16 @@ class PrivacySection(Section):
     def is_on(self) -> bool:
         """Whether anything is bounded."""
         return self.level != "none"
+
+    @property
+    def by_document(self) -> bool:
+        """Whether clients bound what they send."""
+        return self.level == "document"
+
+    @property
+    def by_client(self) -> bool:
+        """Whether the server bounds what it gives back."""
+        return self.level == "client"
 
     def problem(self) -> str:
         """Return what does not fit together in this section, in one line; "" where all does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -126,6 +127,7 @@ class Config(Section):
         self._check_evaluation()
         self._check_sums()
         self._check_privacy()
+        self._check_private_mean()
         self.conditions.require_clients([client.name for client in self.clients])
         if self.data.valid_fraction + self.data.test_fraction >= 1:
             raise ValueError(
@@ -160,13 +162,34 @@ class Config(Section):
     def _check_privacy(self) -> None:
         if problem := self.privacy.problem():
             raise ValueError(problem)
-        for client in self.clients if self.privacy.is_on else ():
+        for client in self.clients if self.privacy.by_document else ():
             if self.router_data_of(client) == "prior":
                 raise ValueError(
                     f'clients.{client.name}.router_data: "prior" follows the routing weights of '
                     "other clients, which depend on their text and do not leave them with "
                     'privacy.level; use "entropy" or "train"'
                 )
+
+    def _check_private_mean(self) -> None:
+        # noise is made for a plain sum of steps, of which nobody's comes twice
+        wanted = {
+            "upload.merge": (self.upload.merge, "mean"),
+            "participation.late": (self.participation.late, "drop"),
+            "privacy.secure_aggregation": (self.privacy.secure_aggregation, False),
+            "privacy.expected_batch": (self.privacy.expected_batch, None),
+        }
+        for field, (given, allowed) in wanted.items():
+            if self.privacy.by_client and given != allowed:
+                must = "left out" if allowed is None else json.dumps(allowed)
+                raise ValueError(
+                    f'{field}: given {json.dumps(given)} beside privacy.level = "client", with '
+                    f"which the server adds noise to the sum of all steps; must be {must}"
+                )
+        if self.privacy.by_client and self.privacy.delta >= 1 / len(self.clients):
+            raise ValueError(
+                f"privacy.delta: given {self.privacy.delta:g}, but there are {len(self.clients)} "
+                f"clients; must be below 1 / {len(self.clients)}"
+            )
 
     def _check_evaluation(self) -> None:
         evaluation, why = self.evaluation, ""

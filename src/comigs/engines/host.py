@@ -51,7 +51,7 @@ class ClientHost:
         held = {part: path for part, path in paths.items() if self.folder.holds(path, staged)}
         state = {part: self.folder.load(path, staged) for part, path in held.items()}
         data, budget = self.texts.load(name), None
-        if self.config.privacy.is_on:
+        if self.config.privacy.by_document:
             # What was spent is no part of a round that could be rewound.
             ledger = Ledger(self.folder.files, f"clients/{name}/privacy.json")
             documents = sum(store.num_documents for store in data.train)

@@ -162,7 +162,7 @@ def leaving(config: Config, lines: Sequence[ClientReport], timing: Timing) -> di
     Where what leaves is private, that is nothing that depends on text: which settings a round had,
     and the epsilon spent, rounded up to tenths, so that documents cannot be counted from it.
     """
-    if not config.privacy.is_on:
+    if not config.privacy.by_document:
         return {"metrics": [line.as_json() for line in lines], "timing": timing.as_json()}
     told = []
     for line in lines:

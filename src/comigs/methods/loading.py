@@ -17,6 +17,7 @@ from comigs.config.errors import one_line
 from comigs.errors import UserError, nearest
 from comigs.methods.merging import mean_of_uploads
 from comigs.methods.method import Method
+from comigs.slots import Slot
 
 Settings = TypeVar("Settings", bound=Section)
 # what methods are made of
@@ -103,16 +104,35 @@ def _require_power(config: Config, method: Method) -> None:
                     )
 
 
+def _other_than_a_mean(method: Method) -> str:
+    """Return why a server that adds noise to a mean is not all that this method gives back."""
+    if not method.averages:
+        return "what its server gives back is not the mean of uploads"
+    sends_anything = False
+    for part in ("g0", "attention"):
+        for slot in (Slot(0, "up", part, "A"), Slot(0, "up", part, "B")):
+            sends_anything |= method.sends(slot, 1)
+            if method.sends(slot, 1) != method.sends(slot, 2):
+                return "its clients send other tensors in every other round"
+            if method.sends(slot, 1) and not method.receives(slot):
+                return "its clients do not start from the mean of all"
+    return "" if sends_anything else "it sends nothing, so there is nothing to bound"
+
+
 def _require_possible(config: Config, method: Method) -> None:
     """Refuse settings of other sections that this method cannot follow.
 
     Raises UserError naming the field.
     """
-    level = config.privacy.level
-    if level != "none" and method.leaks:
+    level, leaks = config.privacy.level, ""
+    if config.privacy.by_document:
+        leaks = method.leaks
+    elif config.privacy.by_client:
+        leaks = _other_than_a_mean(method)
+    if leaks:
         raise UserError(
             f'privacy.level: given "{level}", but {config.method} cannot be private: '
-            f'{method.leaks}; must be "none", or choose another method'
+            f'{leaks}; must be "none", or choose another method'
         )
     averages = method.aggregate is mean_of_uploads and not method.centralized
     if config.privacy.secure_aggregation and not averages:

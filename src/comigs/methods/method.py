@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -51,16 +51,20 @@ class RoundContext:
         train, or as the config says.
     peer_nats: reader -> author -> nats per token of the author's model on the reader's valid; empty
         without `reads_peers`.
-    upload: how uploads become one.
+    upload: how uploads become one. private_mean: what takes the place of that, where the server
+        adds noise.
     """
 
     clients: tuple[str, ...]
     weights: Mapping[str, float] = field(default_factory=dict)
     peer_nats: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     upload: UploadSection = field(default_factory=UploadSection)
+    private_mean: Callable[[Iterable[Any]], dict[Any, Tensor]] | None = None
 
     def mean(self, uploads: Iterable[Mapping[Key, Tensor]]) -> dict[Key, Tensor]:
         """Return the mean of uploads, or what `upload.merge` puts in its place."""
+        if self.private_mean is not None:
+            return self.private_mean(uploads)
         return mean(uploads, self.upload.merge, self.upload.trim)
 
 

@@ -166,7 +166,7 @@ class LastDownload(ClientLine):
 
 
 class RoundEnd(Line):
-    """A round ends. `asked` is None where every client of the run was asked.
+    """A round ends. `asked`: None where all were. epsilon: of means that are private by client.
 
     drift: how far the uploads lie apart (server/diagnostics.py), None where nothing is shared.
     prior: client -> similar clients' mean routing weights, which it is told next; None: nobody's.
@@ -176,6 +176,7 @@ class RoundEnd(Line):
     drift: float | None = None
     asked: Annotated[list[str] | None, OrLeftOut] = None
     prior: Annotated[dict[str, list[Weights]] | None, OrLeftOut] = None
+    epsilon: Annotated[Figure | None, OrLeftOut] = None
 
 
 class Absent(ClientLine):
@@ -295,6 +296,5 @@ class Summary(Record):
 
 Event = Line | Note | Problem  # whatever a run tells whoever listens
 ClientReport = TrainReport | Evaluation | Kept  # a line that a client writes
-REPORTED: TypeAdapter[list[ClientReport]] = TypeAdapter(
-    list[Annotated[ClientReport, Field(discriminator="kind")]]
-)
+Told = Annotated[ClientReport, Field(discriminator="kind")]
+REPORTED: TypeAdapter[list[ClientReport]] = TypeAdapter(list[Told])

@@ -20,6 +20,7 @@ from comigs.server.participation import (
     participants,
 )
 from comigs.server.pending import discounted
+from comigs.server.private_mean import sampled_clients
 from comigs.server.protocol import Answers, Reply, Task
 from comigs.server.validation import (
     Start,
@@ -69,7 +70,11 @@ class RoundCollector:
         self.downloads = server.downloads  # what is delivered in this round
         self.failed, self.spent = failures(server.history), budget_spent(server.history)
         self.out = left_out(server.history) | self.spent
-        self.private = server.config.privacy.is_on
+        self.private = server.config.privacy.by_document
+        # A sample is drawn once for a round, as nobody can draw it again.
+        self._sample: list[str] | None = None
+        if server.config.privacy.by_client:
+            self._sample = sampled_clients(server.config, round)
         self.uploads: dict[str, Upload] = {}
         self.absent: dict[str, str] = {}
         self.reached: set[str] = set()
@@ -84,6 +89,8 @@ class RoundCollector:
     def to_ask(self) -> list[str]:
         """Return the clients of this round whose answer is missing."""
         asked = participants(self.config, self.round, self.out)
+        if self._sample is not None:
+            asked = [name for name in self._sample if name not in self.out]
         return [name for name in asked if name not in self._replies]
 
     def take(self, tasks: Mapping[str, Task], answers: Answers) -> None:

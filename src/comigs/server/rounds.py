@@ -30,9 +30,10 @@ from comigs.server.participation import (
     stopped_line,
 )
 from comigs.server.pending import next_downloads, pack_server, unpack_server, unpack_started
+from comigs.server.private_mean import PrivateMean, spent
 from comigs.server.protocol import Engine, Reply, Report, Task
 from comigs.server.routing_prior import latest_priors, priors_of_round
-from comigs.server.validation import check_lines, common_start, read_reply
+from comigs.server.validation import check_lines, common_start, expected_upload, read_reply
 
 SHOWN = 4  # clients whose reason is told where a round is asked again
 
@@ -89,11 +90,18 @@ def _run_round(
 
     # Merge: the method makes of the uploads what each client receives next. Whoever was not
     # reached still has what it missed to come, so its next download is both.
+    private_mean = None
+    if config.privacy.by_client:
+        first = config.clients[0].name
+        slots = expected_upload(method, server.shapes[first], round)
+        everybodys = server.downloads.get(first, {})
+        private_mean = PrivateMean(config, round, slots, everybodys, server.start)
     context = RoundContext(
         clients=tuple(client.name for client in config.clients),
         weights=collector.weights(),
         peer_nats=engine.probe(collector.uploads, round) if method.reads_peers else {},
         upload=config.upload,
+        private_mean=private_mean,
     )
     merged, server.memory = method.aggregate(collector.uploads, server.memory, context)
     sent = server.downloads
@@ -105,7 +113,8 @@ def _run_round(
     # How far uploads are apart is seen by nobody where their sum alone is known.
     summed = config.privacy.secure_aggregation
     apart = None if summed else drift(collector.uploads, sent)
-    lines.append(RoundEnd(round=round, drift=apart, asked=collector.asked(), prior=priors))
+    asked, epsilon = collector.asked(), spent(config, round)
+    lines.append(RoundEnd(round=round, drift=apart, asked=asked, prior=priors, epsilon=epsilon))
     lines += collector.warnings
     lines += _diagnosed(server, lines)
     packed = pack_server(server.downloads, server.memory, server.started)
@@ -124,11 +133,16 @@ def _ask(collector: RoundCollector, engine: Engine, folder: RunFolder, report: R
     """
     config, round = collector.config, collector.round
     needed, everyone = config.participation.min_clients, len(config.clients)
+    # A sample is what it is: who came decides nothing where the mean has noise of its own.
+    if config.privacy.by_client:
+        needed = 0
     measured = measured_base(collector.server.history)
     priors = latest_priors(collector.server.history)
     while True:
         # Waiting for clients that will not come back is no use.
         names, left = collector.to_ask(), everyone - len(collector.out)
+        if not names and needed == 0:
+            return True
         if (left < needed or not names) and collector.spent:
             return False
         if left < needed or not names:
@@ -180,7 +194,7 @@ def _deliver_the_last_download(
     # What a client says of its own model counts under the same conditions as in a round.
     replies: dict[str, Reply] = {}
     absent: dict[str, str] = {}
-    keeps, private = config.evaluation.keep == "best", config.privacy.is_on
+    keeps, private = config.evaluation.keep == "best", config.privacy.by_document
     for name, task in tasks.items():
         if name not in answers.replies:
             absent[name] = answers.absent.get(name, NO_ANSWER)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from comigs.engines.conditions.weather import Link, Weather
 from comigs.errors import UserError
 from comigs.methods.method import Download
+from comigs.privacy.budget import SPENT
 from comigs.runs.simulated import Attempt
 from comigs.server.protocol import Reply, Task
 from comigs.server.transport import GONE, Failure
@@ -149,9 +150,15 @@ class Network:
                 self._send(id, message, answer, link, 0)
             else:
                 asked[client] = message
-        if asked:
-            for client, work in self._work(asked).items():
-                self._carry(pushed[client][0], asked[client], work)
+        works = self._work(asked) if asked else {}
+        for client, message in asked.items():
+            id = pushed[client][0]
+            if client in works:
+                self._carry(id, message, works[client])
+                continue
+            # Whoever has no privacy left says so at once.
+            self._note(message, self.time, 0, 0, SPENT)
+            self.trips[client] = Trip(id, client, self.time, answer=None, lost=SPENT)
         return [self.trips[client] for client in pushed]
 
     def _carry(self, id: str, message: Message, work: Work) -> None:

@@ -93,7 +93,7 @@ class DeviceRun:
         home: the device's folder, whose ledger counts the runs of all operators and configs. most:
         the epsilon of all of them together, as the owner says. Raises UserError.
         """
-        if not self.config.privacy.is_on:
+        if not self.config.privacy.by_document:
             return None
         ledger = Ledger(ClosedFolder(home), "privacy.json")
         documents = sum(store.num_documents for store in data.train)

@@ -17,9 +17,16 @@ def privacy_note(run: Run) -> str:
     privacy = run.config.privacy
     if not privacy.is_on:
         return ""
-    spent = [line.epsilon for line in run.train if line.epsilon is not None]
+    lines = run.drift if privacy.by_client else run.train
+    spent = [line.epsilon for line in lines if line.epsilon is not None]
     if not spent:
         return f"Not private. {NOT_PRIVATE}"
+    if privacy.by_client:
+        return (
+            f"Private by client: what the server gave back is ({max(spent):.3g}, "
+            f"{privacy.delta:g})-differentially private for each client of the run. The server "
+            "itself saw every upload, and this page has figures that were measured on text."
+        )
     return (
         f"Private by document: whatever was sent is ({max(spent):.3g}, {privacy.delta:g})"
         "-differentially private for each document of a client's train text, so that nobody who "
