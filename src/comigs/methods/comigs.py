@@ -18,6 +18,7 @@ from pydantic import Field
 
 from comigs.config import Config, Section
 from comigs.methods.alone import best_on_valid, most_candidates
+from comigs.methods.full_step import mean_with_full_attention
 from comigs.methods.loading import options
 from comigs.methods.merging import mean_of_uploads
 from comigs.methods.method import Download, Method, Mixed, Nats, Tensors
@@ -45,6 +46,11 @@ class Options(Adoption):
         "valid",
         description='A client adopts "all" of a download, or generalists as far as "valid" asks.',
     )
+    attention: Literal["mean", "full-step"] = Field(
+        "mean",
+        description='The server sends the "mean" of attention LoRA, or goes a "full-step" in its '
+        "direction, as long as clients' own are on average.",
+    )
     finish: Literal["mixture", "valid"] = Field(
         "valid",
         description='At the end a client keeps its "mixture", or whatever its "valid" says is best '
@@ -56,6 +62,8 @@ def method(config: Config) -> Method:
     """Return the paper's method, with adoption and a choice at the end where the options say so."""
     settings = options(config, Options)
     method = as_published(config)
+    if settings.attention == "full-step":
+        method = replace(method, aggregate=mean_with_full_attention, averages=False)
     if settings.adopt == "valid":
         method = replace(method, mix=mix_as_valid_asks, looks=LOOKS, probe=settings.probe_windows)
     if settings.finish == "valid":

@@ -21,7 +21,7 @@ from comigs.slots import Slot
 
 Settings = TypeVar("Settings", bound=Section)
 # what methods are made of
-NO_METHODS = ("alone", "loading", "lowrank", "merging", "method", "readers", "shapes")
+NO_METHODS = ("alone", "full_step", "loading", "lowrank", "merging", "method", "readers", "shapes")
 
 
 def list_methods() -> list[str]:
@@ -137,9 +137,9 @@ def _require_possible(config: Config, method: Method) -> None:
     averages = method.aggregate is mean_of_uploads and not method.centralized
     if config.privacy.secure_aggregation and not averages:
         raise UserError(
-            f"privacy.secure_aggregation: given true, but {config.method} does more with uploads "
-            "than average them all, and the server would have their sum alone; must be false, or "
-            "choose a method that averages, such as comigs or fedavg"
+            f"privacy.secure_aggregation: given true, but {config.method} as configured does more "
+            "with uploads than average them all, and the server would have their sum alone; must "
+            "be false, or choose a method that averages, such as fedavg or comigs by default"
         )
     merge = config.upload.merge
     if merge != "mean" and not method.averages:
