@@ -270,3 +270,44 @@ def test_the_speed_of_this_machine_is_measured_once(runs):
     machine = folder.config().conditions.machine
     attempt, _ = lines(folder, "attempt")
     assert machine > 0 and attempt["ended"] >= 2 * attempt["tokens"] / machine
+
+
+def test_the_report_has_a_timeline_and_a_comparison_hours_and_work_lost(runs, tmp_path):
+    from comigs.experiments.compare.compared import compare_runs
+    from comigs.experiments.compare.write import write_comparison
+    from comigs.runs.report.page import report_page
+    from comigs.runs.report.read import read_run
+    from comigs.runs.report.timeline import timeline, worked_tokens
+
+    read = read_run(runs.rough.path)
+    shown = timeline(read)
+    lost = [line for line in read.attempts if line.lost is not None]
+    late = [line for line in read.absent if line.reason == "no answer by the deadline"]
+    assert sum(span.outcome == "lost" for span in shown.spans) == len(lost)
+    assert shown.ends[-1] == read.exchanges[-1].ended and late
+    # naively: what was trained on, without what has a line of training that counted
+    used = {(line.client, line.round) for line in read.train}
+    naive = [a.tokens for a in read.attempts if a.lost or (a.client, a.round) not in used]
+    worked, counted = worked_tokens(read)
+    assert sum(worked.values()) - sum(counted.values()) == sum(naive) > 0
+    page = report_page(read)
+    assert (
+        "<h2>Timeline</h2>" in page and "of the tokens that were trained on came to nothing" in page
+    )
+    assert timeline(read_run(runs.off.path)) is None
+
+    root = tmp_path / "both"
+    root.mkdir()
+    for name, limit in (("fast", 200), ("slow", 100)):
+        conditions = {"tokens_per_second": limit, "clients": {"bob": {"dropout": 1}}}
+        runs(root / name, conditions=conditions)
+    compared = compare_runs([root])
+    ((_, costs),) = [each for each in compared.tables() if each[0].endswith("costs per client")]
+    column = costs.headers.index("simulated time")
+    seconds = [row[column] for row in costs.rows]
+    ends = [read_run(root / name).exchanges[-1].ended for name in ("fast", "slow")]
+    assert sorted(seconds) == sorted(f"{end:.1f} s" for end in ends)
+    assert "work lost" in costs.headers
+    written = write_comparison(compared, tmp_path / "out")
+    assert any(path.name == "by-hours.svg" for path in written)
+    assert "Against simulated hours" in (tmp_path / "out" / "compare.html").read_text()

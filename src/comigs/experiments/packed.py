@@ -21,6 +21,7 @@ from comigs.experiments.csv_file import Row, from_csv, to_csv
 from comigs.files import write_files, writing
 from comigs.runs.metrics import ClientSummary
 from comigs.runs.report.read import Run, read_run
+from comigs.runs.report.timeline import worked_tokens
 
 RUNS, ROUNDS, ENVIRONMENT = "runs.csv", "rounds.csv.gz", "environment.json"
 PACKED = (RUNS, ROUNDS, ENVIRONMENT)
@@ -46,6 +47,8 @@ ROUND: dict[str, type] = {
     **dict.fromkeys(("adopted_share", "drift", "tokens_per_second", "seconds"), float),
     "warning": str,
     "absent": str,
+    "simulated_seconds": float,
+    **dict.fromkeys(("worked_tokens", "lost_tokens"), int),
 }
 
 
@@ -221,6 +224,13 @@ def _rounds(run: Run) -> tuple[Row, ...]:
     for time in run.timings:
         speed = {"tokens_per_second": time.tokens_per_second, "seconds": time.seconds}
         at(time.round, time.client).update(speed)
+    # Of simulated devices: when the round ended, and how much of what was done was for nothing.
+    for exchange in run.exchanges:
+        at(exchange.round, None)["simulated_seconds"] = exchange.ended
+    worked, counted = worked_tokens(run)
+    for number, tokens in worked.items():
+        lost = {"worked_tokens": tokens, "lost_tokens": tokens - counted.get(number, 0)}
+        at(number, None).update(lost)
     # A round may show several signs of failure, and one cell has them all.
     for w in run.warnings:
         row = at(w.round, w.client)

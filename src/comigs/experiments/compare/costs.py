@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from comigs.experiments.compare.settings import Setting
+from comigs.experiments.compare.simulated import simulated_costs
 
 Costs = dict[str, Any]  # a cell by its column in table.csv
 
@@ -22,7 +23,8 @@ def costs(setting: Setting, own: pd.DataFrame) -> Costs:
     trained_parameters is of the training_clients that train any (one model for all is trained by
     one of `clients`); tokens and bytes count every client. Tokens are of the whole run, those of
     router steps apart. tokens_per_second depends on the machine; peak_memory_bytes is the most
-    seen. weights: how much each client counts in the server's merge, in words.
+    seen. weights: how much each client counts in the server's merge, in words. simulated_seconds,
+    work_lost: of runs with simulated devices.
     """
     runs = list(setting.runs.values())
     rounds = max(1, runs[0].config.rounds)
@@ -45,6 +47,7 @@ def costs(setting: Setting, own: pd.DataFrame) -> Costs:
         "tokens_per_second": fmean(speeds) if speeds else None,
         "peak_memory_bytes": max(own["peak_memory_bytes"].dropna(), default=None),
         "weights": own["weights"].iloc[0],
+        **simulated_costs(setting),
     }
 
 

@@ -18,12 +18,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from comigs import text as f
+from comigs.experiments.compare.simulated import mean_by_hour
 from comigs.experiments.compare.statistics import Comparison, Row, mean_by_round
 from comigs.experiments.compare.t_test import Spread
 from comigs.experiments.compare.tables import WORDS
 from comigs.runs.report.plots import COLOUR, MAX_COLOURS, bare, svg
 
-PLOTS = ("by-round", "by-bytes", "by-parameters")
+PLOTS = ("by-round", "by-bytes", "by-parameters", "by-hours")
 SHAPES = "os^Dvp*X"  # matplotlib's; a shape for each eight colours
 GLYPHS = "●■▲◆▼⬟★✖"  # the same for people
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
@@ -60,17 +61,17 @@ class Plot:
     panels: tuple[Panel, ...]
     x: str
     y: str
-    ticks: Literal["round", "size", "count"]
+    ticks: Literal["round", "size", "count", "hours"]
     log: bool = False
 
     @property
     def lines(self) -> bool:
         """Whether settings are lines."""
-        return self.ticks == "round"
+        return self.ticks in ("round", "hours")
 
 
 def all_plots(c: Comparison) -> list[Plot]:
-    """Return the three plots, without those that have nothing to show."""
+    """Return the plots, without those that have nothing to show."""
     metric = WORDS[c.metric]
 
     def scored(row: Row, cost: float | None) -> Sequence[tuple[float, Spread]]:
@@ -87,11 +88,13 @@ def all_plots(c: Comparison) -> list[Plot]:
     curves = _panels(c, 1, lambda row: list(mean_by_round(row.setting, c.metric).items()))
     by_bytes = _panels(c, 2, lambda row: scored(row, uploaded(row)))
     by_parameters = _panels(c, 2, lambda row: scored(row, row.costs["trained_parameters"]))
+    by_hours = _panels(c, 1, lambda row: mean_by_hour(row.setting, c.metric))
     log, test = c.metric == "perplexity", f"test {metric}"
     made = [
         Plot(PLOTS[0], curves, "round", f"valid {metric}", "round", log),
         Plot(PLOTS[1], by_bytes, "uploaded per client", test, "size"),
         Plot(PLOTS[2], by_parameters, "trained parameters", test, "count"),
+        Plot(PLOTS[3], by_hours, "simulated hours", f"valid {metric}", "hours", log),
     ]
     return [plot for plot in made if plot.panels]
 
@@ -258,7 +261,8 @@ def _told(plot: Plot, panel: Panel) -> str:
     for series in panel.series:
         (x, first), (end, last) = series.points[0], series.points[-1]
         if plot.lines:
-            said = f"{first.mean:.4g} at round {x}, {last.mean:.4g} at round {end}"
+            unit = "round" if plot.ticks == "round" else "hour"
+            said = f"{first.mean:.4g} at {unit} {x:.4g}, {last.mean:.4g} at {unit} {end:.4g}"
         else:
             said = f"{first.mean:.4g} at {x:,.0f}"
         lines.append(f"{series.name}: {said}.")

@@ -12,6 +12,7 @@ from comigs import text as f
 from comigs.experiments.compare.costs import Costs
 from comigs.experiments.compare.fields import words
 from comigs.experiments.compare.settings import Setting
+from comigs.experiments.compare.simulated import HOUR, final_valid, hours_to
 from comigs.experiments.compare.statistics import (
     Comparison,
     Results,
@@ -19,11 +20,12 @@ from comigs.experiments.compare.statistics import (
     ranks,
 )
 from comigs.experiments.compare.t_test import Paired, Spread
-from comigs.experiments.packed import METRICS
+from comigs.experiments.packed import METRICS, Metric
 from comigs.text import Table
 
 WORDS = {"perplexity": "perplexity", "nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
 BASE = "untouched base"
+REACHED: Metric = "nats_per_token"  # by which one setting is as good as another
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,22 @@ def cost_table(results: Results) -> Table:
         ("tokens per second", "tokens_per_second", f.count),
         ("peak memory", "peak_memory_bytes", f.size),
         ("weights in the merge", "weights", lambda words: words or f.NONE),
+        ("simulated time", "simulated_seconds", f.duration),
+        ("work lost", "work_lost", f.percent),
     ):
         values = [r.costs[name] for r in results.rows]
         if any(values):
             columns.append(Column(header, list(map(said, values))))
+
+    # A setting that is better in the end may have taken longer to be as good as the baseline.
+    until = []
+    for row in results.rows:
+        against = row.setting if row.is_baseline else row.baseline
+        goal = against and final_valid(against, REACHED)
+        until.append(hours_to(row.setting, REACHED, goal))
+    if any(hours is not None for hours in until):
+        cells = [f.NONE if hours is None else f.duration(hours * HOUR) for hours in until]
+        columns.append(Column("until the baseline's last valid", cells))
     return _table(columns, False)
 
 

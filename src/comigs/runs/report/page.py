@@ -24,6 +24,7 @@ from comigs.runs.report.results import results
 from comigs.runs.report.routes_part import block_rules, parts_of
 from comigs.runs.report.routing_heatmap import routing_heatmap
 from comigs.runs.report.tasks_table import tasks_table
+from comigs.runs.report.timeline import timeline
 from comigs.runs.routes import Routes
 
 HERE = Path(__file__).parent
@@ -130,6 +131,8 @@ def _pictures(run: Run) -> dict[str, Any]:
         "share_plot": None,
         "share_clients": [],
         "drift_plot": None,
+        "timeline": None,
+        "work_lost": None,
     }
     # Clients are compared with each other, so their plots have the same axes.
     if curves:
@@ -143,6 +146,9 @@ def _pictures(run: Run) -> dict[str, Any]:
     # Many clients are drawn in one grey, which needs no names.
     if len(shares) <= plots.MAX_COLOURS:
         pictures["share_clients"] = [curve.client for curve in shares]
+    if (shown := timeline(run)) is not None:
+        pictures["timeline"] = Markup(plots.timeline_plot(shown))
+        pictures["work_lost"] = shown.work_lost and f.percent(shown.work_lost)
     if drift:
         drawn = Markup(plots.curves_plot([Curve("Drift", drift)], end, "drift"))
         pictures["drift_plot"] = drawn

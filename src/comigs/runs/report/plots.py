@@ -19,13 +19,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from comigs.runs.report.curves import Curve, LossCurves, Points
+from comigs.runs.report.timeline import Timeline
 
 MAX_COLOURS = 8  # clients told apart by colour; more are drawn grey, with their mean on top
 _CLIENTS = [f"--client-{number}" for number in range(MAX_COLOURS)]
-_NAMES = ("--ink", "--muted", "--grid", "--personal", "--train", *_CLIENTS)
+_NAMES = ("--ink", "--muted", "--grid", "--personal", "--train", *_CLIENTS, "--bad")
 # A variable of the page's style sheet -> the colour that stands in for it while it is drawn.
 COLOUR = {name: f"#fe00{number:02x}" for number, name in enumerate(_NAMES)}
 DASHED = (0, (4, 3))
+OUTCOMES = {"counted": "--personal", "late": "--train", "lost": "--bad"}
 
 
 def loss_plot(curves: LossCurves, rounds: int, limits: tuple[float, float]) -> str:
@@ -74,6 +76,28 @@ def curves_plot(curves: Sequence[Curve], rounds: int, what: str, top: float | No
     axes.set(xlim=(0, max(1, rounds)), ylim=(0, top))
     _label(axes, "round", what)
     return svg(figure, f"{what} by round. " + " ".join(told))
+
+
+def timeline_plot(shown: Timeline) -> str:
+    """Draw a row per client and a bar per attempt over simulated time, and return SVG."""
+    # A short run is told in minutes, a long one in hours.
+    unit, seconds = ("hour", 3600.0) if max(shown.ends) > 2 * 3600 else ("minute", 60.0)
+    figure, axes = _axes(9.2, 0.6 + 0.24 * len(shown.clients))
+    rows = {client: number for number, client in enumerate(reversed(shown.clients))}
+    for span in shown.spans:
+        bar = [(span.begins / seconds, max(span.ends - span.begins, 0) / seconds)]
+        row = (rows[span.client] - 0.32, 0.64)
+        axes.broken_barh(bar, row, facecolors=COLOUR[OUTCOMES[span.outcome]], linewidth=0)
+    for client, moment in shown.away:
+        axes.plot([moment / seconds], [rows[client]], "x", color=COLOUR["--muted"], markersize=5)
+    for end in shown.ends:
+        axes.axvline(end / seconds, color=COLOUR["--grid"], linewidth=0.8, zorder=0)
+    axes.set_yticks(list(rows.values()), [*rows], parse_math=False)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    _label(axes, f"simulated {unit}s", "")
+    counts = {name: sum(s.outcome == name for s in shown.spans) for name in OUTCOMES}
+    told = ", ".join(f"{number} {name}" for name, number in counts.items())
+    return svg(figure, f"Attempts of clients: {told}; away {len(shown.away)} times.")
 
 
 def limits(curves: Sequence[LossCurves]) -> tuple[float, float]:

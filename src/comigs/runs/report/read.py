@@ -23,6 +23,7 @@ from comigs.runs.metrics import (
     Train,
     Warned,
 )
+from comigs.runs.simulated import Attempt, Exchange
 from comigs.runs.tasks import Tasks, read_tasks
 
 OneKind = TypeVar("OneKind", bound=Line)
@@ -33,7 +34,8 @@ class Run:
     """Everything in a run folder that a report needs.
 
     kept: what each personal model is, in a finished run that keeps the best rounds. drift: the line
-    that ends each round. summary: None while the run is unfinished.
+    that ends each round. exchanges, attempts: of a run with simulated devices. summary: None while
+    the run is unfinished.
     """
 
     folder: Path
@@ -46,6 +48,8 @@ class Run:
     drift: tuple[RoundEnd, ...]
     warnings: tuple[Warned, ...]
     absent: tuple[Absent, ...]
+    exchanges: tuple[Exchange, ...]
+    attempts: tuple[Attempt, ...]
     timings: tuple[Timing, ...]
     summary: Summary | None
     tasks: Tasks
@@ -101,6 +105,8 @@ def read_run(folder: str | Path) -> Run:
         drift=_of_kind(RoundEnd, lines),
         warnings=_of_kind(Warned, lines),
         absent=_of_kind(Absent, lines),
+        exchanges=_of_kind(Exchange, lines),
+        attempts=_of_kind(Attempt, lines),
         timings=tuple(timed),
         summary=result,
         tasks=read_tasks(closed),

@@ -1,0 +1,92 @@
+"""Who worked when in a run with simulated devices, and what came of it. Nothing is drawn here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from comigs.runs.report.read import Run
+
+Outcome = Literal["counted", "late", "lost"]
+MAX_CLIENTS = 40  # that are shown: those that were lost most often first
+
+
+@dataclass(frozen=True)
+class Span:
+    """A client worked from one simulated second to another in a round."""
+
+    client: str
+    begins: float
+    ends: float
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A timeline has the clients that are shown, their spans, the seconds at which rounds end, and
+    who was away for a whole round: (client, the seconds in the middle of the round).
+    """
+
+    clients: tuple[str, ...]
+    spans: tuple[Span, ...]
+    ends: tuple[float, ...]
+    away: tuple[tuple[str, float], ...]
+    work_lost: float | None
+
+
+def timeline(run: Run) -> Timeline | None:
+    """Return the timeline of a run; None where nothing was simulated."""
+    if not run.exchanges:
+        return None
+    counted = {(line.client, line.round) for line in run.train}
+    began: dict[int, float] = {}
+    ended: dict[int, float] = {}
+    for exchange in run.exchanges:
+        began.setdefault(exchange.round, exchange.began)
+        ended[exchange.round] = exchange.ended
+
+    # An answer that came after its round may count in a later one, or not at all.
+    spans, lost = [], dict.fromkeys(run.clients, 0)
+    for line in run.attempts:
+        outcome: Outcome = "counted"
+        if line.lost is not None:
+            outcome = "lost"
+        elif line.ended > ended[line.round] or (line.client, line.round) not in counted:
+            outcome = "late"
+        lost[line.client] += outcome != "counted"
+        spans.append(Span(line.client, line.asked, line.ended, outcome))
+
+    tried = {(line.client, line.round) for line in run.attempts}
+    away = []
+    for absent in run.absent:
+        key = absent.client, absent.round
+        if key not in tried and absent.round in ended and not absent.reason.startswith("busy"):
+            away.append((absent.client, (began[absent.round] + ended[absent.round]) / 2))
+            lost[absent.client] += 1
+    shown = sorted(run.clients, key=lambda name: -lost[name])[:MAX_CLIENTS]
+    return Timeline(
+        clients=tuple(name for name in run.clients if name in shown),
+        spans=tuple(span for span in spans if span.client in shown),
+        ends=tuple(ended.values()),
+        away=tuple(each for each in away if each[0] in shown),
+        work_lost=work_lost(run),
+    )
+
+
+def work_lost(run: Run) -> float | None:
+    """Return the share of the tokens trained on that came to nothing; None where there are none."""
+    worked, counted = worked_tokens(run)
+    total = sum(worked.values())
+    return 1 - sum(counted.values()) / total if total else None
+
+
+def worked_tokens(run: Run) -> tuple[dict[int, int], dict[int, int]]:
+    """Return round -> the tokens that clients trained on, and of them those that counted."""
+    used = {(line.client, line.round) for line in run.train}
+    worked: dict[int, int] = {}
+    counted: dict[int, int] = {}
+    for line in run.attempts:
+        worked[line.round] = worked.get(line.round, 0) + line.tokens
+        if line.lost is None and (line.client, line.round) in used:
+            counted[line.round] = counted.get(line.round, 0) + line.tokens
+    return worked, counted
