@@ -204,7 +204,13 @@ class Config(Section):
             )
 
     def _check_sums(self) -> None:
-        # what looks at a single upload cannot be where the server has their sum alone
+        # what looks at a single upload cannot be where the server has their sum alone, and whose
+        # upload is late or lost is simulated one by one
+        if self.privacy.secure_aggregation and self.conditions.given:
+            raise ValueError(
+                "conditions: given beside privacy.secure_aggregation, whose messages are not "
+                "simulated; leave one of them out"
+            )
         wanted = {
             "upload.merge": (self.upload.merge, "mean"),
             "upload.format": (self.upload.format, "float32"),

@@ -36,7 +36,7 @@ EVENTS = (
     *(Train, Evaluation, Kept, LastDownload, RoundEnd, Absent, Warned, Exchange, Attempt),
     *(Step, Note, Problem),
 )
-KINDS: dict[str, type[Event]] = {event.model_fields["kind"].default: event for event in EVENTS}
+KINDS: dict[str, type[Event]] = {event.model_construct().kind: event for event in EVENTS}
 
 WORDS = {  # what pydantic calls a type -> what people call it
     "int_type": "a whole number",

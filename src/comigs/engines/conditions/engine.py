@@ -29,7 +29,7 @@ from comigs.server.wire import download_bytes
 from comigs.slots import Shapes
 
 STATE = "server/conditions"  # path in the run: the clock, and what is on its way
-READ = 0.4  # of a trained token's work is that of one that is only measured (docs/conditions.md)
+READ = 0.45  # of a trained token's work is that of one that is only measured (docs/conditions.md)
 
 
 class Conditions:

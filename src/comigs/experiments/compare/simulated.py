@@ -36,6 +36,7 @@ def mean_by_hour(setting: Setting, metric: str) -> list[tuple[float, Spread]]:
     A client that was not measured in a round counts as it was last measured: so is its model. Hours
     are means over seeds.
     """
+    # A run counts only from the round on in which every client has been measured.
     hours: dict[int, list[float]] = {}
     means: dict[int, list[float]] = {}
     for run in setting.runs.values():
@@ -52,6 +53,7 @@ def mean_by_hour(setting: Setting, metric: str) -> list[tuple[float, Spread]]:
             if round in ends:
                 hours.setdefault(int(round), []).append(ends[round] / HOUR)
                 means.setdefault(int(round), []).append(float(value))
+    # A round that some seeds lack would make the mean jump.
     points = []
     for round, values in sorted(means.items()):
         of_all = spread(values)

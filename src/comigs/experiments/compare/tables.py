@@ -100,7 +100,7 @@ def cost_table(results: Results) -> Table:
         goal = against and final_valid(against, REACHED)
         until.append(hours_to(row.setting, REACHED, goal))
     if any(hours is not None for hours in until):
-        cells = [f.NONE if hours is None else f.duration(hours * HOUR) for hours in until]
+        cells = [f.duration(hours and hours * HOUR) for hours in until]
         columns.append(Column("until the baseline's last valid", cells))
     return _table(columns, False)
 

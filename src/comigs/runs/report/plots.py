@@ -95,8 +95,8 @@ def timeline_plot(shown: Timeline) -> str:
     axes.set_yticks(list(rows.values()), [*rows], parse_math=False)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     _label(axes, f"simulated {unit}s", "")
-    counts = {name: sum(s.outcome == name for s in shown.spans) for name in OUTCOMES}
-    told = ", ".join(f"{number} {name}" for name, number in counts.items())
+    outcomes = [span.outcome for span in shown.spans]
+    told = ", ".join(f"{outcomes.count(name)} {name}" for name in OUTCOMES)
     return svg(figure, f"Attempts of clients: {told}; away {len(shown.away)} times.")
 
 
