@@ -97,7 +97,9 @@ def cost_table(results: Results) -> Table:
     until = []
     for row in results.rows:
         against = row.setting if row.is_baseline else row.baseline
-        goal = against and final_valid(against, REACHED)
+        goal = None
+        if against is not None:
+            goal = final_valid(against, REACHED)
         until.append(hours_to(row.setting, REACHED, goal))
     if any(hours is not None for hours in until):
         cells = [f.duration(hours and hours * HOUR) for hours in until]
