@@ -25,6 +25,7 @@ from tests.test_reading import FILES, SOURCE
 OLD_RUNS = sorted((Path(__file__).parent / "old_runs").iterdir())
 ROOMS = [f for f in FILES if f.startswith(("app/console", "runs/", "server/"))]
 ROOMS.remove("runs/metrics.py")
+assert all(kind == event.model_fields["kind"].default for kind, event in KINDS.items())
 FIELDS = {field for kind in KINDS.values() for field in kind.model_fields}
 
 

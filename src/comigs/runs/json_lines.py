@@ -32,12 +32,11 @@ from comigs.runs.metrics import (
 )
 from comigs.runs.simulated import Attempt, Exchange
 
-EVENTS = (
-    *(Train, Evaluation, Kept, LastDownload, RoundEnd, Absent, Warned, Exchange, Attempt),
-    *(Step, Note, Problem),
-)
-KINDS: dict[str, type[Event]] = {event.model_construct().kind: event for event in EVENTS}
-
+KINDS: dict[str, type[Event]] = {
+    "train": Train, "evaluation": Evaluation, "kept": Kept, "download": LastDownload,
+    "server": RoundEnd, "absent": Absent, "warning": Warned, "exchange": Exchange,
+    "attempt": Attempt, "step": Step, "note": Note, "error": Problem,
+}  # fmt: skip
 WORDS = {  # what pydantic calls a type -> what people call it
     "int_type": "a whole number",
     "string_type": "a text",

@@ -95,7 +95,7 @@ def timeline_plot(shown: Timeline) -> str:
     axes.set_yticks(list(rows.values()), [*rows], parse_math=False)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     _label(axes, f"simulated {unit}s", "")
-    outcomes = [span.outcome for span in shown.spans]
+    outcomes: list[str] = [span.outcome for span in shown.spans]
     told = ", ".join(f"{outcomes.count(name)} {name}" for name in OUTCOMES)
     return svg(figure, f"Attempts of clients: {told}; away {len(shown.away)} times.")
 
