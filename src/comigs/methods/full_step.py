@@ -21,8 +21,8 @@ def mean_with_full_attention(
 ) -> tuple[dict[str, Download], Memory]:
     """Return the mean of uploads, where B of attention LoRA goes on to the length of own steps.
 
-    The direction is the mean's. A stays the mean: a server does not know where it started, and it
-    hardly moves. memory: each B of attention LoRA as it was sent last; before that, it was zero.
+    The direction is the mean's. A stays the mean, as its start is unknown here. memory: each B of
+    attention LoRA as it was sent last; before that, it was zero.
     """
     means, _ = mean_of_uploads(uploads, {}, context)
     if not uploads:
