@@ -157,3 +157,38 @@ def compare(
         console.say(f"note: {note}")
     console.say(f"{written[0].parent}: {', '.join(path.name for path in written[1:])}")
     console.result(f"page: {written[0]}")
+
+
+def audit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, as for `run`.")],
+    canaries: Annotated[
+        int,
+        typer.Option(help="Made-up documents of each client, for each of 1, 4 and 16 copies."),
+    ] = 64,
+    out: Annotated[
+        Path | None, typer.Option(help="New run folder. Default: the next free runs/NAME-audit.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a field, as client.steps=20. Repeatable."
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")] = False,
+) -> None:
+    """Run a config with made-up documents in it, and guess from its models which were in.
+
+    Writes audit.html and audit.json into the run folder.
+    """
+    from comigs.app.console import Console
+    from comigs.config import load_config
+    from comigs.experiments.audit.page import AUDIT, table
+
+    settings = load_config(config, list(overrides or []))
+    console = Console(settings, quiet)
+    from comigs.app.audit import audit as audited
+
+    with console:
+        folder, found = audited(settings, canaries, out, console.report, console.say)
+    console.table(table(found))
+    console.result(str(folder.path / f"{AUDIT}.html"))

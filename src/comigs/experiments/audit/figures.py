@@ -1,0 +1,129 @@
+"""What scores of canaries come to: who can be told from whom, how exposed, and the bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from comigs.experiments.audit.bound import epsilon_at_least
+
+# Of the canaries, those that are guessed at: whoever is sure of few abstains from the rest. Each is
+# tried at its part of the level, so that the best of them may be taken.
+SHARES = (1.0, 0.5, 0.25)
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score is what a model makes of a canary: its nats, less those of the base.
+
+    copies: times that the canary is in its client's train text, where it is in.
+    """
+
+    client: str
+    copies: int
+    member: bool
+    nats: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row says what can be told from one kind of model of canaries with so many copies.
+
+    told_apart: the probability that a canary that was in scores lower than one that was not (1/2:
+    by chance). rank: of the former among the latter of its client, the median, in (0, 1]; exposure:
+    likewise, log2(n) - log2(rank of n) of 1802.08232. correct of guesses: of the share of canaries
+    that gave the bound. epsilon: the lower bound on the epsilon of all copies together, at 95 %.
+    """
+
+    seen: str
+    copies: int
+    canaries: int
+    members: int
+    told_apart: float
+    rank: float
+    exposure: float
+    guesses: int
+    correct: int
+    epsilon: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the row as plain values."""
+        return asdict(self)
+
+
+def rows(seen: str, scores: Sequence[Score], delta: float) -> list[Row]:
+    """Return a row for each number of copies. seen: what the guesses are made from."""
+    found = []
+    for copies in sorted({score.copies for score in scores}):
+        of_copies = [score for score in scores if score.copies == copies]
+        outside = [score for score in scores if not score.member]
+        found.append(_row(seen, copies, of_copies, outside, delta))
+    return found
+
+
+def _row(
+    seen: str, copies: int, scores: Sequence[Score], outside: Sequence[Score], delta: float
+) -> Row:
+    # A made-up text that was nowhere is a fair rival of any other, whatever its copies would be.
+    inside = [score for score in scores if score.member]
+    ranks, exposures = [], []
+    for score in inside:
+        rivals = [rival.nats for rival in outside if rival.client == score.client]
+        rank, count = 1 + sum(nats < score.nats for nats in rivals), len(rivals) + 1
+        ranks.append(rank / count)
+        exposures.append(math.log2(count) - math.log2(rank))
+
+    # Clients' models are not equally good, so each client's scores are centred, members unknown.
+    told = _centred(scores)
+    bounds = []
+    for share in SHARES:
+        guesses, correct = _guessed(told, share)
+        level = LEVEL / len(SHARES)
+        epsilon = epsilon_at_least(correct, guesses, len(told), delta, level)
+        bounds.append((epsilon, guesses, correct))
+    epsilon, guesses, correct = max(bounds)
+    return Row(
+        seen=seen,
+        copies=copies,
+        canaries=len(scores),
+        members=len(inside),
+        told_apart=_told_apart(told),
+        rank=median(ranks) if ranks else math.nan,
+        exposure=median(exposures) if exposures else math.nan,
+        guesses=guesses,
+        correct=correct,
+        epsilon=epsilon,
+    )
+
+
+def _centred(scores: Sequence[Score]) -> list[tuple[float, bool]]:
+    """Return (score less the median of its client's, whether it was in), lowest first."""
+    middle = {}
+    for client in {score.client for score in scores}:
+        middle[client] = median(score.nats for score in scores if score.client == client)
+    return sorted((score.nats - middle[score.client], score.member) for score in scores)
+
+
+def _guessed(told: Sequence[tuple[float, bool]], share: float) -> tuple[int, int]:
+    """Return guesses and how many are right: the lowest were in, as many of the highest were not.
+
+    share: of all canaries that are guessed at; the rest are in the middle.
+    """
+    half = int(share * len(told) / 2)
+    lowest, highest = told[:half], told[len(told) - half :]
+    right = sum(member for _, member in lowest) + sum(not member for _, member in highest)
+    return 2 * half, right
+
+
+def _told_apart(told: Iterable[tuple[float, bool]]) -> float:
+    """Return the area under the curve of true over false positives (Mann-Whitney)."""
+    inside = [nats for nats, member in told if member]
+    outside = [nats for nats, member in told if not member]
+    if not inside or not outside:
+        return math.nan
+    wins = sum((a < b) + (a == b) / 2 for a in inside for b in outside)
+    return wins / (len(inside) * len(outside))
