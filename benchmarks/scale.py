@@ -2,7 +2,7 @@
 memory.
 
     python benchmarks/scale.py [--base mini] [--clients 10 100 1000] [--per-round 8] [--rounds 3]
-    [--out scale.json]
+    [--conditions configs/conditions/phones.toml] [--out scale.json]
 
 Every number of clients is a run of its own, in a process of its own, that does what `comigs run`
 does. Text: passages of the bundled Debian FAQ; a line of its own in front of each makes no two
@@ -81,6 +81,8 @@ def write_clients(folder: Path, options: argparse.Namespace, clients: int) -> Pa
                 for text, page in zip(islice(pool, documents), pages, strict=False):
                     file.write(json.dumps({"text": f"{name}, page {page}\n{text[:length]}"}) + "\n")
         config.append(CLIENT.format(name=name))
+    if options.conditions is not None:
+        config.insert(1, f'[conditions]\nfile = "{options.conditions.resolve()}"\n')
     path = folder / "scale.toml"
     path.write_text("".join(config), encoding="utf-8")
     return path
@@ -203,6 +205,7 @@ def main() -> None:
         type=Path,
         help="where the runs are made; default: the system's temporary folder",
     )
+    parser.add_argument("--conditions", type=Path, help="simulated devices, as a run's")
     parser.add_argument("--out", type=Path, default=Path("scale.json"))
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

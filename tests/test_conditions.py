@@ -311,3 +311,9 @@ def test_the_report_has_a_timeline_and_a_comparison_hours_and_work_lost(runs, tm
     written = write_comparison(compared, tmp_path / "out")
     assert any(path.name == "by-hours.svg" for path in written)
     assert "Against simulated hours" in (tmp_path / "out" / "compare.html").read_text()
+
+
+@pytest.mark.slow
+def test_workers_make_no_difference(runs):
+    spread = runs("spread", workers=2, **ROUGH)
+    assert lines(spread) == lines(runs.rough)

@@ -1,7 +1,9 @@
 """The simulator against the truth: a federation over real processes whose devices have slow links.
 
 Links and work are slowed down by sleeping in the device's trainer, before and after it answers. The
-same conditions, simulated, must tell who is late and how long a round takes.
+same conditions, simulated, must tell who is late and how long a round takes. What Flower itself
+adds to each message here (a process for each, looks for answers) is measured by the first run, and
+is part of the latency by which the second is told beforehand.
 """
 
 from __future__ import annotations
@@ -94,12 +96,18 @@ def written(folder: Path, name: str, deadline: float, conditions: dict | None = 
     return path
 
 
-def simulated(folder: Path, name: str, deadline: float, dies_after: float | None = None):
-    """Seconds of each round and who was absent why; dies_after: seconds in round 2, dan."""
+def simulated(
+    folder: Path, name: str, deadline: float, dies_after: float | None = None, added: float = 0.0
+):
+    """Seconds of each round and who was absent why; dies_after: seconds in round 2, dan. added:
+    seconds that a message takes beside what its link does.
+    """
     links = {client: dict(link) for client, link in LINKS.items()}
+    for link in links.values():
+        link["latency"] += added / 2
     if dies_after is not None:
         # it is known only from the first two rounds when the second begins
-        begins = simulated(folder, f"{name}-whole", deadline)[0][0]
+        begins = simulated(folder, f"{name}-whole", deadline, added=added)[0][0]
         trace = f"client,seconds,available\ndan,0,1\ndan,{begins + dies_after},0\ndan,1e9,0\n"
         links["dan"]["trace"] = trace
     before = Path.cwd()
@@ -116,7 +124,9 @@ def simulated(folder: Path, name: str, deadline: float, dies_after: float | None
 def absences(lines) -> set[tuple[int, str, str]]:
     """Who gave nothing usable in which round, in words that do not name the moment."""
     found = [line for line in lines if line["kind"] == "absent" and line["round"] <= 3]
-    return {(line["round"], line["client"], line["reason"].partition(":")[0]) for line in found}
+    told = {(line["round"], line["client"], line["reason"].partition(":")[0]) for line in found}
+    # the exchange after the last round is not simulated
+    return {each for each in told if each[2] != "too late, in round 4"}
 
 
 class Watch(threading.Thread):
@@ -156,18 +166,16 @@ def test_simulated_and_measured_seconds_agree_and_who_is_late_is_the_same(tmp_pa
     federation = Deployment(tmp_path, CLIENTS)
     try:
         federation.begin()
-        results = {}
+        added = 0.0
         for name, deadline, kill in (("patient", 600, None), ("hasty", 65, 10)):
-            results[name] = simulated(tmp_path, name, deadline, kill)
-            measured = measure(federation, name, deadline, kill)
-            results[f"{name}-measured"] = measured
-            print(name, "simulated", results[name], "measured", measured, flush=True)
-        for name in ("patient", "hasty"):
-            expected, seen = results[name], results[f"{name}-measured"]
-            assert seen[1] == expected[1], name
+            expected, absent = simulated(tmp_path, name, deadline, kill, added)
+            seconds, missed = measure(federation, name, deadline, kill)
+            print(name, "simulated", expected, absent, "measured", seconds, missed, flush=True)
+            assert missed == absent, name
             # In a run's first round devices load the base and read their text, too.
-            for ours, theirs in zip(expected[0][1:], seen[0][1:], strict=True):
+            for ours, theirs in zip(expected[1:], seconds[1:], strict=True):
                 assert abs(ours - theirs) <= AGREE * theirs, (name, ours, theirs)
+            added = max(0.0, seconds[1] - expected[1])
     finally:
         federation.end()
 
