@@ -13,6 +13,7 @@ import torch
 
 from comigs.app import api
 from comigs.app.export import evaluate_export, export
+from comigs.bases.load import load_base
 from comigs.config import load_config, to_toml
 from comigs.data.examples import ExampleStore, open_examples
 from comigs.data.prepare import prepare, prepare_client
@@ -304,3 +305,20 @@ def test_an_export_is_checked_and_measured_on_answers(tmp_path):
     for model in ("base", "personal"):
         for figure in ("nats_per_token", "bits_per_byte"):
             assert theirs[model][figure] == pytest.approx(ours[model][figure], rel=1e-4)
+
+
+def test_a_run_does_not_go_on_with_another_template_than_it_began_with(tmp_path):
+    """The template of a base in a folder is a file of its own, and no part of its fingerprint."""
+    base, folder = tiny_chat("tiny-gpt2"), tmp_path / "base"
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    own = {"name": str(folder), "chat_template": None}
+    run = api.run(chat_config(tmp_path, "ada", base=own), tmp_path / "run")
+    before = api.evaluate(run.path)["ada"]
+    template = folder / "chat_template.jinja"
+    template.write_text(PLAIN.replace("assistant: {%", "A: {%"), encoding="utf-8")
+    assert load_base(run.config().base).fingerprint == run.environment()["base_fingerprint"]
+    with pytest.raises(UserError, match="chat template, or what ends an answer, has changed since"):
+        api.evaluate(run.path)
+    template.write_text(PLAIN, encoding="utf-8")
+    assert api.evaluate(run.path)["ada"] == before

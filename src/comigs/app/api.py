@@ -32,7 +32,12 @@ from comigs.files import command, require_free
 from comigs.methods.loading import load_method
 from comigs.personal.model import PersonalModel
 from comigs.processes import interrupts
-from comigs.runs.environment import describe, environment, require_same_base
+from comigs.runs.environment import (
+    describe,
+    environment,
+    require_same_base,
+    require_same_chats,
+)
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Note
 from comigs.runs.new import claimed, default_folder, new_folder
@@ -273,7 +278,9 @@ def _going_on(folder: RunFolder) -> Iterator[None]:
 
 
 def require_same_text(folder: RunFolder, data: Texts) -> None:
-    """Raise UserError where a client's text is not what it was when the run began."""
+    """Raise UserError where a client's text, or how chats are read, is not what it was."""
+    if data.has_chats:
+        require_same_chats(folder, data.encoder)
     then = _hashes(folder.environment()["data"])
     now = _hashes(describe(data.outlines()))
     changed = [name for name in now if now[name] != then.get(name)]

@@ -17,7 +17,7 @@ from comigs import __version__, csrc
 from comigs.bases.load import Base
 from comigs.config import SPLITS
 from comigs.data.client_text import SplitText
-from comigs.data.corpus import TokenStore
+from comigs.data.corpus import Encoder, TokenStore
 from comigs.data.prepare import ClientData, Outline
 from comigs.errors import UserError
 from comigs.runs.folder import RunFolder
@@ -46,6 +46,7 @@ def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[st
         "base_fingerprint": base.fingerprint,
         "base_parameters": sum(param.numel() for param in base.model.parameters()),
         "tokenizer": base.encoder.id,
+        "chats": base.encoder.chats.id,
         "data": describe(data),
     }
 
@@ -56,6 +57,20 @@ def require_same_base(folder: RunFolder, base: Base) -> None:
         raise UserError(
             f'{folder.path}: base "{base.name}" is not the one this run began with '
             "(its weights differ)"
+        )
+
+
+def require_same_chats(folder: RunFolder, encoder: Encoder) -> None:
+    """Raise UserError where chats would become other tokens than those the run began with.
+
+    A base's fingerprint is of its weights and its tokenizer, and its template may change without
+    them. Runs from before say nothing of it.
+    """
+    if folder.environment().get("chats", encoder.chats.id) != encoder.chats.id:
+        raise UserError(
+            f"{folder.path}: the base's chat template, or what ends an answer, has changed since "
+            "this run began; put it back, give it as base.chat_template in the run's config.toml, "
+            "or start a new run"
         )
 
 
