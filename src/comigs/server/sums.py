@@ -30,16 +30,11 @@ def require_sums(config: Config) -> None:
             f"privacy.secure_aggregation: given true, but {asked} of {len(config.clients)} clients "
             f"are asked in a round; a sum hides one among {FEWEST} to {MOST}"
         )
-    # A prior is of clients with similar steps, and a simulated device sends its upload by itself.
+    # A prior is of clients with similar steps.
     if any(config.router_data_of(client) == "prior" for client in config.clients):
         raise UserError(
             'client.router_data: given "prior" beside privacy.secure_aggregation, with which '
             "nobody can tell whose uploads are similar; choose another one"
-        )
-    if config.conditions.given:
-        raise UserError(
-            "conditions: given beside privacy.secure_aggregation, whose sums are not simulated; "
-            "leave out either"
         )
     if find_spec("flwr") is None or find_spec("cryptography") is None:
         raise UserError(
