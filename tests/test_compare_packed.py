@@ -22,6 +22,8 @@ from comigs.experiments.packed import PACKED, read_packed, read_run_folder
 from tests.compared_runs import change, measured, three_methods
 from tests.runs import comigs, files, finished, refused, write_config
 
+RESULTS = Path(__file__).parent.parent / "results"
+
 SWEEP = 'name = "three"\nbaseline = "local"\nseeds = [42, 43, 44]\n[axes.method]\n'
 METHODS = ("comigs", "fedavg", "local")
 
@@ -329,3 +331,9 @@ def test_pandas_is_imported_for_comparing_only() -> None:
         "assert 'pandas' not in sys.modules and 'scipy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in RESULTS.glob("*/rounds.csv.gz")))
+def test_every_committed_result_is_read_whatever_columns_came_later(folder):
+    runs = read_packed(folder)
+    assert runs and all(run.clients and run.rounds for run in runs)

@@ -49,11 +49,16 @@ def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def from_csv(
-    path: Path, text: str, columns: Mapping[str, type], required: Iterable[str]
+    path: Path,
+    text: str,
+    columns: Mapping[str, type],
+    required: Iterable[str],
+    later: Iterable[str] = (),
 ) -> list[Row]:
     """Return the rows of a CSV text with the given columns: str, int or float, None where empty.
 
-    Columns that are not asked for are left out. Raises UserError that names `path`, the line and
+    Columns that are not asked for are left out, and those that came `later` than a file was written
+    are empty where it has none of them. Raises UserError that names `path`, the line and
     the column where one is missing, a cell is no number, or a required cell is empty.
     """
     # The csv module finds what is no CSV only while it reads.
@@ -61,12 +66,13 @@ def from_csv(
     rows = []
     try:
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        if missing:
-            raise UserError(f"{path}: column {missing[0]}: missing")
+        if refused := [name for name in missing if name not in later]:
+            raise UserError(f"{path}: column {refused[0]}: missing")
         for cells in reader:
             where = f"{path}: line {reader.line_num}: column"
             if None in cells:
                 raise UserError(f"{where} {len(cells)}: more cells than the first line names")
+            cells |= dict.fromkeys(missing, "")
             rows.append({name: _value(where, name, cells[name], columns[name]) for name in columns})
             empty = [name for name in required if rows[-1][name] is None]
             if empty:

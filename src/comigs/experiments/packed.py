@@ -50,6 +50,7 @@ ROUND: dict[str, type] = {
     "simulated_seconds": float,
     **dict.fromkeys(("worked_tokens", "lost_tokens"), int),
 }
+SIMULATED = ("simulated_seconds", "worked_tokens", "lost_tokens")  # files from before have none
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ def read_packed(folder: Path) -> list[RunData]:
     needed = ("run", *HEAD, "client", *WHOLE, *TOKENS)
     clients = from_csv(folder / RUNS, _read(folder / RUNS), columns, needed)
     text = _read(folder / ROUNDS, gzip.decompress)
-    rounds = from_csv(folder / ROUNDS, text, {"run": str, **ROUND}, ("run", "round"))
+    rounds = from_csv(
+        folder / ROUNDS, text, {"run": str, **ROUND}, ("run", "round"), later=SIMULATED
+    )
     of_round: dict[str, list[Row]] = {}
     for row in rounds:
         of_round.setdefault(row["run"], []).append(row)
