@@ -133,6 +133,7 @@ def _view(tensor: Tensor) -> _View:
 
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> _Call:
     """Return what attention.c is given. It points to the tensors, which must outlive it."""
+    # Strides go with the addresses, so that heads are read where the linears left them.
     B, H, L, d = q.shape
     call = _Call(
         B=B,

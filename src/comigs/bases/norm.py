@@ -23,10 +23,13 @@ def in_c(norm: nn.Module) -> Callable[[Tensor], Tensor] | None:
     Families write it in one of two ways, with the weight as it is or beside 1. Which one, the norm
     itself says, asked once with random numbers.
     """
-    weight, eps = getattr(norm, "weight", None), _eps(norm)
-    usual = type(norm).__name__.endswith("RMSNorm") and weight is not None and eps is not None
-    if not usual or weight.requires_grad or weight.shape[-1] % csrc.LANES or not csrc.takes(weight):
+    weight: Any = getattr(norm, "weight", None)
+    eps: Any = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not type(norm).__name__.endswith("RMSNorm") or weight is None or eps is None:
         return None
+    if weight.requires_grad or weight.shape[-1] % csrc.LANES or not csrc.takes(weight):
+        return None
+    # A class's name promises no formula: what computes something else keeps it.
     forward = norm.forward
     sample = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
     sample = sample.to(weight.dtype)
@@ -42,11 +45,6 @@ def in_c(norm: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
             return compute
     return None
-
-
-def _eps(norm: nn.Module) -> float | None:
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    return None if eps is None else float(eps)
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -117,8 +117,8 @@ class Client:
 
     def trained_parameters(self, rounds: Iterable[int]) -> int:
         """Return how many scalars this client trains in any of these rounds."""
-        rounds, own = list(rounds), self.train_state.tensors
-        return sum(t.numel() for s, t in own.items() if any(self._trains(s, r) for r in rounds))
+        trained = {s for r in rounds for s in self.train_state.tensors if self._trains(s, r)}
+        return sum(self.train_state.tensors[slot].numel() for slot in trained)
 
     def receive(self, download: Download, round: int = 1) -> None:
         """Write the server's tensors over the client's before it trains in `round`.

@@ -1,7 +1,7 @@
 """A client's power changes between rounds: it gains a specialist, or loses one.
 
 What it gains does not change its model's function at that moment: the new expert's routing weight
-is 0 and opens over the steps of the next round (docs/decisions/0022). What it loses is, in each
+is 0 and opens over the steps of the next round (docs/decisions/0025). What it loses is, in each
 block, the specialist that its own valid uses least; the others are weighed among themselves.
 Optimiser moments and rows of the router follow. Everything is done to the saved state, as one that
 was never at work goes on from it.

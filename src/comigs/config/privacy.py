@@ -93,6 +93,7 @@ class PrivacySection(Section):
 
     def problem(self) -> str:
         """Return what does not fit together in this section, in one line; "" where all does."""
+        # Epsilon and noise follow from each other, so that one of both is given where it is on.
         either = {"epsilon": self.epsilon, "noise_multiplier": self.noise_multiplier}
         given = [name for name, value in either.items() if value is not None]
         if not self.is_on:

@@ -71,12 +71,12 @@ def attend(  # noqa: PLR0913 (these are transformers' to choose)
             past_key_values=past_key_values,
             **kwargs,
         )
+    # Heads stay where the linears left them, (B, L, H, d), until attention reads them.
     projected = adapted(hidden_states, [loras[site] for site in ("q", "k", "v")])
     q, k, v = (heads.view(B, L, -1, d) for heads in projected)
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
     q, k = rotated(q, cos, sin), rotated(k, cos, sin)
-    found, weights = attention.attend(
-        module, *(heads.transpose(1, 2) for heads in (q, k, v)), attention_mask, module.scaling
-    )
+    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+    found, weights = attention.attend(module, q, k, v, attention_mask, module.scaling)
     return loras["o"](found.flatten(2)), weights

@@ -166,6 +166,7 @@ def leaving(config: Config, lines: Sequence[ClientReport], timing: Timing) -> di
         return {"metrics": [line.as_json() for line in lines], "timing": timing.as_json()}
     told = []
     for line in lines:
+        # What was measured on text, as in an evaluation, has no part that may leave.
         if isinstance(line, TrainReport):
             spent = None if line.epsilon is None else math.ceil(10 * line.epsilon) / 10
             settings = TrainReport(

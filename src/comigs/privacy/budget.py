@@ -145,6 +145,7 @@ class Budget:
 
         Raises BudgetSpent, and counts nothing, where the budget does not reach.
         """
+        # A round that was begun before counts again: its noise may have been seen.
         plan, before = self.plan, self.ledger.entries()
         entry = Entry(
             run=self.run,

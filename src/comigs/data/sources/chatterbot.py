@@ -49,6 +49,7 @@ def _files(argument: str) -> list[Path]:
             f"chatterbot:{argument}: the corpus is not installed; "
             "run: pip install --no-deps chatterbot-corpus"
         )
+    # A folder is a language and a file in it a topic, so the package itself says which there are.
     data = Path(spec.origin).parent / "data"
     language, _, topics = argument.partition(":")
     languages = sorted(folder.name for folder in data.iterdir() if folder.is_dir())
@@ -77,6 +78,11 @@ def _conversations(file: Path) -> list[list[Any]]:
         text = file.read_text(encoding="utf-8")
     try:
         talks = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        return [[line for line in talk if line is not None] for talk in talks["conversations"]]
+        return [_lines(talk) for talk in talks["conversations"]]
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{file}: is no conversations in YAML: {type(error).__name__}") from None
+
+
+def _lines(talk: list[Any]) -> list[Any]:
+    """Return the lines of a conversation that hold something."""
+    return [line for line in talk if line is not None]

@@ -39,9 +39,10 @@ class AnswerTask:
         wrong: Sequence[Sequence[str]],
         settings: AnswerSettings,
     ) -> None:
-        """wrong: three answers to each question; none where there are too few different ones.
+        """Encode the questions, and the answers to choose from.
 
-        Raises UserError where the base has no tokens for what is said.
+        wrong: three answers to each question; none where there are too few different ones. Raises
+        UserError where the base has no tokens for what is said.
         """
         self.encoder, self.settings = base.encoder.chats, settings
         self.questions = questions

@@ -81,6 +81,7 @@ def ask(
         except (AssertionError, ValueError, KeyError, TypeError) as error:
             words = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"--tasks: the harness gives up: {words[0]}") from None
+    # The harness counts items of tasks only; a group has those of all its tasks.
     counts = {name: int(held["effective"]) for name, held in found["n-samples"].items()}
     asked = {}
     for name, figures in found["results"].items():

@@ -201,7 +201,7 @@ def _try_out(name: str, task: Any, limit: int | None) -> None:
                 f"{', '.join(fields)}"
             )
     for number, item in enumerate(islice(task.eval_docs, limit), start=1):
-        whole = {key: Null() if value is None else value for key, value in item.items()}
+        whole = {key: _present(value) for key, value in item.items()}
         try:
             texts = [task.doc_to_text(whole), task.doc_to_target(whole)]
             if getattr(config, "doc_to_choice", None) is not None:
@@ -214,3 +214,8 @@ def _try_out(name: str, task: Any, limit: int | None) -> None:
             raise UserError(
                 f"--tasks {name}: item {number}: lacks a field that is asked for: {listed(empty)}"
             )
+
+
+def _present(value: Any) -> Any:
+    """Return a field's value, or what is found again in a text that was made of none."""
+    return Null() if value is None else value

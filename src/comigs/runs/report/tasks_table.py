@@ -16,6 +16,7 @@ def tasks_table(clients: Mapping[str, Mapping[str, TaskResult]]) -> f.Table | No
 
     Beside a mean over items stands its standard error. It is None where no task was done.
     """
+    # Clients are read against each other, so those of one measure stand below each other.
     by_measure: dict[tuple[str, str], dict[str, Measure]] = {}
     for client, results in clients.items():
         for task, result in results.items():
