@@ -148,7 +148,9 @@ class Deployment:
         shared = TINY.partition("[[clients]]")[0].format(rounds=rounds)
         for text, suffix in (("", ""), ("text = '{}'", "-alone")):
             entries = "".join(f"[[clients]]\nname = '{c}'\n{text.format(c)}\n" for c in clients)
-            written = f"{shared}[experts]\nspecialists = 1\n{entries}{more}"
+            # Who ends with the generalist alone has copies of it as specialists: these were sent.
+            options = "[options]\nfinish = 'mixture'\n"
+            written = f"{shared}[experts]\nspecialists = 1\n{options}{entries}{more}"
             (self.folder / f"{name}{suffix}.toml").write_text(written, encoding="utf-8")
         return self.folder / f"{name}.toml"
 

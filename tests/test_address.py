@@ -14,7 +14,14 @@ from comigs.errors import UserError
 from comigs.experiments.sweep.spec import flat, literal
 
 NAMES = ("2", "0", "1", "fr", "fr.text", "a.b", "a", "text", "rank", "a.b.rank", "007", "clients")
-VALUES = {"rank": 4, "specialists": 2, "specialist_rank": 3, "weight": 2.5, "text": "other"}
+VALUES = {
+    "rank": 4,
+    "specialists": 2,
+    "specialist_rank": 3,
+    "router_data": "train",
+    "weight": 2.5,
+    "text": "other",
+}
 
 
 def written(tmp_path, names):

@@ -144,7 +144,7 @@ def run_refused(capsys, config, *words):
         (
             'text = "bob"',
             'text = "debian-fax:fr"',
-            'no source "debian-fax"; there are: csv, debian-faq',
+            'no source "debian-fax"; there are: chatterbot, csv, debian-faq',
         ),
         (
             'text = "bob"',
@@ -351,10 +351,10 @@ def half_run(config, capsys):
 
     train = Client.train
 
-    def stop(client, round, on_step):
+    def stop(client, round, *rest):
         if round == 2:
             raise KeyboardInterrupt
-        return train(client, round, on_step)
+        return train(client, round, *rest)
 
     with patch.object(Client, "train", stop):
         assert comigs(capsys, "run", config).code == 130

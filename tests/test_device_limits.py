@@ -50,7 +50,9 @@ def numeric(section):
     return sorted(set(numbers(schema, schema.get("$defs", {}))))
 
 
-NUMERIC = [field for field in numeric(Config) if field != "options"]
+# Groups and clients of [conditions] have the same numbers as the section, and names of their own.
+NAMED = ("options", "conditions.groups.", "conditions.clients.")
+NUMERIC = [field for field in numeric(Config) if not field.startswith(NAMED)]
 OPTIONS = sorted(
     (method, field)
     for method in list_methods()
@@ -223,9 +225,10 @@ def test_the_time_counts_every_step_and_token_of_a_request(tmp_path, method):
         read = sum(m["tokens"] for m in head.metrics if m["kind"] == "evaluation")
         # Phases begin wherever an earlier round ended, so one more may be counted than is done.
         assert done <= steps <= done + client["router_steps"]
-        weighed = plan.looks * plan.probe * config.data.sequence_length
+        looks = 0 if plan.mix is None else plan.looks
+        weighed = looks * plan.probe * config.data.sequence_length
         if plan.finish is not None and round == 3:
-            weighed = plan.looks * sum(store.num_tokens for store in data.valid)
+            weighed += plan.looks * sum(store.num_tokens for store in data.valid)
         weighed += sum(m["tokens"] for m in head.metrics if m["kind"] == "kept")
         assert 0 <= tokens - read - weighed <= 3 * len(head.metrics)  # a text's first is no target
 
@@ -237,17 +240,22 @@ def test_a_method_looks_no_more_often_than_it_says(tmp_path, method):
     config = setting.config.model_copy(update={"method": method, "options": options})
     plan = load_method(config)
     slots = {Slot(0, "up", part, m): torch.randn(2, 2) for part in ("g0", "s0") for m in "AB"}
-    looks, values = [], iter([3.0, 1.0, 2.5] + [1.1, 0.7] * 50)
+    counts = {"mix": 0, "finish": 0}
+    values = iter([3.0, 1.0, 2.5] + [1.1, 0.7] * 50)
 
-    def nats(tensors):
-        looks.append(tensors)
-        return next(values)
+    def counting(what):
+        def nats(tensors):
+            counts[what] += 1
+            return next(values)
+
+        return nats
 
     if plan.mix is not None:
-        plan.mix(slots, {s: t + 1 for s, t in slots.items() if s.part == "g0"}, nats)
+        download = {slot: tensor + 1 for slot, tensor in slots.items() if slot.part == "g0"}
+        plan.mix(slots, download, counting("mix"))
     if plan.finish is not None:
-        plan.finish(slots, nats)
-    assert len(looks) == plan.looks
+        plan.finish(slots, counting("finish"))
+    assert max(counts.values()) == plan.looks
 
 
 # Whose base

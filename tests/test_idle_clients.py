@@ -113,7 +113,7 @@ def test_nothing_of_a_client_stays_in_memory_when_its_exchange_is_over(tmp_path)
     engine, built = start_engine(run_config(tmp_path, NAMES)).engine, []
     make = Client.train
 
-    def watch(client, round, on_step):
+    def watch(client, round, *rest):
         built.extend(
             map(
                 weakref.ref,
@@ -124,7 +124,7 @@ def test_nothing_of_a_client_stays_in_memory_when_its_exchange_is_over(tmp_path)
                 ),
             )
         )
-        return make(client, round, on_step)
+        return make(client, round, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Client, "train", watch)

@@ -16,7 +16,7 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 RouterData = Literal["valid", "train", "crossfit", "prior", "entropy"]
 NAMED_BASES = (
     "mini", "smollm2-135m", "tiny-gpt2", "tiny-llama",
-    "random-smollm2-135m", "random-llama-3.2-1b", "random-qwen3-1.7b",
+    "gemma3-270m", "random-smollm2-135m", "random-llama-3.2-1b", "random-qwen3-1.7b",
 )  # fmt: skip
 
 
