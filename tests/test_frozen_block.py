@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen3Config
@@ -18,17 +16,9 @@ from comigs.client.loss import Windows, sum_cross_entropy
 from comigs.experts.block import ATTENTIONS
 from tests.conftest import attach, bits, copy_of, random_tensors, same, shape_of
 from tests.families import SMALL, built_from
+from tests.test_compiled import processor  # noqa: F401 (every test here runs with it, too)
 
 pytestmark = pytest.mark.skipif(csrc.library() is None, reason="no C compiler")
-
-
-@pytest.fixture(params=["", "-U__AVX512DQ__"], ids=["this-processor", "any-other"], autouse=True)
-def processor(request, monkeypatch):
-    monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} {request.param}")
-    csrc.attempt.cache_clear()
-    assert csrc.library() is not None
-    yield
-    csrc.attempt.cache_clear()
 
 
 def distance(found, exact):
