@@ -6,7 +6,6 @@ and one backward, in float32, and keeps one number a token.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -63,29 +62,18 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, inverse = ctx.saved_tensors
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
-        addresses = (t.data_ptr() for t in (x, weight, inverse, grad, grad_x))
-        csrc.call(
-            "rms_norm_backward",
-            *_sizes(x),
-            ctypes.c_double(ctx.plus),
-            *map(ctypes.c_void_p, addresses),
-        )
+        sizes = (*_sizes(x), ctx.plus)
+        csrc.call("rms_norm_backward", *sizes, x, weight, inverse, grad, grad_x)
         return grad_x, None, None, None
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float, plus: float) -> tuple[Tensor, Tensor]:
     """Return y, and 1 / sqrt(mean x^2 + eps) of every row."""
     y, inverse = torch.empty_like(x), torch.empty(x.shape[:-1])
-    csrc.call(
-        "rms_norm_forward",
-        *_sizes(x),
-        *map(ctypes.c_double, (eps, plus)),
-        *(ctypes.c_void_p(t.data_ptr()) for t in (x, weight, y, inverse)),
-    )
+    csrc.call("rms_norm_forward", *_sizes(x), float(eps), plus, x, weight, y, inverse)
     return y, inverse
 
 
-def _sizes(x: Tensor) -> list[ctypes.c_int64]:
+def _sizes(x: Tensor) -> tuple[int, ...]:
     T, D = x.numel() // x.shape[-1], x.shape[-1]
-    threads = torch.get_num_threads()
-    return [ctypes.c_int64(n) for n in (T, D, x.dtype == torch.bfloat16, threads)]
+    return T, D, x.dtype == torch.bfloat16, torch.get_num_threads()

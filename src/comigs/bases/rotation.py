@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -50,10 +49,5 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, way: float) -> Tensor:
     y = x.new_empty(B, L, H, d)
     window = L * d if len(cos) > 1 else 0
     sizes = (B, L, H, d, x.dtype == torch.bfloat16, torch.get_num_threads(), window, token)
-    csrc.call(
-        "rotate",
-        *map(ctypes.c_int64, sizes),
-        ctypes.c_double(way),
-        *(ctypes.c_void_p(t.data_ptr()) for t in (x, cos, sin, y)),
-    )
+    csrc.call("rotate", *sizes, way, x, cos, sin, y)
     return y

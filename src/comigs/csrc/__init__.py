@@ -56,14 +56,24 @@ def cross_entropy(logits_CV: Tensor, targets_C: Tensor, to_gradient: bool) -> Te
         raise IndexError(f"targets from {lowest} to {highest}, but logits have {V} columns")
     nats_C, targets_C = torch.empty(C), targets_C.contiguous()
     sizes = (C, V, logits_CV.dtype == torch.bfloat16, to_gradient, torch.get_num_threads())
-    addresses = (logits_CV.data_ptr(), targets_C.data_ptr(), nats_C.data_ptr())
-    call("cross_entropy", *map(ctypes.c_int64, sizes), *map(ctypes.c_void_p, addresses))
+    call("cross_entropy", *sizes, logits_CV, targets_C, nats_C)
     return nats_C
 
 
 def call(function: str, *arguments: Any) -> None:
-    """Call a C function of `library`, which must be there."""
-    getattr(library(), function)(*arguments)
+    """Call a C function of `library`, which must be there.
+
+    Whole numbers go as int64_t, floats as double, and tensors as their addresses.
+    """
+    getattr(library(), function)(*map(_in_c, arguments))
+
+
+def _in_c(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
+    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
 
 
 def number(function: str, *arguments: int) -> int:
