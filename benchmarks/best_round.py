@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from comigs.experiments.csv_file import Row
-from comigs.experiments.packed import RunData, read_packed
+from comigs.experiments.packed import read_packed
+from comigs.experiments.run_data import RunData
 
 VALID, TEST = "valid_perplexity", "test_perplexity"
 

@@ -12,13 +12,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 
 from comigs.experiments.compare.compared import compare_runs
 from comigs.experiments.compare.write import FILES
 from comigs.experiments.csv_file import from_csv, to_csv
-from comigs.experiments.packed import PACKED, read_packed, read_run_folder
+from comigs.experiments.packed import PACKED, read_packed
+from comigs.experiments.run_data import read_run_folder
+from comigs.text import NONE
 from tests.compared_runs import change, measured, three_methods
 from tests.runs import comigs, files, finished, refused, write_config
 
@@ -128,6 +131,39 @@ def test_nothing_is_overwritten_and_new_runs_are_packed_with_packed_ones(
     (again, table), *_ = compare_runs([Path("deeper/all")]).tables(brief=True)
     assert (again, table) == (title, expected)
     assert 'config = "../../runs/c.toml"' in Path("deeper/all/sweep.toml").read_text()
+
+
+def asked(folder: Path, personal: dict[str, float], base: float) -> None:
+    """Give a run what its models got right of a task."""
+    clients = {}
+    for name, mean in personal.items():
+        right = {"items": 8, "base": {"mean": base}, "personal": {"mean": mean, "error": 0.125}}
+        result = {"by": "=lm_eval", "round": 2, "settings": {}, "measures": {"acc": right}}
+        clients[name] = {"quiz": result}
+    (folder / "tasks.json").write_text(json.dumps({"clients": clients}))
+
+
+def test_what_models_got_right_is_compared_and_packed(sweep: Path, capsys) -> None:
+    asked(sweep / "local/seed-42", {"ann": 0.25, "bob": 0.75}, 0.25)
+    asked(sweep / "local/seed-43", {"ann": 0.5, "bob": 0.75}, 0.5)
+    asked(sweep / "local/seed-44", {"ann": 0.125}, 0.0)  # bob was not asked: no mean over clients
+    asked(sweep / "comigs/seed-42", {"ann": 1.0, "bob": 0.5}, 0.25)
+    tables = dict(compare_runs([sweep]).tables())
+    (table,) = (table for name, table in tables.items() if name.endswith(": tasks"))
+    sd = stdev([0.5, 0.625])
+    assert table.headers == ("setting", "quiz: acc")
+    said = {row[0]: row[1] for row in table.rows}
+    assert said["local"] == f"{0.5625:.3f} ± {sd:.3f}"
+    assert float(said["comigs"]) == 0.75 and said["fedavg"] == NONE
+    assert table.last is not None and float(table.last[1]) == round(1 / 3, 3)  # of the three runs
+
+    whole, expected = compared(capsys, sweep, "folders")
+    assert b"<h3>Tasks</h3>" in expected["compare.html"]
+    comigs(capsys, "compare", sweep, "--pack")
+    without_folders(sweep)
+    assert compared(capsys, sweep, "packed") == (whole, expected)
+    edited(sweep / "tasks.csv", cell("personal", "high"))
+    assert "tasks.csv: line 3: column personal" in refused(capsys, "compare", sweep)
 
 
 def test_a_run_that_is_not_finished_is_not_packed(sweep: Path, capsys) -> None:

@@ -12,7 +12,7 @@ from comigs import text as f
 from comigs.experiments.compare.fields import taken_as_equal
 from comigs.experiments.compare.settings import Dataset, text_of
 from comigs.experiments.compare.statistics import Comparison, Results
-from comigs.experiments.packed import METRICS, RunData
+from comigs.experiments.run_data import METRICS, RunData
 from comigs.files import command
 
 MADE_WITH = {  # what -> where env.json says it

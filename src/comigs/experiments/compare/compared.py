@@ -46,6 +46,8 @@ class Compared:
             if not brief:
                 shown.append((f"{name}: other measures", tables.score_table(c, results)))
                 shown.append((f"{name}: {clients}", tables.client_scores(c, results)))
+                tasks = tables.task_table(results)
+                shown += [(f"{name}: tasks", tasks)] if tasks else []
                 shown.append((f"{name}: costs per client", tables.cost_table(results)))
         if not brief:
             shown.append(("Settings", tables.settings_table(c)))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from comigs.errors import UserError
-from comigs.experiments.packed import RunData, is_packed, read_packed, read_run_folder
+from comigs.experiments.packed import is_packed, read_packed
+from comigs.experiments.run_data import RunData, read_run_folder
 
 SWEEP = "sweep.toml"
 

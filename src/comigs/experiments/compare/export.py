@@ -11,7 +11,7 @@ from comigs.experiments.compare.t_test import Spread
 from comigs.experiments.compare.tables import perplexity_change
 from comigs.experiments.csv_file import Row as Line
 from comigs.experiments.csv_file import to_csv
-from comigs.experiments.packed import METRICS
+from comigs.experiments.run_data import METRICS
 from comigs.text import Table, one_line
 
 TEX = {

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from comigs.config import Config, dotted
-from comigs.experiments.packed import RunData
+from comigs.experiments.run_data import RunData
 
 Fields = Mapping[str, Any]  # dotted name -> value
 SAME = (  # how a run is made, which changes no result

@@ -83,6 +83,7 @@ def _by_rank(ranked: Mapping[str, float], datasets: int, settings: int) -> str:
 
 def _part(c: Comparison, results: Results, drawn: Sequence[plots.Plot]) -> dict[str, object]:
     """Return what the page shows of one dataset."""
+    # A plot has a panel for each dataset that has something to draw.
     pictures = []
     for plot in drawn:
         own = [panel for panel in plot.panels if panel.title == results.name]
@@ -93,6 +94,7 @@ def _part(c: Comparison, results: Results, drawn: Sequence[plots.Plot]) -> dict[
         "scores": tables.score_table(c, results),
         "main": tables.main_table(c, results),
         "clients": tables.client_scores(c, results),
+        "tasks": tables.task_table(results),
         "costs": tables.cost_table(results),
         "pictures": pictures,
         "legend": [(name, *plots.key(c.settings.index(name))) for name in names],

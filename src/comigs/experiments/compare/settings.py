@@ -16,7 +16,7 @@ from comigs.config import SPLITS, Config, Split, dotted
 from comigs.errors import UserError
 from comigs.experiments.compare.discover import Found
 from comigs.experiments.compare.fields import DATA, Fields, fields_of, in_words, varying, words
-from comigs.experiments.packed import RunData
+from comigs.experiments.run_data import RunData
 
 
 @dataclass(frozen=True)

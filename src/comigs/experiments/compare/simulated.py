@@ -8,7 +8,7 @@ import pandas as pd
 
 from comigs.experiments.compare.settings import Setting
 from comigs.experiments.compare.t_test import Spread, spread
-from comigs.experiments.packed import RunData
+from comigs.experiments.run_data import RunData
 
 HOUR = 3600.0
 

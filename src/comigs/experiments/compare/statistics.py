@@ -16,7 +16,7 @@ from comigs.experiments.compare.baseline import Baseline
 from comigs.experiments.compare.costs import Costs, costs, with_ratios
 from comigs.experiments.compare.settings import Dataset, Setting
 from comigs.experiments.compare.t_test import Paired, Spread, mean_over_clients, paired, spread
-from comigs.experiments.packed import METRICS, Metric
+from comigs.experiments.run_data import METRICS, Metric
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from comigs import text as f
 from comigs.experiments.compare.costs import Costs
@@ -20,7 +20,8 @@ from comigs.experiments.compare.statistics import (
     ranks,
 )
 from comigs.experiments.compare.t_test import Paired, Spread
-from comigs.experiments.packed import METRICS, Metric
+from comigs.experiments.compare.task_scores import task_scores
+from comigs.experiments.run_data import METRICS, Metric
 from comigs.text import Table
 
 WORDS = {"perplexity": "perplexity", "nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
@@ -75,6 +76,17 @@ def client_scores(comparison: Comparison, results: Results) -> Table:
         scores = [r.clients[client][metric] for r in results.rows]
         columns.append(_scores(client, scores, results.base_of[client][metric]))
     return _table(columns, results.same_seeds)
+
+
+def task_table(results: Results) -> Table | None:
+    """Return one row per setting, one column per measure of a task; None where none was asked."""
+    measured = task_scores(results)
+    columns = [_names(results)]
+    for score in measured:
+        header = f"{score.task}: {score.measure}"
+        column = _scores(header, score.settings, score.base)
+        columns.append(replace(column, values=()))  # high is good of most, and low of some
+    return _table(columns, False) if measured else None
 
 
 def cost_table(results: Results) -> Table:

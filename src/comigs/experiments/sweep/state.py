@@ -17,7 +17,7 @@ from comigs.config import Config, dotted
 from comigs.data.files import resolve
 from comigs.data.sources import source_names
 from comigs.errors import UserError
-from comigs.experiments.packed import RunData
+from comigs.experiments.run_data import RunData
 from comigs.files import ELSEWHERE, ClosedFolder, require_free
 from comigs.processes import is_locked
 from comigs.runs.folder import RunFolder
