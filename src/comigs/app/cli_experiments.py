@@ -122,7 +122,7 @@ def compare(
         bool,
         typer.Option(
             "--pack",
-            help="Instead: keep the runs as three files, which compare and sweep read as well.",
+            help="Instead: keep the runs as a few files, which compare and sweep read as well.",
         ),
     ] = False,
 ) -> None:
