@@ -12,6 +12,7 @@ import torch
 from comigs.app.api import open_run, require_same_text
 from comigs.app.setup import Say, ignore, load
 from comigs.bases.load import Base, set_dtype
+from comigs.bases.packed import unpack
 from comigs.config import Config, Split
 from comigs.data.prepare import ClientData
 from comigs.data.prepare import prepare as prepare_data
@@ -98,6 +99,7 @@ def opened_for_export(folder: RunFolder, client: str) -> tuple[Base, Config, Cli
     base, config = load(config.model_copy(update={"base": here}))
     data = prepare_data(config, base.encoder)
     require_same_text(folder, data)
-    # The base is the run's, rounded as it was there. What is computed with it is not.
+    # The base is the run's, rounded or packed as it was there. What is computed with it is not.
+    unpack(base.model)
     set_dtype(base.model, torch.float32)
     return replace(base, dtype=torch.float32), config, data.load(client)

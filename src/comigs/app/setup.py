@@ -14,6 +14,7 @@ import torch
 from comigs import csrc
 from comigs.app.privacy import privacy_lines
 from comigs.bases.load import Base, load_base, require_window
+from comigs.bases.packed import num_parameters
 from comigs.config import SPLITS, Config
 from comigs.data.prepare import Texts, prepare
 from comigs.engines.workers import devices
@@ -69,7 +70,7 @@ def load(config: Config, say: Say = ignore) -> tuple[Base, Config]:
     require_window(base, config.data.sequence_length)
 
     # one line says what the speed depends on, and another one why it is not what it could be
-    parameters = sum(p.numel() for p in base.model.parameters())
+    parameters = num_parameters(base.model)
     dtype, threads = str(base.dtype).removeprefix("torch."), torch.get_num_threads()
     on_cpu = base.device.type == "cpu"
     device = plural(threads, "CPU thread") if on_cpu else str(base.device)

@@ -21,6 +21,7 @@ from comigs.bases.base import Architecture, Loader
 from comigs.bases.chat_encoder import ChatEncoder
 from comigs.bases.chat_template import use_template
 from comigs.bases.from_gguf import is_gguf, load_gguf
+from comigs.bases.packed import forget, pack
 from comigs.bases.pretrained import load_pretrained
 from comigs.bases.tokenizer import TextEncoder
 from comigs.bases.usable import end_ids, require_usable
@@ -62,6 +63,7 @@ def load_base(section: BaseSection) -> Base:
         use_template(tokenizer, section.chat_template)
     architecture = architecture_of(model)
     require_usable(model, tokenizer, architecture)
+    pack(model, architecture, section.weights, section.name)
     model.set_attn_implementation(_attention(section, model, device))
     # How the next token is chosen is for who asks: no beams, penalties or sampling of the base's.
     own = model.generation_config
@@ -102,7 +104,9 @@ def set_dtype(model: Any, dtype: torch.dtype) -> None:
     wrong by up to 0.4 %, which after some hundred tokens is another position.
     """
     for weight in model.parameters():
-        weight.data = weight.data.to(dtype)
+        before, weight.data = weight.data, weight.data.to(dtype)
+        if before.dtype != dtype:
+            forget(before)
 
 
 def require_window(base: Base, length: int) -> None:

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -46,6 +46,12 @@ class BaseSection(Section):
         "block's attention and norms are computed in C where there is a compiler (docs/performance."
         "md). eager and sdpa are those of transformers, and leave the block as it is.",
     )
+    weights: Literal["whole", "int8", "int4"] = Field(
+        "whole",
+        description="The frozen linears of the blocks are held in memory whole, in dtype; or in 8 "
+        "or 4 bits a number with a scale for 32 of them, and unpacked one after the other where "
+        "they are wanted (docs/performance.md). Embedding and head stay whole.",
+    )
     device: str = Field(
         "auto",
         description='The base computes on "cpu", "cuda", "cuda:1", ...; auto is cuda where there '
@@ -71,6 +77,13 @@ class BaseSection(Section):
         "share of the cores where there are several workers. The run records the number, and a "
         "resumed run uses it again.",
     )
+
+    @field_validator("weights")
+    @classmethod
+    def _packed_is_not_exact(cls, value: str, info: ValidationInfo) -> str:
+        if value != "whole" and info.data.get("dtype") == "float64":
+            raise ValueError("is not for base.dtype float64; allowed there: whole")
+        return value
 
     @field_validator("chat_template")
     @classmethod

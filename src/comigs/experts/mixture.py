@@ -80,7 +80,7 @@ class Mixture(nn.Module):
         super().__init__()
         self.mlp = mlp
         self.architecture = architecture
-        device = next(mlp.parameters()).device
+        device = next(iter(mlp.state_dict().values())).device
         self.act = activation_of(getattr(mlp, architecture.activation), device)
         self.inputs = [site for site in architecture.mlp_linears() if site != "down"]
         self.bound = BlockExperts()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from comigs.bases.packed import PackedLinear
+
 
 class Frozen(NamedTuple):
     """A frozen linear, and a frozen change (O, I) of it, or None."""
@@ -21,12 +23,13 @@ class Frozen(NamedTuple):
     linear: nn.Module
     merged: Tensor | None = None
 
-    def matrices(self) -> list[Tensor]:
-        """Return what x is multiplied with, each (O, I)."""
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return the linear's own (O, I). That of a packed one is there until the next is asked."""
+        if isinstance(self.linear, PackedLinear):
+            return self.linear.unpacked(dtype)
         weight: Tensor = self.linear.weight  # type: ignore[assignment]
         # transformers' Conv1D has its weight as (I, O).
-        own = weight if isinstance(self.linear, nn.Linear) else weight.T
-        return [own] if self.merged is None else [own, self.merged]
+        return (weight if isinstance(self.linear, nn.Linear) else weight.T).to(dtype)
 
 
 def read(x_TI: Tensor, linears: Sequence[Frozen], A_RI: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -60,8 +63,9 @@ class _Reading(torch.autograd.Function):
         if wants_x:
             grad_x = grad_TR @ A_RI
             for frozen, grad_TO in zip(ctx.linears, grads_TO, strict=True):
-                for matrix in frozen.matrices():
-                    grad_x.addmm_(grad_TO, matrix.to(grad_TO.dtype))
+                grad_x.addmm_(grad_TO, frozen.matrix(grad_TO.dtype))
+                if frozen.merged is not None:
+                    grad_x.addmm_(grad_TO, frozen.merged.to(grad_TO.dtype))
         return grad_x, grad_A, *(None for _ in ctx.linears)
 
 
@@ -69,7 +73,7 @@ def _results(x_TI: Tensor, A_RI: Tensor, linears: Sequence[Frozen]) -> list[Tens
     results = []
     for frozen in linears:
         y_TO: Tensor = frozen.linear(x_TI)
-        for change in frozen.matrices()[1:]:
-            y_TO = torch.addmm(y_TO, x_TI, change.T.to(y_TO.dtype))
+        if frozen.merged is not None:
+            y_TO = torch.addmm(y_TO, x_TI, frozen.merged.T.to(y_TO.dtype))
         results.append(y_TO)
     return [*results, x_TI @ A_RI.T]

@@ -15,6 +15,7 @@ import torch
 
 from comigs import __version__, csrc
 from comigs.bases.load import Base
+from comigs.bases.packed import num_parameters
 from comigs.config import SPLITS
 from comigs.data.client_text import SplitText
 from comigs.data.corpus import Encoder, TokenStore
@@ -44,7 +45,7 @@ def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[st
         "experts": csrc.way(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
         "base_fingerprint": base.fingerprint,
-        "base_parameters": sum(param.numel() for param in base.model.parameters()),
+        "base_parameters": num_parameters(base.model),
         "tokenizer": base.encoder.id,
         "chats": base.encoder.chats.id,
         "data": describe(data),
