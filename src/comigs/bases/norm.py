@@ -39,6 +39,8 @@ def in_c(norm: nn.Module) -> Callable[[Tensor], Tensor] | None:
             def compute(x: Tensor, plus: float = plus) -> Tensor:
                 if not csrc.takes(x) or x.dtype != weight.dtype:
                     return forward(x)  # type: ignore[no-any-return]
+                if not torch.is_grad_enabled():
+                    return _forward(x.contiguous(), weight, eps, plus)[0]
                 y: Tensor = _RmsNorm.apply(x, weight, eps, plus)  # type: ignore[no-untyped-call]
                 return y
 

@@ -21,6 +21,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos, sin: (B or 1, L, d), as `transformers` hands them to every block: of d / 2 angles, twice.
     """
+    if not torch.is_grad_enabled():
+        return _rotate(x, cos.contiguous(), sin.contiguous(), 1.0)
     turned: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return turned
 

@@ -1,8 +1,8 @@
 """This module compiles and calls what is written in C, for CPUs (docs/decisions/0012).
 
-In C are the hidden layer of all experts, cross-entropy, attention, norms and rotation. They are
-compiled for this machine when first wanted, by the C compiler that is there ($CC, else cc), and
-kept in the cache folder.
+In C are the hidden layer of all experts, cross-entropy, attention, norms, rotation, and products
+with one token. They are compiled for this machine when first wanted, by the C compiler that is
+there ($CC, else cc), and kept in the cache folder.
 Without a compiler, or with COMIGS_COMPILED=0, PyTorch does the same more slowly.
 """
 

@@ -4,32 +4,13 @@
    A block of tokens at a time, a tile of its columns at a time; in it an expert takes its tokens in groups of GROUP,
    whose numbers stay in the first cache from the frozen product to the last gradient. Everything is float32;
    frozen products, what comes out mixed, and its gradient are bfloat16 or float32 (`half`). */
-#include "vectors.h"
+#include "hidden.h"
 
 #define GROUP 8
 #define TILE 768
 #define BLOCK 64
 #define LARGEST_RANK 256
-
-typedef struct {
-  int64_t from, rank;     /* its rows of R */
-  int64_t learns;         /* else its rows of grad_B and grad_A stay as they are */
-} expert;
-
-typedef struct {
-  int64_t T, I, R, E, S, half, act, all, threads;
-  const void *frozen[2];  /* (T, I) */
-  void *grad_frozen[2];
-  const float *weights;   /* (T, E) */
-  const float *low;       /* (T, S, R) */
-  const float *B;         /* (S, R, I) */
-  const float *A;         /* (R, I) */
-  void *mixed;            /* (T, I): forward out, backward the gradient to it */
-  float *out_low;         /* (T, R): forward h A^T, backward the gradient to it */
-  float *grad_weights, *grad_low; /* or null */
-  float *grad_B, *grad_A; /* (threads, ...) or null */
-  const expert *experts;
-} layer;
+#define INLINE static inline __attribute__((always_inline)) /* so that a size of 1 is known where it is used */
 
 static inline vec sigmoid(vec q) { return reciprocal(1.f + exponential(-q)); }
 
@@ -65,15 +46,15 @@ static inline void outer(float *rows, int64_t stride, float (*few)[GROUP], tile 
 }
 
 /* few[token][r] += in @ rows^T, with `width` between tokens */
-static inline void reduce(float *few, int64_t width, const int64_t *tokens, int n, const float *rows, int64_t stride,
-                          tile in, int64_t R, int64_t columns) {
+INLINE void reduce(float *few, int64_t width, const int64_t *tokens, int n, const float *rows, int64_t stride, tile in,
+                   int64_t R, int64_t columns, const int size) {
   for (int64_t r = 0; r < R; r += 2) {
     int64_t next = r + 1 < R ? r + 1 : r;
     vec one[GROUP], two[GROUP];
-    for (int t = 0; t < GROUP; t++) one[t] = two[t] = same(0);
+    for (int t = 0; t < size; t++) one[t] = two[t] = same(0);
     for (int64_t i = 0; i < columns; i += LANES) {
       vec a = load(rows + r * stride + i), b = load(rows + next * stride + i);
-      for (int t = 0; t < GROUP; t++) {
+      for (int t = 0; t < size; t++) {
         vec x = load(&in[t][i]);
         one[t] += a * x;
         two[t] += b * x;
@@ -85,29 +66,29 @@ static inline void reduce(float *few, int64_t width, const int64_t *tokens, int 
 }
 
 /* a group's rows of all (T, I) + low @ rows (R, I), and their low as few; low's tokens are `width` apart */
-static inline void with_low(tile z, const layer *l, const void *all, const float *low, int64_t width,
-                            const float *rows, int64_t R, const int64_t *tokens, int n, int64_t from, int64_t columns,
-                            float (*few)[GROUP]) {
+INLINE void with_low(tile z, const layer *l, const void *all, const float *low, int64_t width, const float *rows,
+                     int64_t R, const int64_t *tokens, int n, int64_t from, int64_t columns, float (*few)[GROUP],
+                     const int size) {
   int64_t at[GROUP];
-  for (int t = 0; t < GROUP; t++) {
+  for (int t = 0; t < size; t++) {
     at[t] = tokens[t < n ? t : 0] * l->I + from;
     for (int64_t r = 0; r < R; r++) few[r][t] = t < n ? low[tokens[t] * width + r] : 0;
   }
   for (int64_t i = 0; i < columns; i += LANES) {
     vec sum[GROUP];
-    for (int t = 0; t < GROUP; t++) sum[t] = load_any(all, at[t] + i, l->half);
+    for (int t = 0; t < size; t++) sum[t] = load_any(all, at[t] + i, l->half);
     for (int64_t r = 0; r < R; r++) {
       vec row = load(rows + r * l->I + from + i);
-      for (int t = 0; t < GROUP; t++) sum[t] += few[r][t] * row;
+      for (int t = 0; t < size; t++) sum[t] += few[r][t] * row;
     }
-    for (int t = 0; t < GROUP; t++) store(&z[t][i], sum[t]);
+    for (int t = 0; t < size; t++) store(&z[t][i], sum[t]);
   }
 }
 
-static inline void z_of(tile z, const layer *l, const expert *e, int s, const int64_t *tokens, int n, int64_t from,
-                        int64_t columns, float (*few)[GROUP]) {
+INLINE void z_of(tile z, const layer *l, const expert *e, int s, const int64_t *tokens, int n, int64_t from,
+                 int64_t columns, float (*few)[GROUP], const int size) {
   const float *low = l->low + s * l->R + e->from, *B = l->B + (s * l->R + e->from) * l->I;
-  with_low(z, l, l->frozen[s], low, l->S * l->R, B, e->rank, tokens, n, from, columns, few);
+  with_low(z, l, l->frozen[s], low, l->S * l->R, B, e->rank, tokens, n, from, columns, few, size);
 }
 
 static int64_t tokens_of(int64_t *tokens, const layer *l, int64_t e, int64_t begin, int64_t end) {
@@ -127,20 +108,21 @@ static inline void write_sums(void *all, const layer *l, float (*sums)[TILE], in
       store_any(all, t * l->I + from + i, l->half, load(&sums[t - begin][i]));
 }
 
-static void forward_block(const layer *l, workspace *w, int64_t begin, int64_t end) {
+/* size: GROUP, or 1 for a single token, beside which seven zeros would be worked on */
+INLINE void forward_block(const layer *l, workspace *w, int64_t begin, int64_t end, const int size) {
   int64_t tokens[BLOCK];
   for (int64_t from = 0; from < l->I; from += TILE) {
     int64_t columns = l->I - from < TILE ? l->I - from : TILE;
-    memset(w->sums[0], 0, sizeof w->sums[0]);
+    memset(w->sums[0], 0, (end - begin) * sizeof w->sums[0][0]);
     for (int64_t k = 0; k < l->E; k++) {
       const expert *e = l->experts + k;
       int64_t own = tokens_of(tokens, l, k, begin, end);
-      for (int64_t g = 0; g < own; g += GROUP) {
-        int n = own - g < GROUP ? own - g : GROUP;
+      for (int64_t g = 0; g < own; g += size) {
+        int n = own - g < size ? own - g : size;
         const int64_t *group = tokens + g;
-        z_of(w->one, l, e, 0, group, n, from, columns, w->few[0]);
-        if (l->S == 2) z_of(w->two, l, e, 1, group, n, from, columns, w->few[0]);
-        for (int t = 0; t < GROUP; t++) {
+        z_of(w->one, l, e, 0, group, n, from, columns, w->few[0], size);
+        if (l->S == 2) z_of(w->two, l, e, 1, group, n, from, columns, w->few[0], size);
+        for (int t = 0; t < size; t++) {
           float weight = t < n ? l->weights[group[t] * l->E + k] : 0;
           float *sum = w->sums[0][group[t < n ? t : 0] - begin];
           for (int64_t i = 0; i < columns; i += LANES) {
@@ -150,7 +132,7 @@ static void forward_block(const layer *l, workspace *w, int64_t begin, int64_t e
             if (t < n) store(sum + i, load(sum + i) + h);
           }
         }
-        reduce(l->out_low + e->from, l->R, group, n, l->A + e->from * l->I + from, l->I, w->one, e->rank, columns);
+        reduce(l->out_low + e->from, l->R, group, n, l->A + e->from * l->I + from, l->I, w->one, e->rank, columns, size);
       }
     }
     write_sums(l->mixed, l, w->sums[0], begin, end, from, columns);
@@ -170,10 +152,10 @@ static void backward_block(const layer *l, workspace *w, int64_t begin, int64_t 
       for (int64_t g = 0; g < own; g += GROUP) {
         int n = own - g < GROUP ? own - g : GROUP;
         const int64_t *group = tokens + g;
-        z_of(w->one, l, e, 0, group, n, from, columns, w->few[0]);
-        if (l->S == 2) z_of(w->two, l, e, 1, group, n, from, columns, w->few[1]);
+        z_of(w->one, l, e, 0, group, n, from, columns, w->few[0], GROUP);
+        if (l->S == 2) z_of(w->two, l, e, 1, group, n, from, columns, w->few[1], GROUP);
         with_low(w->three, l, l->mixed, l->out_low + e->from, l->R, l->A + e->from * l->I, e->rank, group, n, from,
-                 columns, w->few[2]);
+                 columns, w->few[2], GROUP);
         for (int t = 0; t < GROUP; t++) {
           float weight = t < n ? l->weights[group[t] * l->E + k] : 0;
           vec slope, dot = same(0);
@@ -206,7 +188,7 @@ static void backward_block(const layer *l, workspace *w, int64_t begin, int64_t 
           float (*grad)[TILE] = s ? w->two : w->one;
           float *grad_low = l->grad_low ? l->grad_low + s * l->R + e->from : 0;
           int64_t site = s * l->R * l->I + row;
-          if (grad_low) reduce(grad_low, width, group, n, l->B + site, l->I, grad, e->rank, columns);
+          if (grad_low) reduce(grad_low, width, group, n, l->B + site, l->I, grad, e->rank, columns, GROUP);
           if (grad_B) outer(grad_B + site, l->I, w->few[s], grad, e->rank, columns);
         }
       }
@@ -231,7 +213,8 @@ static void walk(const layer *l, int is_backward) {
     for (int64_t b = blocks * thread / threads; b < blocks * (thread + 1) / threads; b++) {
       int64_t begin = b * block, end = begin + block < l->T ? begin + block : l->T;
       if (is_backward) backward_block(l, &space, begin, end, thread);
-      else forward_block(l, &space, begin, end);
+      else if (l->T > 1) forward_block(l, &space, begin, end, GROUP);
+      else forward_block(l, &space, begin, end, 1);
     }
   }
 }

@@ -19,6 +19,7 @@ from comigs.experts.block import quicker_modules
 from comigs.experts.lora import LoraLinear
 from comigs.experts.mixture import BlockExperts, Expert, Mixture
 from comigs.experts.router import Routing
+from comigs.experts.token import linear_in_c
 from comigs.methods import lowrank
 from comigs.slots import OTHERS, Slot, expert_parts
 
@@ -43,6 +44,7 @@ class Attachment:
         self.attention: list[dict[str, LoraLinear]] = []
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         self._quickened: list[nn.Module] = []
+        self._is_laid_out = False
         # Modules are replaced on the model itself, and remembered, so that `detach` can undo it.
         for block in model.get_submodule(architecture.blocks):
             mixture = Mixture(block.get_submodule(architecture.mlp), architecture)
@@ -101,6 +103,7 @@ class Attachment:
 
         opening: (E,) how far the router is open to each expert, from 0 to 1; None: to all.
         """
+        self._is_laid_out = False
         names = {slot.part for slot in tensors if slot.role in ("generalist", "specialist", OTHERS)}
         generalists = sum(name.startswith("g") for name in names)
         specialists = sum(name.startswith("s") for name in names)
@@ -112,8 +115,23 @@ class Attachment:
                 lora.A = tensors.get(Slot(layer, site, "attention", "A"))
                 lora.B = tensors.get(Slot(layer, site, "attention", "B"))
                 lora.merged = tensors.get(Slot(layer, site, "merged", "W"))
+                lora.one_token = None
                 if lora.A is not None:
                     lora.scale = self.settings.scale(len(lora.A))
+
+    def lay_out(self) -> None:
+        """Lay the client's tensors out in C for reading one token at a time without gradients.
+
+        They must not change until the next `bind`, which forgets what was laid out. Whatever else
+        is read, and what C is not written for, is computed as before.
+        """
+        if self._is_laid_out:
+            return
+        self._is_laid_out, dtype = True, self.model.dtype
+        for mixture, adapted in zip(self.mixtures, self.attention, strict=True):
+            mixture.lay_out(dtype)
+            for lora in adapted.values():
+                lora.one_token = linear_in_c(lora.linear, lora.packed(dtype))
 
     def _block_experts(
         self, tensors: Mapping[Slot, Tensor], layer: int, parts: Sequence[str]

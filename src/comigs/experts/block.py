@@ -1,8 +1,8 @@
 """What stands around the experts in a block, on CPUs in C: norms, and attention with rotation.
 
 The modules of the base stay as they are; only what they compute by is replaced, on the module
-itself. A family whose attention is not named here keeps its own, and so does whatever reads a cache
-of keys and values, as in generation.
+itself. A family whose attention is not named here keeps its own. The output layer is computed in C
+for one token at a time, as text is written.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from comigs.bases import attention, norm
 from comigs.bases.rotation import rotated
 from comigs.bases.rotation import takes as rotates
 from comigs.experts.lora import LoraLinear, adapted
+from comigs.experts.token import TokenLinear, apply, linear_in_c
 
 # Their forward pass is `transformers`' for Llama, with norms of each head where it has them.
 ATTENTIONS = (
@@ -42,10 +43,18 @@ def quicker_modules(
     for module in model.modules():
         if (compute := norm.in_c(module)) is not None:
             yield module, compute
+    head = model.get_output_embeddings()
+    if (in_c := linear_in_c(head)) is not None:
+        yield head, partial(output, in_c, head.forward)
     for block, adapted_linears in zip(model.get_submodule(blocks), loras, strict=True):
         for module in block.modules():
             if type(module).__name__ in ATTENTIONS:
                 yield module, partial(attend, module, module.forward, adapted_linears)
+
+
+def output(in_c: TokenLinear, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return what an output layer makes of x (..., D). own: its own forward pass."""
+    return apply([in_c], x)[0] if in_c.takes(x) else own(x)
 
 
 def attend(  # noqa: PLR0913 (these are transformers' to choose)
@@ -63,7 +72,7 @@ def attend(  # noqa: PLR0913 (these are transformers' to choose)
     own: that forward pass, for what is not written here.
     """
     (cos, sin), (B, L, _), d = position_embeddings, hidden_states.shape, module.head_dim
-    if past_key_values is not None or not rotates(hidden_states, cos) or cos.shape[-1] != d:
+    if not rotates(hidden_states, cos) or cos.shape[-1] != d:
         return own(  # type: ignore[no-any-return]
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
@@ -78,5 +87,7 @@ def attend(  # noqa: PLR0913 (these are transformers' to choose)
         q, k = module.q_norm(q), module.k_norm(k)
     q, k = rotated(q, cos, sin), rotated(k, cos, sin)
     q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, module.layer_idx)
     found, weights = attention.attend(module, q, k, v, attention_mask, module.scaling)
     return loras["o"](found.flatten(2)), weights

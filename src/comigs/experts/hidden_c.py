@@ -24,7 +24,7 @@ class _Expert(ctypes.Structure):
     _fields_ = (("from", c_int64), ("rank", c_int64), ("learns", c_int64))
 
 
-class _Call(ctypes.Structure):
+class Call(ctypes.Structure):
     """hidden.c's `layer`."""
 
     _fields_ = (
@@ -54,7 +54,7 @@ def forward(layer: HiddenLayer) -> tuple[Tensor, Tensor]:
     layer = _contiguous(layer)
     mixed_TI = torch.empty_like(layer.frozen[0])
     low_TR = layer.weights_TE.new_zeros(len(mixed_TI), len(layer.A_RI))
-    csrc.call("forward", ctypes.byref(_call(layer, mixed_TI, low_TR)))
+    csrc.call("forward", ctypes.byref(call_of(layer, mixed_TI, low_TR)))
     return mixed_TI, low_TR
 
 
@@ -64,7 +64,7 @@ def backward(
     """Return what `hidden_torch.backward` returns."""
     layer = _contiguous(layer)
     grad_mixed_TI, grad_low_TR = grad_mixed_TI.contiguous(), grad_low_TR.contiguous()
-    call = _call(layer, grad_mixed_TI, grad_low_TR)
+    call = call_of(layer, grad_mixed_TI, grad_low_TR)
 
     # Each token's gradients are written by the thread that works on it.
     weights_TE = _zeros(layer.weights_TE, wanted.weights_TE)
@@ -103,7 +103,7 @@ def _contiguous(layer: HiddenLayer) -> HiddenLayer:
     )
 
 
-def _call(layer: HiddenLayer, mixed_TI: Tensor, low_TR: Tensor) -> _Call:
+def call_of(layer: HiddenLayer, mixed_TI: Tensor, low_TR: Tensor) -> Call:
     """Return what hidden.c is given. It points to the tensors, which must outlive it."""
     settings = layer.settings
     experts = (_Expert * len(settings.ranks))()
@@ -111,7 +111,7 @@ def _call(layer: HiddenLayer, mixed_TI: Tensor, low_TR: Tensor) -> _Call:
         experts[e] = _Expert(ranks.start, settings.ranks[e], learns)
     # The fields' meaning is in hidden.c; numbers come first there, then addresses.
     T, S, R = layer.low_TSR.shape
-    call = _Call(
+    call = Call(
         T=T,
         I=mixed_TI.shape[1],
         R=R,

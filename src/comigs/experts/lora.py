@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comigs.experts import token
+from comigs.experts.packed import PackedLora
 from comigs.experts.reading import Frozen, read
 
 
@@ -17,6 +19,7 @@ class LoraLinear(nn.Module):
 
     It holds no tensor of its own: `A` (R, in) and `B` (out, R) are pointed at a client's. x is
     (..., in), y (..., out). `merged` is a frozen change (out, in) of the linear, or None.
+    `one_token` is all of it laid out for one token at a time, or None.
     """
 
     def __init__(self, linear: nn.Module) -> None:
@@ -26,13 +29,25 @@ class LoraLinear(nn.Module):
         self.B: Tensor | None = None
         self.scale = 1.0
         self.merged: Tensor | None = None
+        self.one_token: token.TokenLinear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return adapted(x, [self])[0]
 
+    def packed(self, dtype: torch.dtype) -> PackedLora:
+        """Return copies of its tensors in the base's dtype."""
+        merged = None if self.merged is None else self.merged.to(dtype, copy=True)
+        if self.A is None or self.B is None:
+            return PackedLora(None, None, merged)
+        B_RO = (self.scale * self.B.T).to(dtype).contiguous()
+        return PackedLora(self.A.to(dtype, copy=True), B_RO, merged)
+
 
 def adapted(x: Tensor, linears: Sequence[LoraLinear]) -> list[Tensor]:
     """Return what linears that read the same x make of it, with the LoRA of each."""
+    ready = [lora.one_token for lora in linears if lora.one_token is not None]
+    if len(ready) == len(linears) and ready[0].takes(x):
+        return token.apply(ready, x)
     As = [lora.A for lora in linears if lora.A is not None]
     if len(As) < len(linears):
         return [_alone(x, lora) for lora in linears]

@@ -25,8 +25,10 @@ from comigs.bases.base import Architecture
 from comigs.experts.activation import activation_of
 from comigs.experts.hidden import mixed_hidden
 from comigs.experts.hidden_layer import HiddenLayer, HiddenSettings
+from comigs.experts.packed import PackedExperts
 from comigs.experts.reading import Frozen, read
 from comigs.experts.router import Routing, route, route_gated, routing_inputs
+from comigs.experts.token import TokenMixture, mixture_in_c
 
 
 class Expert(NamedTuple):
@@ -73,7 +75,8 @@ class Mixture(nn.Module):
     """A mixture takes the place of a block's MLP and holds no tensor of its own.
 
     `bound` is the client that it works for; `bind` changes it. `inputs` are the sites that read x.
-    `routing` is the decision of the last forward pass, None without a router.
+    `routing` is the decision of the last forward pass, None without a router. `one_token` is what
+    it is bound to, laid out for one token at a time, or None.
     """
 
     def __init__(self, mlp: nn.Module, architecture: Architecture) -> None:
@@ -85,11 +88,20 @@ class Mixture(nn.Module):
         self.inputs = [site for site in architecture.mlp_linears() if site != "down"]
         self.bound = BlockExperts()
         self.routing: Routing | None = None
+        self.one_token: TokenMixture | None = None
 
     def bind(self, client: BlockExperts) -> None:
         """Point the mixture at this client."""
         self.bound = client
         self.routing = None
+        self.one_token = None
+
+    def lay_out(self, dtype: torch.dtype) -> None:
+        """Lay out what it is bound to for one token at a time, where C can. dtype: of the base."""
+        if self.bound.experts:
+            names = self.architecture.mlp_linears()
+            linears = {site: getattr(self.mlp, names[site]) for site in (*self.inputs, "down")}
+            self.one_token = mixture_in_c(linears, self.act, self.packed(dtype))
 
     @property
     def chooses(self) -> bool:
@@ -100,6 +112,8 @@ class Mixture(nn.Module):
         own, x_TD = self.bound, x.reshape(-1, x.shape[-1])
         if not own.experts:
             return self.mlp(x)  # type: ignore[no-any-return]
+        if self.one_token is not None and self.one_token.takes(x):
+            return self.one_token(x, self.routing_weights(x))
         # Everything that is trained, and everything element-wise, is computed in float32 or more.
         # The experts' A's are below each other, so that one product serves all experts and inputs.
         frozen, low = read(x_TD, self._frozen_inputs(), self._stacked_a(self.inputs))
@@ -152,6 +166,27 @@ class Mixture(nn.Module):
             else:
                 self.routing = route_gated(logits_TE, own.top_k, own.gate)
         return self.routing.weights_TE
+
+    def packed(self, dtype: torch.dtype) -> PackedExperts:
+        """Return copies of what it is bound to. dtype: of the base."""
+        # What is trained and element-wise is computed in float32 (float64 where the base is).
+        precise = torch.promote_types(dtype, torch.float32)
+        own = self.bound
+        ranks = tuple(expert.rank for expert in own.experts)
+        B_in = [expert.scale * expert.B[site].T for site in self.inputs for expert in own.experts]
+        B_down = torch.cat([expert.scale * expert.B["down"].T for expert in own.experts])
+        return PackedExperts(
+            ranks=(sum(ranks),) if own.summed else ranks,
+            A_in_RD=self._stacked_a(self.inputs).to(dtype).contiguous(),
+            B_SRI=torch.cat(B_in).to(precise).contiguous().unflatten(0, (len(self.inputs), -1)),
+            A_RI=self._stacked_a(["down"]).to(precise).contiguous(),
+            B_RD=B_down.to(dtype).contiguous(),
+            W_ED=None if own.W_ED is None else own.W_ED.detach().clone(),
+            gate=None if own.gate is None else own.gate.detach().clone(),
+            merged={site: tensor.to(dtype, copy=True) for site, tensor in own.merged.items()},
+            top_k=own.top_k,
+            routed_by=own.routed_by,
+        )
 
     def frozen_linear(self, site: str, x: Tensor) -> Tensor:
         """Return what the frozen linear of a site makes of x, with what was merged into it."""

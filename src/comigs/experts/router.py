@@ -49,6 +49,10 @@ def route(logits_TE: Tensor, top_k: int) -> Routing:
     K >= 2: softmax over the K largest logits, so the weights sum to 1. K = 1: the largest of the
     softmax over all E, which is below 1 and so gives the router a gradient.
     """
+    if top_k == logits_TE.shape[-1] > 1:  # nothing is left out
+        selected_TE = torch.ones_like(logits_TE, dtype=torch.bool)
+        weights_TE = logits_TE.softmax(dim=-1, dtype=torch.float32)
+        return Routing(logits_TE, weights_TE, selected_TE, top_k)
     best_TK = logits_TE.topk(top_k, dim=-1).indices
     selected_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, best_TK, True)
     if top_k == 1:

@@ -98,6 +98,7 @@ class PersonalModel:
         A seed makes sampling repeatable. Raises UserError where the prompt is too long, or holds a
         special token that the base does not read.
         """
+        self.attachment.lay_out()
         start, encoded = separator(self.tokenizer), self._encoded(prompt)
         window = self.model.config.max_position_embeddings
         room = window - encoded["input_ids"].shape[1]

@@ -24,8 +24,8 @@ from comigs.errors import UserError
 from comigs.experts.activation import activation_of
 from comigs.experts.hidden import mixed_hidden
 from comigs.experts.hidden_layer import HiddenLayer, HiddenSettings
+from comigs.experts.packed import PackedExperts, PackedLora
 from comigs.experts.router import route, route_gated, routing_inputs
-from comigs.personal.serve.packed import PackedExperts, PackedLora
 from comigs.personal.serve.rows import PASS, Group, Pass, Span, positions
 
 ATTENTION = "comigs_rows"

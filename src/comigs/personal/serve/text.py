@@ -5,7 +5,6 @@ of a stop text.
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,8 +25,8 @@ class Vocabulary:
         self.added = {id: str(token) for id, token in added.items()}
         # A tokenizer's own list of special tokens has those alone that it has a use for itself.
         self.special = {id for id, token in added.items() if token.special}
-        decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
-        self.byte_of = _bytes_of_characters() if "ByteLevel" in json.dumps(decoder) else None
+        is_of_bytes = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+        self.byte_of = _bytes_of_characters() if is_of_bytes else None
         self._known: dict[int, bytes] = {}
 
     def bytes_of(self, id: int) -> bytes:
