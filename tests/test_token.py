@@ -12,6 +12,7 @@ from transformers import GemmaConfig, GPT2Config, LlamaConfig, Qwen3Config
 from comigs import csrc
 from comigs.bases import attention
 from comigs.bases.load import architecture_of, set_dtype
+from comigs.bases.packed import PackedLinear, pack
 from comigs.experts import token
 from comigs.experts.packed import PackedLora
 from tests.conftest import attach, copy_of, random_tensors, same, shape_of
@@ -19,7 +20,7 @@ from tests.families import SMALL, built_from
 from tests.test_compiled import processor  # noqa: F401 (every test here runs with it, too)
 
 pytestmark = pytest.mark.skipif(csrc.library() is None, reason="no C compiler")
-WIDE = {**SMALL, "vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "head_dim": 32}
+WIDE = {**SMALL, "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 MODELS = {
     "llama": LlamaConfig(**WIDE, mlp_bias=True, attention_bias=True),
     "qwen3": Qwen3Config(**WIDE),
@@ -45,7 +46,7 @@ def test_linears_that_read_one_token_are_their_formula(dtype, threads):
         linears.append(linear)
         loras.append(PackedLora(A if rank else None, B if rank else None, change))
     x = torch.randn(1, 1, 144).to(dtype)
-    ready = [token.linear_in_c(*pair) for pair in zip(linears, loras, strict=True)]
+    ready = [token.linear_in_c(of, dtype, lora) for of, lora in zip(linears, loras, strict=True)]
     with torch.no_grad():
         assert ready[0].takes(x)
         found = token.apply(ready, x)
@@ -59,7 +60,7 @@ def test_linears_that_read_one_token_are_their_formula(dtype, threads):
 
 
 def test_only_one_token_without_gradients_is_taken():
-    ready = token.linear_in_c(nn.Linear(32, 16).requires_grad_(False))
+    ready = token.linear_in_c(nn.Linear(32, 16).requires_grad_(False), torch.float32)
     x = torch.randn(1, 1, 32)
     assert not ready.takes(x)
     with torch.no_grad():
@@ -67,8 +68,36 @@ def test_only_one_token_without_gradients_is_taken():
         assert not ready.takes(x.expand(1, 2, 32)) and not ready.takes(x.double())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not ready.takes(x)
-    assert token.linear_in_c(nn.Linear(32, 16)) is None  # it learns
-    assert token.linear_in_c(nn.Linear(32, 24).requires_grad_(False)) is None  # no whole vectors
+    for odd in (nn.Linear(32, 16), nn.Linear(32, 24).requires_grad_(False)):  # learns; no vectors
+        assert token.linear_in_c(odd, torch.float32) is None
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_packed_is_read_from_its_blocks(dtype, weights):
+    torch.manual_seed(0)
+    model = built_from(MODELS["llama"])
+    pack(model, architecture_of(model), weights, "llama")
+    set_dtype(model, dtype)
+    for linear in (module for module in model.modules() if isinstance(module, PackedLinear)):
+        x = torch.randn(1, linear.in_features).to(dtype)
+        exact = x.double() @ linear.weight.double().T
+        if linear.bias is not None:
+            exact = exact + linear.bias.double()
+        with torch.no_grad():
+            (found,) = token.apply([token.linear_in_c(linear, dtype)], x)
+        assert distance(found, exact) < (3e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_a_packed_model_is_the_same_one_token_at_a_time():
+    model = built_from(MODELS["qwen3"])
+    pack(model, architecture_of(model), "int8", "qwen3")
+    model.set_attn_implementation(attention.register())
+    with CASES["E=2"](model, torch.float32) as attachment:
+        plain = step_by_step(model)
+        attachment.lay_out()
+        assert attachment.mixtures[0].one_token is not None
+        assert distance(step_by_step(model), plain) < 1e-5
 
 
 def exact_logits(model, make):
@@ -134,8 +163,8 @@ def test_a_model_read_one_token_at_a_time_is_the_whole_one(model_type, case):
             attachment.lay_out()
             assert attachment.mixtures[0].one_token is not None
             found = step_by_step(model)
-        # In bfloat16 roundings are others, not more of them.
-        near = 1.5 * distance(plain, exact) if dtype == torch.bfloat16 else 0
+        # In bfloat16 roundings are others, not more of them; of a single text either is nearer.
+        near = 2.5 * distance(plain, exact) if dtype == torch.bfloat16 else 0
         assert distance(found, exact) < near + 1e-5
     assert not any("forward" in vars(module) for module in model.modules())
 

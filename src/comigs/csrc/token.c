@@ -2,12 +2,14 @@
 
    Such a product takes as long as its matrix takes to come from memory. So a row is read at a time, from its start to
    its end, which the processor sees and fetches ahead; several rows side by side take twice as long. Everything is
-   float32; matrices, what comes in and what goes out are bfloat16 or float32 (`half`). Widths are multiples of LANES. */
+   float32; matrices, what comes in and what goes out are bfloat16 or float32 (`half`), frozen weights in GGUF's blocks of 32
+   as well. Widths are multiples of LANES. */
+#include "blocks.h"
 #include "hidden.h"
 
 typedef struct {
-  int64_t I, O, R, half;
-  const void *weight;         /* (O, I) */
+  int64_t I, O, R, half, type;
+  const void *weight;         /* (O, I), in blocks of `type` where that is not 0 */
   const void *change, *bias;  /* a frozen change (O, I) of the weight, and (O,); or null */
   const void *A, *B;          /* LoRA: (R, I), and (R, O) with its scale */
 } linear;
@@ -32,6 +34,24 @@ static inline float dot(const void *rows, int64_t row, const float *x, int64_t I
   return half ? dot_of(rows, row * I, x, I, 1) : dot_of(rows, row * I, x, I, 0);
 }
 
+static inline float block_dot_of(const uint8_t *block, const int64_t type, const float *x, int64_t I) {
+  vec one = same(0), two = same(0);
+  for (int64_t i = 0; i < I; i += 2 * LANES, block += bytes_of(type)) {
+    vec first, second;
+    numbers_of(block, type, &first, &second);
+    one += load(x + i) * first;
+    two += load(x + i + LANES) * second;
+  }
+  return total(one + two);
+}
+
+static inline float weight_dot(const linear *l, int64_t row, const float *x) {
+  if (!l->type) return dot(l->weight, row, x, l->I, l->half);
+  const uint8_t *block = (const uint8_t *)l->weight + row * (l->I / (2 * LANES)) * bytes_of(l->type);
+  if (l->type == Q8_0) return block_dot_of(block, Q8_0, x, l->I);
+  return l->type == Q4_1 ? block_dot_of(block, Q4_1, x, l->I) : block_dot_of(block, Q4_0, x, l->I);
+}
+
 /* Both of these are shared by the threads of the region that calls them. */
 
 /* low (R,) = A (R, I) @ x */
@@ -45,7 +65,7 @@ static void apply(void *y, int64_t at, int64_t half, const linear *l, const floa
 #pragma omp for schedule(static)
   for (int64_t o = 0; o < l->O; o += LANES) {
     float some[LANES];
-    for (int k = 0; k < LANES; k++) some[k] = dot(l->weight, o + k, x, l->I, l->half);
+    for (int k = 0; k < LANES; k++) some[k] = weight_dot(l, o + k, x);
     if (l->change)
       for (int k = 0; k < LANES; k++) some[k] += dot(l->change, o + k, x, l->I, l->half);
     vec sum = load(some);

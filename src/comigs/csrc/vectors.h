@@ -1,4 +1,5 @@
 /* Vectors of LANES float32, as any C compiler of GCC's family makes them of what the processor has. */
+#pragma once
 #include <stdint.h>
 #include <string.h>
 #ifdef _OPENMP

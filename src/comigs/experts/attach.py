@@ -131,7 +131,7 @@ class Attachment:
         for mixture, adapted in zip(self.mixtures, self.attention, strict=True):
             mixture.lay_out(dtype)
             for lora in adapted.values():
-                lora.one_token = linear_in_c(lora.linear, lora.packed(dtype))
+                lora.one_token = linear_in_c(lora.linear, dtype, lora.packed(dtype))
 
     def _block_experts(
         self, tensors: Mapping[Slot, Tensor], layer: int, parts: Sequence[str]

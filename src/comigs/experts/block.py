@@ -17,7 +17,7 @@ from comigs.bases import attention, norm
 from comigs.bases.rotation import rotated
 from comigs.bases.rotation import takes as rotates
 from comigs.experts.lora import LoraLinear, adapted
-from comigs.experts.token import TokenLinear, apply, linear_in_c
+from comigs.experts.token import quicker
 
 # Their forward pass is `transformers`' for Llama, with norms of each head where it has them.
 ATTENTIONS = (
@@ -44,17 +44,12 @@ def quicker_modules(
         if (compute := norm.in_c(module)) is not None:
             yield module, compute
     head = model.get_output_embeddings()
-    if (in_c := linear_in_c(head)) is not None:
-        yield head, partial(output, in_c, head.forward)
+    if (compute := quicker(head, model.dtype)) is not None:
+        yield head, compute
     for block, adapted_linears in zip(model.get_submodule(blocks), loras, strict=True):
         for module in block.modules():
             if type(module).__name__ in ATTENTIONS:
                 yield module, partial(attend, module, module.forward, adapted_linears)
-
-
-def output(in_c: TokenLinear, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return what an output layer makes of x (..., D). own: its own forward pass."""
-    return apply([in_c], x)[0] if in_c.takes(x) else own(x)
 
 
 def attend(  # noqa: PLR0913 (these are transformers' to choose)

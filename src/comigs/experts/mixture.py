@@ -101,7 +101,7 @@ class Mixture(nn.Module):
         if self.bound.experts:
             names = self.architecture.mlp_linears()
             linears = {site: getattr(self.mlp, names[site]) for site in (*self.inputs, "down")}
-            self.one_token = mixture_in_c(linears, self.act, self.packed(dtype))
+            self.one_token = mixture_in_c(linears, self.act, self.packed(dtype), dtype)
 
     @property
     def chooses(self) -> bool:

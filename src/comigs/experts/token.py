@@ -8,13 +8,14 @@ laid out once (`Attachment.lay_out`), and a linear or a mixture is one call.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_int64, c_void_p
 
 import torch
 from torch import Tensor, nn
 
 from comigs import csrc
+from comigs.bases.packed import PackedLinear
 from comigs.experts import hidden_c
 from comigs.experts.activation import Activation
 from comigs.experts.hidden_layer import HiddenLayer, HiddenSettings
@@ -27,7 +28,7 @@ class _Linear(ctypes.Structure):
     """token.c's `linear`."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("I", "O", "R", "half")),
+        *((name, c_int64) for name in ("I", "O", "R", "half", "type")),
         *((name, c_void_p) for name in ("weight", "change", "bias", "A", "B")),
     )
 
@@ -46,20 +47,22 @@ class _Mixture(ctypes.Structure):
 class TokenLinear:
     """A frozen linear and a LoRA on it, laid out for C. Both must stay as they are."""
 
-    def __init__(self, linear: nn.Module, lora: PackedLora = NO_LORA) -> None:
-        weight: Tensor = linear.weight  # type: ignore[assignment]
-        bias: Tensor | None = linear.bias  # type: ignore[assignment]
-        self.width, self.dtype = len(weight), weight.dtype
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, lora: PackedLora) -> None:
+        weight, type = linear.weight, 0
+        if isinstance(linear, PackedLinear):
+            weight, type = linear.blocks, int(linear.form)
+        self.width, self.dtype = linear.out_features, dtype
         # C has addresses only, so the tensors are kept here.
-        self.tensors = (weight, bias, lora)
+        self.tensors = (weight, linear.bias, lora)
         self.call = _Linear(
-            I=weight.shape[1],
-            O=len(weight),
+            I=linear.in_features,
+            O=linear.out_features,
             R=0 if lora.A is None else len(lora.A),
-            half=weight.dtype == torch.bfloat16,
+            half=dtype == torch.bfloat16,
+            type=type,
             weight=_address(weight),
             change=_address(lora.merged),
-            bias=_address(bias),
+            bias=_address(linear.bias),
             A=_address(lora.A),
             B=_address(lora.B),
         )
@@ -97,20 +100,31 @@ class TokenMixture:
         return y
 
 
-def linear_in_c(linear: nn.Module, lora: PackedLora = NO_LORA) -> TokenLinear | None:
-    """Return a linear laid out for C; None where C is not there, or not written for such a one."""
-    if type(linear) is not nn.Linear:  # a packed one would unpack its weight
+def linear_in_c(
+    linear: nn.Module, dtype: torch.dtype, lora: PackedLora = NO_LORA
+) -> TokenLinear | None:
+    """Return a linear laid out for C; None where C is not there, or not written for such a one.
+
+    dtype: of the base.
+    """
+    if not isinstance(linear, nn.Linear):
         return None
-    weight = linear.weight
-    if not csrc.takes(weight) or weight.requires_grad or not weight.is_contiguous():
+    if linear.in_features % csrc.LANES or linear.out_features % csrc.LANES:
         return None
-    if any(width % csrc.LANES for width in weight.shape):
-        return None
-    return TokenLinear(linear, lora)
+    # What is packed has no weight until it is unpacked.
+    if isinstance(linear, PackedLinear):
+        is_readable = csrc.takes(torch.empty(0, dtype=dtype, device=linear.blocks.device))
+    else:
+        weight = linear.weight
+        is_readable = csrc.takes(weight) and weight.is_contiguous() and not weight.requires_grad
+    return TokenLinear(linear, dtype, lora) if is_readable else None
 
 
 def mixture_in_c(
-    linears: Mapping[str, nn.Module], act: Activation, experts: PackedExperts
+    linears: Mapping[str, nn.Module],
+    act: Activation,
+    experts: PackedExperts,
+    dtype: torch.dtype,
 ) -> TokenMixture | None:
     """Return a mixture laid out for C, or None as `linear_in_c`.
 
@@ -122,7 +136,7 @@ def mixture_in_c(
         lora = PackedLora(None, None, experts.merged.get(site))
         if site == "down":
             lora = PackedLora(experts.A_RI, experts.B_RD, lora.merged)
-        if (ready := linear_in_c(linear, lora)) is None:
+        if (ready := linear_in_c(linear, dtype, lora)) is None:
             return None
         laid_out[site] = ready
     # Weights that sum to less than 1 leave as much less of the bias: not written in C.
@@ -149,6 +163,17 @@ def apply(linears: Sequence[TokenLinear], x: Tensor) -> list[Tensor]:
     calls = (c_void_p * len(linears))(*(ctypes.addressof(linear.call) for linear in linears))
     csrc.call("token_linears", len(linears), torch.get_num_threads(), calls, x, y)
     return list(y.split(widths, dim=-1))
+
+
+def quicker(linear: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """Return what computes as a frozen linear does, one token at a time in C; None where C cannot.
+
+    dtype: of the base.
+    """
+    in_c, own = linear_in_c(linear, dtype), linear.forward
+    if in_c is None:
+        return None
+    return lambda x: apply([in_c], x)[0] if in_c.takes(x) else own(x)
 
 
 def _is_one_token(x: Tensor, dtype: torch.dtype) -> bool:

@@ -26,6 +26,7 @@ from comigs.experts.hidden import mixed_hidden
 from comigs.experts.hidden_layer import HiddenLayer, HiddenSettings
 from comigs.experts.packed import PackedExperts, PackedLora
 from comigs.experts.router import route, route_gated, routing_inputs
+from comigs.experts.token import quicker
 from comigs.personal.serve.rows import PASS, Group, Pass, Span, positions
 
 ATTENTION = "comigs_rows"
@@ -50,7 +51,9 @@ class RowModel:
             mixture = RowMixture(block.get_submodule(architecture.mlp), base, layer)
             self._replace(block, architecture.mlp, mixture)
             for site, path in architecture.attention.items():
-                self._replace(block, path, RowLinear(block.get_submodule(path), layer, site))
+                self._replace(block, path, RowLinear(block.get_submodule(path), base, layer, site))
+        self._head = base.model.get_output_embeddings()
+        self._head.forward = quicker(self._head, base.dtype) or self._head.forward
 
     def _replace(self, block: nn.Module, path: str, new: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
@@ -85,6 +88,7 @@ class RowModel:
 
     def close(self) -> None:
         """Put the base's own modules and attention back, as if nothing had ever been attached."""
+        del self._head.forward  # the class has its own
         while self._undo:
             owner, name, original = self._undo.pop()
             setattr(owner, name, original)
@@ -112,9 +116,11 @@ class RowMixture(nn.Module):
         super().__init__()
         self.mlp = mlp
         self.layer = layer
-        linears = base.architecture.mlp_linears()
+        names = base.architecture.mlp_linears()
+        linears = {site: getattr(mlp, name) for site, name in names.items()}
         self.inputs = [site for site in linears if site != "down"]
-        self.linears = {site: getattr(mlp, name) for site, name in linears.items()}
+        self.bias: Tensor | None = linears["down"].bias
+        self.linears = {at: quicker(own, base.dtype) or own for at, own in linears.items()}
         self.act = activation_of(getattr(mlp, base.architecture.activation), base.device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,9 +155,7 @@ class RowMixture(nn.Module):
     def _hidden(
         self, experts: PackedExperts, x_ND: Tensor, weights_NE: Tensor, frozen: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return the mixed hidden layer (N, I), and all experts' low-rank inputs to `down` (N,
-        R).
-        """
+        """Return the mixed hidden layer (N, I), and the experts' inputs to B of `down` (N, R)."""
         dtype = experts.A_RI.dtype
         low_NSR = F.linear(x_ND, experts.A_in_RD).to(dtype).unflatten(1, (len(frozen), -1))
         used = len(experts.ranks) if experts.W_ED is None else experts.top_k
@@ -189,9 +193,7 @@ class RowMixture(nn.Module):
         return route_gated(logits_NE, experts.top_k, experts.gate).weights_TE
 
     def _running_mean(self, span: Span, x_ND: Tensor) -> Tensor:
-        """Return the mean of what a row's router read up to each of N tokens, and remember the
-        sum.
-        """
+        """Return the mean of what a row's router read up to each of N tokens; remember the sum."""
         sums = span.row.router_sums
         total_ND = x_ND.cumsum(dim=0)
         if self.layer in sums:
@@ -211,10 +213,9 @@ class RowMixture(nn.Module):
         """Return `down`'s product with its bias weighted as its input is: K = 1 weights sum to less
         than 1.
         """
-        bias: Tensor | None = self.linears["down"].bias
-        if bias is None:
+        if self.bias is None:
             return y_ND
-        return y_ND + ((weights_NE.sum(dim=-1, keepdim=True) - 1) * bias).to(y_ND.dtype)
+        return y_ND + ((weights_NE.sum(dim=-1, keepdim=True) - 1) * self.bias).to(y_ND.dtype)
 
 
 class RowLinear(nn.Module):
@@ -222,15 +223,16 @@ class RowLinear(nn.Module):
     client.
     """
 
-    def __init__(self, linear: nn.Module, layer: int, site: str) -> None:
+    def __init__(self, linear: nn.Module, base: Base, layer: int, site: str) -> None:
         super().__init__()
         self.linear = linear
+        self.compute = quicker(linear, base.dtype) or linear.forward
         self.layer = layer
         self.site = site
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (1, T, in) to (1, T, out)."""
-        y: Tensor = self.linear(x)
+        y = self.compute(x)
         for group in PASS.get().groups:
             lora: PackedLora = group.client.blocks[self.layer].attention[self.site]
             x_N, y_N = x[0, group.at], y[0, group.at]
@@ -245,9 +247,7 @@ def rows_attention(  # noqa: PLR0913  transformers calls it so
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, sliding_window: int | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Return causal attention of each row to its own tokens.
-
-    This is called as `transformers` calls an attention function.
+    """Return causal attention of each row to its own tokens, called as `transformers` does.
 
     query (1, H, T, d), key and value (1, H of keys, T, d) -> (1, T, H, d).
     """
