@@ -14,16 +14,18 @@ from comigs.runs.metrics import Absent, Evaluation, Kept, Train, Warned
 from comigs.runs.report.page import write_report
 from comigs.runs.summary import write_summary
 from tests.conftest import run_config
-from tests.local_grid import Federation
+from tests.local_grid import Federation, TestTrainer
+
+NAMES = ("ada", "bob")
+PRIVACY = {"level": "document", "delta": 1e-3, "expected_batch": 3, "noise_multiplier": 1.0}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Three rounds, of which ada's owner allows two."""
     root = tmp_path_factory.mktemp("private-federation")
-    privacy = {"level": "document", "delta": 1e-3, "expected_batch": 3, "noise_multiplier": 1.0}
-    config = run_config(root / "text", privacy=privacy, rounds=3, upload={"format": "int8"})
-    federation = Federation(root / "federation", ["ada", "bob"], root / "text")
+    config = run_config(root / "text", privacy=PRIVACY, rounds=3, upload={"format": "int8"})
+    federation = Federation(root / "federation", NAMES, root / "text")
     ada = federation.trainers["ada"]
     ada.device = replace(ada.device, limits=Limits(epsilon=4.5))  # 2.8, 4.0, 4.8
     grid = federation.run(root / "run", config)
@@ -69,3 +71,46 @@ def test_a_summary_without_figures_is_one_and_so_is_a_report(run, tmp_path):
     assert folder.summary().clients["bob"].test.perplexity is None
     page = write_report(folder.path, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "whatever was sent is (4.9, 0.001)-differentially private" in page
+
+
+class Heard(TestTrainer):
+    """Remembers what it has answered."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.answers = []
+
+    def answer(self, raw):
+        self.answers.append(super().answer(raw))
+        return self.answers[-1]
+
+
+def heads(root, privacy, replaced=None):
+    """All that devices say in a run beside the numbers of tensors, by client; and those numbers.
+
+    replaced: words of ada's, and what she has written instead.
+    """
+    config = run_config(root / "text", privacy=privacy)
+    for path in sorted((root / "text" / "ada").iterdir()) if replaced else ():
+        path.write_text(path.read_text().replace(*replaced), encoding="utf-8")
+    federation = Federation(root / "federation", NAMES, root / "text", Heard)
+    federation.run(root / "run", config)
+    said, numbers = {}, {}
+    for name, trainer in federation.trainers.items():
+        run = federation.device_run(name).name.encode()
+        ends = [8 + int.from_bytes(raw[:8], "little") for raw in trainer.answers]
+        pairs = list(zip(trainer.answers, ends, strict=True))
+        said[name] = [raw[:end].replace(run, b"RUN") for raw, end in pairs]
+        numbers[name] = b"".join(raw[end:] for raw, end in pairs)
+    return said, numbers
+
+
+@pytest.mark.parametrize("privacy", [PRIVACY, {}])
+def test_what_devices_say_beside_noised_numbers_is_the_same_whatever_their_text(privacy, tmp_path):
+    """To the byte: no loss, share or count that depends on it can be in there, as it is without."""
+    one, numbers = heads(tmp_path / "one", privacy)
+    words = ("engine", "a much longer word, and a second one")
+    other, others = heads(tmp_path / "other", privacy, words)
+    assert (one["ada"] == other["ada"]) == (privacy == PRIVACY)
+    assert [len(said) for said in one.values()] == [3, 3]
+    assert numbers["ada"] != others["ada"] and len(numbers["ada"]) == len(others["ada"])
