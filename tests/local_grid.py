@@ -32,6 +32,7 @@ from comigs.config import Config
 from comigs.federation.device import trainer_socket
 from comigs.federation.device.device_service import Device, Trainer
 from comigs.federation.flower import apps, server
+from comigs.federation.flower.supernode import reply_to
 from comigs.runs.environment import environment
 from comigs.runs.folder import RunFolder
 from comigs.server.dispatch import Polling
@@ -59,24 +60,21 @@ class TestTrainer(Trainer):
 
 
 class LocalGrid(Grid):
-    """Runs the ClientApp for every message, a thread for each node, as one SuperNode works on one
-    message at a time.
+    """Answers every message as a SuperNode does, a thread for each node, as one SuperNode works on
+    one message at a time.
 
-    sockets: of the nodes' trainers. offline: nodes that cannot be reached now. seen: every byte
-    that went either way.
+    trainers: the nodes' trainers' sockets. offline: nodes that cannot be reached now. seen: every
+    byte that went either way.
     """
 
     def __init__(self, sockets: Iterable[Path]) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-        self.contexts = {
-            FIRST_NODE + i: Context(1, FIRST_NODE + i, {"trainer": str(socket)}, RecordDict(), {})
-            for i, socket in enumerate(sockets)
-        }
+        self.trainers = {FIRST_NODE + i: socket for i, socket in enumerate(sockets)}
         self.offline: set[int] = set()
-        self.started = dict.fromkeys(self.contexts, "1")
+        self.started = dict.fromkeys(self.trainers, "1")
         self.seen: list[bytes] = []
         self.lost: set[str] = set()
-        self._workers = {node: ThreadPoolExecutor(1) for node in self.contexts}
+        self._workers = {node: ThreadPoolExecutor(1) for node in self.trainers}
         self._replies: dict[str, Future[Message]] = {}
         self._nodes: dict[str, int] = {}
         self._count = 0
@@ -95,7 +93,7 @@ class LocalGrid(Grid):
         raise NotImplementedError
 
     def get_node_ids(self) -> list[int]:
-        return [node for node in self.contexts if node not in self.offline]
+        return [node for node in self.trainers if node not in self.offline]
 
     def get_nodes(self) -> list[NodeInfo]:
         return [
@@ -133,15 +131,7 @@ class LocalGrid(Grid):
 
     def _one(self, message: Message) -> Message:
         self.seen.append(everything(message))
-        try:
-            reply = apps.client(
-                message=message, context=self.contexts[message.metadata.dst_node_id]
-            )
-        except Exception as error:  # as Flower does, which is why apps.client must let none out
-            reply = Message(
-                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error)}:<'{error}'>"),
-                reply_to=message,
-            )
+        reply = reply_to(message, self.trainers[message.metadata.dst_node_id])
         self.seen.append(everything(reply))
         return reply
 
@@ -156,9 +146,11 @@ def everything(message: Message) -> bytes:
     """All of a message's content as bytes: what a curious server or wire has."""
     if message.has_error():
         return repr(message.error.__dict__).encode()
-    arrays = [a.data for record in message.content.array_records.values() for a in record.values()]
+    values = [value for record in message.content.values() for value in record.values()]
+    raw = [getattr(value, "data", value) for value in values]
+    raw = [value for value in raw if isinstance(value, bytes)]
     rest = {k: dict(v) for k, v in message.content.config_records.items()}
-    return b"".join(arrays) + repr((rest, list(message.content))).encode()
+    return b"".join(raw) + repr((rest, list(message.content))).encode()
 
 
 class Federation:

@@ -335,9 +335,7 @@ def test_flower_runs_quietly_with_its_own_home_only(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "a.example")
     environment = flwr_cli.environment(tmp_path)
     ours = {key for key in environment if key.startswith("FLWR_")}
-    assert ours == {key for key in flwr_cli.QUIET | flwr_cli.PACE if key.startswith("FLWR_")} | {
-        "FLWR_HOME"
-    }
+    assert ours == {key for key in flwr_cli.QUIET if key.startswith("FLWR_")} | {"FLWR_HOME"}
     assert (
         environment["FLWR_HOME"] == str(tmp_path) and environment["FLWR_TELEMETRY_ENABLED"] == "0"
     )

@@ -16,21 +16,18 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
 from comigs.app import api
 from comigs.errors import UserError
-from comigs.federation.flower import apps
 from comigs.federation.flower.engine import Flower
-from comigs.federation.flower.grid import envelope
 from comigs.federation.messages import ANSWERS, REQUESTS, Refusal
 from comigs.runs.folder import RunFolder
 from comigs.server import wire
 from comigs.slots import SPELLING, Slot
 from tests.conftest import WORDS, run_config, same
-from tests.local_grid import FIRST_NODE, Federation, LocalGrid, TestTrainer, events, everything
+from tests.local_grid import FIRST_NODE, Federation, TestTrainer, events
 
 NAMES = ("ada", "bob")
 ROOM = 1 << 26
@@ -124,16 +121,6 @@ def test_the_server_app_runs_a_run(federation, tmp_path, undisturbed):
     assert "round 1: 0 of 2 in, waiting for ada, bob (0 s)" in notes(out)
 
 
-def test_a_client_app_needs_no_torch():
-    """It is started anew for every message."""
-    check = (
-        "import sys, comigs.engines.flower.apps; print(*{'torch', 'transformers', "
-        "'pydantic'} & sys.modules.keys())"
-    )
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
-
-
 def test_of_an_error_the_server_learns_the_type_and_nothing_else(federation, tmp_path):
     def fail(event):
         raise ValueError(f"secret {tmp_path} cloud tree")
@@ -150,35 +137,11 @@ def test_of_an_error_the_server_learns_the_type_and_nothing_else(federation, tmp
     assert "secret" not in (out / ".progress.jsonl").read_text()
 
 
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"trainer": "/nowhere/secret"}, "FileNotFoundError"),
-        ({}, "KeyError"),
-        ({"trainer": 7}, "FileNotF"),
-    ],
-)
-def test_a_client_app_lets_no_exception_out(config, said):
-    LocalGrid([])
-    message = Message(envelope(b"request"), BOB, "train")
-    message.metadata.__dict__["_message_id"] = "m1"
-    reply = apps.client(message, Context(1, BOB, config, RecordDict(), {}))
-    assert (
-        not reply.has_error()
-        and said in str(everything(reply))
-        and b"secret" not in everything(reply)
-    )
-    strange = Message(RecordDict(), BOB, "train")
-    assert b"ValueError" in everything(
-        apps.client(strange, Context(1, BOB, {"trainer": "x"}, RecordDict(), {}))
-    )
-
-
 def test_without_a_trainer_a_client_is_absent(federation, tmp_path):
     config, out = configured(federation, participation={"max_failures": 1}), tmp_path / "run"
     federation.create(out, config)
     grid = federation.grid()
-    grid.contexts[BOB].node_config["trainer"] = str(tmp_path / "nothing")
+    grid.trainers[BOB] = tmp_path / "nothing"
     federation.go_on(out, grid)
     assert absent(out) == [(1, "bob", "no trainer there")]
 

@@ -1,138 +1,201 @@
-"""A SuperNode gives each message its own reply, whenever an earlier message's run has ended.
+"""A device's SuperNode answers each message with what its trainer says to it, whenever an earlier
+message's run has ended, and runs nothing that it was sent.
 
-Flower's own loop, state and store are at work here; only the SuperLink's words are given to it.
+Flower's own messages and pieces are at work here; only the SuperLink's words are given to it.
 """
 
 from __future__ import annotations
 
+import random
+import subprocess
+import sys
 import threading
-import time
-from contextlib import contextmanager
+from hashlib import sha256
 from types import SimpleNamespace
 
 import pytest
-from flwr.app import Message
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
+from flwr.app import Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+    pull_objects,
 )
-from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.run import Run, RunNotRunningException
+from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode import start_client_internal as flower
-from flwr.supernode.nodestate import NodeStateFactory
 
+from comigs.federation.device import trainer_socket
 from comigs.federation.flower import supernode
-from comigs.federation.flower.grid import envelope
+from comigs.federation.flower.grid import WHOLE, envelope, opened
+from comigs.federation.security.gateway import PIECE, SMALL
+from tests.local_grid import everything
 
-DEAD, RUNNING, LONGEST = 1, 2, 100
-
-
-class Over(BaseException):
-    """Enough of Flower's endless loop."""
+DEAD, RUNNING, NODE, APP = 1, 2, 7, b"the app that was pinned"
 
 
 class Link:
     """A SuperLink with one message of a run that ends at one of the calls for it, and two of a run
-    that goes on. answered: the messages that a ClientApp has answered. replied: those whose replies
-    have come.
+    that goes on. answers: what has come, by the message's id.
     """
 
-    def __init__(self, ends_at):
-        self.ends_at, self.answered, self.replied = ends_at, set(), []
-        self.objects, self.slept = {}, 0
-        self.messages = [self.message(run) for run in (DEAD, RUNNING, RUNNING)]
-        self.waiting, self.ids = [*self.messages], [m.metadata.message_id for m in self.messages]
+    def __init__(self, ends_at="never", app=APP, late=0):
+        self.ends_at, self.app, self.late = ends_at, app, late
+        self.pieces, self.asked, self.answers = {}, [], {}
+        questions = [(DEAD, b"of a run that ends"), (RUNNING, b"first"), (RUNNING, b"second")]
+        self.waiting = [self.message(*question) for question in questions]
+        self.ids = [message.metadata.message_id for message in self.waiting]
+        replies = (self.receive, self.send, self.get_run, self.get_fab)
+        self.calls = (NODE, *replies, self.pull, self.push, self.confirm)
 
-    def message(self, run):
+    def message(self, run, raw):
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run, 1
-        message = Message(envelope(b"a question"), 7, "train", ttl=600)
+        message = Message(envelope(raw), NODE, "train", ttl=600)
         message.metadata.__dict__["_message_id"] = message.object_id
-        self.objects |= get_all_nested_objects(message)
+        for name, piece in get_all_nested_objects(message).items():
+            self.pieces[name] = piece.deflate()
         return message
 
-    @contextmanager
-    def connect(self, *_, **__):
-        calls = (self.receive, self.send, None, None, self.pull_object, None, self.confirm)
-        yield 7, *calls
+    def end(self, run, call):
+        if run == DEAD and self.ends_at == call:
+            raise RunNotRunningException
 
     def receive(self):
-        """As a server does, ask a device the next thing of a run when it has answered the last."""
-        if self.waiting and (len(self.waiting) != 1 or self.ids[1] in self.replied):
-            message = self.waiting.pop(0)
-            return message, get_object_tree(message)
-        return None
+        if not self.waiting:
+            return None
+        message = self.waiting.pop(0)
+        return message, get_object_tree(message)
 
-    def sleep(self, seconds):
-        """Stand in for the loop's own waiting, which has no end."""
-        self.slept += 1
-        if self.slept == LONGEST or len(self.replied) == 2:
-            raise Over
-        time.sleep(0.02)
+    def get_run(self, run):
+        self.end(run, "get-run")
+        return SimpleNamespace(fab_hash=f"of {run}")
 
-    def pull_object(self, run, object_id):
-        if run == DEAD and self.ends_at == "pull-object":
-            raise RunNotRunningException
-        return self.objects[object_id].deflate()
+    def get_fab(self, name, run):
+        assert name == f"of {run}"
+        self.asked.append(run)
+        return SimpleNamespace(content=self.app)
+
+    def pull(self, run, piece):
+        self.end(run, "pull-object")
+        self.late -= 1
+        if self.late >= 0:
+            raise ObjectUnavailableError(piece)
+        return self.pieces[piece]
 
     def confirm(self, run, message):
-        while run == DEAD and self.ends_at == "confirm, answered" and not self.answered:
-            time.sleep(0.01)
-        if run == DEAD and self.ends_at.startswith("confirm"):
-            raise RunNotRunningException
+        self.end(run, "confirm")
 
-    def send(self, message, tree, seconds):
-        if message.metadata.run_id == DEAD:
-            raise RunNotRunningException
-        self.replied.append(message.metadata.reply_to_message_id)
-        return set(), ""
+    def send(self, reply, tree, seconds):
+        self.end(reply.metadata.run_id, "push-messages")
+        self.reply, self.wanted = reply.metadata.reply_to_message_id, self.names(tree)
+        self.answers[self.reply] = {}
+        return set(self.wanted), f"session {self.reply}"
 
+    def names(self, tree):
+        return [tree.object_id, *(name for child in tree.children for name in self.names(child))]
 
-def answer(state, store, link, over):
-    """As a ClientApp does, begin with a message at once, wait until all of it is there, answer."""
-    while not over.wait(0.01):
-        for message in state.get_messages_legacy(is_reply=False, limit=1):
-            asked = message.metadata.message_id
-            state.record_message_processing_start(asked)
-            ids = [node.object_id for node in iterate_object_tree(store.get_object_tree(asked))]
-            while b"" in (objects := [store.get(id) for id in ids]) and not over.wait(0.01):
-                pass
-            if None in objects or b"" in objects:
-                continue  # it was given up
-            time.sleep(0.05)
-            state.record_message_processing_end(asked)
-            flower._insert_message(Message(envelope(b"x"), reply_to=message), state, store)
-            link.answered.add(asked)
+    def push(self, run, session, name, piece):
+        self.end(run, "push-object")
+        assert session == f"session {self.reply}"
+        self.answers[self.reply][name] = piece
+
+    def answer(self, message):
+        """The bytes that came for a message."""
+        pieces = self.answers[message]
+        (whole,) = (name for name, piece in pieces.items() if piece.startswith(b"Message "))
+        return opened(
+            inflate_object_from_contents(whole, pieces, keep_object_contents=True).content
+        )
 
 
-@pytest.mark.parametrize("ends_at", ["never", "pull-object", "confirm", "confirm, answered"])
-def test_a_run_that_ends_amid_a_message_costs_no_later_reply(ends_at, tmp_path, monkeypatch):
-    link, over, factory = Link(ends_at), threading.Event(), NodeStateFactory(ObjectStoreFactory())
-    state, store = factory.state(), factory.objectstore_factory.store()
-    for run in (DEAD, RUNNING):
-        state.store_run(Run.create_empty(run))
+@pytest.fixture
+def trainer(tmp_path_factory):
+    """The socket of a trainer that says "yes, " and the question."""
+    socket = tmp_path_factory.mktemp("t") / "trainer"
+    words = (socket, trainer_socket.key_beside(socket), lambda raw: b"yes, " + raw)
+    threading.Thread(target=trainer_socket.serve, args=words, daemon=True).start()
+    while not socket.exists():
+        pass
+    return socket
 
-    # What is of the process, and not of a message, is left as it is.
-    monkeypatch.setattr(supernode, "connect", link.connect)
-    monkeypatch.setattr(supernode.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(flower, "register_signal_handlers", lambda **_: None)
-    monkeypatch.setattr(flower, "_init_connection", supernode.pinned("app", tmp_path / "online"))
-    monkeypatch.setattr(flower, "time", SimpleNamespace(sleep=link.sleep))
 
-    app = threading.Thread(target=answer, args=(state, store, link, over))
-    app.start()
-    try:
-        with pytest.raises(Over):
-            flower.start_client_internal(
-                state_factory=factory,
-                server_address="127.0.0.1:9",
-                node_config={},
-                insecure=True,
-                isolation="process",
-            )
-    finally:
-        over.set()
-        app.join()
-    assert link.replied == link.ids[1:]
-    assert not state.get_messages_legacy(), "something was left in stock"
+def node(link, trainer):
+    return supernode.SuperNode(sha256(APP).hexdigest(), trainer, link.calls)
+
+
+@pytest.mark.parametrize(
+    "ends_at", ["never", "get-run", "pull-object", "confirm", "push-messages", "push-object"]
+)
+def test_a_run_that_ends_amid_a_message_costs_no_later_reply(ends_at, trainer):
+    link = Link(ends_at)
+    device = node(link, trainer)
+    assert [device.answer_next() for _ in range(4)] == [True, True, True, False]
+    assert link.answer(link.ids[1]) == b"yes, first" and link.answer(link.ids[2]) == b"yes, second"
+    assert (link.answers.get(link.ids[0], {}) != {}) == (ends_at == "never")
+    # Whose app was found to be the right one is not asked for again.
+    assert link.asked == ([RUNNING] if ends_at == "get-run" else [DEAD, RUNNING])
+
+
+def test_what_goes_wrong_with_one_message_costs_no_other(trainer):
+    link = Link()
+    broken = next(iter(get_all_nested_objects(link.waiting[0])))
+    link.pieces[broken] = b"not such a piece"
+    device = node(link, trainer)
+    assert [device.answer_next() for _ in range(3)] == [True] * 3
+    assert link.answers.keys() == {*link.ids[1:]}
+
+
+def test_an_app_that_was_not_pinned_ends_the_device_before_its_trainer_hears_of_it(tmp_path):
+    link = Link(app=b"another")
+    with pytest.raises(supernode.OtherApp, match=sha256(b"another").hexdigest()):
+        node(link, tmp_path / "nobody").answer_next()
+    assert not link.answers
+
+
+def test_a_piece_that_is_late_is_waited_for_briefly(trainer, monkeypatch):
+    """A message is announced before its pieces are there."""
+    given = {}
+
+    def pulling(*words, **settings):
+        given.update(settings)
+        return pull_objects(*words, **settings)
+
+    monkeypatch.setattr("flwr.supercore.inflatable.inflatable_utils.pull_objects", pulling)
+    link = Link(late=3)
+    assert node(link, trainer).answer_next()
+    assert link.answer(link.ids[0]) == b"yes, of a run that ends"
+    assert given["initial_backoff"] == supernode.PIECE_SOON < 1
+
+
+@pytest.mark.parametrize(("size", "count"), [(0, 3), (WHOLE, 3), (WHOLE + 1, 5), (3 * WHOLE, 7)])
+def test_a_small_message_is_three_pieces_and_none_is_too_large_for_the_gateway(size, count):
+    raw = random.Random(size).randbytes(size)
+    message = Link().message(RUNNING, raw)
+    pieces = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+    assert len(pieces) == count and max(map(len, pieces.values())) < PIECE - SMALL
+    made = inflate_object_from_contents(message.object_id, pieces, keep_object_contents=True)
+    assert opened(made.content) == raw
+
+
+def test_questions_become_rarer_the_longer_nothing_comes_and_the_more_the_server_has_to_do():
+    pauses = [supernode.pause(quiet, 0.0) for quiet in (0, 5, 20, 40, 60, 3600)]
+    assert pauses == [supernode.SOON, supernode.SOON, 1.0, 2.0, 3.0, supernode.SELDOM]
+    assert supernode.pause(0.0, 0.3) == 1.5 and supernode.pause(0.0, 9.0) == supernode.SELDOM
+
+
+def test_of_an_error_only_the_type_leaves_the_device(tmp_path):
+    question = Link().message(RUNNING, b"request")
+    reply = supernode.reply_to(question, tmp_path / "nowhere-secret" / "trainer")
+    assert not reply.has_error() and b"FileNotFoundError" in everything(reply)
+    assert b"secret" not in everything(reply)
+    strange = Message(RecordDict(), NODE, "train")
+    assert b"ValueError" in everything(supernode.reply_to(strange, tmp_path))
+
+
+def test_a_supernode_needs_no_torch():
+    """It stays in the device's memory beside the trainer, which has it."""
+    check = (
+        "import sys, comigs.federation.flower.supernode, comigs.engines.flower.apps;"
+        "print(*{'torch', 'transformers'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -74,7 +74,7 @@ class Device:
 
 class Trainer:
     """A trainer is one device at work. `answer` is all it does; `trainer_socket.serve` lets a
-    ClientApp ask it.
+    SuperNode ask it.
     """
 
     def __init__(

@@ -1,11 +1,10 @@
-"""This module runs a device's processes: the resident trainer, a SuperNode that runs our app only,
-and its executor.
+"""This module runs a device's processes: the resident trainer, and the SuperNode that fetches the
+server's messages for it.
 """
 
 from __future__ import annotations
 
 import json
-import secrets
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from comigs.errors import UserError
 from comigs.federation.bundle import Bundle, read_bundle, write_bundle
 from comigs.federation.device.connectivity import check_server
 from comigs.federation.operator import flwr_cli
-from comigs.federation.operator.server import free_port
 from comigs.federation.security.private_files import make_private, write_private
 from comigs.federation.supervisor import Supervisor, keep, wait_until
 from comigs.files import command, writing
@@ -98,15 +96,15 @@ def _run(bundle: Bundle, home: Path, socket: Path, say: Say) -> NoReturn:
         programs.start("trainer", trainer, say)
         wait_until(socket.exists, "trainer", programs)
 
-        # A SuperNode logs its id when the server has let it in.
-        port, online = free_port(), Event()
+        # The SuperNode says that it is online when the server has let it in.
+        online = Event()
 
         def look(line: str) -> None:
-            if "SuperNode ID: " in line:
+            if "online as node" in line:
                 online.set()
 
-        programs.start("supernode", _supernode(bundle, socket, port), look)
-        programs.start("superexec", _superexec(port))
+        words = ["comigs.federation.flower.supernode:main", bundle.app, "online"]
+        programs.start("supernode", [*words, str(socket), bundle.address], look)
         wait_until(online.is_set, "supernode", programs)
         say(f'"{bundle.client}" is online in federation {bundle.federation} at {bundle.address}')
         say(f"its own part stays in {home}; logs in {home / 'log'}; stop with Ctrl-C")
@@ -161,21 +159,3 @@ def _unpack(bundle: Bundle, home: Path) -> None:
             write_bundle(kept, bundle)
         write_private(home / "ca.pem", bundle.authority)
         write_private(home / "key", bundle.key)
-        write_private(home / "superexec.secret", secrets.token_hex(24))
-
-
-def _supernode(bundle: Bundle, trainer: Path, port: int) -> list[str]:
-    return [
-        *("comigs.federation.flower.supernode:main", bundle.app, "online"),
-        *("--superlink", bundle.address, "--root-certificates", "ca.pem"),
-        *("--auth-supernode-private-key", "key", "--node-config", f'trainer="{trainer}"'),
-        *("--host", "127.0.0.1", "--port", str(port), "--isolation", "process"),
-        *("--superexec-auth-secret-file", "superexec.secret"),
-    ]
-
-
-def _superexec(port: int) -> list[str]:
-    return [
-        *("flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
-        *("--superexec-auth-secret-file", "superexec.secret"),
-    ]

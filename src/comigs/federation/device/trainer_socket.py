@@ -1,5 +1,5 @@
-"""This module is the local socket between a device's short-lived ClientApp and its resident
-trainer. It carries bytes only: no pickle, no torch.
+"""This module is the local socket between a device's SuperNode and its resident trainer. It carries
+bytes only: no pickle, no torch.
 
 Both know a key, which the trainer draws anew whenever it starts and leaves in a file beside the
 socket.

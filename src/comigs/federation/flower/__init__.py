@@ -2,6 +2,6 @@
 flwr.
 
 On the server, apps.server starts server (a run), which runs engine (what each client is asked) over
-dispatch (who is asked, who is waited for) and grid (Flower's messages). On a device, apps.client
-asks the resident trainer over a local socket.
+dispatch (who is asked, who is waited for) and grid (Flower's messages). On a device, supernode
+fetches messages and asks the resident trainer over a local socket.
 """

@@ -1,9 +1,7 @@
-"""These are the two apps that Flower starts: one ServerApp for a run on the server, one ClientApp
-for a message on a device.
+"""This module has the ServerApp, which Flower starts for a run on the server.
 
-What Flower sends to devices is a pyproject alone, which names `server` and `client` here. A
-ClientApp lives for one message, so it imports no torch: it hands the bytes to the resident trainer,
-and the trainer's answer back.
+What Flower sends to devices is a pyproject alone, which names `server` and `client` here. Devices
+pin it and load neither: a device's own SuperNode hands messages to the resident trainer.
 """
 
 from __future__ import annotations
@@ -12,16 +10,14 @@ import os
 import time
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from comigs.federation.device.trainer_socket import ask
-from comigs.federation.flower.grid import envelope, failure, opened
 from comigs.processes import GRACE, end_with_parent
 
 server = ServerApp()
-client = ClientApp()
+client = ClientApp()  # no app of Flower is without one
 
 
 @server.main()
@@ -30,24 +26,13 @@ def main(grid: Grid, context: Context) -> None:
     paths on the server.
     """
     end_with_superexec()
-    # It imports torch, which the ClientApp in this file must not wait for.
+    # They import torch and more, which nobody needs who only looks for the apps.
+    from comigs.federation.flower.grid import ask_soon_for_pieces
     from comigs.federation.flower.server import go_on
 
+    ask_soon_for_pieces()
     settings = context.run_config
     go_on(grid, Path(str(settings["run-folder"])), Path(str(settings["federation"])))
-
-
-@client.train()
-def train(message: Message, context: Context) -> Message:
-    """Send a request to the trainer, whose socket is node_config["trainer"]; return its answer. Of
-    an error only the type leaves the device.
-    """
-    end_with_superexec()
-    try:
-        reply = envelope(ask(Path(str(context.node_config["trainer"])), opened(message.content)))
-    except Exception as error:
-        reply = failure(type(error).__name__)
-    return Message(reply, reply_to=message)
 
 
 def end_with_superexec() -> None:

@@ -30,7 +30,6 @@ QUIET = {  # nobody is told that we run, and nothing is fetched
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-PACE = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}  # seconds; Flower's own is 1
 END = "\x1e"  # ASCII's record separator
 CONNECTION = "federation"  # our name in Flower's config.toml
 # All of the app that is sent to devices: which functions of the installed comigs to call, and no
@@ -75,7 +74,7 @@ def environment(flwr_home: Path) -> dict[str, str]:
         "no_proxy": no_proxy,
         "PYTHONUNBUFFERED": "1",
     }
-    return inherited | QUIET | PACE | own
+    return inherited | QUIET | own
 
 
 def connect(federation: Federation, port: int) -> None:

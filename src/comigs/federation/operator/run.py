@@ -29,7 +29,7 @@ from comigs.server.protocol import Report
 
 Say = Callable[[str], None]
 LOOK = 0.5  # seconds between looks at it
-ASK = 15.0  # seconds between questions to the server, which cost it two seconds of CPU
+ASK = 30.0  # seconds between questions to the server, which cost it two seconds of CPU
 LET_GO = 30.0  # seconds for a stopped run's process to end
 
 
