@@ -1,5 +1,7 @@
 """This script makes a federation of four clients on this machine: `make federation`.
 
+    python scripts/federation_demo.py [FOLDER [CONFIG]]
+
 It gives the commands that an operator and four owners would type. Everything goes into
 runs/federation (or the folder given); what it starts, it ends.
 """
@@ -33,6 +35,7 @@ def main() -> int:
         stem, _, number = folder.name.partition("-")
         folder = folder.with_name(f"{stem}-{int(number or 1) + 1}")
     folder.mkdir(parents=True)
+    config = Path(sys.argv[2]).absolute() if len(sys.argv) > 2 else CONFIG
     os.chdir(folder)
     print(f"$ cd {folder}", flush=True)
     port = os.environ.get("PORT", "8443")
@@ -48,8 +51,8 @@ def main() -> int:
             devices.append(begin(started, f"{name}.out", *join, *own))
         wait_for("is online", devices)
         comigs("federation", "status", "server")
-        config, engine = os.path.relpath(CONFIG), ["--engine", "flower", "--federation", "server"]
-        code = comigs("run", config, *engine, "--out", "run", required=False)
+        engine = ["--engine", "flower", "--federation", "server"]
+        code = comigs("run", os.path.relpath(config), *engine, "--out", "run", required=False)
     return code
 
 
