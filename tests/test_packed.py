@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from comigs import csrc
 from comigs.app import api
 from comigs.app.export import export
 from comigs.bases.load import load_base
-from comigs.bases.packed import TYPES, Buffer, PackedLinear, num_parameters, unpack
+from comigs.bases.packed import TYPES, Buffer, PackedLinear, forget, num_parameters, unpack
 from comigs.client.loss import Windows, sum_cross_entropy
 from comigs.config import BaseSection
 from comigs.errors import UserError
@@ -134,6 +138,26 @@ def test_a_quantised_gguf_is_packed_as_it_was(tmp_path, monkeypatch):
     for path in linears:
         weights = [b.model.get_submodule(path).weight.detach() for b in (packed, whole)]
         assert bits(weights[0]) == bits(weights[1])
+
+
+def resident():
+    """Bytes of files that are in this process's memory."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"^RssFile:\s+(\d+)", status, re.MULTILINE)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_what_was_read_of_a_file_leaves_the_memory_and_can_be_read_again(tmp_path):
+    numbers = random(1 << 22)
+    save_file({"other": numbers[:8].clone(), "numbers": numbers}, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        mapped = file.get_tensor("numbers")
+    assert torch.equal(mapped, numbers)
+    before = resident()
+    forget(mapped)
+    forget(numbers)  # which is no file's
+    assert before - resident() > 0.9 * numbers.nbytes
+    assert torch.equal(mapped, numbers)
 
 
 @pytest.mark.parametrize("format", ["transformers", "peft", "gguf"])

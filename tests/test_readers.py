@@ -23,6 +23,7 @@ OTHERS = {  # a field -> another value than a run here has, and what else must b
     "options": ({"adopt": "all"}, {}),
     "base.name": ("tiny-llama", {}),
     "base.dtype": ("bfloat16", {}),
+    "base.weights": ("int4", {}),
     "base.tokenizer": ("gpt-2", {}),
     "base.chat_template": (PLAIN.replace(": ", "> "), CHATS),
     "data.sequence_length": (9, {}),
@@ -76,7 +77,8 @@ OTHERS = {  # a field -> another value than a run here has, and what else must b
     "clients.ada.weight": (3.0, {"method": "flexlora"}),
 }
 HOW = {  # how, where or under which name a run is made, which is to change no figure
-    "version", "name", "workers", "base.attention", "base.device", "base.threads", "data.root",
+    "version", "name", "workers", "base.attention", "base.device", "base.threads", "base.memory",
+    "base.recompute", "data.root",
     "data.cache", "client.micro_batch_size", "evaluation.batch_size", "clients.ada.name",
     "track.to", "track.names",
 }  # fmt: skip

@@ -112,6 +112,12 @@ def size(value: float | None) -> str:
     return f"{value / 1000:,.1f} TB"
 
 
+def parsed_size(text: str) -> float | None:
+    """Return how many bytes a text as 1.5GB or 900 MB says; None where it says no size."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMG])B", text)
+    return float(found[1]) * 1000 ** (1 + "kMG".index(found[2])) if found else None
+
+
 def duration(value: float | None, style: Literal["decimal", "clock", "about"] = "decimal") -> str:
     """Write seconds in the largest unit that fits.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from comigs.app.dry_run import require_memory
+from comigs.app.dry_run import chosen, require_memory
 from comigs.app.setup import Say, attached, everybody_trains, ignore, load, read_texts, say_unread
 from comigs.bases.load import Base, is_here
 from comigs.client.estimate import memory_needed
@@ -71,6 +71,7 @@ def run(
         data = read_texts(config, base, report, say)
         known = data.load_all() if everybody_trains(config) else data.outlines()
         with attached(config, base) as (attachment, shapes):
+            config = chosen(config, base, shapes, attachment, say)
             require_memory(memory_needed(config, base, shapes, attachment), base.device)
             config = with_machine(config, base, shapes, attachment)
         folder = new_folder(out, config, environment(base, known))

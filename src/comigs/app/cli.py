@@ -119,8 +119,9 @@ def run(
         from comigs.app import dry_run as estimate
 
         with console:
-            table, lines = estimate.dry_run(settings, console.report, console.say)
-        console.table(table)
+            tables, lines = estimate.dry_run(settings, console.report, console.say)
+        for table in tables:
+            console.table(table)
         for line in lines:
             console.result(line)
         return

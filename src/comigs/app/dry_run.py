@@ -23,6 +23,7 @@ from comigs.client.estimate import (
     router_steps,
     shared_phase_steps,
 )
+from comigs.client.memory import choices, speed, within_memory
 from comigs.config import Config, Split
 from comigs.data.prepare import Outline, require_text
 from comigs.errors import UserError
@@ -35,6 +36,7 @@ from comigs.server.communication import traffic_by_client
 from comigs.server.protocol import Report
 from comigs.server.rounds import task_of
 from comigs.server.validation import expected_upload, shapes_of_clients
+from comigs.slots import Shapes
 from comigs.text import Table, duration, listed, size
 
 
@@ -53,8 +55,11 @@ class Budget:
     downloaded_bytes: float
 
 
-def dry_run(config: Config, report: Report = ignore, say: Say = ignore) -> tuple[Table, list[str]]:
-    """Return a table of what clients would train and send, and lines on time and memory.
+def dry_run(
+    config: Config, report: Report = ignore, say: Say = ignore
+) -> tuple[list[Table], list[str]]:
+    """Return a table of what clients would train and send, on a CPU one of what less memory would
+    cost, and lines on time and memory.
 
     Text is prepared and two steps are timed; nothing else is written or trained. Raises UserError
     as `run` does.
@@ -66,6 +71,8 @@ def dry_run(config: Config, report: Report = ignore, say: Say = ignore) -> tuple
     base, config = load(config, say)
     data = read_texts(config, base, report, say)
     with attached(config, base) as (attachment, shapes):
+        config = chosen(config, base, shapes, attachment, say)
+    with attached(config, base) as (attachment, shapes):
         needed = memory_needed(config, base, shapes, attachment)
         require_memory(needed, base.device)
         report(Note(message="timing two steps"))
@@ -76,12 +83,48 @@ def dry_run(config: Config, report: Report = ignore, say: Say = ignore) -> tuple
     tokens_per_byte = store.num_tokens / store.num_bytes
     seconds = run_seconds(config, method, speed, data.outlines(), tokens_per_byte)
     tokens = config.client.batch_size * config.data.sequence_length
-    return _client_table(config, method, base), [
+    tables = [_client_table(config, method, base)]
+    if base.device.type == "cpu":
+        report(Note(message="timing ways to take less memory"))
+        tables.append(_memory_table(config, base))
+    return tables, [
         f"a local step of {tokens:,} tokens takes {speed.step_seconds:.2g} s here, "
         f"the run about {duration(seconds)}",
         f"memory: about {size(needed)} at its peak, "
         f"{size(available_memory(base.device))} free on {base.device}",
     ]
+
+
+def chosen(
+    config: Config,
+    base: Base,
+    shapes: Mapping[str, Shapes],
+    attachment: Attachment,
+    say: Say,
+) -> Config:
+    """Return the config that stays below base.memory, and say what it does for that.
+
+    Raises UserError where none does.
+    """
+    choice = within_memory(config, base, shapes, attachment)
+    if choice is None:
+        return config
+    say(f"memory: {choice}, about {size(choice.needed)} of the {config.base.memory} allowed")
+    return choice.config
+
+
+def _memory_table(config: Config, base: Base) -> Table:
+    """Return the ways to train in less memory, with the speed of each."""
+    with attached(config, base) as (attachment, shapes):
+        ways = choices(config, base, shapes, attachment)
+    speeds = []
+    for way in ways:
+        with attached(way.config, base) as (attachment, shapes):
+            speeds.append(speed(way, base, shapes, attachment))
+    rows = []
+    for way, each in zip(ways, speeds, strict=True):
+        rows.append((way.budget, str(way), f"{each / speeds[0]:.2f}"))
+    return Table(("base.memory", "chosen", "relative speed"), tuple(rows))
 
 
 def _client_table(config: Config, method: Method, base: Base) -> Table:

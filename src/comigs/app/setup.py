@@ -132,6 +132,6 @@ def attached(config: Config, base: Base) -> Iterator[tuple[Attachment, dict[str,
     """Attach experts to the base, and give them with the shapes of every client's tensors."""
     method = load_method(config)
     with Attachment(
-        base.model, base.architecture, config.experts, summed=method.mixing == "sum"
+        base.model, base.architecture, config.experts, method.mixing == "sum", config.base.recompute
     ) as attachment:
         yield attachment, shapes_of_clients(config, method, attachment)

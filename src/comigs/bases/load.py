@@ -27,6 +27,7 @@ from comigs.bases.tokenizer import TextEncoder
 from comigs.bases.usable import end_ids, require_usable
 from comigs.config import BaseSection
 from comigs.errors import UserError, nearest
+from comigs.processes import free_at_once
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ def load_base(section: BaseSection) -> Base:
     """Load, freeze and place the base that the config names. Raises UserError."""
     logging.disable_progress_bar()
     device = _device(section.device)
+    if section.memory is not None:
+        if device.type != "cpu":
+            raise UserError("base.memory: given, but the base is on a GPU; it is for CPUs only")
+        free_at_once()
     dtype = _dtype(section.dtype, device)
     model, tokenizer = _named(section.name)
     if section.tokenizer != "own":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -171,8 +171,7 @@ def num_parameters(model: Any) -> int:
 
 def forget(tensor: Tensor) -> None:
     """Give back the memory of a file's tensor that was read; it can be read again."""
-    storage = tensor.untyped_storage()
-    if storage.filename is None or sys.platform != "linux":
+    if not _is_mapped(tensor.data_ptr()):
         return
     # A file that is mapped stays in memory as far as it was read, until its last tensor goes.
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -180,3 +179,15 @@ def forget(tensor: Tensor) -> None:
     if end > start:
         size = ctypes.c_size_t(end - start)
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, mmap.MADV_DONTNEED)
+
+
+def _is_mapped(address: int) -> bool:
+    """Return whether Linux says that memory is a file's."""
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        for line in maps.read_text(encoding="utf-8").splitlines():
+            span, _, _, _, inode, *_ = line.split()
+            start, end = span.split("-")
+            if int(start, 16) <= address < int(end, 16):
+                return inode != "0"
+    return False

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from comigs.bases import attention
 from comigs.bases.base import linear_size
 from comigs.bases.load import Base
 from comigs.client.evaluate import measure
+from comigs.client.loss import CHUNK
 from comigs.client.state import new_train_state
 from comigs.client.steps import MethodHooks, NonFiniteLoss, StepSettings, step
 from comigs.config import Config
@@ -34,6 +36,10 @@ from comigs.slots import Shapes
 # experts below each other are; of what is not trained, the value alone; of a round that is kept, a
 # copy of either.
 TRAINED, FROZEN, KEPT = 20, 4, 4
+# Times the bytes that training keeps by which a process grows: glibc's heap has holes. By itself
+# it is 1.6 to 2.5 times (SmolLM2-135M's shape, 2 to 8 x 128); where large blocks are freed at once,
+# as with base.memory, 1.3 to 1.5.
+HEAP, FREED = 2.5, 1.5
 SCORE = 5  # times its own bytes that eager attention keeps of a score: 2.5 (mini) to 7.5 (SmolLM2)
 TOKEN = 24  # bytes of a token of a batch: the window as it is drawn, input and target
 BY_DOCUMENT = 2  # times the seconds of windows that are trained one by one (docs/performance.md)
@@ -66,10 +72,10 @@ def memory_needed(
     """
     # the backward pass keeps the activations of a batch in each block, and its attention scores
     windows = config.client.micro_batch_size or config.client.batch_size
-    largest, blocks = _largest(shapes), len(attachment.mixtures)
+    own, blocks = largest(shapes), len(attachment.mixtures)
     length, in_training = config.data.sequence_length, min(windows, config.client.batch_size)
-    trained = blocks * block_activations(config, base, attachment, in_training)
-    ranks = sum(dims[0] for slot, dims in largest.items() if slot.matrix == "A")
+    trained = training_bytes(config, base, attachment, in_training)
+    ranks = sum(dims[0] for slot, dims in own.items() if slot.matrix == "A")
     trained += LOW * in_training * length * ranks
 
     # what only measures keeps one block at a time
@@ -77,18 +83,33 @@ def memory_needed(
     measured = block_activations(config, base, attachment, measured_windows)
     measured += LOW * measured_windows * length * ranks / blocks
 
+    # at the head a chunk of logits, and they alone, are there
+    vocabulary = base.model.config.vocab_size
+    logits = min(CHUNK, in_training * length * vocabulary) * torch.finfo(base.dtype).bits / 8
+
     # on a CPU Python, torch and transformers count too: 200 to 800 MB, as torch was built
     workers, on_cpu = 1, base.device.type == "cpu"
     if held is None:
-        held = sum(p.nbytes for p in base.model.parameters())
+        held = sum(t.nbytes for t in base.model.state_dict().values())
         if on_cpu:
             held = psutil.Process().memory_info().rss
     if on_cpu:
         workers = config.workers
     client, kept = 0, KEPT if config.evaluation.keep == "best" else 0
-    for slot, dims in largest.items():
+    for slot, dims in own.items():
         client += math.prod(dims) * (kept + (FROZEN if slot.is_frozen else TRAINED))
-    return float(workers * (held + client + batch_bytes(config) + max(trained, measured)))
+    passing = logits + max(trained, measured)
+    return float(workers * (held + client + batch_bytes(config) + passing))
+
+
+def training_bytes(config: Config, base: Base, attachment: Attachment, windows: int) -> float:
+    """Return the bytes that a forward pass over so many windows keeps, without its LoRA."""
+    block, blocks = block_activations(config, base, attachment, windows), len(attachment.mixtures)
+    if not config.base.recompute:
+        return blocks * block
+    width, _ = linear_size(getattr(attachment.mixtures[0].mlp, base.architecture.up))
+    tokens = windows * config.data.sequence_length
+    return blocks * tokens * width * base.dtype.itemsize + 2 * block
 
 
 def block_activations(config: Config, base: Base, attachment: Attachment, windows: int) -> float:
@@ -96,7 +117,13 @@ def block_activations(config: Config, base: Base, attachment: Attachment, window
     length, model, mixture = config.data.sequence_length, base.model.config, attachment.mixtures[0]
     bytes_each = torch.finfo(base.dtype).bits / 8
     width, inner = linear_size(getattr(mixture.mlp, base.architecture.up))
-    kept = windows * length * (10 * width + (len(mixture.inputs) + 1) * inner) * bytes_each
+    tokens, heads = windows * length, attachment.attention[0]
+    if model._attn_implementation == attention.NAME and heads.keys() >= {"q", "k", "v"}:
+        # what csrc keeps: what norms read and make, heads as they were turned, attention's result
+        q, k, v = (linear_size(heads[site].linear)[1] for site in ("q", "k", "v"))
+        each = 4 * width + 2 * q + k + v + len(mixture.inputs) * inner
+        return tokens * each * bytes_each * (HEAP if config.base.memory is None else FREED)
+    kept = tokens * (10 * width + (len(mixture.inputs) + 1) * inner) * bytes_each
     if model._attn_implementation == "eager":
         kept += windows * model.num_attention_heads * length**2 * SCORE * bytes_each
     return float(kept)
@@ -123,7 +150,7 @@ def measured_throughput(
     Raises UserError where even a client that is new has no finite loss.
     """
     # the client is new and its rate low: what it learns is thrown away
-    start = starting_tensors(_largest(shapes), config.seed, "")
+    start = starting_tensors(largest(shapes), config.seed, "")
     train_state = new_train_state(
         {slot: tensor.to(base.device) for slot, tensor in start.items()}, config.client
     )
@@ -176,5 +203,6 @@ def num_scalars(shapes: Shapes) -> int:
     return sum(math.prod(dims) for dims in shapes.values())
 
 
-def _largest(shapes: Mapping[str, Shapes]) -> Shapes:
+def largest(shapes: Mapping[str, Shapes]) -> Shapes:
+    """Return the shapes of the largest client."""
     return max(shapes.values(), key=num_scalars)

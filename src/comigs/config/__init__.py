@@ -4,6 +4,7 @@ Each field says its unit and what `None` means; docs/config.md is made from thes
 (scripts/config_docs.py).
 """
 
+from comigs.config.base import NAMED_BASES, BaseSection
 from comigs.config.clients import ClientEntry, ExpertShape, Text
 from comigs.config.conditions import Condition, ConditionsSection, Group, merged, read_trace
 from comigs.config.paths import folder_or_name, place, relative, resolve
@@ -15,9 +16,7 @@ from comigs.config.rounds import (
     UploadSection,
 )
 from comigs.config.sections import (
-    NAMED_BASES,
     SPLITS,
-    BaseSection,
     ClientSection,
     DataSection,
     ExpertsSection,

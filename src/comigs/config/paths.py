@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from comigs.config.sections import NAMED_BASES, DataSection
+from comigs.config.base import NAMED_BASES
+from comigs.config.sections import DataSection
 from comigs.config.tree import Config
 from comigs.errors import UserError
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from comigs.config.base import BaseSection
 from comigs.config.clients import ClientEntry, ExpertShape, Text
 from comigs.config.conditions import Condition, ConditionsSection, Group
 from comigs.config.privacy import PrivacySection
@@ -19,7 +20,6 @@ from comigs.config.rounds import (
     UploadSection,
 )
 from comigs.config.sections import (
-    BaseSection,
     ClientSection,
     DataSection,
     ExpertsSection,

@@ -30,7 +30,9 @@ from comigs.slots import Slot
 def workplace(config: Config, method: Method, base: Base) -> Workplace:
     """Attach the experts that clients of a config have to a base; return where clients can work."""
     summed = method.mixing == "sum"
-    attachment = Attachment(base.model, base.architecture, config.experts, summed=summed)
+    attachment = Attachment(
+        base.model, base.architecture, config.experts, summed, config.base.recompute
+    )
     return Workplace(config, method, base, attachment)
 
 

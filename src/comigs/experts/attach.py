@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from comigs.config import ExpertShape, ExpertsSection
 from comigs.experts.block import quicker_modules
 from comigs.experts.lora import LoraLinear
 from comigs.experts.mixture import BlockExperts, Expert, Mixture
+from comigs.experts.recompute import recomputed
 from comigs.experts.router import Routing
 from comigs.experts.token import linear_in_c
 from comigs.methods import lowrank
@@ -30,11 +32,17 @@ class Attachment:
     """An attachment is a mixture in place of every MLP, and LoRA on every attention linear.
 
     It is on `model` until `detach()`, or until it ends as a context. Where `summed`, a client's
-    experts are one expert, whose LoRA is the sum of theirs.
+    experts are one expert, whose LoRA is the sum of theirs. Where it is to `recompute`, training
+    keeps of each block what goes in.
     """
 
     def __init__(
-        self, model: Any, architecture: Architecture, settings: ExpertsSection, summed: bool = False
+        self,
+        model: Any,
+        architecture: Architecture,
+        settings: ExpertsSection,
+        summed: bool = False,
+        recompute: bool = False,
     ) -> None:
         self.model = model
         self.architecture = architecture
@@ -58,6 +66,9 @@ class Attachment:
         for module, compute in quicker_modules(model, self.attention, architecture.blocks):
             self._quickened.append(module)
             module.forward = compute
+        for block in model.get_submodule(architecture.blocks) if recompute else ():
+            self._quickened.append(block)
+            block.forward = partial(recomputed, block.forward)
 
     def _replace(self, block: nn.Module, path: str, new: nn.Module) -> None:
         parent, _, name = path.rpartition(".")

@@ -199,7 +199,7 @@ def config_for(config: Config, client: str) -> dict[str, Any]:
     name = config.base.name
     if Path(name).exists():
         name = Path(name).name
-    base = {"device": "auto", "threads": None, "name": name}
+    base = {"device": "auto", "threads": None, "memory": None, "name": name}
     places = {n: DataSection.model_fields[n].default for n in ("root", "cache")}
     sections = {
         "clients": (entry,),

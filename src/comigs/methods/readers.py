@@ -202,7 +202,7 @@ def tracked(choice: Choice) -> Reason:
 READERS: Mapping[str, Reader] = {
     **dict.fromkeys(("version", "name", "seed", "method", "rounds", "workers", "options"), always),
     **dict.fromkeys(("base.name", "base.dtype", "base.weights", "base.attention"), always),
-    "base.device": always,
+    **dict.fromkeys(("base.device", "base.recompute", "base.memory"), always),
     **dict.fromkeys(("base.tokenizer", "base.chat_template", "base.threads"), always),
     "data.root": always,  # it is always given: the folder of the config file
     "data.cache": own_machine,

@@ -15,6 +15,8 @@ Fields = Mapping[str, Any]  # dotted name -> value
 SAME = (  # how a run is made, which changes no result
     "base.attention",
     "base.device",
+    "base.memory",
+    "base.recompute",
     "base.threads",
     "client.micro_batch_size",
     "evaluation.every",

@@ -44,7 +44,7 @@ EXPERTS, RANK = 256, 1 << 16
 SETTABLE: Mapping[str, float | None] = {  # what a server may set -> the highest number
     "name": WORD, "method": WORD, "seed": 2**63 - 1, "rounds": LARGEST, "options": LARGEST,
     "base.name": WORD, "base.dtype": WORD, "base.weights": WORD, "base.attention": WORD,
-    "base.tokenizer": WORD,
+    "base.recompute": WORD, "base.tokenizer": WORD,
     "data.sequence_length": LARGEST, "data.loss": WORD, "data.distribution": WORD,
     "data.valid_fraction": 1, "data.test_fraction": 1, "data.short_repeat": LARGEST,
     "data.train_share": 1, "data.valid_share": 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from comigs.config import Config, dotted
-from comigs.config.sections import NAMED_BASES
+from comigs.config.base import NAMED_BASES
 
 # Every text in these sections is one of a few words that the config allows.
 SECTIONS = ("experts", "client", "evaluation", "participation", "upload")

@@ -1,0 +1,122 @@
+"""This page says how training stays below `base.memory`: fewer windows at once, then recomputation.
+
+Neither changes what is learnt: a step's gradient is gathered piece by piece, and a block that is
+computed again comes out the same.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from comigs.bases.load import Base
+from comigs.client.estimate import largest, memory_needed
+from comigs.client.state import new_train_state
+from comigs.client.steps import MethodHooks, StepSettings, step
+from comigs.config import Config
+from comigs.data.batches import Batch
+from comigs.errors import UserError
+from comigs.experts.attach import Attachment
+from comigs.experts.init import starting_tensors
+from comigs.processes import peak_memory
+from comigs.seeds import generator
+from comigs.slots import Shapes
+from comigs.text import parsed_size, plural, size
+
+ANY = "any"  # in place of a budget, where one is still to be chosen
+MEASURED = 4  # times as many windows as are trained on at once, without a gradient
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice is a config that trains the same in less memory. needed: a process's bytes."""
+
+    config: Config
+    needed: float
+
+    @property
+    def budget(self) -> str:
+        """The smallest base.memory that allows it."""
+        return f"{math.ceil(self.needed / 1e7) / 100:.2f}GB"
+
+    def __str__(self) -> str:
+        """Return the choice in words."""
+        windows = plural(windows_at_once(self.config), "window")
+        return f"{windows} at once{', blocks recomputed' * self.config.base.recompute}"
+
+
+def windows_at_once(config: Config) -> int:
+    """Return how many windows a step of a config has in memory at once."""
+    whole = config.client.batch_size
+    return min(config.client.micro_batch_size or whole, whole)
+
+
+def choices(
+    config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
+) -> list[Choice]:
+    """Return what a run with a budget may choose, from what needs most, and is fastest, on."""
+    found: list[Choice] = []
+    for recompute in sorted({config.base.recompute, True}):
+        windows = 2 * windows_at_once(config)
+        while windows > 1:
+            windows = windows // 2
+            tried = _smaller(config, windows, recompute)
+            needed = memory_needed(tried, base, shapes, attachment) / config.workers
+            if not found or needed < found[-1].needed:
+                found.append(Choice(tried, needed))
+    return found
+
+
+def _smaller(config: Config, windows: int, recompute: bool) -> Config:
+    measured = min(config.evaluation.batch_size, MEASURED * windows)
+    base = {"recompute": recompute, "memory": config.base.memory or ANY}
+    changed = {
+        "base": config.base.model_copy(update=base),
+        "client": config.client.model_copy(update={"micro_batch_size": windows}),
+        "evaluation": config.evaluation.model_copy(update={"batch_size": measured}),
+    }
+    return config.model_copy(update=changed)
+
+
+def within_memory(
+    config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
+) -> Choice | None:
+    """Return the first choice that stays below base.memory; None where no memory is given.
+
+    Raises UserError, naming the smallest memory that would do, where none does.
+    """
+    if config.base.memory is None:
+        return None
+    # What loading took is part of the process's peak, too.
+    allowed, before = parsed_size(config.base.memory) or 0.0, float(peak_memory())
+    possible = choices(config, base, shapes, attachment)
+    for choice in possible:
+        if max(choice.needed, before) <= allowed:
+            return choice
+    least = Choice(possible[-1].config, max(possible[-1].needed, before))
+    raise UserError(
+        f'base.memory: given "{config.base.memory}", but with {least} this run needs about '
+        f'{size(least.needed)}; the smallest that would do is "{least.budget}"'
+    )
+
+
+def speed(
+    choice: Choice, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
+) -> float:
+    """Return the tokens a second of a choice here and now: of one piece of a step, of random
+    tokens. attachment: as the choice has it.
+    """
+    config, windows = choice.config, windows_at_once(choice.config)
+    start = starting_tensors(largest(shapes), config.seed, "")
+    state = new_train_state({s: t.to(base.device) for s, t in start.items()}, config.client)
+    attachment.bind(state.tensors)
+    settings = StepSettings(config.client, lr=1e-6, router_lr=1e-6, total_steps=1, dtype=base.dtype)
+    vocabulary, length = base.encoder.vocabulary_size, config.data.sequence_length
+    tokens = generator(config.seed, "estimate").integers(vocabulary, size=(windows, length))
+    began = time.perf_counter()
+    step(attachment, state, settings, MethodHooks(), ("experts",), Batch(tokens, tokens))
+    seconds = time.perf_counter() - began
+    attachment.unbind()
+    return tokens.size / seconds

@@ -1,0 +1,136 @@
+"""A budget for memory changes how a step is computed, and nothing of what it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from comigs.app import api
+from comigs.client import memory
+from comigs.client.memory import choices, windows_at_once, within_memory
+from comigs.client.state import new_train_state
+from comigs.client.steps import StepSettings, accumulate, gradients_for
+from comigs.config import ClientSection, parse_config
+from comigs.data.batches import Batch
+from comigs.errors import UserError
+from comigs.experts.attach import Attachment
+from comigs.methods.loading import load_method
+from comigs.server.validation import shapes_of_clients
+from comigs.text import parsed_size
+from tests.conftest import random_tensors, run_config, shape_of, tiny
+from tests.runs import comigs, refused, write_config
+
+
+def gradients(base, batch, settings, recompute=False, micro=None):
+    """The loss and every gradient of a batch for a client with two experts and a router."""
+    with Attachment(base.model, base.architecture, settings, recompute=recompute) as attachment:
+        client = ClientSection(micro_batch_size=micro)
+        state = new_train_state(random_tensors(attachment, shape_of(1, 1), True), client)
+        attachment.bind(state.tensors)
+        plan = StepSettings(client, lr=1.0, router_lr=1.0, total_steps=1, dtype=torch.float32)
+        with gradients_for(state, ("experts", "router"), lambda slot: True):
+            outcome = accumulate(attachment, plan, batch)
+            found = {slot: tensor.grad.clone() for slot, tensor in state.tensors.items()}
+    return outcome.nats, found
+
+
+@pytest.mark.parametrize("routing", ["token", "sequence"])
+@pytest.mark.parametrize("packed", [False, True], ids=["windows", "several-examples"])
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
+def test_gradients_are_the_same_however_little_is_in_memory(name, packed, routing):
+    base, random = tiny(name), torch.Generator().manual_seed(0)
+    tokens = torch.randint(256, (4, 21), generator=random).numpy()
+    positions = torch.arange(20).remainder(7).expand(4, 20).numpy() if packed else None
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], positions)
+    settings = run_settings(routing)
+    before = set(vars(base.model.get_submodule(base.architecture.blocks)[0]))
+    nats, exact = gradients(base, batch, settings)
+    for recompute, micro in ((True, None), (False, 1), (True, 3)):
+        again, found = gradients(base, batch, settings, recompute, micro)
+        assert again == pytest.approx(nats, rel=1e-6)
+        for slot, gradient in exact.items():
+            assert (found[slot] - gradient).norm() <= 1e-6 * gradient.norm() + 1e-9, slot
+    # And the blocks are the base's own again.
+    assert set(vars(base.model.get_submodule(base.architecture.blocks)[0])) == before
+
+
+def run_settings(routing):
+    config = parse_config(
+        {"experts": {"routing": routing}, "clients": [{"name": "a", "text": "a"}]}
+    )
+    return config.experts
+
+
+def prepared(**tree):
+    """A config of mini, the base, and experts attached to it."""
+    base = {"name": "mini", "dtype": "float32", "device": "cpu", **tree.pop("base", {})}
+    config = parse_config({
+        "base": base, "method": "local", "clients": [{"name": "ann", "text": "ann"}], **tree,
+    })  # fmt: skip
+    found = tiny("mini")
+    attachment = Attachment(found.model, found.architecture, config.experts)
+    return config, found, shapes_of_clients(config, load_method(config), attachment), attachment
+
+
+def test_each_choice_needs_less_than_the_one_before_it():
+    config, *place = prepared(client={"batch_size": 12, "micro_batch_size": 8})
+    ways = choices(config, *place)
+    assert windows_at_once(ways[0].config) == 8 and not ways[0].config.base.recompute
+    assert windows_at_once(ways[-1].config) == 1 and ways[-1].config.base.recompute
+    needs = [way.needed for way in ways]
+    assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(needs)
+
+
+def test_the_first_choice_below_the_budget_is_taken_and_the_smallest_named(monkeypatch):
+    monkeypatch.setattr(memory, "peak_memory", lambda: 0)
+    free, *place = prepared(client={"batch_size": 16})
+    assert within_memory(free, *place) is None
+    config = parse_config(
+        {**free.model_dump(mode="json"), "base": {"name": "mini", "memory": "9GB"}}
+    )
+    ways = choices(config, *place)
+    for number in (0, 1, len(ways) - 1):
+        section = config.base.model_copy(update={"memory": ways[number].budget})
+        taken = within_memory(config.model_copy(update={"base": section}), *place)
+        assert taken.needed <= parsed_size(ways[number].budget)
+        assert windows_at_once(taken.config) >= windows_at_once(ways[number].config)
+    small = config.base.model_copy(update={"memory": "20MB"})
+    with pytest.raises(UserError, match=r'given "20MB", .* the smallest that would do') as raised:
+        within_memory(config.model_copy(update={"base": small}), *place)
+    assert f'"{ways[-1].budget}"' in str(raised.value)
+
+
+def test_a_run_within_a_budget_makes_the_same_model(tmp_path, monkeypatch):
+    texts, models = tmp_path / "texts", []
+    for sections in ({}, {"base": {"name": "tiny-llama", "recompute": True}}):
+        tree = {"base": {"name": "tiny-llama"}, **sections}
+        folder = api.run(run_config(texts, "ada", **tree), tmp_path / f"run{len(models)}")
+        models.append(folder.load("clients/ada/personal"))
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(models[1][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_budget_below_what_is_possible_is_refused_in_one_line(tmp_path, capsys):
+    config = write_config(tmp_path)
+    line = refused(capsys, "run", config, "--set", "base.memory=90MB", "--out", tmp_path / "run")
+    assert 'base.memory: given "90MB"' in line and 'the smallest that would do is "' in line
+    assert not (tmp_path / "run").exists()
+    assert 'is no size, as "1.5GB"' in refused(
+        capsys, "run", config, "--set", "base.memory=much", "--out", tmp_path / "run"
+    )
+
+
+def test_a_dry_run_shows_what_less_memory_costs(tmp_path, capsys):
+    done = comigs(capsys, "run", write_config(tmp_path), "--dry-run", "--set", "base.memory=9GB")
+    assert done.code == 0
+    for words in ("base.memory", "relative speed", "1 window at once", "1.00"):
+        assert words in done.out
+    assert "of the 9GB allowed" in done.err + done.out
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes"), [("1.5GB", 1.5e9), ("900 MB", 9e8), ("64kB", 64e3), ("1.5", None),
+                        ("GB", None), ("-1GB", None), ("1TB", None)],
+)  # fmt: skip
+def test_sizes_are_read(text, bytes):
+    assert parsed_size(text) == bytes
