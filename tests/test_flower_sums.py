@@ -4,12 +4,17 @@ has an upload.
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
+from types import FunctionType, ModuleType
 
+import numpy as np
 import pytest
 import torch
 
 from comigs.app import api
+from comigs.federation.flower import round_sum
 from comigs.federation.messages import REQUESTS
 from comigs.runs.folder import RunFolder
 from comigs.server import wire
@@ -60,8 +65,33 @@ def in_process(text, tmp_path_factory):
     return api.run(configured(text), tmp_path_factory.mktemp("in-process") / "run")
 
 
+def in_memory(*objects):
+    """All bytes, arrays and tensors that these hold or lead to, code and its modules left out."""
+    seen, found, ahead = set(), [], list(objects)
+    while ahead:
+        one = ahead.pop()
+        if id(one) in seen or isinstance(one, type | ModuleType):
+            continue
+        seen.add(id(one))
+        if isinstance(one, bytes | bytearray):
+            found.append(bytes(one))
+        elif isinstance(one, np.ndarray | torch.Tensor):
+            found.append(np.asarray(one).tobytes())
+        elif isinstance(one, FunctionType):
+            ahead += one.__closure__ or ()
+        else:
+            ahead += gc.get_referents(one)
+    return b"|".join(found)
+
+
 @pytest.fixture(scope="module")
-def whole(text, tmp_path_factory):
+def memories():
+    """What the server holds whenever it opens a sum; filled by `whole`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory, memories):
     """A run that nobody disturbs: its devices, its folder, all messages, and what was masked."""
     root, plain, to_sum = tmp_path_factory.mktemp("whole"), [], uploads.to_sum
     federation = Federation(root / "federation", NAMES, text, Told)
@@ -71,8 +101,17 @@ def whole(text, tmp_path_factory):
         plain.append(({slot: t.clone() for slot, t in upload.items()}, numbers.copy()))
         return numbers
 
+    unmasked = round_sum.unmasked
+
+    def opening(*given):
+        # All that the round has at hand, and what it leads to: engine, dispatcher, messages.
+        masked, total = given[3].tobytes(), unmasked(*given)
+        memories.append((in_memory(sys._getframe(1).f_locals), masked, total.tobytes()))
+        return total
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("comigs.federation.device.device_sum.to_sum", watched)
+        patch.setattr(round_sum, "unmasked", opening)
         return federation, root / "run", federation.run(root / "run", configured(text)), plain
 
 
@@ -141,6 +180,27 @@ def test_no_upload_is_in_any_byte_of_any_message_or_of_the_server(whole):
             pieces = [numbers[at : at + 8] for at in range(0, len(numbers), 8)]
             found += sum(bool(p.any()) and p.tobytes() in everything for p in pieces)
     assert found == 0 and differing > 50
+
+
+def test_no_upload_is_in_the_servers_memory_when_it_opens_a_sum(whole, memories):
+    """Nor in any message that it still has: the masked sum is there, and nobody's numbers."""
+    _, _, grid, plain = whole
+    assert len(memories) == 2
+    for first, (memory, masked, total) in zip((0, 4), memories, strict=True):
+        uploads, numbers = zip(*plain[first : first + 4], strict=True)
+        assert sum(numbers[1:], numbers[0]).tobytes() == total
+        # What is there is found: the masked sum, and messages with what devices sent.
+        assert masked in memory and sum(raw in memory for raw in grid.seen) > 8
+        for one in numbers:
+            pieces = [one[at : at + 8] for at in range(0, len(one), 8)]
+            assert not [at for at, p in enumerate(pieces) if p.any() and p.tobytes() in memory]
+        differing = 0
+        for slot in uploads[0]:
+            own = {upload[slot].numpy().tobytes() for upload in uploads}
+            if len(own) == len(uploads):
+                assert not [tensor for tensor in own if tensor in memory], slot
+                differing += 1
+        assert differing > 10
 
 
 def going(federation, out, config):
