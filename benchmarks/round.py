@@ -69,9 +69,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="comigs-round-") as scratch:
         seen = list(rounds(Path(scratch), options))
     over = [line["over"] for line in seen]
-    table = Table(
-        "round", "seconds", "longest training", "over it", "CPU s beside trainers", "load"
-    )
+    heads = ("round", "seconds", "training", "over it", "SuperLink's CPU s", "other CPU s", "load")
+    table = Table(*heads)
     for line in seen:
         table.add_row(*(f"{value:.4g}" for value in line.values()))
     Console().print(table)
