@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import GemmaConfig, GPT2Config, LlamaConfig, Qwen3Config
+from transformers.pytorch_utils import Conv1D
 
 from comigs import csrc
 from comigs.bases import attention
@@ -25,6 +26,9 @@ MODELS = {
     "llama": LlamaConfig(**WIDE, mlp_bias=True, attention_bias=True),
     "qwen3": Qwen3Config(**WIDE),
     "gemma": GemmaConfig(**WIDE),  # gelu, and attention that keeps its own forward pass
+    "gpt2": GPT2Config(  # weights that are turned
+        vocab_size=96, n_positions=32, n_embd=64, n_layer=2, n_head=2, initializer_range=0.1
+    ),
 }
 TOKENS = torch.randint(3, 96, (1, 9), generator=torch.Generator().manual_seed(0))
 
@@ -57,6 +61,19 @@ def test_linears_that_read_one_token_are_their_formula(dtype, threads):
         if lora.merged is not None:
             exact = exact + x.double() @ lora.merged.double().T
         assert distance(y, exact) < (3e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_a_turned_weight_wider_than_a_tile_is_its_formula():
+    torch.manual_seed(0)
+    linear = Conv1D(4112, 48).requires_grad_(False)
+    x = torch.randn(1, 48)
+    linear.bias.normal_()
+    exact = x.double() @ linear.weight.double() + linear.bias.double()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            (found,) = token.apply([token.linear_in_c(linear, torch.float32)], x)
+        assert distance(found, exact) < 1e-6
 
 
 def test_only_one_token_without_gradients_is_taken():
@@ -170,16 +187,14 @@ def test_a_model_read_one_token_at_a_time_is_the_whole_one(model_type, case):
 
 
 def test_what_c_is_not_written_for_is_computed_as_before():
-    biased = built_from(MODELS["llama"])
-    one = maker(1, shape_of(1, 1))  # K = 1: weights, and so the bias of down, are less than whole
-    conv1d = built_from(GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=2))
-    for model, make in ((biased, one), (conv1d, CASES["E=2"])):
-        model.set_attn_implementation(attention.register())
-        with make(model, torch.float32) as attachment:
-            plain = step_by_step(model)
-            attachment.lay_out()
-            assert attachment.mixtures[0].one_token is None
-            assert distance(step_by_step(model), plain) < 1e-5
+    # K = 1: weights, and so the bias of `down`, are less than whole.
+    model, make = built_from(MODELS["llama"]), maker(1, shape_of(1, 1))
+    model.set_attn_implementation(attention.register())
+    with make(model, torch.float32) as attachment:
+        plain = step_by_step(model)
+        attachment.lay_out()
+        assert attachment.mixtures[0].one_token is None
+        assert distance(step_by_step(model), plain) < 1e-5
 
 
 def test_gradients_know_nothing_of_it_and_the_next_client_forgets_it():

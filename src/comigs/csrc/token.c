@@ -7,9 +7,11 @@
 #include "blocks.h"
 #include "hidden.h"
 
+#define COLUMNS 4096 /* at a time, of those that a thread makes */
+
 typedef struct {
-  int64_t I, O, R, half, type;
-  const void *weight;         /* (O, I), in blocks of `type` where that is not 0 */
+  int64_t I, O, R, half, type, turned;
+  const void *weight;         /* (O, I), in blocks of `type` where that is not 0; (I, O) where it is turned */
   const void *change, *bias;  /* a frozen change (O, I) of the weight, and (O,); or null */
   const void *A, *B;          /* LoRA: (R, I), and (R, O) with its scale */
 } linear;
@@ -60,18 +62,34 @@ static void lower(float *low, const void *A, int64_t R, const float *x, int64_t 
   for (int64_t r = 0; r < R; r++) low[r] = dot(A, r, x, I, half);
 }
 
+/* sum (n,) = columns of a turned weight, from `from` on: a row after another here, too */
+static void turned(float *sum, const linear *l, int64_t from, int64_t n, const float *x) {
+  memset(sum, 0, n * sizeof *sum);
+  for (int64_t i = 0; i < l->I; i++)
+    for (int64_t k = 0; k < n; k += LANES)
+      store(sum + k, load(sum + k) + x[i] * load_any(l->weight, i * l->O + from + k, l->half));
+}
+
 /* y (O,), from `at` on and of its own `half`, = (weight + change) @ x + bias + low @ B */
-static void apply(void *y, int64_t at, int64_t half, const linear *l, const float *x, const float *low) {
+static void apply(void *y, int64_t at, int64_t half, int64_t threads, const linear *l, const float *x,
+                  const float *low) {
+  int64_t tile = whole((l->O + threads - 1) / threads);
+  if (tile > COLUMNS) tile = COLUMNS;
 #pragma omp for schedule(static)
-  for (int64_t o = 0; o < l->O; o += LANES) {
-    float some[LANES];
-    for (int k = 0; k < LANES; k++) some[k] = weight_dot(l, o + k, x);
+  for (int64_t from = 0; from < l->O; from += tile) {
+    int64_t n = l->O - from < tile ? l->O - from : tile;
+    float some[COLUMNS];
+    if (l->turned) turned(some, l, from, n, x);
+    else
+      for (int64_t k = 0; k < n; k++) some[k] = weight_dot(l, from + k, x);
     if (l->change)
-      for (int k = 0; k < LANES; k++) some[k] += dot(l->change, o + k, x, l->I, l->half);
-    vec sum = load(some);
-    if (l->bias) sum += load_any(l->bias, o, l->half);
-    for (int64_t r = 0; r < l->R; r++) sum += low[r] * load_any(l->B, r * l->O + o, l->half);
-    store_any(y, at + o, half, sum);
+      for (int64_t k = 0; k < n; k++) some[k] += dot(l->change, from + k, x, l->I, l->half);
+    for (int64_t k = 0; k < n; k += LANES) {
+      vec sum = load(some + k);
+      if (l->bias) sum += load_any(l->bias, from + k, l->half);
+      for (int64_t r = 0; r < l->R; r++) sum += low[r] * load_any(l->B, r * l->O + from + k, l->half);
+      store_any(y, at + from + k, half, sum);
+    }
   }
 }
 
@@ -87,7 +105,7 @@ void token_linears(int64_t n, int64_t threads, const linear *const *all, const v
     for (int64_t k = 0; k < n; own += all[k]->R, k++) lower(own, all[k]->A, all[k]->R, row, I, half);
     int64_t at = 0;
     own = low;
-    for (int64_t k = 0; k < n; at += all[k]->O, own += all[k]->R, k++) apply(y, at, half, all[k], row, own);
+    for (int64_t k = 0; k < n; at += all[k]->O, own += all[k]->R, k++) apply(y, at, half, threads, all[k], row, own);
   }
 }
 
@@ -101,11 +119,11 @@ void token_mixture(int64_t threads, const mixture *m, const float *weights, cons
 #pragma omp parallel num_threads(threads)
   {
     lower(low, m->A, h.S * h.R, row, D, half);
-    for (int64_t s = 0; s < h.S; s++) apply(frozen[s], 0, 0, m->in + s, row, 0);
+    for (int64_t s = 0; s < h.S; s++) apply(frozen[s], 0, 0, threads, m->in + s, row, 0);
   }
   for (int64_t s = 0; s < h.S; s++) h.frozen[s] = frozen[s];
   h.weights = weights, h.low = low, h.mixed = mixed, h.out_low = out_low;
   forward(&h);
 #pragma omp parallel num_threads(threads)
-  apply(y, 0, half, &m->down, mixed, out_low);
+  apply(y, 0, half, threads, &m->down, mixed, out_low);
 }

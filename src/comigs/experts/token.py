@@ -10,11 +10,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from comigs import csrc
+from comigs.bases.base import linear_size
 from comigs.bases.packed import PackedLinear
 from comigs.experts import hidden_c
 from comigs.experts.activation import Activation
@@ -28,7 +30,7 @@ class _Linear(ctypes.Structure):
     """token.c's `linear`."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("I", "O", "R", "half", "type")),
+        *((name, c_int64) for name in ("I", "O", "R", "half", "type", "turned")),
         *((name, c_void_p) for name in ("weight", "change", "bias", "A", "B")),
     )
 
@@ -47,22 +49,26 @@ class _Mixture(ctypes.Structure):
 class TokenLinear:
     """A frozen linear and a LoRA on it, laid out for C. Both must stay as they are."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, lora: PackedLora) -> None:
-        weight, type = linear.weight, 0
+    def __init__(self, linear: nn.Module, dtype: torch.dtype, lora: PackedLora) -> None:
+        weight: Any
+        bias: Any = linear.bias
         if isinstance(linear, PackedLinear):
             weight, type = linear.blocks, int(linear.form)
-        self.width, self.dtype = linear.out_features, dtype
+        else:
+            weight, type = linear.weight, 0
+        (width_in, self.width), self.dtype = linear_size(linear), dtype
         # C has addresses only, so the tensors are kept here.
-        self.tensors = (weight, linear.bias, lora)
+        self.tensors = (weight, bias, lora)
         self.call = _Linear(
-            I=linear.in_features,
-            O=linear.out_features,
+            I=width_in,
+            O=self.width,
             R=0 if lora.A is None else len(lora.A),
             half=dtype == torch.bfloat16,
             type=type,
+            turned=not isinstance(linear, nn.Linear),
             weight=_address(weight),
             change=_address(lora.merged),
-            bias=_address(linear.bias),
+            bias=_address(bias),
             A=_address(lora.A),
             B=_address(lora.B),
         )
@@ -107,15 +113,15 @@ def linear_in_c(
 
     dtype: of the base.
     """
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear, nn.Linear) and type(linear).__name__ != "Conv1D":
         return None
-    if linear.in_features % csrc.LANES or linear.out_features % csrc.LANES:
+    if any(width % csrc.LANES for width in linear_size(linear)):
         return None
     # What is packed has no weight until it is unpacked.
     if isinstance(linear, PackedLinear):
         is_readable = csrc.takes(torch.empty(0, dtype=dtype, device=linear.blocks.device))
     else:
-        weight = linear.weight
+        weight: Any = linear.weight
         is_readable = csrc.takes(weight) and weight.is_contiguous() and not weight.requires_grad
     return TokenLinear(linear, dtype, lora) if is_readable else None
 
