@@ -26,7 +26,6 @@ from comigs.slots import Shapes
 from comigs.text import parsed_size, plural, size
 
 ANY = "any"  # in place of a budget, where one is still to be chosen
-MEASURED = 4  # times as many windows as are trained on at once, without a gradient
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ def choices(
 
 
 def _smaller(config: Config, windows: int, recompute: bool) -> Config:
-    measured = min(config.evaluation.batch_size, MEASURED * windows)
+    # Windows that are only measured then need less than as many that are trained on.
+    measured = min(config.evaluation.batch_size, windows)
     base = {"recompute": recompute, "memory": config.base.memory or ANY}
     changed = {
         "base": config.base.model_copy(update=base),
