@@ -94,6 +94,7 @@ def test_every_field_is_either_the_servers_or_the_owners():
     """Who adds a field to the config decides here, for numbers in SETTABLE with a bound."""
     owners = OWN | {
         "base.device",
+        "base.memory",
         "base.chat_template",
         "data.root",
         "data.cache",
