@@ -11,7 +11,8 @@ import pytest
 from comigs.app import api
 from comigs.bases.load import load_base, loaders
 from comigs.config import Config, load_config, relative, to_toml
-from comigs.config.sections import NAMED_BASES, DataSection
+from comigs.config.base import NAMED_BASES
+from comigs.config.sections import DataSection
 from comigs.errors import UserError
 from comigs.experiments.sweep.plan import read_plan
 from comigs.experiments.sweep.spec import to_toml as sweep_to_toml
