@@ -29,7 +29,7 @@ KILLED = "dan"
 LINKS = {  # bytes and tokens per second, seconds
     "ann": {"tokens_per_second": 20.0, "upload": 20e3, "download": 40e3, "latency": 1.0},
     "bob": {"tokens_per_second": 8.0, "upload": 10e3, "download": 20e3, "latency": 2.0},
-    "cyd": {"tokens_per_second": 4.5, "upload": 6e3, "download": 12e3, "latency": 1.0},
+    "cyd": {"tokens_per_second": 4.0, "upload": 6e3, "download": 12e3, "latency": 1.0},
     "dan": {"tokens_per_second": 15.0, "upload": 15e3, "download": 30e3, "latency": 1.0},
 }
 SLOW = """
