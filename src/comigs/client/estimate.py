@@ -18,7 +18,7 @@ from comigs.bases.base import linear_size
 from comigs.bases.load import Base
 from comigs.client.evaluate import measure
 from comigs.client.loss import CHUNK
-from comigs.client.state import new_train_state
+from comigs.client.state import TrainState, new_train_state
 from comigs.client.steps import MethodHooks, NonFiniteLoss, StepSettings, step
 from comigs.config import Config
 from comigs.data.batches import Batch
@@ -72,7 +72,7 @@ def memory_needed(
     """
     # the backward pass keeps the activations of a batch in each block, and its attention scores
     windows = config.client.micro_batch_size or config.client.batch_size
-    own, blocks = largest(shapes), len(attachment.mixtures)
+    own, blocks = _largest(shapes), len(attachment.mixtures)
     length, in_training = config.data.sequence_length, min(windows, config.client.batch_size)
     trained = training_bytes(config, base, attachment, in_training)
     ranks = sum(dims[0] for slot, dims in own.items() if slot.matrix == "A")
@@ -142,6 +142,21 @@ def available_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
 
 
+def bind_new_client(
+    config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
+) -> tuple[TrainState, StepSettings]:
+    """Bind a new client with the shapes of the largest, whose steps are to be timed.
+
+    Its rate is low: what it learns is thrown away.
+    """
+    start = starting_tensors(_largest(shapes), config.seed, "")
+    tensors = {slot: tensor.to(base.device) for slot, tensor in start.items()}
+    state = new_train_state(tensors, config.client)
+    attachment.bind(state.tensors)
+    settings = StepSettings(config.client, lr=1e-6, router_lr=1e-6, total_steps=1, dtype=base.dtype)
+    return state, settings
+
+
 def measured_throughput(
     config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
 ) -> Throughput:
@@ -149,13 +164,7 @@ def measured_throughput(
 
     Raises UserError where even a client that is new has no finite loss.
     """
-    # the client is new and its rate low: what it learns is thrown away
-    start = starting_tensors(largest(shapes), config.seed, "")
-    train_state = new_train_state(
-        {slot: tensor.to(base.device) for slot, tensor in start.items()}, config.client
-    )
-    attachment.bind(train_state.tensors)
-    settings = StepSettings(config.client, lr=1e-6, router_lr=1e-6, total_steps=1, dtype=base.dtype)
+    train_state, settings = bind_new_client(config, base, shapes, attachment)
     draw, vocabulary = generator(config.seed, "estimate"), base.encoder.vocabulary_size
     length = config.data.sequence_length
     trained = draw.integers(vocabulary, size=(config.client.batch_size, length))
@@ -203,6 +212,6 @@ def num_scalars(shapes: Shapes) -> int:
     return sum(math.prod(dims) for dims in shapes.values())
 
 
-def largest(shapes: Mapping[str, Shapes]) -> Shapes:
+def _largest(shapes: Mapping[str, Shapes]) -> Shapes:
     """Return the shapes of the largest client."""
     return max(shapes.values(), key=num_scalars)

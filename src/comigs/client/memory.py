@@ -12,14 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from comigs.bases.load import Base
-from comigs.client.estimate import largest, memory_needed
-from comigs.client.state import new_train_state
-from comigs.client.steps import MethodHooks, StepSettings, step
+from comigs.client.estimate import bind_new_client, memory_needed
+from comigs.client.steps import MethodHooks, step
 from comigs.config import Config
 from comigs.data.batches import Batch
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
-from comigs.experts.init import starting_tensors
 from comigs.processes import peak_memory
 from comigs.seeds import generator
 from comigs.slots import Shapes
@@ -109,10 +107,7 @@ def speed(
     tokens. attachment: as the choice has it.
     """
     config, windows = choice.config, windows_at_once(choice.config)
-    start = starting_tensors(largest(shapes), config.seed, "")
-    state = new_train_state({s: t.to(base.device) for s, t in start.items()}, config.client)
-    attachment.bind(state.tensors)
-    settings = StepSettings(config.client, lr=1e-6, router_lr=1e-6, total_steps=1, dtype=base.dtype)
+    state, settings = bind_new_client(config, base, shapes, attachment)
     vocabulary, length = base.encoder.vocabulary_size, config.data.sequence_length
     tokens = generator(config.seed, "estimate").integers(vocabulary, size=(windows, length))
     began = time.perf_counter()
