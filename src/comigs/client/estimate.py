@@ -71,9 +71,8 @@ def memory_needed(
     already; None: as it is now.
     """
     # the backward pass keeps the activations of a batch in each block, and its attention scores
-    windows = config.client.micro_batch_size or config.client.batch_size
     own, blocks = _largest(shapes), len(attachment.mixtures)
-    length, in_training = config.data.sequence_length, min(windows, config.client.batch_size)
+    length, in_training = config.data.sequence_length, windows_at_once(config)
     trained = training_bytes(config, base, attachment, in_training)
     ranks = sum(dims[0] for slot, dims in own.items() if slot.matrix == "A")
     trained += LOW * in_training * length * ranks
@@ -100,6 +99,12 @@ def memory_needed(
         client += math.prod(dims) * (kept + (FROZEN if slot.is_frozen else TRAINED))
     passing = logits + max(trained, measured)
     return float(workers * (held + client + batch_bytes(config) + passing))
+
+
+def windows_at_once(config: Config) -> int:
+    """Return how many windows a step of a config has in memory at once."""
+    whole = config.client.batch_size
+    return min(config.client.micro_batch_size or whole, whole)
 
 
 def training_bytes(config: Config, base: Base, attachment: Attachment, windows: int) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from comigs.bases.load import Base
-from comigs.client.estimate import bind_new_client, memory_needed
+from comigs.client.estimate import bind_new_client, memory_needed, windows_at_once
 from comigs.client.steps import MethodHooks, step
 from comigs.config import Config
 from comigs.data.batches import Batch
@@ -42,12 +42,6 @@ class Choice:
         """Return the choice in words."""
         windows = plural(windows_at_once(self.config), "window")
         return f"{windows} at once{', blocks recomputed' * self.config.base.recompute}"
-
-
-def windows_at_once(config: Config) -> int:
-    """Return how many windows a step of a config has in memory at once."""
-    whole = config.client.batch_size
-    return min(config.client.micro_batch_size or whole, whole)
 
 
 def choices(
