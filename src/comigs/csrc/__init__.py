@@ -26,7 +26,7 @@ from torch import Tensor
 from comigs.files import cache_folder
 
 HERE = Path(__file__).parent
-LANES = 16  # as in vectors.h
+LANES = 16  # a multiple of that in vectors.h
 FLAGS = shlex.split("-std=gnu11 -O3 -march=native -ffp-contract=fast -fno-math-errno -fPIC -shared")
 
 

@@ -40,31 +40,29 @@ static void turn(float *turned, int64_t N, const float *rows, int64_t W, int64_t
     for (int64_t i = 0; i < W; i++) turned[i * N + j] = rows[j * W + i];
 }
 
+/* out (tall, vectors) = a (tall, m) @ b (m, vectors) */
+INLINE void piece(float *out, int64_t stride, const float *a, int64_t stride_a, const float *b, int64_t stride_b, int64_t m,
+                  const int tall, const int vectors) {
+  vec sum[ROWS][2];
+  for (int t = 0; t < tall; t++)
+    for (int k = 0; k < vectors; k++) sum[t][k] = same(0);
+  for (int64_t r = 0; r < m; r++)
+    for (int k = 0; k < vectors; k++) {
+      vec some = load(b + r * stride_b + k * LANES);
+      for (int t = 0; t < tall; t++) sum[t][k] += a[t * stride_a + r] * some;
+    }
+  for (int t = 0; t < tall; t++)
+    for (int k = 0; k < vectors; k++) store(out + t * stride + k * LANES, sum[t][k]);
+}
+
 /* out (ROWS, n) = a (ROWS, m) @ b (m, n), n in whole vectors */
 static inline void product(float *out, int64_t stride, const float *a, int64_t stride_a, const float *b, int64_t stride_b,
                            int64_t m, int64_t n) {
   int64_t i = 0;
-  for (; i + 2 * LANES <= n; i += 2 * LANES) {
-    vec one[ROWS], two[ROWS];
-    for (int t = 0; t < ROWS; t++) one[t] = two[t] = same(0);
-    for (int64_t r = 0; r < m; r++) {
-      vec left = load(b + r * stride_b + i), right = load(b + r * stride_b + i + LANES);
-      for (int t = 0; t < ROWS; t++) {
-        one[t] += a[t * stride_a + r] * left;
-        two[t] += a[t * stride_a + r] * right;
-      }
-    }
-    for (int t = 0; t < ROWS; t++) store(out + t * stride + i, one[t]), store(out + t * stride + i + LANES, two[t]);
-  }
-  for (; i < n; i += LANES) {
-    vec one[ROWS];
-    for (int t = 0; t < ROWS; t++) one[t] = same(0);
-    for (int64_t r = 0; r < m; r++) {
-      vec left = load(b + r * stride_b + i);
-      for (int t = 0; t < ROWS; t++) one[t] += a[t * stride_a + r] * left;
-    }
-    for (int t = 0; t < ROWS; t++) store(out + t * stride + i, one[t]);
-  }
+  for (; i + 2 * LANES <= n; i += 2 * LANES)
+    for (int t = 0; t < ROWS; t += TALL)
+      piece(out + t * stride + i, stride, a + t * stride_a, stride_a, b + i, stride_b, m, TALL, 2);
+  if (i < n) piece(out + i, stride, a, stride_a, b + i, stride_b, m, ROWS, 1);
 }
 
 /* out (m, W) += a^T @ b, a (ROWS, m), b (ROWS, W) */
@@ -219,7 +217,7 @@ static void walk(const call *c, int is_backward) {
 #endif
     float *room = c->room + thread * size;
     memset(room, 0, 4 * size); /* what is beyond d and L stays 0 */
-    space s = {W, N};
+    space s = {.W = W, .N = N};
     float **tall[] = {&s.k, &s.v, &s.grad_k, &s.grad_v}, **turned[] = {&s.k_turned, &s.v_turned};
     float **few[] = {&s.q, &s.read, &s.grad}, **wide[] = {&s.p, &s.grad_p};
     for (int i = 0; i < 4; i++) *tall[i] = part(&room, c->L * W);

@@ -3,6 +3,8 @@
 
 typedef uint8_t bytes __attribute__((vector_size(LANES)));
 
+#define VECTORS (32 / LANES)
+
 enum { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8 }; /* as in ggml.h */
 
 static inline int64_t bytes_of(int64_t type) { return type == Q8_0 ? 34 : type == Q4_1 ? 20 : 18; }
@@ -20,19 +22,17 @@ static inline float short_float(const uint8_t *p) {
 
 static inline vec numbers(bytes b) { return __builtin_convertvector(__builtin_convertvector(b, ints), vec); }
 
-/* the two halves of a block's numbers */
-static inline void numbers_of(const uint8_t *block, int64_t type, vec *first, vec *second) {
+/* a block's numbers, in order */
+static inline void numbers_of(const uint8_t *block, int64_t type, vec out[VECTORS]) {
   float scale = short_float(block), least = type == Q4_1 ? short_float(block + 2) : -8 * scale;
-  if (type == Q8_0) { /* signed bytes, which GCC makes wider one at a time, as unsigned ones less 128 */
-    bytes low, high;
-    memcpy(&low, block + 2, LANES);
-    memcpy(&high, block + 2 + LANES, LANES);
-    *first = (numbers(low ^ 128) - 128.f) * scale;
-    *second = (numbers(high ^ 128) - 128.f) * scale;
-    return;
+  for (int k = 0; k < VECTORS; k++) {
+    bytes some;
+    if (type == Q8_0) { /* signed bytes, which GCC makes wider one at a time, as unsigned ones less 128 */
+      memcpy(&some, block + 2 + k * LANES, LANES);
+      out[k] = (numbers(some ^ 128) - 128.f) * scale;
+    } else { /* the lower halves of 16 bytes, then the upper ones */
+      memcpy(&some, block + (type == Q4_1 ? 4 : 2) + k * LANES % 16, LANES);
+      out[k] = numbers(k * LANES < 16 ? some & 15 : some >> 4) * scale + least;
+    }
   }
-  bytes both;
-  memcpy(&both, block + (type == Q4_1 ? 4 : 2), LANES);
-  *first = numbers(both & 15) * scale + least;
-  *second = numbers(both >> 4) * scale + least;
 }

@@ -10,7 +10,6 @@
 #define TILE 768
 #define BLOCK 64
 #define LARGEST_RANK 256
-#define INLINE static inline __attribute__((always_inline)) /* so that a size of 1 is known where it is used */
 
 static inline vec sigmoid(vec q) { return reciprocal(1.f + exponential(-q)); }
 
@@ -50,18 +49,24 @@ INLINE void reduce(float *few, int64_t width, const int64_t *tokens, int n, cons
                    int64_t R, int64_t columns, const int size) {
   for (int64_t r = 0; r < R; r += 2) {
     int64_t next = r + 1 < R ? r + 1 : r;
-    vec one[GROUP], two[GROUP];
-    for (int t = 0; t < size; t++) one[t] = two[t] = same(0);
-    for (int64_t i = 0; i < columns; i += LANES) {
-      vec a = load(rows + r * stride + i), b = load(rows + next * stride + i);
-      for (int t = 0; t < size; t++) {
-        vec x = load(&in[t][i]);
-        one[t] += a * x;
-        two[t] += b * x;
+    for (int first = 0; first < size; first += TALL) {
+      const int tall = size < TALL ? size : TALL;
+      vec one[TALL], two[TALL];
+      for (int t = 0; t < tall; t++) one[t] = two[t] = same(0);
+      for (int64_t i = 0; i < columns; i += LANES) {
+        vec a = load(rows + r * stride + i), b = load(rows + next * stride + i);
+        for (int t = 0; t < tall; t++) {
+          vec x = load(&in[first + t][i]);
+          one[t] += a * x;
+          two[t] += b * x;
+        }
+      }
+      for (int t = 0; t < tall && first + t < n; t++) {
+        float *sums = few + tokens[first + t] * width;
+        sums[r] += total(one[t]);
+        if (next > r) sums[next] += total(two[t]);
       }
     }
-    for (int t = 0; t < n; t++) few[tokens[t] * width + r] += total(one[t]);
-    if (next > r) for (int t = 0; t < n; t++) few[tokens[t] * width + next] += total(two[t]);
   }
 }
 

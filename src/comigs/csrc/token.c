@@ -37,19 +37,18 @@ static inline float dot(const void *rows, int64_t row, const float *x, int64_t I
 }
 
 static inline float block_dot_of(const uint8_t *block, const int64_t type, const float *x, int64_t I) {
-  vec one = same(0), two = same(0);
-  for (int64_t i = 0; i < I; i += 2 * LANES, block += bytes_of(type)) {
-    vec first, second;
-    numbers_of(block, type, &first, &second);
-    one += load(x + i) * first;
-    two += load(x + i + LANES) * second;
+  vec sum[VECTORS] = {{0}}, some[VECTORS];
+  for (int64_t i = 0; i < I; i += 32, block += bytes_of(type)) {
+    numbers_of(block, type, some);
+    for (int k = 0; k < VECTORS; k++) sum[k] += load(x + i + k * LANES) * some[k];
   }
-  return total(one + two);
+  for (int k = 1; k < VECTORS; k++) sum[0] += sum[k];
+  return total(sum[0]);
 }
 
 static inline float weight_dot(const linear *l, int64_t row, const float *x) {
   if (!l->type) return dot(l->weight, row, x, l->I, l->half);
-  const uint8_t *block = (const uint8_t *)l->weight + row * (l->I / (2 * LANES)) * bytes_of(l->type);
+  const uint8_t *block = (const uint8_t *)l->weight + row * (l->I / 32) * bytes_of(l->type);
   if (l->type == Q8_0) return block_dot_of(block, Q8_0, x, l->I);
   return l->type == Q4_1 ? block_dot_of(block, Q4_1, x, l->I) : block_dot_of(block, Q4_0, x, l->I);
 }

@@ -5,9 +5,8 @@
 void unpack(int64_t groups, int64_t type, int64_t half, int64_t threads, const uint8_t *blocks, void *out) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t g = 0; g < groups; g++) {
-    vec first, second;
-    numbers_of(blocks + g * bytes_of(type), type, &first, &second);
-    store_any(out, g * 2 * LANES, half, first);
-    store_any(out, g * 2 * LANES + LANES, half, second);
+    vec some[VECTORS];
+    numbers_of(blocks + g * bytes_of(type), type, some);
+    for (int k = 0; k < VECTORS; k++) store_any(out, g * 32 + k * LANES, half, some[k]);
   }
 }

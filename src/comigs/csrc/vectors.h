@@ -6,7 +6,17 @@
 #include <omp.h>
 #endif
 
+/* As wide as the processor's own: what is wider, compilers cut into pieces that go through memory. TALL: rows of sums, two
+   vectors each, that stay in its registers beside what they are made of. */
+#ifdef __AVX512F__
 #define LANES 16
+#define TALL 8
+#else
+#define LANES 8
+#define TALL 4
+#endif
+
+#define INLINE static inline __attribute__((always_inline)) /* so that sizes are known where they are used */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -79,12 +89,12 @@ static inline vec reciprocal(vec x) { return 1.f / x; }
 
 /* the sum of a vector's numbers, by halves: one after the other, each would wait for the last */
 static inline float total(vec v) {
-  typedef float eight __attribute__((vector_size(32)));
   typedef float four __attribute__((vector_size(16)));
-  union { vec all; eight half[2]; } a = {v};
-  union { eight all; four half[2]; } b = {a.half[0] + a.half[1]};
-  four c = b.half[0] + b.half[1];
-  return (c[0] + c[2]) + (c[1] + c[3]);
+  union { vec all; four part[LANES / 4]; } of = {v};
+  for (int n = LANES / 8; n; n /= 2)
+    for (int k = 0; k < n; k++) of.part[k] += of.part[k + n];
+  four sum = of.part[0];
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 /* n numbers in whole vectors */

@@ -14,7 +14,6 @@ from torch import Tensor
 from comigs import csrc
 from comigs.experts.hidden_layer import Gradients, HiddenLayer, Wanted
 
-LANES = 16  # as in hidden.c, which takes an I that is a multiple of it
 LARGEST_RANK = 256  # as in hidden.c
 
 
@@ -44,7 +43,7 @@ def takes(layer: HiddenLayer) -> bool:
         csrc.takes(frozen)
         and layer.weights_TE.dtype == torch.float32
         and layer.settings.act.in_c is not None
-        and frozen.shape[1] % LANES == 0
+        and frozen.shape[1] % csrc.LANES == 0
         and max(layer.settings.ranks) <= LARGEST_RANK
     )
 
