@@ -105,7 +105,9 @@ def test_training_and_the_last_round_are_what_they_are_without_it(tmp_path):
         assert same(personal(best, name), personal(last, name)) == (kept.kept_round == ROUNDS)
 
 
-@pytest.mark.parametrize("stop", range(1, ROUNDS + 1))
+@pytest.mark.parametrize(
+    "stop", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, ROUNDS)), ROUNDS]
+)
 def test_while_a_run_goes_on_it_is_the_best_so_far_and_stopping_changes_nothing(tmp_path, stop):
     def stopping(event):
         if event.kind == "server" and event.round == stop:
@@ -136,7 +138,7 @@ def run_until(config, out, report):
         api.run(config, out, report=report)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_client_that_misses_rounds_keeps_the_best_of_those_it_was_measured_in(tmp_path, workers):
     tree = {"participation": {"clients_per_round": 2}, "names": "ada bob cyd"}
     with Watched() as seen:

@@ -104,19 +104,24 @@ def test_so_it_is_with_clients_that_differ(name, both, federation):
     )
 
 
+MORE = [
+    {"participation": {"clients_per_round": 2}},
+    {"upload": {"merge": "median"}, "evaluation": {"every": 0, "keep": "last"}},
+    {"upload": {"format": "bfloat16"}, "method": "pcl"},
+    {"upload": {"format": "int8"}},
+]
+
+
 @pytest.mark.parametrize(
     "tree",
     [
-        {"participation": {"clients_per_round": 2}},
         {"participation": {"clients_per_round": 1}, "method": "flora"},
-        {"upload": {"merge": "median"}, "evaluation": {"every": 0, "keep": "last"}},
-        {"upload": {"format": "bfloat16"}, "method": "pcl"},
-        {"upload": {"format": "int8"}},
         {"upload": {"format": "int8"}, "participation": {"clients_per_round": 2}},
         {
             "evaluation": {"every": 2, "splits": ["valid", "test"]},
             "client": {"router_data": "crossfit"},
         },
+        *(pytest.param(tree, marks=pytest.mark.slow) for tree in MORE),
     ],
     ids=repr,
 )

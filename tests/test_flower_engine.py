@@ -164,7 +164,7 @@ def hanging(federation, client, round, rounds):
     return release
 
 
-@pytest.mark.parametrize("method", ["comigs", "flora"])
+@pytest.mark.parametrize("method", [pytest.param("comigs", marks=pytest.mark.slow), "flora"])
 def test_one_that_hangs_is_not_waited_for_and_comes_late(federation, tmp_path, method):
     """flora: nothing that was merged into the base is merged again, nothing is left out."""
     out, config = (
@@ -189,7 +189,7 @@ def test_one_that_hangs_is_not_waited_for_and_comes_late(federation, tmp_path, m
         assert all(float(models[0][name].abs().max()) > 1e-4 for name in merged)
 
 
-@pytest.mark.parametrize("format", ["float32", "int8"])
+@pytest.mark.parametrize("format", [pytest.param("float32", marks=pytest.mark.slow), "int8"])
 def test_what_comes_late_may_count_for_less(federation, tmp_path, format):
     """In int8 it is a step from the download of its own round, which the server has kept."""
     patience = {"deadline": 6, "late": "discount", "late_discount": 0.5}
@@ -272,11 +272,11 @@ def test_with_all_clients_gone_it_waits_says_so_and_goes_on(
 @pytest.mark.parametrize(
     ("tree", "round"),
     [
-        ({}, 1),
         ({}, 4),
         ({"upload": {"format": "int8"}}, 3),
-        ({"method": "flora"}, 3),
-        ({"method": "pcl"}, 2),
+        pytest.param({}, 1, marks=pytest.mark.slow),
+        pytest.param({"method": "flora"}, 3, marks=pytest.mark.slow),
+        pytest.param({"method": "pcl"}, 2, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -160,6 +160,7 @@ def usual(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow  # a run for each of forty fields
 @pytest.mark.parametrize("field", OTHERS)
 def test_what_is_not_noted_makes_another_run_or_is_refused(usual, field):
     if field == "options":
