@@ -5,6 +5,7 @@ text.
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -30,6 +31,22 @@ torch.set_num_threads(1)  # the numbers some tests hold were made with one threa
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a shell's background job is begun with Ctrl-C ignored
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test with `few(n)` is slow for all of its parameters but the first n: `make test` has some
+    of each kind, `make test-all` has all.
+    """
+    seen: Counter[str] = Counter()
+    for item in items:
+        few = item.get_closest_marker("few")
+        if few is not None:
+            name = item.nodeid.partition("[")[0]
+            seen[name] += 1
+            if seen[name] > few.args[0]:
+                item.add_marker(pytest.mark.slow)
+
 
 WORDS = {  # what each client writes about; no word is anybody else's
     "ada": "engine number analysis table note wheel loom pattern",

@@ -104,6 +104,7 @@ def personal(folder, name):
 
 
 @pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.few(1)
 def test_a_client_ends_with_the_part_of_its_own_model_that_is_best_on_valid(tmp_path, keep):
     tree = {"client": {"lr": 0.02, "steps": 6}, "evaluation": {"keep": keep}}
     mixture = api.run(config_of(tmp_path, finish="mixture", **tree), tmp_path / "mixture")

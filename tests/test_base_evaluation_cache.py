@@ -40,6 +40,7 @@ def test_a_second_run_measures_nothing_anew_and_is_the_same_to_the_bit(tmp_path,
         {"base": {"name": "tiny-llama"}},
     ],
 )
+@pytest.mark.few(1)
 def test_another_way_to_measure_is_another_measurement(tmp_path, measured, other):
     for number, settings in enumerate(({}, other)):
         api.run(run_config(tmp_path, **settings), tmp_path / f"run-{number}")

@@ -279,6 +279,7 @@ def test_a_bases_own_way_to_choose_tokens_reaches_nobody(folder):
     assert generation.no_repeat_ngram_size in (None, 0)
 
 
+@pytest.mark.slow  # processes that each import all of transformers
 def test_a_worker_that_loads_other_weights_ends_the_run(tmp_path, folder, monkeypatch):
     """The base's folder changes after the main process has loaded it."""
     config = run_config(tmp_path, "ada bob", workers=2, base={"name": str(folder)})

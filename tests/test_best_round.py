@@ -87,6 +87,7 @@ class Watched:
 
 
 @pytest.mark.parametrize("method", ["comigs", "fdlora", "flora", "centralized"])
+@pytest.mark.few(2)
 def test_it_is_the_model_that_was_measured_in_the_round_with_the_lowest_valid(tmp_path, method):
     with Watched() as seen:
         folder = api.run(config_of(tmp_path, method=method), tmp_path / "run")
@@ -119,9 +120,8 @@ def test_training_and_the_last_round_are_what_they_are_without_it(tmp_path):
         assert same(personal(best, name), personal(last, name)) == (kept.kept_round == ROUNDS)
 
 
-@pytest.mark.parametrize(
-    "stop", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, ROUNDS)), ROUNDS]
-)
+@pytest.mark.parametrize("stop", [2, 1, *range(3, ROUNDS + 1)])
+@pytest.mark.few(1)
 def test_while_a_run_goes_on_it_is_the_best_so_far_and_stopping_changes_nothing(tmp_path, stop):
     def stopping(event):
         if event.kind == "server" and event.round == stop:
@@ -152,7 +152,8 @@ def run_until(config, out, report):
         api.run(config, out, report=report)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.few(1)
 def test_a_client_that_misses_rounds_keeps_the_best_of_those_it_was_measured_in(tmp_path, workers):
     tree = {"participation": {"clients_per_round": 2}, "names": "ada bob cyd"}
     with Watched() as seen:

@@ -42,6 +42,7 @@ def resume_and_compare(path):
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5, 6, 8])
+@pytest.mark.few(3)
 def test_killed_while_training(tmp_path, steps):
     seen = 0
 
@@ -57,6 +58,7 @@ def test_killed_while_training(tmp_path, steps):
 
 
 @pytest.mark.parametrize("evaluation", [1, 5, 7, 9, 12])
+@pytest.mark.few(2)
 def test_killed_while_measuring(tmp_path, evaluation):
     seen, measure = 0, Client.evaluate
 
@@ -90,6 +92,7 @@ def kill_at_touches(tmp_path, touches):
 
 
 @pytest.mark.parametrize("first", range(1, 230, 29))  # a run touches its folder about 230 times
+@pytest.mark.few(4)
 def test_killed_while_writing(tmp_path, first):
     kill_at_touches(tmp_path, [first])
 

@@ -1,7 +1,7 @@
 """A true federation on the loopback: SuperLink, gateway, SuperNodes, TLS, keys. Every byte that
 passes is kept.
 
-The first tests share one run of three clients and take about two minutes in all on two cores. Those
+The first tests share one run of two clients and take about two minutes in all on two cores. Those
 that kill something and wait for the rest to notice take one to three minutes each: they are marked
 slow.
 """
@@ -28,8 +28,7 @@ from comigs.slots import Slot
 from tests.deployment import Deployment, Program, command_line, cwd, equal, in_process, wait
 from tests.runs import write_text
 
-CLIENTS = ("ann", "bob", "cyd")
-PAIR = ("ann", "bob")
+CLIENTS = ("ann", "bob")
 WINDOW = 48  # bytes; no two tensors or texts share so many by chance
 
 
@@ -140,7 +139,7 @@ def alone(deployment):
 @pytest.fixture(scope="module")
 def pair_alone(deployment):
     """The same with the clients of the slow tests."""
-    return in_process(deployment, "pair", PAIR)
+    return in_process(deployment, "pair", CLIENTS)
 
 
 def test_a_run_over_the_network_is_the_run_in_one_process(deployment, first, alone):
@@ -275,19 +274,19 @@ ENDED = "has ended: dropped"  # of a run, in the log of a SuperNode
 
 @pytest.mark.slow  # a minute for the run, half of one for the restart
 def test_a_device_killed_at_work_goes_on_where_it_was(deployment, pair_alone):
-    run = deployment.run(deployment.config("killed", PAIR, STEADY), "killed")
+    run = deployment.run(deployment.config("killed", CLIENTS, STEADY), "killed")
     ann = deployment.devices["ann"]
     ann.says(f"{deployment.run_id('killed')}: round 1 of 2: trained and answered")
     os.kill(deployment.pid("flower.supernode:main", "home-ann"), signal.SIGKILL)
     assert ann.code() == 2 and "supernode ended with code -9" in ann.said
     deployment.devices["ann"] = deployment.join("ann")
     assert run.code() == 0, run.said
-    equal(deployment, "killed", pair_alone, PAIR)
+    equal(deployment, "killed", pair_alone, CLIENTS)
 
 
 @pytest.mark.slow  # two runs' time and two starts of the server
 def test_a_server_killed_at_work_is_started_again_and_the_run_resumed(deployment, pair_alone):
-    run = deployment.run(deployment.config("crashed", PAIR, STEADY), "crashed")
+    run = deployment.run(deployment.config("crashed", CLIENTS, STEADY), "crashed")
     run.says("round 1/2")
     os.kill(deployment.pid("flower-superlink", "fed"), signal.SIGKILL)
     assert (
@@ -303,17 +302,17 @@ def test_a_server_killed_at_work_is_started_again_and_the_run_resumed(deployment
     )
     again = Program(deployment.folder, "again", "resume", "crashed")
     assert again.code() == 0, again.said
-    equal(deployment, "crashed", pair_alone, PAIR)
+    equal(deployment, "crashed", pair_alone, CLIENTS)
 
 
 @pytest.mark.slow  # as above
 def test_a_run_stopped_by_hand_is_resumed(deployment, pair_alone):
-    run = deployment.run(deployment.config("stopped", PAIR, STEADY), "stopped")
+    run = deployment.run(deployment.config("stopped", CLIENTS, STEADY), "stopped")
     run.says("round 1/2")
     assert run.end() == 130 and "comigs resume stopped" in run.said
     again = Program(deployment.folder, "again", "resume", "stopped")
     assert again.code() == 0, again.said
-    equal(deployment, "stopped", pair_alone, PAIR)
+    equal(deployment, "stopped", pair_alone, CLIENTS)
 
 
 @pytest.mark.slow  # two runs' time
@@ -322,16 +321,16 @@ def test_a_run_that_ends_before_a_device_can_confirm_its_message_costs_no_later_
 ):
     """The next run gets its own answer, long before its deadline."""
     deployment.between.held = b"/v1/fleet/confirm-message-received"
-    run = deployment.run(deployment.config("held", PAIR, STEADY), "held")
-    wait(lambda: deployment.between.holding == len(PAIR), "a confirmation of each")
+    run = deployment.run(deployment.config("held", CLIENTS, STEADY), "held")
+    wait(lambda: deployment.between.holding == len(CLIENTS), "a confirmation of each")
     assert run.end() == 130, run.said
-    logs = [deployment.folder / f"home-{name}" / "log" / "supernode.log" for name in PAIR]
+    logs = [deployment.folder / f"home-{name}" / "log" / "supernode.log" for name in CLIENTS]
     before = {log: log.read_text().count(ENDED) for log in logs}
     deployment.between.held = None
     wait(lambda: all(log.read_text().count(ENDED) > n for log, n in before.items()), ENDED)
     again = Program(deployment.folder, "again", "resume", "held")
     assert again.code() == 0, again.said
-    equal(deployment, "held", pair_alone, PAIR)
+    equal(deployment, "held", pair_alone, CLIENTS)
 
 
 @pytest.mark.slow  # two starts of the server and a run
@@ -352,12 +351,12 @@ def test_an_app_that_was_not_pinned_is_not_run(deployment):
 
 @pytest.mark.slow  # a start of the server, and two of devices
 def test_who_was_revoked_while_the_server_was_down_stays_out(deployment):
-    deployment.devices.pop("cyd").end()
+    deployment.devices.pop("bob").end()
     deployment.server.end()
-    deployment.comigs("federation", "revoke", "fed", "cyd")
+    deployment.comigs("federation", "revoke", "fed", "bob")
     deployment.serve()
-    cyd = deployment.join("cyd")
-    assert cyd.code() == 2 and "does not let this device in" in cyd.said
+    bob = deployment.join("bob")
+    assert bob.code() == 2 and "does not let this device in" in bob.said
 
 
 @pytest.mark.slow  # a start of the server

@@ -46,7 +46,6 @@ TABLE = [  # a model, and the architecture that it becomes
     ("fedavg", "gemma3_text", "Gemma3ForCausalLM"),
     ("client", "gpt2", "GPT2LMHeadModel"),
 ]
-FEW = {(setting, family) for setting, family, _ in (TABLE[0], TABLE[2], TABLE[7], *TABLE[-4:-1])}
 
 
 def test_formats_are_found_by_their_files():
@@ -56,10 +55,8 @@ def test_formats_are_found_by_their_files():
         assert form.summary and form.types and callable(form.write) and callable(form.read)
 
 
-@pytest.mark.parametrize(
-    ("setting", "family", "architecture"),
-    [row if row[:2] in FEW else pytest.param(*row, marks=pytest.mark.slow) for row in TABLE],
-)
+@pytest.mark.parametrize(("setting", "family", "architecture"), TABLE)
+@pytest.mark.few(6)
 def test_a_standard_model_answers_as_the_run_does(setting, family, architecture, tmp_path):
     done = exported(trained(setting, family), "transformers", tmp_path / "out", type="float32")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -76,6 +73,7 @@ def test_a_standard_model_answers_as_the_run_does(setting, family, architecture,
         ("1g1s", "llama-biased"),
     ],
 )  # fmt: skip
+@pytest.mark.few(3)
 def test_experts_as_peft_folders_are_exact_on_every_base(setting, family, tmp_path):
     done = exported(trained(setting, family), "peft", tmp_path / "out")
     assert done.exact and done.difference < 1e-4
@@ -103,6 +101,7 @@ def test_a_gated_router_is_distilled_and_its_cost_is_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("setting", ["1g1s", "others", "four"])
+@pytest.mark.few(1)
 def test_flat_says_what_it_costs_and_keeps_the_better_weights(setting, tmp_path):
     done = exported(trained(setting), "flat", tmp_path / "out")
     (sentence,) = done.notes

@@ -62,6 +62,7 @@ def test_generating_with_a_cache_equals_generating_without(model_type):
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.few(5)
 def test_a_run_on_a_folder_of_the_family_learns(model_type, tmp_path):
     """Prepared, trained and evaluated by the run itself, from what `save_pretrained` wrote."""
     config = run_config(

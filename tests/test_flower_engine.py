@@ -164,7 +164,8 @@ def hanging(federation, client, round, rounds):
     return release
 
 
-@pytest.mark.parametrize("method", [pytest.param("comigs", marks=pytest.mark.slow), "flora"])
+@pytest.mark.few(1)
+@pytest.mark.parametrize("method", ["flora", "comigs"])
 def test_one_that_hangs_is_not_waited_for_and_comes_late(federation, tmp_path, method):
     """flora: nothing that was merged into the base is merged again, nothing is left out."""
     out, config = (
@@ -189,7 +190,8 @@ def test_one_that_hangs_is_not_waited_for_and_comes_late(federation, tmp_path, m
         assert all(float(models[0][name].abs().max()) > 1e-4 for name in merged)
 
 
-@pytest.mark.parametrize("format", [pytest.param("float32", marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow  # it waits for what comes late
+@pytest.mark.parametrize("format", ["float32", "int8"])
 def test_what_comes_late_may_count_for_less(federation, tmp_path, format):
     """In int8 it is a step from the download of its own round, which the server has kept."""
     patience = {"deadline": 6, "late": "discount", "late_discount": 0.5}
@@ -244,6 +246,7 @@ def test_one_that_is_killed_and_started_again_is_asked_again_in_the_same_round(
 
 
 @pytest.mark.parametrize("when", ["before they are asked", "while they are at work"])
+@pytest.mark.few(1)
 def test_with_all_clients_gone_it_waits_says_so_and_goes_on(
     federation, tmp_path, undisturbed, when
 ):
@@ -274,12 +277,13 @@ def test_with_all_clients_gone_it_waits_says_so_and_goes_on(
     [
         ({}, 4),
         ({"upload": {"format": "int8"}}, 3),
-        pytest.param({}, 1, marks=pytest.mark.slow),
-        pytest.param({"method": "flora"}, 3, marks=pytest.mark.slow),
-        pytest.param({"method": "pcl"}, 2, marks=pytest.mark.slow),
+        ({}, 1),
+        ({"method": "flora"}, 3),
+        ({"method": "pcl"}, 2),
     ],
     ids=str,
 )
+@pytest.mark.few(2)
 def test_the_server_may_die_before_it_has_kept_a_round(federation, tmp_path, tree, round):
     """It asks again, the devices say again what they said, and the result is that of a run nobody
     disturbed.

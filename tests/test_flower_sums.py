@@ -210,6 +210,7 @@ def going(federation, out, config):
 
 
 @pytest.mark.parametrize("kind", ["seal", "exchange", "open"])
+@pytest.mark.few(2)
 def test_one_that_drops_out_costs_nobody_else_the_round(federation, text, tmp_path, kind):
     """Before it has sealed, before its upload came, and after: then it is in the sum."""
     out, config = tmp_path / "run", configured(text)
@@ -245,6 +246,7 @@ def test_below_the_threshold_nothing_is_opened_and_the_round_is_tried_again(
     assert "no sum of this round: 2 of the 3 clients that it takes helped" in note["message"]
 
 
+@pytest.mark.slow  # it waits
 def test_what_comes_late_is_dropped(federation, text, tmp_path):
     """dan's masked upload of round 1 comes when the round is over; the next is with it again."""
     config = configured(text, participation={"deadline": 8, "max_failures": 9}, rounds=3)

@@ -77,6 +77,7 @@ def test_a_file_is_unpacked_once_wherever_it_lies_and_told_from_another(tmp_path
 
 
 @pytest.mark.parametrize("format", ["transformers", "peft", "gguf"])
+@pytest.mark.few(2)
 def test_a_run_on_a_gguf_is_exported_as_from_a_folder(tmp_path, format):
     _, file = written(tmp_path)
     config = run_config(tmp_path, "ada", base={"name": str(file)}, client={"steps": 2})

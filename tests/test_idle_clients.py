@@ -219,6 +219,7 @@ def test_the_text_of_a_client_is_tokenised_when_it_is_first_asked(tmp_path, monk
 
 
 @pytest.mark.parametrize("method", ["pcl", "comigs", "fedalt", "flexlora", "hetlora", "rolora"])
+@pytest.mark.few(3)
 def test_every_kind_of_method_runs_with_idle_clients(tmp_path, method):
     folder = api.run(sampled(tmp_path, method=method, rounds=3), tmp_path / "run")
     assert folder.checkpoint().finished

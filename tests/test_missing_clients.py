@@ -171,6 +171,7 @@ def test_updates_wait_in_line_and_add_up():
 
 
 @pytest.mark.parametrize("method", list_methods())
+@pytest.mark.few(6)
 def test_a_run_goes_on_without_those_who_are_gone(tmp_path, method):
     """One, two or all of them: each client trains in the rounds in which it was reached, and no
     more.
@@ -195,6 +196,7 @@ def test_a_run_goes_on_without_those_who_are_gone(tmp_path, method):
 
 @pytest.mark.parametrize("gone", ABSENCES)
 @pytest.mark.parametrize("method", ["fedavg", "rolora"])
+@pytest.mark.few(3)
 def test_all_end_with_the_same_shared_tensors_whoever_was_gone_in_between(tmp_path, method, gone):
     """rolora sends B and A by turns: who is back gets the newest of both."""
     config = config_of(tmp_path, method)
@@ -213,6 +215,7 @@ def changed_by(tensors):
 
 @pytest.mark.parametrize("gone", ABSENCES)
 @pytest.mark.parametrize("method", ["flora", "fedex-lora"])
+@pytest.mark.few(3)
 def test_what_is_merged_is_merged_once_by_everybody_whoever_was_gone(tmp_path, method, gone):
     """Against numpy, which adds up the rounds: all end with the sum of what each round's senders
     learnt, on average.

@@ -170,6 +170,7 @@ def test_what_is_not_noted_makes_another_run_or_is_refused(usual, field):
 
 
 @pytest.mark.parametrize("method", list_methods())
+@pytest.mark.few(4)
 def test_what_is_noted_has_no_effect(usual, tmp_path_factory, method):
     """All that a method does not read, changed at once, gives the same run to the bit."""
     noted, root = {}, tmp_path_factory.getbasetemp() / "noted"

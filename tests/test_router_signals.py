@@ -380,6 +380,7 @@ def test_a_stopped_run_goes_on_with_the_same_priors(run, tmp_path, monkeypatch):
     assert outcome(tmp_path / "run") == outcome(folder.path)
 
 
+@pytest.mark.slow  # processes that each import all of transformers
 def test_processes_beside_this_one_are_told_the_same(run, tmp_path):
     _, config, folder = run
     api.run(config.model_copy(update={"workers": 2}), tmp_path / "run")

@@ -96,6 +96,7 @@ def naive_weights(run: Path, base_name: str, text: str, top_k: int, routing: str
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.few(3)
 def test_weights_are_those_of_the_naive_mixture_window_by_window(capsys, evil, name):
     experts, base = RUNS[name]
     routing, top_k = experts.get("routing", "token"), experts.get("top_k", 2)

@@ -246,6 +246,7 @@ def test_two_runs_behind_keys_until_sigterm(run, tmp_path):
         assert process.stdout.read() == "stopped\n" and process.stderr.read() == ""
 
 
+@pytest.mark.slow  # processes that each import all of transformers
 def test_in_bfloat16_and_until_ctrl_c(run):
     with served(run, "--dtype", "bfloat16") as (address, process, shown):
         assert "2 models on tiny-gpt2 in bfloat16" in shown

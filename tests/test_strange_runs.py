@@ -231,6 +231,7 @@ def test_nobody_can_prepare_the_name_of_a_file_in_the_making(tmp_path, run, monk
 
 
 @pytest.mark.parametrize("command", ["evaluate", "resume"])
+@pytest.mark.few(1)
 def test_the_reader_says_where_the_readers_own_files_go(tmp_path, capsys, run, command):
     there = tmp_path / "anywhere"
     there.mkdir()

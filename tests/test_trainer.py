@@ -365,6 +365,7 @@ def upload_of(raw):
 
 
 @pytest.mark.parametrize("touch", [1, 4, 9, 14, 17, 20, 22, 24, 26, 28, 31])
+@pytest.mark.few(5)
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(setting, tmp_path, touch):
     other = Setting(tmp_path, "other")
     expected = [upload_of(other.trainer.answer(other.request(round))) for round in (1, 2)]

@@ -102,6 +102,7 @@ def test_what_goes_wrong_there_is_said_here(tmp_path):
     assert not children()
 
 
+@pytest.mark.slow  # processes that each import all of transformers
 def test_one_that_dies_is_named_and_the_run_can_go_on(tmp_path):
     config = run_config(tmp_path, NAMES, workers=2, rounds=4)
 
