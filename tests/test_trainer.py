@@ -227,7 +227,7 @@ REFUSALS = {  # what the server asks -> the code it gets, and what the device's 
     "another base": (
         {"base": "0" * 64},
         "base",
-        'base "tiny-gpt2" (torch.float32) is not the one of this run',
+        'base "tiny-gpt2" (float32) is not the one of this run',
     ),
     "no config": ({"config": {"rounds": "many"}}, "refused", "the server's config: rounds"),
     "a round after the last": ({"round": 9}, "refused", "asked for round 9 of 2"),

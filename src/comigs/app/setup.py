@@ -13,7 +13,7 @@ import torch
 
 from comigs import csrc
 from comigs.app.privacy import privacy_lines
-from comigs.bases.load import Base, load_base, require_window
+from comigs.bases.load import Base, fast_at_bfloat16, load_base, require_window
 from comigs.bases.packed import num_parameters
 from comigs.config import SPLITS, Config
 from comigs.data.prepare import Texts, prepare
@@ -76,6 +76,8 @@ def load(config: Config, say: Say = ignore) -> tuple[Base, Config]:
     device = plural(threads, "CPU thread") if on_cpu else str(base.device)
     spread = f" in each of {workers} processes" if workers > 1 else ""
     say(f"base {base.name}: {large(parameters)} parameters, {dtype}, {device}{spread}")
+    if base.dtype == torch.bfloat16 and not fast_at_bfloat16(base.device):
+        say("this processor is slow at bfloat16: base.dtype float32 takes a tenth of the time")
     if on_cpu and isinstance(why_not := csrc.attempt(), str):
         say(f"{why_not}: experts run in PyTorch, at a third of the speed")
 

@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from comigs.bases.load import Base, load_base, require_window
+from comigs.bases.load import Base, as_fast, load_base, require_window
 from comigs.client.client import Client
 from comigs.client.estimate import Throughput
 from comigs.client.power import with_specialists
@@ -200,14 +200,16 @@ class Trainer:
             # There are never two at once.
             self._base = self._data = None
             self.say(f"loading base {section.name}")
-            self._base, self._held = (section, load_base(section)), None
+            self._base, self._held = (section, as_fast(load_base(section))), None
+            if section.dtype == "bfloat16" and self._base[1].dtype != torch.bfloat16:
+                self.say("this processor is slow at bfloat16: the base computes in float32")
             if self._base[1].device.type == "cpu":
                 self._held = psutil.Process().memory_info().rss
         base = self._base[1]
         if base.fingerprint != fingerprint:
             raise Refused(
                 "base",
-                f'base "{section.name}" ({base.dtype}) is not the one of this run: '
+                f'base "{section.name}" ({section.dtype}) is not the one of this run: '
                 "weights, dtype or tokenizer differ",
             )
         return base
@@ -290,8 +292,7 @@ def _read(raw: bytes, limits: Limits) -> tuple[Request, dict[str, Tensor]]:
 
 def _resolved(config: Config, base: Base) -> Config:
     """Return the config with what this device decided filled in."""
-    dtype = str(base.dtype).removeprefix("torch.")
-    own = {"dtype": dtype, "device": str(base.device), "threads": torch.get_num_threads()}
+    own = {"device": str(base.device), "threads": torch.get_num_threads()}
     return config.model_copy(update={"base": config.base.model_copy(update=own)})
 
 
