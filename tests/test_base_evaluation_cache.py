@@ -55,6 +55,7 @@ def test_threads_count_for_they_change_the_order_of_sums(tmp_path, measured):
 
 
 @pytest.mark.parametrize("content", [b"[1.0, 2]", b"\xff"])
+@pytest.mark.few(1)
 def test_a_damaged_figure_is_measured_again(tmp_path, measured, content):
     config = run_config(tmp_path)
     first = api.run(config, tmp_path / "one")

@@ -87,7 +87,7 @@ class Watched:
 
 
 @pytest.mark.parametrize("method", ["comigs", "fdlora", "flora", "centralized"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_it_is_the_model_that_was_measured_in_the_round_with_the_lowest_valid(tmp_path, method):
     with Watched() as seen:
         folder = api.run(config_of(tmp_path, method=method), tmp_path / "run")
@@ -170,6 +170,7 @@ def test_a_client_that_misses_rounds_keeps_the_best_of_those_it_was_measured_in(
             assert same(personal(folder, name), personal(alone, name))
 
 
+@pytest.mark.slow  # two runs for a word
 def test_the_report_says_which_round_it_is(tmp_path):
     folder = api.run(config_of(tmp_path), tmp_path / "run")
     page = report_page(read_run(folder.path))

@@ -155,6 +155,7 @@ def test_answers_are_learnt_and_questions_are_not(tmp_path):
         {"client": {"micro_batch_size": 1}, "experts": {"routing": "sequence"}},
     ],
 )
+@pytest.mark.few(2)
 def test_settings_of_text_hold_for_chats(tmp_path, changes):
     summary = api.run(chat_config(tmp_path, **changes), tmp_path / "run").summary()
     assert math.isfinite(summary.mean.test.nats_per_token)

@@ -22,6 +22,7 @@ def says(code, **environment):
     return done.stdout.strip()
 
 
+@pytest.mark.slow  # three processes
 def test_without_a_compiler_or_switched_off_there_is_no_library(tmp_path):
     code = "print(compiled.library(), compiled.attempt())"
     none = "None no C compiler here (no-such-compiler)"

@@ -136,6 +136,7 @@ def test_one_expert_is_one_lora_exactly(tmp_path):
         ("client", "llama", "gguf-base", 'no LoRA on a shared base.*"gguf"'),
     ],
 )
+@pytest.mark.few(2)
 def test_what_does_not_fit_is_refused_naming_what_does(setting, family, to, said, tmp_path):
     with pytest.raises(UserError, match=said) as raised:
         exported(trained(setting, family), to, tmp_path / "out")
@@ -257,6 +258,7 @@ for to in sys.argv[3:]:
 """
 
 
+@pytest.mark.slow  # for each format
 def test_a_disk_that_takes_no_more_is_one_line_whatever_library_writes(tmp_path):
     """Each library has its own way to say so: here a file may not grow beyond 20 kB."""
     words = [trained("1g1s"), tmp_path, *FORMATS]

@@ -283,7 +283,7 @@ def test_with_all_clients_gone_it_waits_says_so_and_goes_on(
     ],
     ids=str,
 )
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_the_server_may_die_before_it_has_kept_a_round(federation, tmp_path, tree, round):
     """It asks again, the devices say again what they said, and the result is that of a run nobody
     disturbed.
@@ -313,6 +313,7 @@ def test_the_server_may_die_before_it_has_kept_a_round(federation, tmp_path, tre
         assert len({(run / "metrics.jsonl").read_bytes() for run in runs}) == 1
 
 
+@pytest.mark.slow  # a run for each format
 def test_what_travels_is_as_large_as_its_format(federation, tmp_path):
     sizes = {}
     for format in ("float32", "bfloat16", "int8"):

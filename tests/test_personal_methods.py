@@ -53,7 +53,7 @@ def likeliest(model, prompt, tokens):
         *((kind, "tiny-llama") for kind in ("sequence", "sum", "merged")),
     ],
 )
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 def test_a_personal_model_is_the_one_that_was_measured_and_writes_what_it_finds_likeliest(
     tmp_path, kind, base
 ):

@@ -74,6 +74,7 @@ def test_who_goes_away_frees_the_row():
         assert server.scheduler.passes < 3000  # or they were written to the end
 
 
+@pytest.mark.slow  # it waits
 def test_a_slow_reader_holds_up_nobody_and_is_left_in_the_end():
     """It reads nothing of an answer of some megabytes, which no buffer of the system takes up."""
     base = word_base(window=4096)

@@ -48,6 +48,7 @@ def test_auto_is_the_fast_one(slow):
     assert tiny("tiny-gpt2", "auto").dtype == (torch.float32 if slow else torch.bfloat16)
 
 
+@pytest.mark.few(1)
 def test_a_slow_device_takes_part_in_a_run_in_bfloat16(slow, tmp_path):
     config = run_config(tmp_path / "text", base={"dtype": "bfloat16"})
     alone, said = api.run(config, tmp_path / "alone"), []

@@ -139,6 +139,7 @@ def test_no_byte_of_a_tracker_is_private(resumed):
 @needs["tensorboard"]
 @pytest.mark.parametrize("told_before", [1, 2, 3])
 @pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
+@pytest.mark.few(2)
 def test_killed_around_any_commit(tmp_path, told_before, written):
     run, tell, calls = tmp_path / "run", Tracks._tell, itertools.count()
 
