@@ -90,7 +90,7 @@ FEDERABLE = [name for name in list_methods() if name != "centralized"]
 
 
 @pytest.mark.parametrize("name", FEDERABLE)
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 def test_every_method_is_the_same_on_both_engines(name, both, federation):
     config = run_config(federation.root / "text", "ada bob", WEIGHED, method=name, rounds=3)
     assert not load_method(config).centralized

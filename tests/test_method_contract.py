@@ -360,7 +360,7 @@ def test_unequal_clients_work_or_are_refused_before_anything_runs(name, tmp_path
     safetensors.torch.save(pack_server(downloads, memory))
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(name, tmp_path):
     entry = {"specialist_rank": 3}
     try:
