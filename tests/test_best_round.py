@@ -109,6 +109,7 @@ def test_it_is_the_model_that_was_measured_in_the_round_with_the_lowest_valid(tm
     assert summary.mean.test.perplexity == pytest.approx(sum(tests) / 2)
 
 
+@pytest.mark.slow  # two runs of six rounds
 def test_training_and_the_last_round_are_what_they_are_without_it(tmp_path):
     best = api.run(config_of(tmp_path), tmp_path / "best")
     last = api.run(config_of(tmp_path, "last"), tmp_path / "last")

@@ -36,6 +36,7 @@ def test_without_a_compiler_or_switched_off_there_is_no_library(tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.slow  # compiles, and two processes
 def test_it_is_compiled_once(tmp_path):
     code = "print(compiled.library()._name)"
     first = says(code, COMIGS_CACHE=str(tmp_path))

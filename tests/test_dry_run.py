@@ -65,7 +65,7 @@ print(needed, peak_memory())
         (4, 128, 1, 8, 4),
     ],
 )
-@pytest.mark.few(1)
+@pytest.mark.slow  # a process each
 def test_the_memory_said_is_about_the_memory_taken(shape):
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, shape)],

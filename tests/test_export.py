@@ -217,6 +217,7 @@ def test_a_single_file_has_its_card_beside_it(tmp_path):
         exported(trained("1g1s"), "peft", tmp_path / "other.gguf")
 
 
+@pytest.mark.slow  # two exports of each format
 def test_equal_exports_are_equal_files(tmp_path):
     for to in FORMATS:
         for name in ("a", "b"):

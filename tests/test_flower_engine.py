@@ -164,7 +164,7 @@ def hanging(federation, client, round, rounds):
     return release
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow  # it waits
 @pytest.mark.parametrize("method", ["flora", "comigs"])
 def test_one_that_hangs_is_not_waited_for_and_comes_late(federation, tmp_path, method):
     """flora: nothing that was merged into the base is merged again, nothing is left out."""
