@@ -54,7 +54,7 @@ def test_threads_count_for_they_change_the_order_of_sums(tmp_path, measured):
     assert len(measured) == 8
 
 
-@pytest.mark.parametrize("content", [b"[1.0, 2]", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1.0, 2]", b"\xff", b"[null, 1, 1]"])
 @pytest.mark.few(1)
 def test_a_damaged_figure_is_measured_again(tmp_path, measured, content):
     config = run_config(tmp_path)

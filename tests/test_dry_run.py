@@ -21,13 +21,9 @@ from tests.runs import ENVIRONMENT, comigs, files, refused, write_config
 
 MEASURE = """
 import sys
-import numpy as np
 from comigs.client import estimate
 from comigs.bases.load import load_base
 from comigs.config import parse_config
-from comigs.client.evaluate import measure
-from comigs.client.steps import MethodHooks, step
-from comigs.data.batches import Batch
 from comigs.server.validation import shapes_of_clients
 from comigs.processes import peak_memory
 from comigs.experts.attach import Attachment
@@ -43,14 +39,7 @@ base = load_base(config.base)
 with Attachment(base.model, base.architecture, config.experts) as attachment:
     shapes = shapes_of_clients(config, load_method(config), attachment)
     needed = estimate.memory_needed(config, base, shapes, attachment)
-    state, settings = estimate.bind_new_client(config, base, shapes, attachment)
-    for number, work in ((windows, "step"), (measured, "measure")):
-        tokens = np.random.default_rng(0).integers(8192, size=(number, length))
-        batch = Batch(tokens, tokens)
-        if work == "step":
-            step(attachment, state, settings, MethodHooks(), ("experts",), batch)
-        else:
-            measure(attachment, [batch], base.dtype)
+    estimate.measured_throughput(config, base, shapes, attachment)
 print(needed, peak_memory())
 """
 
@@ -58,11 +47,11 @@ print(needed, peak_memory())
 @pytest.mark.parametrize(
     "shape",
     [
-        (24, 128, 1, 8, 24),
-        (1, 128, 1, 8, 160),
-        (2, 128, 1, 1500, 2),
-        (8, 256, 3, 8, 8),
         (4, 128, 1, 8, 4),
+        (24, 128, 1, 8, 24),
+        (8, 256, 3, 8, 8),
+        (2, 128, 1, 1500, 2),
+        (1, 128, 1, 8, 256),
     ],
 )
 @pytest.mark.slow  # a process each

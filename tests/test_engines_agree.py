@@ -14,6 +14,7 @@ from comigs.methods.loading import list_methods, load_method
 from comigs.runs.folder import RunFolder
 from tests.conftest import bits, run_config
 from tests.local_grid import Federation
+from tests.test_best_round import lowest, valid_by_round
 from tests.trackers import of_tensorboard
 
 NAMES = ("ada", "bob", "cyd")
@@ -153,14 +154,8 @@ def test_each_device_keeps_its_best_round_at_home(both, federation):
     )
     _, other = both(config, "best")
     kept = {line.client: line.round for line in other.metrics() if line.kind == "kept"}
+    assert kept.keys() == set(NAMES)
     for name in NAMES:
-        valid = {
-            line.nats_per_token: line.round
-            for line in other.metrics()
-            if line.kind == "evaluation"
-            and line.round
-            and (line.client, line.split) == (name, "valid")
-        }
-        assert kept[name] == valid[min(valid)]
+        assert kept[name] == lowest(valid_by_round(other, name))
         own = federation.root / "devices" / name / "runs" / (other.path / ".run-id").read_text()
         assert RunFolder.open(own).summary().clients[name].kept_round == kept[name]

@@ -17,7 +17,7 @@ from comigs.runs.report.tables import client_table
 from comigs.text import Table
 from tests.runs import finished
 
-WIDTHS = (60, 72, 80)
+WIDTHS = (60, 66, 72, 80)
 
 
 @pytest.fixture(autouse=True)
