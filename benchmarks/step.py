@@ -39,6 +39,7 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.nn import functional
 
 from comigs.bases.load import Base, load_base
 from comigs.client.evaluate import measure
@@ -133,11 +134,11 @@ def naive_forward(mixture: Mixture, x: torch.Tensor) -> torch.Tensor:
     for e, expert in enumerate(mixture.bound.experts):
 
         def adapted(site: str, h: torch.Tensor, expert: Any = expert) -> torch.Tensor:
-            low, B = (
-                torch.nn.functional.linear(h, expert.A[site].to(h.dtype)),
-                expert.scale * expert.B[site],
-            )
-            return mixture.frozen_linear(site, h) + torch.nn.functional.linear(low, B.to(h.dtype))
+            y = mixture.frozen_linear(site, h)
+            for lora in expert.loras:
+                low, B = functional.linear(h, lora.A[site].to(h.dtype)), lora.scale * lora.B[site]
+                y = y + functional.linear(low, B.to(h.dtype))
+            return y
 
         up = adapted("up", x_TD)
         hidden = act(adapted("gate", x_TD)) * up if "gate" in mixture.inputs else act(up)

@@ -59,6 +59,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "1g1s": {"experts": {"generalists": 1, "specialists": 1}},
     "others": {"method": "comigs-others"},
+    "on-top": {"experts": {"specialist_rank": 2}, "options": {"specialists": "on-top"}},
     "top1": {"experts": {"generalists": 1, "specialists": 2, "top_k": 1}},
     "four": {"experts": {"generalists": 2, "specialists": 2, "top_k": 3, "specialist_rank": 2}},
     "client": {"experts": {"generalists": 1, "specialists": 1, "routing": "client"}},
@@ -149,6 +150,7 @@ def _trained(setting: str, family: str) -> Path:
         "base": {"name": str(base_of(family)), "dtype": "float32", "device": "cpu", "threads": 1},
         "data": {"root": str(root()), "cache": str(root() / "cache"), "sequence_length": 24},
         "experts": experts,
+        "options": tree.get("options", {}),
         "client": {"steps": 4, "batch_size": 4, "router_every": 2, "router_steps": 2, "lr": 2e-2},
         "evaluation": {"batch_size": 8},
         "clients": [{"name": name, "text": name} for name in CLIENTS],

@@ -119,8 +119,8 @@ def test_binding_moves_references_and_copies_nothing(base):
         held = {
             id(t)
             for m in attachment.mixtures
-            for e in m.bound.experts
-            for t in (*e.A.values(), *e.B.values())
+            for lora in m.bound.loras
+            for t in (*lora.A.values(), *lora.B.values())
         }
         held |= {id(m.bound.W_ED) for m in attachment.mixtures}
         held |= {

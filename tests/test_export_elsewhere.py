@@ -23,6 +23,7 @@ EXPERTS = [  # ranks of 4, 2 and 3 in one folder, a base with Conv1D, and the re
     ("four", "llama", "specialist-0", 2),
     ("1g1s", "gpt2", "specialist-0", 1),
     ("others", "llama", "rest", 1),
+    ("on-top", "llama", "generalist-0-specialist-0", 0),
 ]
 FLAT = ["llama", "gpt2"]
 

@@ -6,7 +6,7 @@ Sharing, saving and merging go by slot, never by the name of a parameter.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,8 +26,8 @@ class Slot:
     site: the frozen linear that the tensor adds to: an MLP linear ("up", "gate", "down"), an
         attention linear ("q", "c_attn", ...), or "mlp" for the router, which reads the MLP's input.
     part: "g0", "g1", ... (generalists), "s0", "s1", ... (specialists), "rest" (the others' mean
-        generalist, which this client never trains), "router" or "attention". Methods that merge
-        have two more: "update" is a factored change of the frozen linear, only in downloads;
+        generalists, as one, which this client never trains), "router" or "attention". Methods that
+        merge have two more: "update" is a factored change of the frozen linear, only in downloads;
         "merged" is the sum of all updates so far.
     matrix: "A" (rank, in); "B" (out, rank); "W", a router's (experts, width) or what is merged
         (out, in). The "B" of a router, (1,), is its gate: how far the router is open to the others,
@@ -76,3 +76,17 @@ def expert_parts(generalists: int, specialists: int, others: bool = False) -> li
     """Return the parts of a client's experts in the router's order, the others' last."""
     parts = [f"g{i}" for i in range(generalists)] + [f"s{i}" for i in range(specialists)]
     return [*parts, OTHERS] if others else parts
+
+
+def experts_of(parts: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the experts that a router weighs, in its order, as the parts that each is the sum of.
+
+    Each part is an expert. Beside the others' generalist, a client's own expert is its generalists
+    with one of its specialists on top of them, or none.
+    """
+    if OTHERS not in parts:
+        return [(part,) for part in parts]
+    generalists = tuple(part for part in parts if part.startswith("g"))
+    specialists = [part for part in parts if part.startswith("s")]
+    own = [(*generalists, specialist) for specialist in specialists] or [generalists]
+    return [*own, (OTHERS,)]

@@ -19,9 +19,10 @@ from comigs.client.client import Client
 from comigs.client.state import MOMENTS, ClientState
 from comigs.client.workplace import Workplace
 from comigs.config import Config, ExpertShape
+from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
 from comigs.methods.method import Method
-from comigs.slots import Slot, expert_parts
+from comigs.slots import OTHERS, Slot
 
 Shares = Sequence[Sequence[float]]  # (L, E): the mean routing weight of each expert, by block
 Tables = dict[str, dict[Slot, Tensor]]  # the tensors, and each of AdamW's figures of them
@@ -43,30 +44,47 @@ def with_specialists(client: Client, number: int | None) -> Client:
         shares = client.evaluate("valid").expert_share_LE or []
 
     # One comes or goes at a time; those that have just come are used by nobody yet.
-    state, parts, routed = client.state(), shape.parts, shape.num_experts > 1
+    state = client.state()
     for now in range(shape.specialists, number):
         grown = shape.model_copy(update={"specialists": now + 1})
         slots = client.attachment.slot_shapes(grown, True, client.method.merges)
         router_start = config.experts.router_start
         start = starting_tensors(slots, config.seed, client.name, router_start)
-        state = gained(state, shape.model_copy(update={"specialists": now}), shares, start)
-        shares = [[*row, 0.0] for row in shares]
+        before = shape.model_copy(update={"specialists": now})
+        state = gained(state, before, shares, start)
+        if grown.num_experts > before.num_experts:
+            new = row_of(grown, now)
+            shares = [[*row[:new], 0.0, *row[new:]] for row in shares]
     for now in range(shape.specialists, number, -1):
-        state = lost(state, shape.model_copy(update={"specialists": now}), shares)
-        shares = [without_least(row, shape.generalists) for row in shares]
+        before = shape.model_copy(update={"specialists": now})
+        state = lost(state, before, shares)
+        shares = [without_least(row, before) for row in shares]
 
     # Experts that share a token's weight have another scale than one that has it alone.
     after = shape.model_copy(update={"specialists": number})
-    factor = client.attachment.strength(parts, routed)
-    factor /= client.attachment.strength(after.parts, after.num_experts > 1)
+    factor = scale_of(client.attachment, shape) / scale_of(client.attachment, after)
     place = Workplace(config, client.method, client.base, client.attachment)
     budget = client.shared.budget if client.shared else None
     changed = Client(client.name, place, client.data, rescaled(state, factor), budget)
     changed.is_trainer = client.is_trainer
     if after.num_experts > shape.num_experts:
         changed.opening = torch.ones(after.num_experts, device=client.base.device)
-        changed.opening[shape.num_experts :] = 0
+        new = row_of(after, number) - (after.num_experts - shape.num_experts)
+        changed.opening[new : row_of(after, number)] = 0
     return changed
+
+
+def row_of(shape: ExpertShape, specialist: int) -> int:
+    """Return the row of the router that a specialist has, which is on top of generalists or not."""
+    return specialist if shape.others != "none" else shape.generalists + specialist
+
+
+def scale_of(attachment: Attachment, shape: ExpertShape) -> float:
+    """Return the scale of a client's first expert with these experts."""
+    ranks = dict.fromkeys(shape.parts, shape.rank)
+    ranks |= {part: shape.specialist_rank for part in shape.parts if part.startswith("s")}
+    first, routed = shape.parts[0], shape.num_experts > 1
+    return attachment.scale(first, shape.experts, ranks, routed)
 
 
 def keeps_specialists(config: Config, method: Method) -> bool:
@@ -103,16 +121,20 @@ def gained(
         if router not in tables[VALUES]:
             tables[VALUES][router] = start[router].clone()
             continue
+        # Beside the others, generalists alone were an expert already: the specialist joins it.
+        if len(tables[VALUES][router]) == len(start[router]):
+            continue
+        new_row = row_of(shape, shape.specialists)
         for name in (VALUES, *MOMENTS):
             if router not in tables[name]:
                 continue
             W_ED = tables[name][router]
             row_D = torch.zeros_like(W_ED[0])
             if model is not None:
-                row_D = W_ED[expert_parts(shape.generalists, shape.specialists).index(model)]
+                row_D = W_ED[row_of(shape, int(model[1:]))]
             if name == VALUES:
-                row_D = row_D + start[router][-1].to(row_D)
-            tables[name][router] = torch.cat([W_ED, row_D[None]])
+                row_D = row_D + start[router][new_row].to(row_D)
+            tables[name][router] = torch.cat([W_ED[:new_row], row_D[None], W_ED[new_row:]])
     return _state(state, tables)
 
 
@@ -122,8 +144,9 @@ def lost(state: ClientState, shape: ExpertShape, shares: Shares) -> dict[str, Ma
     shape: as it is now. shares: (L, E) mean routing weights, as valid says.
     """
     tables = _tables(state)
+    after = shape.model_copy(update={"specialists": shape.specialists - 1})
     for layer in sorted({slot.layer for slot in tables[VALUES]}):
-        gone = least_used(shares[layer], shape.generalists)
+        gone = least_used(shares[layer], shape)
         for name, table in tables.items():
             # Those behind it move up, so that the last name becomes free.
             for number in range(gone, shape.specialists):
@@ -134,11 +157,11 @@ def lost(state: ClientState, shape: ExpertShape, shares: Shares) -> dict[str, Ma
             router = Slot(layer, "mlp", "router", "W")
             if router not in table:
                 continue
-            # A single expert has no router.
-            if shape.num_experts == 2:
+            # A single expert has no router, and generalists remain an expert beside the others.
+            if after.num_experts == 1:
                 del table[router]
-            elif name in (VALUES, *MOMENTS):
-                row = shape.generalists + gone
+            elif after.num_experts < shape.num_experts and name in (VALUES, *MOMENTS):
+                row = row_of(shape, gone)
                 W_ED = table[router]
                 table[router] = torch.cat([W_ED[:row], W_ED[row + 1 :]])
     return _state(state, tables)
@@ -156,21 +179,26 @@ def rescaled(state: ClientState, factor: float) -> dict[str, Mapping[str, Tensor
     powers = {VALUES: factor, "exp_avg": 1 / factor, "exp_avg_sq": 1 / factor**2}
     for name, power in powers.items():
         for slot, tensor in tables[name].items():
-            if slot.role in ("generalist", "specialist") and slot.matrix == "B":
+            if slot.role in ("generalist", "specialist", OTHERS) and slot.matrix == "B":
                 tables[name][slot] = tensor * power
     return _state(state, tables)
 
 
-def least_used(shares_E: Sequence[float], generalists: int) -> int:
+def least_used(shares_E: Sequence[float], shape: ExpertShape) -> int:
     """Return which specialist of a block has the least routing weight, from 0."""
-    own = list(shares_E[generalists:])
+    own = _of_specialists(shares_E, shape)
     return own.index(min(own))
 
 
-def without_least(shares_E: Sequence[float], generalists: int) -> list[float]:
+def without_least(shares_E: Sequence[float], shape: ExpertShape) -> list[float]:
     """Return the shares of a block's experts without the specialist that has the least."""
-    gone = generalists + least_used(shares_E, generalists)
+    gone = row_of(shape, least_used(shares_E, shape))
     return [*shares_E[:gone], *shares_E[gone + 1 :]]
+
+
+def _of_specialists(shares_E: Sequence[float], shape: ExpertShape) -> list[float]:
+    first = row_of(shape, 0)
+    return list(shares_E[first : first + shape.specialists])
 
 
 def _most_used(shape: ExpertShape, shares: Shares, layer: int) -> str | None:
@@ -179,7 +207,7 @@ def _most_used(shape: ExpertShape, shares: Shares, layer: int) -> str | None:
         return None
     if not shares:
         return "s0"
-    own = list(shares[layer][shape.generalists :])
+    own = _of_specialists(shares[layer], shape)
     return f"s{own.index(max(own))}"
 
 

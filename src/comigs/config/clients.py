@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from comigs.config.sections import RouterData, Section
-from comigs.slots import expert_parts
+from comigs.slots import expert_parts, experts_of
 
 
 class Text(Section):
@@ -72,8 +72,8 @@ class ClientEntry(Section):
 class ExpertShape(Section):
     """An expert shape says how many experts one client has, and their ranks.
 
-    others: whether the others' mean expert, of `rank`, is beside the client's own; the router is
-    wholly "open" to it, or "gated".
+    others: whether the others' mean generalists are beside the client's own experts, as one of all
+    their ranks; the router is wholly "open" to it, or "gated".
     """
 
     generalists: int
@@ -86,9 +86,14 @@ class ExpertShape(Section):
     @property
     def num_experts(self) -> int:
         """The number of experts that the router weighs."""
-        return self.generalists + self.specialists + (self.others != "none")
+        return len(self.experts)
+
+    @property
+    def experts(self) -> list[tuple[str, ...]]:
+        """The experts, in the router's order, by the parts that each is the sum of."""
+        return experts_of(self.parts)
 
     @property
     def parts(self) -> list[str]:
-        """The names of the experts, in the router's order."""
+        """The names of the LoRA that experts are made of."""
         return expert_parts(self.generalists, self.specialists, self.others != "none")

@@ -18,12 +18,12 @@ from comigs.bases.base import Architecture, linear_size
 from comigs.config import ExpertShape, ExpertsSection
 from comigs.experts.block import quicker_modules
 from comigs.experts.lora import LoraLinear
-from comigs.experts.mixture import BlockExperts, Expert, Mixture
+from comigs.experts.mixture import BlockExperts, Expert, Lora, Mixture
 from comigs.experts.recompute import recomputed
 from comigs.experts.router import Routing
 from comigs.experts.token import linear_in_c
 from comigs.methods import lowrank
-from comigs.slots import OTHERS, Slot, expert_parts
+from comigs.slots import OTHERS, Slot, expert_parts, experts_of
 
 Dims = tuple[int, ...]
 
@@ -92,6 +92,8 @@ class Attachment:
                 sizes[layer, site] = linear_size(getattr(mixture.mlp, name))
             for part in shape.parts:
                 rank = shape.specialist_rank if part.startswith("s") else shape.rank
+                if part == OTHERS:
+                    rank *= shape.generalists
                 for site in self.architecture.mlp_linears():
                     shapes |= _pair(layer, site, part, rank, sizes[layer, site])
             for site, lora in adapted.items():
@@ -120,8 +122,9 @@ class Attachment:
         specialists = sum(name.startswith("s") for name in names)
         # All blocks have the same experts, in the order in which a router's rows are.
         parts = expert_parts(generalists, specialists, OTHERS in names)
+        experts = [tuple(parts)] if self.summed and parts else experts_of(parts)
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
-            mixture.bind(replace(self._block_experts(tensors, layer, parts), opening=opening))
+            mixture.bind(replace(self._block_experts(tensors, layer, experts), opening=opening))
             for site, lora in adapted.items():
                 lora.A = tensors.get(Slot(layer, site, "attention", "A"))
                 lora.B = tensors.get(Slot(layer, site, "attention", "B"))
@@ -145,24 +148,28 @@ class Attachment:
                 lora.one_token = linear_in_c(lora.linear, dtype, lora.packed(dtype))
 
     def _block_experts(
-        self, tensors: Mapping[Slot, Tensor], layer: int, parts: Sequence[str]
+        self, tensors: Mapping[Slot, Tensor], layer: int, experts: Sequence[Sequence[str]]
     ) -> BlockExperts:
         sites = self.architecture.mlp_linears()
         router = tensors.get(Slot(layer, "mlp", "router", "W"))
-        strength = self.strength(parts, routed=router is not None)
-        # A strength is part of the scale, so that the mixture knows one factor of an expert only.
-        experts, merged = [], {}
-        for part in parts:
-            A = {site: tensors[Slot(layer, site, part, "A")] for site in sites}
-            B = {site: tensors[Slot(layer, site, part, "B")] for site in sites}
-            experts.append(Expert(A, B, strength * self.settings.scale(len(A["down"]))))
+        # A strength is part of the scale, so that the mixture knows one factor of a LoRA only.
+        bound, merged, ranks = [], {}, {}
+        for part in {part for parts in experts for part in parts}:
+            ranks[part] = len(tensors[Slot(layer, "down", part, "A")])
+        for parts in experts:
+            loras = []
+            for part in parts:
+                A = {site: tensors[Slot(layer, site, part, "A")] for site in sites}
+                B = {site: tensors[Slot(layer, site, part, "B")] for site in sites}
+                scale = self.scale(part, experts, ranks, routed=router is not None)
+                loras.append(Lora(A, B, scale))
+            bound.append(Expert(loras))
         for site in sites:
             slot = Slot(layer, site, "merged", "W")
             if slot in tensors:
                 merged[site] = tensors[slot]
         return BlockExperts(
-            experts=experts,
-            summed=self.summed,
+            experts=bound,
             merged=merged,
             W_ED=router,
             gate=tensors.get(Slot(layer, "mlp", "router", "B")),
@@ -170,17 +177,25 @@ class Attachment:
             routed_by=self.settings.routing,
         )
 
-    def strength(self, parts: Sequence[str], routed: bool) -> float:
-        """Return the factor of each expert's scale.
+    def scale(
+        self, part: str, experts: Sequence[Sequence[str]], ranks: Mapping[str, int], routed: bool
+    ) -> float:
+        """Return the factor of a part's LoRA among these experts. ranks: by part.
 
-        The others' expert is no part of a client's budget, and not always asked.
+        The others' expert is no part of a client's budget, and not always asked. What it is the
+        mean of has the scale of a client's whole own expert, and so has it.
         """
-        sharing = len(parts) - parts.count(OTHERS)
+        rank, sharing = ranks[part], len(experts)
+        if self.summed:
+            sharing = len(ranks)
+        elif (OTHERS,) in experts:
+            rank, sharing = sum(ranks[own] for own in experts[0]), sharing - 1
         if routed:
             sharing = min(self.settings.top_k, sharing)
+        scale = self.settings.scale(rank)
         if self.settings.strength != "together" or sharing <= 1:
-            return 1.0
-        return lowrank.joint_strength(sharing, self.summed)
+            return scale
+        return scale * lowrank.joint_strength(sharing, self.summed)
 
     def unbind(self) -> None:
         """Point at nobody's tensors, which leaves the base alone."""

@@ -31,8 +31,8 @@ from comigs.experts.router import Routing, route, route_gated, routing_inputs
 from comigs.experts.token import TokenMixture, mixture_in_c
 
 
-class Expert(NamedTuple):
-    """An expert is LoRA in one block: site -> A (R, in), site -> B (out, R), and its scaling."""
+class Lora(NamedTuple):
+    """A LoRA of one block: site -> A (R, in), site -> B (out, R), and its scaling."""
 
     A: Mapping[str, Tensor]
     B: Mapping[str, Tensor]
@@ -43,32 +43,47 @@ class Expert(NamedTuple):
         """The rank R."""
         return len(self.A["down"])
 
+
+class Expert(NamedTuple):
+    """An expert of one block is the frozen MLP with the sum of these LoRA."""
+
+    loras: Sequence[Lora]
+
+    @property
+    def rank(self) -> int:
+        """The rank of all its LoRA together."""
+        return sum(lora.rank for lora in self.loras)
+
     @property
     def learns(self) -> bool:
         """Whether any of the expert's tensors wants a gradient."""
-        return any(t.requires_grad for t in (*self.A.values(), *self.B.values()))
+        tensors = [t for lora in self.loras for t in (*lora.A.values(), *lora.B.values())]
+        return any(tensor.requires_grad for tensor in tensors)
 
 
 @dataclass(frozen=True)
 class BlockExperts:
     """This record holds what one client has in one block, and how tokens choose among it.
 
-    Where there are no `experts`, the frozen MLP works alone. `summed` says that the experts are a
-    single one, whose LoRA is the sum of theirs. `merged` maps a site to a frozen change (out, in)
-    of that linear. `W_ED` is the router; without one, every expert weighs 1/E. `gate` (1,) is how
-    far the router is open to the last expert; None: it is to all. `opening` (E,) is how far it is
-    open to each expert, whose weight is as many times as large before all are made to sum to 1;
-    None: to all. `top_k` experts are used by a token. `routed_by` is ExpertsSection.routing.
+    Without `experts`, the frozen MLP works alone. `merged` maps a site to a frozen change
+    (out, in) of that linear. `W_ED` is the router; without one, every expert weighs 1/E. `gate`
+    (1,) is how far the router is open to the last expert; None: it is to all. `opening` (E,) is how
+    far it is open to each expert, whose weight is as many times as large before all are made to sum
+    to 1; None: to all. `top_k` experts are used by a token. `routed_by` is ExpertsSection.routing.
     """
 
     experts: Sequence[Expert] = ()
-    summed: bool = False
     merged: Mapping[str, Tensor] = field(default_factory=dict)
     W_ED: Tensor | None = None
     gate: Tensor | None = None
     opening: Tensor | None = None
     top_k: int = 1
     routed_by: str = "token"
+
+    @property
+    def loras(self) -> list[Lora]:
+        """All experts' LoRA, one expert's after another's. Some may be part of several experts."""
+        return [lora for expert in self.experts for lora in expert.loras]
 
 
 class Mixture(nn.Module):
@@ -121,9 +136,9 @@ class Mixture(nn.Module):
         weights_TE = self.routing_weights(x).to(dtype).expand(len(x_TD), -1)
 
         scales_R = torch.cat(
-            [x_TD.new_full((expert.rank,), expert.scale, dtype=dtype) for expert in own.experts]
+            [x_TD.new_full((lora.rank,), lora.scale, dtype=dtype) for lora in own.loras]
         )
-        B_SRI = torch.cat([e.B[site].T for site in self.inputs for e in own.experts]).to(dtype)
+        B_SRI = torch.cat([lora.B[site].T for site in self.inputs for lora in own.loras]).to(dtype)
         mixed_TI, low_TR = mixed_hidden(
             HiddenLayer(
                 settings=self._hidden_settings(),
@@ -141,7 +156,7 @@ class Mixture(nn.Module):
         if own.W_ED is not None and own.top_k == 1 and bias is not None:
             # Weights that sum to less than 1 leave as much less of the bias.
             y_TD = (y_TD + (weights_TE.sum(dim=-1, keepdim=True) - 1) * bias).to(y_TD.dtype)
-        B_DR = torch.cat([expert.B["down"] for expert in own.experts], dim=1)
+        B_DR = torch.cat([lora.B["down"] for lora in own.loras], dim=1)
         low_TR = (low_TR * scales_R).to(y_TD.dtype)
         return torch.addmm(y_TD, low_TR, B_DR.T.to(y_TD.dtype)).view(x.shape)
 
@@ -153,7 +168,7 @@ class Mixture(nn.Module):
         own = self.bound
         if own.W_ED is None:
             self.routing = None
-            E = 1 if own.summed else len(own.experts)
+            E = len(own.experts)
             return torch.full((1, E), 1 / E, device=x.device)
         # A choice between experts deserves full precision.
         with torch.autocast(x.device.type, enabled=False):
@@ -172,11 +187,10 @@ class Mixture(nn.Module):
         # What is trained and element-wise is computed in float32 (float64 where the base is).
         precise = torch.promote_types(dtype, torch.float32)
         own = self.bound
-        ranks = tuple(expert.rank for expert in own.experts)
-        B_in = [expert.scale * expert.B[site].T for site in self.inputs for expert in own.experts]
-        B_down = torch.cat([expert.scale * expert.B["down"].T for expert in own.experts])
+        B_in = [lora.scale * lora.B[site].T for site in self.inputs for lora in own.loras]
+        B_down = torch.cat([lora.scale * lora.B["down"].T for lora in own.loras])
         return PackedExperts(
-            ranks=(sum(ranks),) if own.summed else ranks,
+            ranks=tuple(expert.rank for expert in own.experts),
             A_in_RD=self._stacked_a(self.inputs).to(dtype).contiguous(),
             B_SRI=torch.cat(B_in).to(precise).contiguous().unflatten(0, (len(self.inputs), -1)),
             A_RI=self._stacked_a(["down"]).to(precise).contiguous(),
@@ -202,13 +216,11 @@ class Mixture(nn.Module):
 
     def _stacked_a(self, sites: Sequence[str]) -> Tensor:
         """Return the A's of all experts below each other, one site's after another's."""
-        return torch.cat([e.A[site] for site in sites for e in self.bound.experts])
+        return torch.cat([lora.A[site] for site in sites for lora in self.bound.loras])
 
     def _hidden_settings(self) -> HiddenSettings:
         own = self.bound
         ranks = [expert.rank for expert in own.experts]
         learns = [expert.learns for expert in own.experts]
-        if own.summed:
-            ranks, learns = [sum(ranks)], [any(learns)]
         used = len(ranks) if own.W_ED is None else own.top_k
         return HiddenSettings(self.act, ranks, learns, used)

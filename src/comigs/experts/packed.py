@@ -17,10 +17,9 @@ from torch import Tensor
 class PackedExperts:
     """The experts and the router of one client in one block.
 
-    ranks: of each expert, or their sum where all are one expert (`BlockExperts.summed`).
-    A_in_RD: of all inputs and experts, (S * R, D). B_SRI and B_RD have the scale of their
-    expert in them. W_ED: the router, None: every expert weighs 1/E. gate, top_k, routed_by and
-    merged are as in `BlockExperts`.
+    ranks: of each expert. A_in_RD: of all inputs and experts, (S * R, D). B_SRI and B_RD have the
+    scale of their LoRA in them. W_ED: the router, None: every expert weighs 1/E. gate, top_k,
+    routed_by and merged are as in `BlockExperts`.
     """
 
     ranks: tuple[int, ...]

@@ -2,7 +2,8 @@
 
 Routers have no bias, so that no router can give one expert all of the weight for every token. A
 model in which every expert is the same one can: where the weights of a token sum to 1, as they do
-with two experts or more for a token, that is this expert alone, whatever the router says.
+with two experts or more for a token, that is this expert alone, whatever the router says. Beside
+the others' generalists a router has a gate, which can be closed to them.
 """
 
 from __future__ import annotations
@@ -26,21 +27,47 @@ def best_on_valid(tensors: Tensors, nats: Nats) -> Tensors:
     return min(candidates(tensors), key=nats)
 
 
-def most_candidates(num_experts: int) -> int:
-    """Return how many models `best_on_valid` measures at most."""
-    return num_experts + 3
+def most_candidates(num_parts: int) -> int:
+    """Return how many models `best_on_valid` measures at most, of experts of so many parts."""
+    return num_parts + 3
 
 
 def candidates(tensors: Tensors) -> Iterator[Tensors]:
     """Yield the whole model, each expert alone, the attention LoRA alone, and the base."""
     yield tensors
-    parts = sorted({slot.part for slot in tensors if slot.role in EXPERTS})
-    for part in parts:
-        expert_alone = with_every_expert(tensors, part)
-        if expert_alone is not None:
-            yield expert_alone
+    if any(slot.is_gate for slot in tensors):
+        yield from beside_others(tensors)
+    else:
+        for part in parts_of(tensors, EXPERTS):
+            expert_alone = with_every_expert(tensors, part)
+            if expert_alone is not None:
+                yield expert_alone
     yield without(tensors, EXPERTS)
     yield without(tensors, (*EXPERTS, "attention"))
+
+
+def beside_others(tensors: Tensors) -> Iterator[Tensors]:
+    """Yield each of a client's own experts alone, its generalists alone, and the others' alone."""
+    gates = {slot: torch.zeros_like(t) for slot, t in tensors.items() if slot.is_gate}
+    own = {**tensors, **gates}
+    # An own expert is the generalists with a specialist on top, and so is each where all are one.
+    for part in parts_of(tensors, ("specialist",)):
+        specialists = {slot: own[slot] for slot in own if slot.role == "specialist"}
+        yield {**own, **{slot: own[replace(slot, part=part)] for slot in specialists}}
+    generalists = without(own, ("specialist",))
+    yield generalists
+    # The others' expert is their generalists, of all their ranks.
+    others, parts = dict(generalists), parts_of(tensors, ("generalist",))
+    for number, part in enumerate(parts):
+        for slot in [slot for slot in own if slot.part == part]:
+            whole = own[replace(slot, part="rest")]
+            others[slot] = whole.chunk(len(parts), dim=0 if slot.matrix == "A" else 1)[number]
+    yield others
+
+
+def parts_of(tensors: Tensors, roles: tuple[str, ...]) -> list[str]:
+    """Return the parts of these roles, in order."""
+    return sorted({slot.part for slot in tensors if slot.role in roles})
 
 
 def with_every_expert(tensors: Tensors, part: str) -> Tensors | None:

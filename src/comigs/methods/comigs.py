@@ -17,13 +17,14 @@ import torch
 from pydantic import Field
 
 from comigs.config import Config, Section
+from comigs.errors import UserError
 from comigs.methods.alone import best_on_valid, most_candidates
 from comigs.methods.full_step import mean_with_full_attention
 from comigs.methods.loading import options
 from comigs.methods.merging import mean_of_uploads
 from comigs.methods.method import Download, Method, Mixed, Nats, Tensors
-from comigs.methods.shapes import Shape, as_configured, require_equal
-from comigs.slots import Slot
+from comigs.methods.shapes import Shape, as_configured, on_top, others_of, require_equal
+from comigs.slots import OTHERS, Slot
 
 LOOKS = 4  # at valid: with all of a download, half, none, and the parabola's lowest point
 
@@ -51,6 +52,12 @@ class Options(Adoption):
         description='The server sends the "mean" of attention LoRA, or goes a "full-step" in its '
         "direction, as long as clients' own are on average.",
     )
+    specialists: Literal["apart", "on-top"] = Field(
+        "apart",
+        description='A specialist is an expert "apart" from the generalists, as in the paper; or '
+        'it is "on-top" of them: the two are one expert of the client\'s own, and the router '
+        "weighs that against the generalists that everybody gets.",
+    )
     finish: Literal["mixture", "valid"] = Field(
         "valid",
         description='At the end a client keeps its "mixture", or whatever its "valid" says is best '
@@ -62,12 +69,16 @@ def method(config: Config) -> Method:
     """Return the paper's method, with adoption and a choice at the end where the options say so."""
     settings = options(config, Options)
     method = as_published(config)
+    if settings.specialists == "on-top":
+        method = beside_the_mean(config, settings)
     if settings.attention == "full-step":
         method = replace(method, aggregate=mean_with_full_attention, averages=False)
     if settings.adopt == "valid":
-        method = replace(method, mix=mix_as_valid_asks, looks=LOOKS, probe=settings.probe_windows)
+        mix = method.mix or mix_as_valid_asks
+        method = replace(method, mix=mix, looks=LOOKS, probe=settings.probe_windows)
     if settings.finish == "valid":
-        most = max(config.shape_of(client).num_experts for client in config.clients)
+        shapes = [method.shape(config.shape_of(client)) for client in config.clients]
+        most = max(len(shape.parts) for shape in shapes)
         looks = max(method.looks, most_candidates(most))
         method = replace(method, finish=best_on_valid, looks=looks)
     return method
@@ -100,6 +111,23 @@ def as_published(
     )
 
 
+def beside_the_mean(config: Config, settings: Options) -> Method:
+    """Return the method whose specialists are on top of the generalists.
+
+    The router learns with the experts from train, too. Raises UserError where a download is taken
+    whole.
+    """
+    if settings.adopt != "valid":
+        raise UserError(
+            f'options.adopt: given "{settings.adopt}" beside options.specialists = "on-top", where '
+            'nothing of a client\'s own would outlive a download; must be "valid"'
+        )
+    method = as_published(config, on_top)
+    if config.experts.generalists == 0:
+        return method
+    return replace(method, shape=on_top, schedule="both", mix=mix_beside_others)
+
+
 def mix_as_valid_asks(own: Tensors, download: Download, nats: Nats) -> Mixed:
     """Mix a download in as far as it helps, and return what is written and how far that is.
 
@@ -109,15 +137,36 @@ def mix_as_valid_asks(own: Tensors, download: Download, nats: Nats) -> Mixed:
     return towards(own, download, share), share
 
 
+def mix_beside_others(own: Tensors, download: Download, nats: Nats) -> Mixed:
+    """Mix a download in as far as valid asks, and leave the rest of it to the router.
+
+    Where valid asks for all of a download, nothing of it is left to put beside the client's own;
+    where valid asks for none, the router chooses between both. In between, the weights are: the
+    router's gate is as far open to the others as the download was not adopted. Until the first
+    download it is closed.
+    """
+    share = share_that_valid_asks(own, download, nats)
+    written = {**towards(own, download, share), **others_of(download)}
+    for slot, tensor in own.items():
+        if slot.is_gate:
+            written[slot] = torch.full_like(tensor, 1 - share)
+    return written, share
+
+
 def towards(own: Tensors, download: Download, share: float) -> dict[Slot, torch.Tensor]:
     """Return own + share * (download - own) of the generalists.
 
-    Attention LoRA is one for all, and taken whole (0007).
+    Attention LoRA is one for all, and taken whole (0007). A specialist on top of generalists goes
+    towards zero, for a download has none: where all of it is taken, that starts anew (0030).
     """
     mixed = {}
     for slot, tensor in download.items():
         whole = slot.role == "attention"
         mixed[slot] = tensor if whole else torch.lerp(own[slot], tensor, share)
+    is_on_top = any(slot.role == OTHERS for slot in own)
+    for slot, tensor in own.items():
+        if is_on_top and slot.role == "specialist" and slot.matrix == "B":
+            mixed[slot] = (1 - share) * tensor
     return mixed
 
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from comigs.config import Config
 from comigs.methods import comigs
 from comigs.methods.loading import options
-from comigs.methods.method import Download, Method, Mixed, Nats, Tensors
-from comigs.methods.shapes import beside_others, others_of
+from comigs.methods.method import Method
+from comigs.methods.shapes import beside_others
 
 
 class Options(comigs.Adoption):
@@ -37,24 +35,8 @@ def method(config: Config) -> Method:
         "what is left of the others frozen beside them (bi-level)",
         shape=shape,
         schedule="both",
-        mix=mix,
+        mix=comigs.mix_beside_others,
         looks=comigs.LOOKS,
         probe=options(config, Options).probe_windows,
         leaks="its own expert is sent, and learns beside a router that has learnt from all text",
     )
-
-
-def mix(own: Tensors, download: Download, nats: Nats) -> Mixed:
-    """Mix a download in as far as valid asks, and leave the rest of it to the router.
-
-    Where valid asks for all of a download, nothing of it is left to put beside the client's own;
-    where valid asks for none, the router chooses between both. In between, the weights are: the
-    router's gate is as far open to the others as the download was not adopted. Until the first
-    download it is closed.
-    """
-    share = comigs.share_that_valid_asks(own, download, nats)
-    written = {**comigs.towards(own, download, share), **others_of(download)}
-    for slot, tensor in own.items():
-        if slot.is_gate:
-            written[slot] = torch.full_like(tensor, 1 - share)
-    return written, share

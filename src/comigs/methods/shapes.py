@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from comigs.config import Config, ExpertShape
@@ -37,10 +38,18 @@ def beside_others(router: Literal["open", "gated"]) -> Shape:
     return lambda shape: one_expert("generalist")(shape).model_copy(update={"others": router})
 
 
+def on_top(shape: ExpertShape) -> ExpertShape:
+    """Put specialists on top of the generalists, and the others' generalists beside both."""
+    return shape.model_copy(update={"others": "gated"}) if shape.generalists else shape
+
+
 def others_of(tensors: Mapping[Slot, Tensor]) -> dict[Slot, Tensor]:
-    """Return the only generalist of `tensors` as the others' expert."""
-    generalist = {slot: tensor for slot, tensor in tensors.items() if slot.role == "generalist"}
-    return {replace(slot, part=OTHERS): tensor for slot, tensor in generalist.items()}
+    """Return the generalists of `tensors` as the others' expert: one of all their ranks."""
+    by_slot: dict[Slot, list[Tensor]] = {}
+    for slot in sorted(slot for slot in tensors if slot.role == "generalist"):
+        by_slot.setdefault(replace(slot, part=OTHERS), []).append(tensors[slot])
+    along = {"A": 0, "B": 1}  # where a LoRA's ranks are
+    return {slot: torch.cat(found, dim=along[slot.matrix]) for slot, found in by_slot.items()}
 
 
 def shares_all(slot: Slot) -> bool:

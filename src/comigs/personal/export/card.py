@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from comigs.bases.load import modules
@@ -52,7 +53,7 @@ def contents(source: Source, form: Format) -> str:
     """Say which of the client's experts are in it."""
     if "experts" not in form.holds:
         return "the base alone, nothing of any client"
-    return ", ".join(names_of(source.parts))
+    return ", ".join(" + ".join(names_of(parts)) for parts in source.experts)
 
 
 def measured(source: Source, exported: Exported) -> str:
@@ -93,7 +94,7 @@ def trained(source: Source) -> str:
     return f"{rounds} of {source.model.config.rounds} rounds"
 
 
-def names_of(parts: list[str]) -> list[str]:
+def names_of(parts: Sequence[str]) -> list[str]:
     """Return the experts for people: "generalist 0", "specialist 0", "the rest of the world"."""
     words = []
     for part in parts:

@@ -37,7 +37,8 @@ def require_shareable(source: Source) -> None:
 
 def scaled(expert: Expert, site: str) -> Pair:
     """Return an expert's A (R, in) and B (out, R) of an MLP site, its scale in B."""
-    return expert.A[site], expert.scale * expert.B[site]
+    A = torch.cat([lora.A[site] for lora in expert.loras])
+    return A, torch.cat([lora.scale * lora.B[site] for lora in expert.loras], dim=1)
 
 
 def changes(source: Source, layer: int, routers: Sequence[Tensor]) -> dict[str, Pair]:
@@ -50,7 +51,7 @@ def changes(source: Source, layer: int, routers: Sequence[Tensor]) -> dict[str, 
     found: dict[str, Pair] = {}
     for site in ("gate", "up", "down"):
         if source.mixing.is_single:
-            found[f"ffn_{site}"] = single(mixture, site)
+            found[f"ffn_{site}"] = scaled(mixture.bound.experts[0], site)
         else:
             found[f"ffn_{site}_exps"] = together(mixture, site)
     if not source.mixing.is_uniform:
@@ -61,12 +62,6 @@ def changes(source: Source, layer: int, routers: Sequence[Tensor]) -> dict[str, 
         if lora.A is not None and lora.B is not None:
             found[names[site]] = (lora.A, lora.scale * lora.B)
     return found
-
-
-def single(mixture: Mixture, site: str) -> Pair:
-    """Return the only expert's LoRA, or, where a model's experts are summed, that of their sum."""
-    pairs = [scaled(expert, site) for expert in mixture.bound.experts]
-    return lowrank.stack(pairs, [1.0] * len(pairs))
 
 
 def together(mixture: Mixture, site: str) -> Pair:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from comigs.experts.mixture import Expert
+from comigs.experts.mixture import Expert, Lora
 from comigs.methods.lowrank import Pair, stack
 from comigs.personal.export.changes import scaled
 from comigs.personal.export.lora_folder import Pairs
@@ -55,10 +55,7 @@ def mean_weights(source: Source) -> Weights:
     mixtures = source.attachment.mixtures
     sites = list(source.base.architecture.mlp_linears())
     # Where no token changes the weights, they are known without reading anything.
-    if mixtures[0].bound.summed:
-        count = len(mixtures[0].bound.experts)
-        rows = [torch.ones(count) for _ in mixtures]
-    elif source.mixing.weights_LE is not None:
+    if source.mixing.weights_LE is not None:
         rows = list(source.mixing.weights_LE)
     else:
         totals: list[Tensor | float] = [0.0] * len(mixtures)
@@ -132,7 +129,7 @@ def put(source: Source, experts: Sequence[Pairs], router: bool) -> None:
     for layer, mixture in enumerate(source.attachment.mixtures):
         own = replace(mixture.bound, experts=[_expert(pairs, layer, sites) for pairs in experts])
         if not router:
-            own = replace(own, W_ED=None, gate=None, summed=False)
+            own = replace(own, W_ED=None, gate=None)
         mixture.bind(own)
     for layer, adapted in enumerate(source.attachment.attention):
         for site, lora in adapted.items():
@@ -142,8 +139,6 @@ def put(source: Source, experts: Sequence[Pairs], router: bool) -> None:
 
 def _expert(pairs: Mapping[tuple[int, str], Pair], layer: int, sites: Sequence[str]) -> Expert:
     """Return one block's part of an expert whose scale is in B."""
-    return Expert(
-        {site: pairs[layer, site][0] for site in sites},
-        {site: pairs[layer, site][1] for site in sites},
-        1.0,
-    )
+    A = {site: pairs[layer, site][0] for site in sites}
+    B = {site: pairs[layer, site][1] for site in sites}
+    return Expert([Lora(A, B, 1.0)])

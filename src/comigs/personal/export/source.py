@@ -58,11 +58,12 @@ class Source:
         return mixing_of(self.attachment.mixtures)
 
     @property
-    def parts(self) -> list[str]:
-        """Return the experts' names in the router's order: "g0", "s0", "rest"."""
+    def experts(self) -> list[tuple[str, ...]]:
+        """Return the experts in the router's order, by the parts that each is the sum of."""
         config, method = self.model.config, self.method
         shape = method.shape(config.shape_of(config.client_named(self.client)))
-        return shape_as_saved(shape, map(str, self.model.tensors)).parts
+        shape = shape_as_saved(shape, map(str, self.model.tensors))
+        return [tuple(shape.parts)] if self.attachment.summed else shape.experts
 
     @property
     def private_parts(self) -> list[str]:
@@ -106,11 +107,11 @@ class Mixing:
 def mixing_of(mixtures: Sequence[Mixture]) -> Mixing:
     """Read from bound mixtures how they weigh their experts."""
     first = mixtures[0].bound
-    num_experts = 1 if first.summed else len(first.experts)
+    num_experts = len(first.experts)
     if first.W_ED is not None and first.routed_by != "client":
         return Mixing(num_experts, first.top_k, first.routed_by, gated=first.gate is not None)
     # Without a router, or with one that reads a constant, the mixture itself says its weights.
-    width = first.experts[0].A["up"].shape[1]
+    width = first.loras[0].A["up"].shape[1]
     nothing = torch.zeros(1, 1, width)
     rows = [mixture.routing_weights(nothing).reshape(-1, num_experts)[0] for mixture in mixtures]
     top_k = first.top_k if first.W_ED is not None else num_experts

@@ -27,15 +27,12 @@ def frozen_matrix(mixture: Mixture, site: str) -> Tensor:
 
 
 def expert_matrices(mixture: Mixture, site: str) -> list[Tensor]:
-    """Return every expert's matrix (out, in) of an MLP site, with its LoRA merged.
-
-    A model whose experts are summed has a single one.
-    """
-    frozen = frozen_matrix(mixture, site)
-    changes = [e.scale * (e.B[site] @ e.A[site]) for e in mixture.bound.experts]
-    if mixture.bound.summed:
-        return [frozen + torch.stack(changes).sum(dim=0)]
-    return [frozen + change for change in changes]
+    """Return every expert's matrix (out, in) of an MLP site, with its LoRA merged."""
+    frozen, matrices = frozen_matrix(mixture, site), []
+    for expert in mixture.bound.experts:
+        changes = [lora.scale * (lora.B[site] @ lora.A[site]) for lora in expert.loras]
+        matrices.append(frozen + torch.stack(changes).sum(dim=0))
+    return matrices
 
 
 def attention_matrix(lora: LoraLinear) -> Tensor:

@@ -1,14 +1,15 @@
 """Every expert exactly, as a PEFT folder each, and the router beside them.
 
 `generalist-0`, `specialist-0`, `rest` hold an expert with the attention's LoRA, and are whole
-adapters. `attention` holds the attention's LoRA alone. `router.safetensors` and `mixture.json` say
-how the experts are weighed, for programs that do it.
+adapters; an expert that is the sum of two parts has both in its name. `attention` holds the
+attention's LoRA alone. `router.safetensors` and `mixture.json` say how the experts are weighed, for
+programs that do it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +42,8 @@ def write(source: Source, folder: Path, type: str) -> Written:
     require_no_merged(source)
     # Every expert is a whole adapter, so that the attention's LoRA is in each.
     attention = attention_pairs(source)
-    for number, part in enumerate(source.parts):
-        write_lora(folder / folder_of(part), source.base, expert_pairs(source, number) | attention)
+    for number, parts in enumerate(source.experts):
+        write_lora(folder / folder_of(parts), source.base, expert_pairs(source, number) | attention)
     write_lora(folder / ATTENTION, source.base, attention)
     # The routers are no adapter, and go into a file of their own.
     routers = {}
@@ -58,12 +59,12 @@ def write(source: Source, folder: Path, type: str) -> Written:
     return Written(outputs(source.base.model, source.windows), True, notes(source))
 
 
-def folder_of(part: str) -> str:
-    """Return the folder of an expert: "g0" is "generalist-0"."""
-    if part == OTHERS:
-        return part
-    role = {"g": "generalist", "s": "specialist"}[part[0]]
-    return f"{role}-{part[1:]}"
+def folder_of(parts: Sequence[str]) -> str:
+    """Return the folder of an expert: ("g0", "s0") is "generalist-0-specialist-0"."""
+    if tuple(parts) == (OTHERS,):
+        return OTHERS
+    roles = {"g": "generalist", "s": "specialist"}
+    return "-".join(f"{roles[part[0]]}-{part[1:]}" for part in parts)
 
 
 def expert_pairs(source: Source, number: int) -> dict[tuple[int, str], Pair]:
@@ -84,7 +85,7 @@ def mixture_of(source: Source) -> dict[str, Any]:
     if mixture.top_k == 1:
         rule = "a token uses the largest of the softmax over all logits, which is its weight"
     if mixture.W_ED is None:
-        rule = "the experts' LoRA is summed" if mixture.summed else "every expert weighs the same"
+        rule = "every expert weighs the same"
     if mixture.gate is not None:
         rule += (
             "; first, `lead` is taken from the last logit, and the weights are (1 - open) times "
@@ -92,8 +93,9 @@ def mixture_of(source: Source) -> dict[str, Any]:
         )
     # The order of the experts is that of the router's rows.
     experts = []
-    for part in source.parts:
-        experts.append({"part": part, "folder": folder_of(part), "private": part in private})
+    for parts in source.experts:
+        is_private = any(part in private for part in parts)
+        experts.append({"parts": parts, "folder": folder_of(parts), "private": is_private})
     return {
         "experts": experts,
         "attention": {"folder": ATTENTION, "in_every_expert": True},
@@ -107,7 +109,7 @@ def mixture_of(source: Source) -> dict[str, Any]:
 
 def notes(source: Source) -> list[str]:
     """Say what is in which folder."""
-    folders = ", ".join(folder_of(part) for part in source.parts)
+    folders = ", ".join(map(folder_of, source.experts))
     return [
         f"A folder per expert ({folders}), each with the attention's LoRA in it, is an adapter of "
         "its own: that expert alone, with weight 1.",
@@ -135,7 +137,7 @@ def read(source: Source, folder: Path) -> Iterator[Any]:
 
 def run(source: Source) -> str:
     """Say how to run it in three tools."""
-    one = folder_of(source.parts[0])
+    one = folder_of(source.experts[0])
     # One expert is what these tools load; the mixture of them is ours alone.
     return f"""The base is {source.base.title}: each `adapter_config.json` says where it was found.
 

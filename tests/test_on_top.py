@@ -1,0 +1,226 @@
+"""`options.specialists = "on-top"`: a client's own expert is its generalists with a specialist on
+top, and the router weighs it against everybody's generalists.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from comigs.app import api
+from comigs.client.power import with_specialists
+from comigs.errors import UserError
+from comigs.methods.alone import candidates
+from comigs.methods.comigs import towards
+from comigs.slots import OTHERS, Slot, experts_of
+from tests.conftest import attach, random_tensors, run_config, shape_of, start_engine, tiny
+from tests.exports import exported, trained
+from tests.naive import naive_model
+from tests.test_power import client_of, logits_of
+
+ON_TOP = {"options": {"specialists": "on-top"}}
+
+
+def shape_on_top(specialists, generalists=1, rank=3, specialist_rank=2):
+    shape = shape_of(generalists, specialists, rank, specialist_rank)
+    return shape.model_copy(update={"others": "gated"})
+
+
+def apart(tensors, specialists, generalists=1):
+    """The same experts as the naive model wants them: each one LoRA, with its scale in B."""
+    named, whole = {str(slot): tensor for slot, tensor in tensors.items()}, {}
+    g = [f"g{number}" for number in range(generalists)]
+    own = [[*g, f"s{number}"] for number in range(specialists)] or [g]
+    places = {slot.layer: set() for slot in tensors}
+    for slot in tensors:
+        if slot.part == OTHERS:
+            places[slot.layer].add(slot.site)
+    for layer, sites in places.items():
+        for number, parts in enumerate([*own, ["rest"]]):
+            for site in sites:
+                A = torch.cat([named[f"{layer}.{site}.{part}.A"] for part in parts])
+                B = torch.cat([named[f"{layer}.{site}.{part}.B"] for part in parts], dim=1)
+                ranks = sum(len(named[f"{layer}.{site}.{part}.A"]) for part in own[0])
+                whole[f"{layer}.{site}.g{number}.A"] = A
+                whole[f"{layer}.{site}.g{number}.B"] = B * math.sqrt(len(A) / ranks)
+        lead = torch.zeros(len(own) + 1, 1, dtype=torch.float64)
+        lead[-1] = math.log(9)
+        whole[f"{layer}.mlp.router.W"] = named[f"{layer}.mlp.router.W"] - lead
+    return {**whole, **{name: tensor for name, tensor in named.items() if ".attention." in name}}
+
+
+@pytest.mark.parametrize(
+    "generalists, specialists, top_k", [(1, 1, 2), (1, 2, 2), (2, 2, 3), (2, 0, 2)]
+)
+@pytest.mark.parametrize("base", ["tiny-gpt2", "tiny-llama"])
+def test_each_own_expert_is_a_mlp_with_both_lora_and_the_others_are_one_more(
+    base, generalists, specialists, top_k
+):
+    base = tiny(base)
+    base.model.double()
+    shape, ids = shape_on_top(specialists, generalists), torch.arange(18).reshape(2, 9)
+    with attach(base.model, base.architecture, top_k, routing="client") as attachment:
+        tensors = random_tensors(attachment, shape, routed=True, dtype=torch.float64)
+        tensors = {slot: torch.ones_like(t) if slot.is_gate else t for slot, t in tensors.items()}
+        attachment.bind(tensors)
+        with torch.no_grad():
+            logits = base.model(ids).logits
+    naive = naive_model(
+        base.model, apart(tensors, specialists, generalists), top_k, routing="client"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(logits, naive(ids).logits, rtol=0, atol=1e-6)
+    base.model.float()
+
+
+def test_the_experts_are_named_in_the_routers_order():
+    assert experts_of(["g0", "s0", "s1", "rest"]) == [("g0", "s0"), ("g0", "s1"), ("rest",)]
+    assert experts_of(["g0", "g1", "rest"]) == [("g0", "g1"), ("rest",)]
+    assert experts_of(["g0", "s0"]) == [("g0",), ("s0",)]
+    assert shape_on_top(0).num_experts == shape_on_top(1).num_experts == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_specialist_fades_as_far_as_a_download_is_adopted(tmp_path, share):
+    client = start_engine(run_config(tmp_path, **ON_TOP)).clients["ada"]
+    client.train(1, lambda level, nats: None)
+    own = {slot: tensor.clone() for slot, tensor in client.train_state.tensors.items()}
+    download = {slot: tensor + 0.1 for slot, tensor in client.send(1).items()}
+    assert {slot.role for slot in download} == {"generalist", "attention"}
+    mixed = towards(own, download, share)
+    specialist = Slot(1, "up", "s0", "B")
+    assert bool(own[specialist].any())
+    torch.testing.assert_close(mixed[specialist], (1 - share) * own[specialist])
+    # where all is adopted, the model is the one that the server's generalists alone make
+    client.method = client.method.__class__(
+        **{**vars(client.method), "mix": lambda own, download, nats: (mixed, share)}
+    )
+    client.receive(download, 2)
+    assert client.adopted_share == share
+    if share == 1:
+        assert not client.train_state.tensors[specialist].any()
+
+
+def test_what_a_download_brings_is_the_others_expert_whose_gate_is_as_far_open_as_it_is_left(
+    tmp_path,
+):
+    client = start_engine(run_config(tmp_path, experts={"generalists": 2}, **ON_TOP)).clients["ada"]
+    client.train(1, lambda level, nats: None)
+    download = {slot: tensor + 0.1 for slot, tensor in client.send(1).items()}
+    client.receive(download, 2)
+    tensors = client.train_state.tensors
+    for matrix, dim in (("A", 0), ("B", 1)):
+        parts = [download[Slot(0, "down", part, matrix)] for part in ("g0", "g1")]
+        assert torch.equal(tensors[Slot(0, "down", OTHERS, matrix)], torch.cat(parts, dim=dim))
+    assert {float(t) for slot, t in tensors.items() if slot.is_gate} == {1 - client.adopted_share}
+
+
+@pytest.mark.parametrize("before, after", [(0, 1), (1, 2), (0, 2), (2, 4)])
+def test_gaining_one_on_top_changes_no_logit(tmp_path, before, after):
+    client = client_of(tmp_path, before, **ON_TOP)
+    open_others(client)
+    exact = logits_of(client)
+    richer = with_specialists(client, after)
+    assert richer.shape.specialists == after and richer.shape.num_experts == after + 1
+    # a changed scale's B is rounded to float32
+    torch.testing.assert_close(logits_of(richer), exact, rtol=0, atol=1e-9 if before > 1 else 1e-6)
+    richer.train(2, lambda level, nats: None)
+    shares = richer.evaluate("valid").expert_share_LE
+    assert all(len(row) == after + 1 and min(row[:after]) > 0 for row in shares)
+
+
+@pytest.mark.parametrize("before, after", [(3, 2), (2, 1)])
+def test_losing_one_that_is_not_used_changes_no_logit(tmp_path, before, after):
+    client = client_of(tmp_path, before, experts={"routing": "client"}, **ON_TOP)
+    for layer in (0, 1):
+        client.train_state.tensors[Slot(layer, "mlp", "router", "W")][layer % before] = -1e4
+    open_others(client)
+    exact = logits_of(client)
+    poorer = with_specialists(client, after)
+    assert poorer.shape.num_experts == after + 1
+    torch.testing.assert_close(logits_of(poorer), exact, rtol=0, atol=1e-9 if after > 1 else 1e-6)
+
+
+def test_without_its_last_specialist_a_clients_own_expert_is_its_generalist(tmp_path):
+    client = client_of(tmp_path, 1, **ON_TOP)
+    open_others(client)
+    for slot, tensor in client.train_state.tensors.items():
+        if slot.role == "specialist" and slot.matrix == "B":
+            tensor.zero_()
+    exact = logits_of(client)
+    poorer = with_specialists(client, 0)
+    assert poorer.shape.num_experts == 2
+    torch.testing.assert_close(logits_of(poorer), exact, rtol=0, atol=1e-6)
+
+
+def open_others(client):
+    """Make the others' expert one that is used."""
+    random = torch.Generator().manual_seed(3)
+    for slot, tensor in client.train_state.tensors.items():
+        if slot.is_gate:
+            tensor.fill_(0.7)
+        elif slot.part == OTHERS:
+            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=random))
+
+
+def test_at_the_end_a_client_may_keep_its_own_expert_its_generalist_or_the_others(tmp_path):
+    base = tiny("tiny-gpt2")
+    with attach(base.model, base.architecture) as attachment:
+        tensors = random_tensors(attachment, shape_on_top(2, generalists=2), routed=True)
+        whole, first, second, generalist, others, attention, nothing = candidates(tensors)
+
+        def says(model):
+            attachment.bind(model)
+            with torch.no_grad():
+                return base.model(torch.arange(18).reshape(2, 9)).logits
+
+        def single(parts):
+            """One expert of these parts, with the scale that they have here."""
+            model = {s: t for s, t in tensors.items() if s.role == "attention"}
+            for slot, tensor in tensors.items():
+                if slot.part in parts:
+                    number = parts.index(slot.part)
+                    model[Slot(slot.layer, slot.site, f"g{number}", slot.matrix)] = tensor
+            return model
+
+        for found, parts in (
+            (first, ["g0", "g1", "s0"]),
+            (second, ["g0", "g1", "s1"]),
+            (generalist, ["g0", "g1"]),
+            (others, ["rest"]),
+        ):
+            attachment.summed = True
+            model = single(parts)
+            # Our own experts have one scale, that of their ranks together.
+            expected = {
+                slot: t * math.sqrt(len(model[Slot(slot.layer, slot.site, slot.part, "A")]) / 8)
+                if slot.matrix == "B" and slot.role == "generalist"
+                else t
+                for slot, t in model.items()
+            }
+            alone = says(expected)
+            attachment.summed = False
+            torch.testing.assert_close(says(found), alone, rtol=0, atol=1e-4)
+        assert not torch.allclose(says(whole), says(first), atol=1e-3)
+        torch.testing.assert_close(says(nothing), says({}))
+        assert not torch.allclose(says(attention), says(nothing))
+
+
+def test_a_download_that_is_taken_whole_leaves_nothing_on_top(tmp_path):
+    options = {"specialists": "on-top", "adopt": "all"}
+    with pytest.raises(UserError, match=r'options\.adopt: given "all" beside .*must be "valid"'):
+        start_engine(run_config(tmp_path, options=options))
+
+
+def test_a_run_can_be_exported_and_read(tmp_path):
+    run = trained("on-top")
+    with_own = api.open_personal_model(run, "ann")
+    assert [len(m.bound.experts) for m in with_own.attachment.mixtures] == [2, 2]
+    for form in ("peft", "flat", "transformers"):
+        done = exported(run, form, tmp_path / form)
+        assert done.exact == (form == "peft") and done.export < done.base
+        assert abs(done.export / done.personal - 1) < 0.05
+    names = sorted(path.name for path in (tmp_path / "peft").iterdir() if path.is_dir())
+    assert names == ["attention", "generalist-0-specialist-0", "rest"]
