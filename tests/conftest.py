@@ -119,7 +119,7 @@ def run_config(
     sections: dict[str, dict[str, Any]] = {
         "base": {"name": "tiny-gpt2", "dtype": "float32", "device": "cpu", "threads": 1},
         "data": {"root": str(root), "cache": str(root / "cache"), "sequence_length": 12},
-        "experts": {"rank": 2, "generalists": 1, "specialists": 1},
+        "experts": {"rank": 2, "specialist_rank": 2, "attention_rank": 2},
         "client": {"steps": 2, "batch_size": 4, "router_every": 2, "router_steps": 2, "lr": 5e-3},
         "evaluation": {"batch_size": 8},
         "participation": {},

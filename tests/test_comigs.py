@@ -152,7 +152,12 @@ def test_whoever_takes_every_download_whole_has_no_others(tmp_path):
 
 @pytest.mark.parametrize(("numbers", "rank"), [((1, 1), 6), ((2, 1), 9), ((0, 1), 3)])
 def test_the_own_expert_has_the_ranks_of_all_that_are_configured(tmp_path, numbers, rank):
-    experts = {"generalists": numbers[0], "specialists": numbers[1], "rank": 3}
+    experts = {
+        "generalists": numbers[0],
+        "specialists": numbers[1],
+        "rank": 3,
+        "specialist_rank": 3,
+    }
     client = start_engine(run_config(tmp_path, method="comigs-others", experts=experts))
     shape = client.clients["ada"].shape
     assert (shape.parts, shape.rank) == (["g0", "rest"], rank)
@@ -160,7 +165,7 @@ def test_the_own_expert_has_the_ranks_of_all_that_are_configured(tmp_path, numbe
 
 def test_ranks_that_differ_are_refused_with_what_helps(tmp_path):
     with pytest.raises(
-        UserError, match=r"clients\.bob: rank 6, but ada has 4; .* method comigs takes specialists"
+        UserError, match=r"clients\.bob: rank 5, but ada has 4; .* method comigs takes specialists"
     ):
         start_engine(run_config(tmp_path, entries={"bob": {"rank": 3}}, method="comigs-others"))
 

@@ -18,9 +18,11 @@ from comigs.methods.loading import list_methods, load_method
 ROOT = Path(__file__).parents[1]
 ANN = {"name": "ann", "text": "x"}
 OTHERS = "comigs-others"
-MIXTURE = {"finish": "mixture"}  # what comigs ended with before version 4
+APART = {"specialists": "apart", "attention": "mean"}  # what comigs did before version 5
+MIXTURE = {"finish": "mixture", **APART}  # what comigs ended with before version 4
+EIGHT = {"rank": 8, "specialist_rank": 8, "attention_rank": 8}
 FULL = {
-    "version": 4,
+    "version": 5,
     "name": "full",
     "seed": 7,
     "method": "fedavg",
@@ -224,7 +226,7 @@ def test_later_overrides_win(tmp_path):
 def test_shapes_of_clients_that_differ():
     config = parse_config(FULL | {"experts": {"rank": 4, "specialists": 3, "top_k": 1}})
     ann, bob, _ = (config.shape_of(c) for c in config.clients)
-    assert (ann.specialists, ann.rank, ann.specialist_rank, ann.attention_rank) == (1, 2, 1, 4)
+    assert (ann.specialists, ann.rank, ann.specialist_rank, ann.attention_rank) == (1, 2, 1, 8)
     assert (bob.specialists, bob.rank, bob.specialist_rank, bob.num_experts) == (3, 4, 4, 4)
 
 
@@ -288,9 +290,12 @@ def test_what_older_versions_wrote_and_is_no_more_is_read(tmp_path):
 def test_comigs_without_numbers_of_experts_was_another_method_in_version_1(given, method, options):
     tree = {"clients": [ANN], **given}
     old = parse_config({"version": 1, **tree})
-    assert (old.method, dict(old.options), old.version) == (method, options, 4)
-    last = {"keep": "last"}
-    assert old == parse_config({**tree, "method": method, "options": options, "evaluation": last})
+    assert (old.method, dict(old.options), old.version) == (method, options, 5)
+    today = {"method": method, "options": options, "evaluation": {"keep": "last"}}
+    experts = given.get("experts", {})
+    rank = experts.get("rank", 8)
+    ranks = {"rank": rank, "specialist_rank": rank, "attention_rank": rank, **experts}
+    assert old == parse_config({**tree, **today, "experts": ranks})
     assert parse_config(tomllib.loads(to_toml(old))) == old
     assert parse_config(tree).method == given.get("method", "comigs")  # without a version: today's
 
@@ -299,7 +304,7 @@ def test_comigs_without_numbers_of_experts_was_another_method_in_version_1(given
 def test_before_version_3_the_last_round_was_kept(version):
     tree = {"clients": [ANN], "method": "fedavg", "evaluation": {"every": 0}}
     old = parse_config({**tree, "version": version})
-    assert (old.evaluation.keep, old.evaluation.every, old.version) == ("last", 0, 4)
+    assert (old.evaluation.keep, old.evaluation.every, old.version) == ("last", 0, 5)
     assert parse_config({"clients": [ANN]}).evaluation.keep == "best"
 
 
@@ -307,9 +312,33 @@ def test_before_version_3_the_last_round_was_kept(version):
 def test_before_version_4_comigs_ended_with_its_mixture(given, read):
     tree = {"clients": [ANN], "options": given}
     old = parse_config({**tree, "version": 3})
-    assert (dict(old.options), old.version) == (given if read is None else read, 4)
-    assert old == parse_config({**tree, "options": {**MIXTURE, **given}})
+    assert (dict(old.options), old.version) == ({**APART, **given} if read is None else read, 5)
+    assert old == parse_config({**tree, "options": {**MIXTURE, **given}, "experts": EIGHT})
     assert dict(parse_config({**tree, "method": "fedavg", "version": 3}).options) == given
+
+
+@pytest.mark.parametrize(
+    ("experts", "clients", "ranks"),
+    [
+        ({}, {}, [(8, 8, 8)]),
+        ({"rank": 4}, {}, [(4, 4, 4)]),
+        ({"rank": 4}, {"rank": 6}, [(6, 6, 4)]),
+        ({"rank": 4, "attention_rank": 3}, {"rank": 6, "specialist_rank": 2}, [(6, 2, 3)]),
+        ({"specialist_rank": 2}, {"rank": 6}, [(6, 2, 8)]),
+    ],
+)
+def test_before_version_5_what_was_not_said_had_one_rank(experts, clients, ranks):
+    tree = {"version": 4, "experts": experts, "clients": [{**ANN, **clients}]}
+    old = parse_config(tree)
+    shape = old.shape_of(old.clients[0])
+    assert [(shape.rank, shape.specialist_rank, shape.attention_rank)] == ranks
+    assert (dict(old.options), old.version) == (APART, 5)
+    assert parse_config(tomllib.loads(to_toml(old))) == old
+    given = {"specialists": "on-top", "attention": "mean"}
+    assert dict(parse_config({**tree, "options": given}).options) == given
+    today = parse_config({"clients": [ANN]})
+    shape = today.shape_of(today.clients[0])
+    assert (shape.rank, shape.specialist_rank, shape.attention_rank) == (12, 4, 8)
 
 
 @pytest.mark.parametrize("evaluation", [{"every": 0}, {"splits": ["test"]}])

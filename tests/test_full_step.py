@@ -88,7 +88,7 @@ def test_a_run_resumes_with_it(tmp_path):
         api.run(config, tmp_path / "stopped", report=stopping)
     stopped = api.resume(tmp_path / "stopped")
     assert stopped.metrics() == whole.metrics()
-    mean = api.run(run_config(tmp_path, rounds=3), tmp_path / "mean")
+    mean = api.run(run_config(tmp_path, rounds=3, options={"attention": "mean"}), tmp_path / "mean")
     assert mean.metrics() != whole.metrics()
 
 

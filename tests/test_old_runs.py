@@ -64,7 +64,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(old_run):
 
 def test_it_is_the_method_that_it_was(old_run):
     config = api.open_run(old_run("finished")).config()
-    assert (config.method, config.version) == ("comigs-others", 4)
+    assert (config.method, config.version) == ("comigs-others", 5)
     assert config.evaluation.keep == "last"
 
 

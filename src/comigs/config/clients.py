@@ -39,13 +39,12 @@ class ClientEntry(Section):
     rank: int | None = Field(
         None,
         ge=1,
-        description="This client's experts have this LoRA rank. None: experts.rank.",
+        description="This client's generalists have this LoRA rank. None: experts.rank.",
     )
     specialist_rank: int | None = Field(
         None,
         ge=1,
-        description="Its specialists have this LoRA rank. None: experts.specialist_rank if given, "
-        "else rank.",
+        description="Its specialists have this LoRA rank. None: experts.specialist_rank.",
     )
     router_data: RouterData | None = Field(
         None,

@@ -2,7 +2,8 @@
 
 In version 1, comigs without any number of experts was what has been called comigs-others since. In
 versions 1 and 2, the personal model was that of the last round. Up to version 3, comigs ended with
-its mixture, whatever valid said.
+its mixture, whatever valid said. Up to version 4, every LoRA was of one rank unless it was said, 8
+by default, comigs' specialists were experts apart, and its attention LoRA was the mean.
 """
 
 from __future__ import annotations
@@ -36,12 +37,39 @@ def of_this_version(tree: Mapping[str, Any]) -> dict[str, Any]:
     if version in (1, 2) and isinstance(evaluation, Mapping):
         renewed["evaluation"] = {"keep": "last", **evaluation}
     if version in (1, 2, 3):
-        if renewed.get("method", "comigs") == "comigs":
-            options = renewed.get("options", {})
-            if isinstance(options, Mapping):
-                renewed["options"] = {"finish": "mixture", **options}
-        renewed["version"] = 4
+        _put_options(renewed, {"finish": "mixture"})
+    if version in (1, 2, 3, 4):
+        renewed |= _with_ranks(tree)
+        _put_options(renewed, {"specialists": "apart", "attention": "mean"})
+        renewed["version"] = 5
     return renewed
+
+
+def _put_options(tree: dict[str, Any], then: Mapping[str, Any]) -> None:
+    """Write into a tree what comigs did then, where it does not say something else."""
+    options = tree.get("options", {})
+    if tree.get("method", "comigs") == "comigs" and isinstance(options, Mapping):
+        tree["options"] = {**then, **options}
+
+
+def _with_ranks(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections of a config of version 4 that give ranks, with those that it left out."""
+    experts, clients = tree.get("experts", {}), tree.get("clients")
+    if not isinstance(experts, Mapping):
+        return {}
+    rank = experts.get("rank", 8)
+    every = {"rank": rank, "specialist_rank": rank, "attention_rank": rank}
+    found: dict[str, Any] = {"experts": {**every, **experts}}
+    # A client of another rank had specialists of that rank, too.
+    if isinstance(clients, list) and "specialist_rank" not in experts:
+        found["clients"] = [_with_one_rank(client) for client in clients]
+    return found
+
+
+def _with_one_rank(client: Any) -> Any:
+    if isinstance(client, Mapping) and client.get("rank") is not None:
+        return {"specialist_rank": client["rank"], **client}
+    return client
 
 
 def _numbers_experts(tree: Mapping[str, Any]) -> bool:

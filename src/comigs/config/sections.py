@@ -97,13 +97,9 @@ class ExpertsSection(Section):
     specialists: int = Field(
         1, ge=0, description="A client has this many experts that never leave it."
     )
-    rank: int = Field(8, ge=1, description="Every expert has this LoRA rank.")
-    specialist_rank: int | None = Field(
-        None, ge=1, description="Specialists have this LoRA rank. None: rank."
-    )
-    attention_rank: int | None = Field(
-        None, ge=1, description="LoRA on the attention linears has this rank. None: rank."
-    )
+    rank: int = Field(12, ge=1, description="Generalists have this LoRA rank.")
+    specialist_rank: int = Field(4, ge=1, description="Specialists have this LoRA rank.")
+    attention_rank: int = Field(8, ge=1, description="LoRA on the attention linears has this rank.")
     share_attention: bool = Field(
         True,
         description="The server averages attention LoRA. false: it stays with its client (the "

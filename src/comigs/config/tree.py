@@ -28,7 +28,7 @@ from comigs.config.sections import (
 )
 from comigs.errors import UserError, nearest
 
-VERSION = 4
+VERSION = 5
 
 
 class Config(Section):
@@ -226,13 +226,12 @@ class Config(Section):
     def shape_of(self, client: ClientEntry) -> ExpertShape:
         """Return the experts of one client: the defaults, and its exceptions to them."""
         e = self.experts
-        rank = client.rank or e.rank
         return ExpertShape(
             generalists=e.generalists,
             specialists=e.specialists if client.specialists is None else client.specialists,
-            rank=rank,
-            specialist_rank=client.specialist_rank or e.specialist_rank or rank,
-            attention_rank=e.attention_rank or e.rank,
+            rank=client.rank or e.rank,
+            specialist_rank=client.specialist_rank or e.specialist_rank,
+            attention_rank=e.attention_rank,
         )
 
     def router_data_of(self, client: ClientEntry) -> RouterData:

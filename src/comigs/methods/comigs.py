@@ -47,16 +47,17 @@ class Options(Adoption):
         "valid",
         description='A client adopts "all" of a download, or generalists as far as "valid" asks.',
     )
-    attention: Literal["mean", "full-step"] = Field(
-        "mean",
-        description='The server sends the "mean" of attention LoRA, or goes a "full-step" in its '
-        "direction, as long as clients' own are on average.",
+    attention: Literal["full-step", "mean"] = Field(
+        "full-step",
+        description='The server goes a "full-step" in the direction of the mean of attention LoRA, '
+        'as long as clients\' own are on average; or it sends the "mean", which is all that it '
+        "can where it must not see uploads.",
     )
-    specialists: Literal["apart", "on-top"] = Field(
-        "apart",
-        description='A specialist is an expert "apart" from the generalists, as in the paper; or '
-        'it is "on-top" of them: the two are one expert of the client\'s own, and the router '
-        "weighs that against the generalists that everybody gets.",
+    specialists: Literal["on-top", "apart"] = Field(
+        "on-top",
+        description='A specialist is "on-top" of the generalists: together they are one expert of '
+        "the client's own, which the router weighs against the generalists that everybody gets. "
+        'Or it is an expert "apart", as in the paper.',
     )
     finish: Literal["mixture", "valid"] = Field(
         "valid",

@@ -107,7 +107,10 @@ def _require_power(config: Config, method: Method) -> None:
 def _other_than_a_mean(method: Method) -> str:
     """Return why a server that adds noise to a mean is not all that this method gives back."""
     if not method.averages:
-        return "what its server gives back is not the mean of uploads"
+        return (
+            "what its server gives back is not the mean of uploads (comigs can do that, with "
+            'options.attention = "mean")'
+        )
     sends_anything = False
     for part in ("g0", "attention"):
         for slot in (Slot(0, "up", part, "A"), Slot(0, "up", part, "B")):
@@ -139,13 +142,15 @@ def _require_possible(config: Config, method: Method) -> None:
         raise UserError(
             f"privacy.secure_aggregation: given true, but {config.method} as configured does more "
             "with uploads than average them all, and the server would have their sum alone; must "
-            "be false, or choose a method that averages, such as fedavg or comigs by default"
+            "be false, or choose what averages, such as fedavg, or comigs with options.attention = "
+            '"mean"'
         )
     merge = config.upload.merge
     if merge != "mean" and not method.averages:
         raise UserError(
             f'upload.merge: given "{merge}", but {config.method} merges in its own way; '
-            f'must be "mean" (fedavg, comigs and others that average uploads can do "{merge}")'
+            f'must be "mean" (what averages can do "{merge}": fedavg, comigs with '
+            'options.attention = "mean", and others)'
         )
     # A token cannot choose more experts than there are; a single one needs no choice.
     for client in config.clients:
