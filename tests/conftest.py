@@ -63,6 +63,10 @@ def tiny(name: str, dtype: str = "float32") -> Base:
     return load_base(BaseSection(name=name, dtype=dtype, device="cpu"))
 
 
+# [options] of comigs that make the paper's mixture of it: a specialist is an expert of its own
+APART = {"specialists": "apart", "attention": "mean"}
+
+
 def shape_of(
     generalists: int, specialists: int, rank: int = 3, specialist_rank: int | None = None
 ) -> ExpertShape:

@@ -29,6 +29,7 @@ from comigs.config import parse_config
 from comigs.data.prepare import prepare
 from comigs.personal.export.export import Exported
 from comigs.personal.export.source import windows_of
+from tests.conftest import APART
 from tests.runs import write_text
 
 SHAPE = {
@@ -142,7 +143,15 @@ def trained(setting: str, family: str = "llama") -> Path:
 @functools.cache
 def _trained(setting: str, family: str) -> Path:
     tree = SETTINGS[setting]
-    experts = {"rank": 4, "attention_rank": 3, "router_start": 0.5, **tree.get("experts", {})}
+    is_comigs = tree.get("method", "comigs") == "comigs"
+    options = tree.get("options", APART if is_comigs else {})
+    experts = {
+        "rank": 4,
+        "specialist_rank": 4,
+        "attention_rank": 3,
+        "router_start": 0.5,
+        **tree.get("experts", {}),
+    }
     config = parse_config({
         "name": f"{setting}-{family}",
         "rounds": 2,
@@ -150,7 +159,7 @@ def _trained(setting: str, family: str) -> Path:
         "base": {"name": str(base_of(family)), "dtype": "float32", "device": "cpu", "threads": 1},
         "data": {"root": str(root()), "cache": str(root() / "cache"), "sequence_length": 24},
         "experts": experts,
-        "options": tree.get("options", {}),
+        "options": options,
         "client": {"steps": 4, "batch_size": 4, "router_every": 2, "router_steps": 2, "lr": 2e-2},
         "evaluation": {"batch_size": 8},
         "clients": [{"name": name, "text": name} for name in CLIENTS],

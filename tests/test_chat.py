@@ -190,11 +190,13 @@ def test_a_conversation_is_saved_for_its_owner_alone_and_nothing_is_overwritten(
     assert file.read_bytes() == before and os.listdir(tmp_path) == ["said.json"]
 
 
-@pytest.mark.parametrize(("method", "shown"), [("comigs", 0), ("comigs-others", -1)])
+@pytest.mark.parametrize(
+    ("method", "shown"), [("comigs", -1), ("pfedmoe", 0), ("comigs-others", -1)]
+)
 def test_routes_are_the_weights_of_the_router_on_each_token_of_the_answer(
     tmp_path, said, method, shown
 ):
-    """By hand: the generalist is the first of two experts, the rest of the world the last."""
+    """By hand: the generalist is the first of two experts, everybody's generalist the last."""
     given = [f'data.cache="{tmp_path / "cache"}"', f"method={method}", "experts.router_start=0.5"]
     folder = api.run(load_config(write_config(tmp_path), given), tmp_path / "run")
     with closing(

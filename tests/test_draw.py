@@ -18,7 +18,7 @@ from comigs.data.prepare import ClientData, prepare
 from comigs.data.sampling import BatchSource, check_text
 from comigs.errors import Stopped, UserError
 from comigs.seeds import generator
-from tests.conftest import run_config, same, start_engine
+from tests.conftest import APART, run_config, same, start_engine
 from tests.runs import outcome
 from tests.test_data_helper import ByteEncoder
 
@@ -217,6 +217,7 @@ def test_experts_draw_the_same_batches_whatever_the_router_learns_from_but_for_t
 @pytest.mark.parametrize("method", ["fedavg", "pfedmoe", "comigs"])
 def test_no_text_is_left_out_where_no_router_would_read_it(tmp_path, method):
     """Uniform mixing, one level, or one expert: crossfit has nothing to set aside."""
+    options = APART if method == "comigs" else {}
     experts = {"rank": 2, "specialists": 0} if method == "comigs" else {"rank": 2}
     made = [
         start_engine(
@@ -225,6 +226,7 @@ def test_no_text_is_left_out_where_no_router_would_read_it(tmp_path, method):
                 "ada",
                 method=method,
                 experts=experts,
+                options=options,
                 client={
                     "steps": 3,
                     "batch_size": 4,

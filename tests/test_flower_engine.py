@@ -519,6 +519,7 @@ def test_nothing_private_is_in_any_byte_of_any_message(federation, tmp_path):
                 shared = name.count("/") == 0 and Slot.parse(name).role in (
                     "generalist",
                     "attention",
+                    "rest",
                 )
                 pieces[shared].add(row)
     pieces[False] -= {bytes(16)}

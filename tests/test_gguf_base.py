@@ -13,7 +13,7 @@ from comigs.bases.load import load_base
 from comigs.config import BaseSection
 from comigs.errors import UserError
 from comigs.personal.export.gguf_file import write_gguf
-from tests.conftest import bits, run_config
+from tests.conftest import APART, bits, run_config
 from tests.exports import SENTENCES, base_of
 
 IDS = torch.randint(600, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -80,7 +80,9 @@ def test_a_file_is_unpacked_once_wherever_it_lies_and_told_from_another(tmp_path
 @pytest.mark.few(2)
 def test_a_run_on_a_gguf_is_exported_as_from_a_folder(tmp_path, format):
     _, file = written(tmp_path)
-    config = run_config(tmp_path, "ada", base={"name": str(file)}, client={"steps": 2})
+    config = run_config(
+        tmp_path, "ada", base={"name": str(file)}, client={"steps": 2}, options=APART
+    )
     run = api.run(config, tmp_path / "run")
     out = tmp_path / ("out.gguf" if format == "gguf" else "out")
     made = export(run.path, "ada", format, out, "float32")

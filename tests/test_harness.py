@@ -90,6 +90,7 @@ def run(tmp_path_factory):
 
     made = tmp_path_factory.mktemp("run")
     changes = [f'data.cache="{made / "cache"}"', 'base.name="tiny-llama"', "client.lr=0.02"]
+    changes.append('options.specialists="apart"')  # which exports have exactly
     return api.run(load_config(write_config(made), changes), made / "run")
 
 

@@ -26,7 +26,7 @@ from comigs.server.diagnostics import drift
 from comigs.server.protocol import Task
 from comigs.slots import Slot
 from tests import naive
-from tests.conftest import bits, copy_of, run_config, same, start_engine, tiny
+from tests.conftest import APART, bits, copy_of, run_config, same, start_engine, tiny
 from tests.test_lowrank import Largest
 
 NAMES = ("ada", "bob", "cyd")
@@ -1039,7 +1039,12 @@ def test_pfedmoe_teaches_the_router_with_train_and_never_reads_valid(tmp_path):
         for changed in ("nothing", "train", "valid"):
             settings = {"steps": 2, "batch_size": 4, "router_every": 2, "lr": 5e-3}
             engine = engine_of(
-                tmp_path, method, names=("ada",), experts={"specialists": 1}, client=settings
+                tmp_path,
+                method,
+                names=("ada",),
+                experts={"specialists": 1},
+                client=settings,
+                options=APART if method == "comigs" else {},
             )
             client, random = engine.clients["ada"], torch.Generator().manual_seed(0)
             for tensor in (
@@ -1069,7 +1074,7 @@ def test_what_a_comigs_client_adopts_is_one_share_of_a_download_judged_on_its_ow
 
     Attention LoRA is the download's. The windows are those of its valid that the round draws.
     """
-    options = {"adopt": "valid", "probe_windows": 4}
+    options = {"adopt": "valid", "probe_windows": 4, **APART}
     client = engine_of(tmp_path, "comigs", experts={"specialists": 1}, options=options).clients[
         "ada"
     ]

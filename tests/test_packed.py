@@ -24,7 +24,7 @@ from comigs.client.loss import Windows, sum_cross_entropy
 from comigs.config import BaseSection
 from comigs.errors import UserError
 from comigs.personal.export.gguf_file import write_gguf
-from tests.conftest import attach, bits, random_tensors, run_config, shape_of
+from tests.conftest import APART, attach, bits, random_tensors, run_config, shape_of
 from tests.exports import base_of
 from tests.runs import refused, write_config
 
@@ -163,7 +163,8 @@ def test_what_was_read_of_a_file_leaves_the_memory_and_can_be_read_again(tmp_pat
 @pytest.mark.parametrize("format", ["transformers", "peft", "gguf"])
 def test_a_run_on_a_packed_base_writes_and_is_exported_with_its_numbers(tmp_path, format):
     base = {"name": str(base_of("llama")), "weights": "int4"}
-    run = api.run(run_config(tmp_path, "ada", base=base, client={"steps": 2}), tmp_path / "run")
+    config = run_config(tmp_path, "ada", base=base, client={"steps": 2}, options=APART)
+    run = api.run(config, tmp_path / "run")
     with closing(api.open_personal_model(run.path, "ada")) as model:
         assert model.generate("paint", max_new_tokens=3)
     out = tmp_path / ("out.gguf" if format == "gguf" else "out")

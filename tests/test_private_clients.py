@@ -25,6 +25,8 @@ SHAPES = {A: (2, 5), B: (4, 2)}
 
 def config_of(root, privacy=None, **tree):
     given = {"level": "client", "delta": 1e-3, "clip": 0.5, "noise_multiplier": 1.0}
+    if tree.get("method", "comigs") == "comigs":
+        tree = {"options": {"attention": "mean"}, **tree}  # the server has a mean alone
     return run_config(root, NAMES, privacy={**given, **(privacy or {})}, **tree)
 
 

@@ -77,7 +77,7 @@ def private_phase(attachment, client, own, text=None):
         state,
         client.step_settings,
         lambda level, number: source.batch(level, number, state.local_steps),
-        MethodHooks(lambda slot: slot.role not in SHARED),
+        MethodHooks(lambda slot: slot.role not in SHARED and not slot.is_frozen),
         quiet,
     )
 
@@ -160,7 +160,7 @@ def test_one_document_changes_a_step_by_the_clip_and_through_the_mixture_by_more
         own = {slot: tensor.clone() for slot, tensor in start.items()}
         state, settings = new_train_state(own, client.config.client), client.step_settings
         attachment.bind(own)
-        hooks = MethodHooks(lambda slot: slot.role not in SHARED)
+        hooks = MethodHooks(lambda slot: slot.role not in SHARED and not slot.is_frozen)
         all_of_it = [w._replace(positions=np.arange(w.inputs.shape[1])[None]) for w in text]
         for _ in range(8):
             local_round(attachment, state, settings, lambda *_: joined(all_of_it), hooks, quiet)

@@ -21,7 +21,7 @@ from comigs.server.communication import traffic, traffic_by_client
 from comigs.server.diagnostics import drift
 from comigs.server.pending import pack_server, unpack_server
 from comigs.slots import Slot
-from tests.conftest import copy_of, run_config, same, start_engine
+from tests.conftest import APART, copy_of, run_config, same, start_engine
 from tests.fake_engine import SHAPE, A, B, Numbers, averaging, lines_of, rounds_of
 
 ATTENTION = Slot(1, "q", "attention", "A")
@@ -329,7 +329,7 @@ def test_the_personal_model_is_what_was_evaluated_last(tmp_path):
 
 
 def test_every_client_ends_with_the_servers_generalists(tmp_path):
-    api.run(run_config(tmp_path, options={"adopt": "all"}), tmp_path / "run")
+    api.run(run_config(tmp_path, options={"adopt": "all", **APART}), tmp_path / "run")
     ada, bob = personal(tmp_path / "run").values()
     for name in ada:
         shared = Slot.parse(name).role in ("generalist", "attention")
@@ -383,7 +383,7 @@ TRACE = {
 
 @pytest.mark.parametrize("method", TRACE)
 def test_losses_at_a_fixed_seed_stay_what_they_were(tmp_path, method):
-    as_published = {"adopt": "all"} if method == "comigs" else {}
+    as_published = {"adopt": "all", **APART} if method == "comigs" else {}
     experts = {"rank": 2, "specialists": 2, "strength": "each"}
     engine = start_engine(
         run_config(tmp_path, method=method, experts=experts, options=as_published)

@@ -25,7 +25,7 @@ from comigs.methods.loading import load_method
 from comigs.runs.metrics import RoundEnd, Train
 from comigs.server.routing_prior import cosine, latest_priors, priors_of_round
 from comigs.slots import Slot
-from tests.conftest import attach, copy_of, random_tensors, run_config, same, shape_of, tiny
+from tests.conftest import APART, attach, copy_of, random_tensors, run_config, same, shape_of, tiny
 from tests.fake_engine import train_of
 from tests.runs import outcome, refused
 
@@ -388,12 +388,14 @@ def test_processes_beside_this_one_are_told_the_same(run, tmp_path):
 
 
 def test_entropy_trains_the_router_from_train_without_its_targets(tmp_path):
-    config = run_config(tmp_path / "text", "ada", client={"router_data": "entropy"})
+    tree = {"options": APART}
+    config = run_config(tmp_path / "text", "ada", client={"router_data": "entropy"}, **tree)
     made = api.run(config, tmp_path / "run")
     phases = [line.router_nats_per_token for line in made.metrics() if line.kind == "train"]
     assert len(phases) == 2 and all(0 < nats < np.log(257) for nats in phases)
     train = api.run(
-        run_config(tmp_path / "text", "ada", client={"router_data": "train"}), tmp_path / "train"
+        run_config(tmp_path / "text", "ada", client={"router_data": "train"}, **tree),
+        tmp_path / "train",
     )
     own, other = (folder.load("clients/ada/personal") for folder in (made, train))
     assert not any(own[name].equal(other[name]) for name in own if ".router." in name)

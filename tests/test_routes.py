@@ -24,7 +24,7 @@ from comigs.personal.routes import languages
 from comigs.personal.routes.coloured import GENERALIST, SPECIALIST, WHOLE, coloured
 from comigs.personal.routes.kinds import frequencies_of, kinds_of
 from tests import naive
-from tests.conftest import run_config, tiny
+from tests.conftest import APART, run_config, tiny
 from tests.local_grid import Federation
 from tests.runs import comigs, copied_run, refused
 from tests.test_report import Page
@@ -51,6 +51,7 @@ def run_of(name: str) -> Path:
         experts={"strength": "each", **experts},
         base={"name": base},
         client=client,
+        options=APART,
     )
     return api.run(config, root / name).path
 
@@ -358,7 +359,10 @@ def test_words_that_fit_nothing(capsys, words, said):
         ({"method": "fedavg"}, "experts that all weigh the same"),
         ({"method": "ffa-lora"}, "as it has one expert"),
         ({"experts": {"generalists": 0, "specialists": 2}}, "has specialists only"),
-        ({"experts": {"generalists": 2, "specialists": 0}}, "has generalists only"),
+        (
+            {"experts": {"generalists": 2, "specialists": 0}, "options": APART},
+            "has generalists only",
+        ),
     ],
 )
 def test_a_client_that_has_nothing_to_choose(capsys, tmp_path, tree, said):

@@ -19,10 +19,13 @@ from tests.conftest import run_config, same
 
 NAMES = "ada bob cyd dan"
 ON = {"secure_aggregation": True}
+MEAN = {"attention": "mean"}  # what comigs needs for sums
 
 
 def config_of(root, **tree):
     settings = {"privacy": ON, "client": {"steps": 2, "router_steps": 0}, **tree}
+    if settings.get("method", "comigs") == "comigs":
+        settings = {"options": MEAN, **settings}
     return run_config(root, NAMES, **settings)
 
 
@@ -153,13 +156,14 @@ def test_a_sum_is_of_three_clients_at_least(tmp_path):
     few = config_of(tmp_path, participation={"clients_per_round": 2})
     assert "but 2 of 4 clients are asked in a round; a sum hides one among 3 to 256" in refusal(few)
     for names in ("ada", "ada bob"):
-        config = run_config(tmp_path, names, privacy=ON)
+        config = run_config(tmp_path, names, privacy=ON, options=MEAN)
         assert f"but {len(names.split())} of {len(names.split())} clients" in refusal(config)
 
 
 def test_what_is_not_simulated_and_what_looks_for_similar_uploads_is_refused(tmp_path):
     entries = {"ada": {"router_data": "valid"}}
-    prior = run_config(tmp_path, NAMES, entries, privacy=ON, client={"router_data": "prior"})
+    tree = {"client": {"router_data": "prior"}, "options": MEAN}
+    prior = run_config(tmp_path, NAMES, entries, privacy=ON, **tree)
     assert 'client.router_data: given "prior" beside privacy.secure_aggregation' in refusal(prior)
     with pytest.raises(UserError, match="conditions: given beside"):
         config_of(tmp_path, conditions={"latency": 2.0})

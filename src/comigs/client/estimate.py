@@ -30,12 +30,13 @@ from comigs.methods.method import Method
 from comigs.methods.readers import Choice
 from comigs.privacy.budget import batch_of
 from comigs.seeds import generator
-from comigs.slots import Shapes
+from comigs.slots import Shapes, Slot, experts_of
 
 # Bytes per scalar of a client in float32: value, gradient, AdamW's two moments, and the copy that
 # experts below each other are; of what is not trained, the value alone; of a round that is kept, a
 # copy of either.
 TRAINED, FROZEN, KEPT = 20, 4, 4
+COPIED = 8  # of each further copy of a generalist under a specialist, its own gradient too
 # Times the bytes that training keeps by which a process grows: glibc's heap has holes. By itself
 # it is 1.6 to 2.5 times (SmolLM2-135M's shape, 2 to 8 x 128); where large blocks are freed at once,
 # as with base.memory, 1.3 to 1.5.
@@ -74,7 +75,8 @@ def memory_needed(
     own, blocks = _largest(shapes), len(attachment.mixtures)
     length, in_training = config.data.sequence_length, windows_at_once(config)
     trained = training_bytes(config, base, attachment, in_training)
-    ranks = sum(dims[0] for slot, dims in own.items() if slot.matrix == "A")
+    copies = {slot: _copies(slot, own) for slot in own}
+    ranks = sum(dims[0] * copies[slot] for slot, dims in own.items() if slot.matrix == "A")
     trained += LOW * in_training * length * ranks
 
     # what only measures keeps one block at a time
@@ -96,9 +98,18 @@ def memory_needed(
         workers = config.workers
     client, kept = 0, KEPT if config.evaluation.keep == "best" else 0
     for slot, dims in own.items():
-        client += math.prod(dims) * (kept + (FROZEN if slot.is_frozen else TRAINED))
+        each = FROZEN if slot.is_frozen else TRAINED
+        client += math.prod(dims) * (kept + each + COPIED * (copies[slot] - 1))
     passing = logits + max(trained, measured)
     return float(workers * (held + client + batch_bytes(config) + passing))
+
+
+def _copies(slot: Slot, own: Shapes) -> int:
+    """Return how often a tensor is among a client's experts: a generalist under each specialist."""
+    if slot.role != "generalist":
+        return 1
+    experts = experts_of(sorted({slot.part for slot in own}))
+    return sum(slot.part in parts for parts in experts)
 
 
 def windows_at_once(config: Config) -> int:

@@ -144,10 +144,14 @@ def mix_beside_others(own: Tensors, download: Download, nats: Nats) -> Mixed:
     Where valid asks for all of a download, nothing of it is left to put beside the client's own;
     where valid asks for none, the router chooses between both. In between, the weights are: the
     router's gate is as far open to the others as the download was not adopted. Until the first
-    download it is closed.
+    download it is closed. A download that is what the client sent asks for nothing.
     """
-    share = share_that_valid_asks(own, download, nats)
-    written = {**towards(own, download, share), **others_of(download)}
+    generalists = {slot: t for slot, t in download.items() if slot.role == "generalist"}
+    share, written = 1.0, dict(download)
+    if not all(torch.equal(own[slot], tensor) for slot, tensor in generalists.items()):
+        share = share_that_valid_asks(own, download, nats)
+        written = towards(own, download, share)
+    written |= others_of(download)
     for slot, tensor in own.items():
         if slot.is_gate:
             written[slot] = torch.full_like(tensor, 1 - share)
