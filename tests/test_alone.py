@@ -15,6 +15,7 @@ from comigs.data.batches import evaluation_windows
 from comigs.methods.alone import best_on_valid, candidates, most_candidates, with_every_expert
 from comigs.slots import Slot
 from tests.conftest import (
+    APART,
     WORDS,
     attach,
     random_tensors,
@@ -95,7 +96,7 @@ def config_of(root, finish="valid", **tree):
             (folder / "page.txt").write_text(f"{split}: {text}", encoding="utf-8")
         splits = {"train": name, "valid": f"{name}-valid", "test": f"{name}-test"}
         entries[name] = {"text": splits}
-    return run_config(root, entries=entries, rounds=4, options={"finish": finish}, **tree)
+    return run_config(root, entries=entries, rounds=4, options={"finish": finish, **APART}, **tree)
 
 
 def personal(folder, name):

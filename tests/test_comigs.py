@@ -72,9 +72,9 @@ def test_the_windows_are_of_valid_and_differ_between_rounds_but_not_between_mode
     client._nats = lambda tensors, windows: (
         seen.append(b"".join(i.tobytes() for i, _, _ in windows)) or 1.0
     )
-    upload = client.send(1)
-    client.receive(upload, 2)
-    client.receive(upload, 3)
+    download = {slot: tensor + 0.01 for slot, tensor in client.send(1).items()}
+    client.receive(download, 2)
+    client.receive({slot: tensor + 0.01 for slot, tensor in download.items()}, 3)
     assert seen[0] == seen[1] == seen[2] != seen[3] == seen[5]
     valid = client.data.valid[0].tokens
     windows = {bytes(valid[i : i + 12].astype("int64")) for i in range(len(valid) - 11)}

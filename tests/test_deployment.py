@@ -176,7 +176,7 @@ def test_no_specialist_router_or_text_leaves_a_device(deployment, first):
     ]
     heard = deployment.between.bytes
     seen = heard + b"".join(path.read_bytes() for path in server)
-    checked = dict.fromkeys(("specialist", "router", "generalist", "attention"), 0)
+    checked = dict.fromkeys(("specialist", "router", "generalist", "rest", "attention"), 0)
     for path, raw in copies.items():
         for key, tensor in load_tensors(raw).items():
             role, pieces = role_of(key), windows(tensor)

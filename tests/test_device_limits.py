@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import resource
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -241,6 +242,9 @@ def test_a_method_looks_no_more_often_than_it_says(tmp_path, method):
     config = setting.config.model_copy(update={"method": method, "options": options})
     plan = load_method(config)
     slots = {Slot(0, "up", part, m): torch.randn(2, 2) for part in ("g0", "s0") for m in "AB"}
+    if plan.shape(config.shape_of(config.clients[0])).others != "none":
+        slots |= {replace(s, part="rest"): t for s, t in slots.items() if s.part == "g0"}
+        slots[Slot(0, "mlp", "router", "B")] = torch.ones(1)
     counts = {"mix": 0, "finish": 0}
     values = iter([3.0, 1.0, 2.5] + [1.1, 0.7] * 50)
 

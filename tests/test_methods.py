@@ -221,7 +221,7 @@ def test_clients_may_have_different_numbers_and_ranks_of_specialists(tmp_path):
 
 @pytest.mark.parametrize("method", ["comigs", "fedavg"])
 def test_unequal_ranks_of_what_is_averaged_are_refused_with_a_clear_line(tmp_path, method):
-    config = run_config(tmp_path, entries={"bob": {"rank": 4}}, method=method)
+    config = run_config(tmp_path, entries={"bob": {"rank": 4, "specialist_rank": 4}}, method=method)
     with pytest.raises(UserError, match=r"^clients\.bob: rank 4, but ada has 2"):
         load_method(config)
 

@@ -12,7 +12,7 @@ import torch
 
 from comigs.app import api
 from comigs.slots import Slot
-from tests.conftest import run_config
+from tests.conftest import APART, run_config
 
 KINDS = {
     "token": ("comigs", {}),
@@ -92,7 +92,7 @@ def test_a_personal_model_is_the_one_that_was_measured_and_writes_what_it_finds_
         kind in ("token", "top 1", "sequence", "client", "rest of the world")
     )
     assert ("merged" in roles) == kind.startswith("merged")
-    routers = [tuple(t.shape) for slot, t in saved.items() if Slot.parse(slot).role == "router"]
+    routers = [tuple(t.shape) for slot, t in saved.items() if slot.endswith(".router.W")]
     assert all(shape[1] == (1 if kind == "client" else 16) for shape in routers)
 
 
@@ -104,6 +104,7 @@ def test_a_model_routed_by_sequence_reads_the_whole_text_again_for_each_token(tm
         tmp_path,
         "ada",
         experts={"rank": 2, "routing": "sequence", "router_start": 2.0},
+        options=APART,
         evaluation={"keep": "last"},
         client={"steps": 6, "batch_size": 4, "router_every": 2, "router_steps": 4, "lr": 5e-2},
     )

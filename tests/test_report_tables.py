@@ -112,10 +112,10 @@ def test_client_table(tmp_path: Path) -> None:
 
 def test_ranks_are_shown_apart_only_where_they_differ(tmp_path: Path) -> None:
     folder = write_run(tmp_path, done=1)
-    assert {row[10] for row in client_table(read_run(folder)).rows} == {"8"}
+    assert {row[10] for row in client_table(read_run(folder)).rows} == {"12 / 4"}
     config = folder / "config.toml"
-    config.write_text(config.read_text().replace("rank = 8", "rank = 8\nspecialist_rank = 4"))
-    assert {row[10] for row in client_table(read_run(folder)).rows} == {"8 / 4"}
+    config.write_text(config.read_text().replace("specialist_rank = 4", "specialist_rank = 12"))
+    assert {row[10] for row in client_table(read_run(folder)).rows} == {"12"}
 
 
 def test_costs(tmp_path: Path) -> None:
