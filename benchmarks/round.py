@@ -47,6 +47,8 @@ keep = "last"
 [participation]
 deadline = 600
 min_clients = 4
+[options]
+attention = "mean"
 [privacy]
 secure_aggregation = {sums}
 """
