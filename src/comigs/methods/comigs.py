@@ -1,11 +1,12 @@
 """CoMiGS: generalists averaged over all clients, specialists and router at home. 2409.13931.
 
-The router is taught by valid (bi-level). Variants are numbers: 1g1s (the default), 2g (`generalists
-= 2, specialists = 0`), 2s (`generalists = 0, specialists = 2, share_attention = false`), 1gXs
+The router is taught by valid (bi-level). Variants are numbers: 1g1s, 2g (`generalists = 2,
+specialists = 0`), 2s (`generalists = 0, specialists = 2, share_attention = false`), 1gXs
 (`specialists` differs between clients).
 
-One thing is ours: a client's generalists go only as far towards a download as its valid asks
-(docs/decisions/0007). `configs/paper.toml` does without.
+Four things are ours: a client's generalists go only as far towards a download as its valid asks
+(docs/decisions/0007), its specialist is on top of them, beside everybody's (0030), attention LoRA
+goes a full step (0024), and at the end valid chooses (0020). `configs/paper.toml` does without.
 """
 
 from __future__ import annotations
@@ -126,7 +127,14 @@ def beside_the_mean(config: Config, settings: Options) -> Method:
     method = as_published(config, on_top)
     if config.experts.generalists == 0:
         return method
-    return replace(method, shape=on_top, schedule="both", mix=mix_beside_others)
+    return replace(
+        method,
+        summary="generalists averaged, with specialists on top at home, "
+        "where a router weighs own against everybody's (bi-level)",
+        shape=on_top,
+        schedule="both",
+        mix=mix_beside_others,
+    )
 
 
 def mix_as_valid_asks(own: Tensors, download: Download, nats: Nats) -> Mixed:
