@@ -125,8 +125,10 @@ def beside_the_mean(config: Config, settings: Options) -> Method:
             'nothing of a client\'s own would outlive a download; must be "valid"'
         )
     method = as_published(config, on_top)
+    # Without generalists there is nothing to be on top of.
     if config.experts.generalists == 0:
         return method
+    # The router weighs what a client knows against what all know, of which train tells, too.
     return replace(
         method,
         summary="generalists averaged, with specialists on top at home, "
