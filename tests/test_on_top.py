@@ -61,7 +61,9 @@ def test_each_own_expert_is_a_mlp_with_both_lora_and_the_others_are_one_more(
     base = tiny(base)
     base.model.double()
     shape, ids = shape_on_top(specialists, generalists), torch.arange(18).reshape(2, 9)
-    with attach(base.model, base.architecture, top_k, routing="client") as attachment:
+    with attach(
+        base.model, base.architecture, top_k, routing="client", rank=3, specialist_rank=2
+    ) as attachment:
         tensors = random_tensors(attachment, shape, routed=True, dtype=torch.float64)
         tensors = {slot: torch.ones_like(t) if slot.is_gate else t for slot, t in tensors.items()}
         attachment.bind(tensors)
@@ -73,6 +75,18 @@ def test_each_own_expert_is_a_mlp_with_both_lora_and_the_others_are_one_more(
     with torch.no_grad():
         torch.testing.assert_close(logits, naive(ids).logits, rtol=0, atol=1e-6)
     base.model.float()
+
+
+def test_everybodys_generalists_have_one_scale_however_many_specialists_a_client_has():
+    """What the server averages must mean the same at every client."""
+    base = tiny("tiny-gpt2")
+    with attach(base.model, base.architecture, rank=3, strength="together") as attachment:
+        scales = set()
+        for specialists, rank in ((0, 2), (1, 2), (2, 2), (3, 5)):
+            shape = shape_on_top(specialists, specialist_rank=rank)
+            attachment.bind(random_tensors(attachment, shape, routed=True))
+            scales |= {lora.scale for m in attachment.mixtures for lora in m.bound.loras}
+    assert scales == {16 / math.sqrt(3 + 4)}  # of a generalist and a specialist as configured
 
 
 def test_the_experts_are_named_in_the_routers_order():
@@ -167,7 +181,7 @@ def open_others(client):
 
 def test_at_the_end_a_client_may_keep_its_own_expert_its_generalist_or_the_others(tmp_path):
     base = tiny("tiny-gpt2")
-    with attach(base.model, base.architecture) as attachment:
+    with attach(base.model, base.architecture, rank=3, specialist_rank=2) as attachment:
         tensors = random_tensors(attachment, shape_on_top(2, generalists=2), routed=True)
         whole, first, second, generalist, others, attention, nothing = candidates(tensors)
 

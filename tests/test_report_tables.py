@@ -141,7 +141,7 @@ def test_held_and_uploaded_by_role(tmp_path: Path, done: int | None) -> None:
 
 def test_each_expert_has_a_share_where_there_are_more_than_two(tmp_path: Path) -> None:
     assert expert_share_table(read_run(write_run(tmp_path / "two"))) is None
-    folder = write_run(tmp_path, experts=3)
+    folder = write_run(tmp_path, experts=3, method="pfedmoe")
     change_metrics(folder, expert_share_by_layer=[[0.5, 0.25, 0.25], [0.0, 0.75, 0.25]])
     table = expert_share_table(read_run(folder))
     assert table is not None
@@ -156,13 +156,13 @@ def test_beside_the_rest_of_the_world_stands_how_much_of_it_was_adopted(tmp_path
     assert table is not None
     assert table.headers == (
         "client",
-        "its own",
-        "rest of the world",
+        "its own 0",
+        "everybody's",
         "adopted of the last download",
     )
     assert table.rows[0] == ("de", "0.75", "0.25", "0.40")
     config = folder / "config.toml"
-    config.write_text(config.read_text().replace('"comigs-others"', '"comigs"'))
+    config.write_text(config.read_text().replace('"comigs-others"', '"pfedmoe"'))
     table = expert_share_table(read_run(folder))
     assert table is not None
     assert table.headers == (

@@ -123,8 +123,8 @@ class Client:
     def receive(self, download: Download, round: int = 1) -> None:
         """Write the server's tensors over the client's before it trains in `round`.
 
-        A method may go only part of the way (Method.mix). Optimiser moments, specialists and router
-        stay as they were.
+        A method may go only part of the way (Method.mix), which may write what stays home as well.
+        Optimiser moments stay as they were, and specialists and router without that.
         """
         # All of a download is checked before any of it is written.
         own = self.train_state.tensors

@@ -182,14 +182,20 @@ class Attachment:
     ) -> float:
         """Return the factor of a part's LoRA among these experts. ranks: by part.
 
-        The others' expert is no part of a client's budget, and not always asked. What it is the
-        mean of has the scale of a client's whole own expert, and so has it.
+        Beside the others' expert all have one scale, by which everybody's generalists are the same
+        at every client: that of an own expert with the configured specialist, however many of what
+        rank a client has.
         """
         rank, sharing = ranks[part], len(experts)
         if self.summed:
             sharing = len(ranks)
         elif (OTHERS,) in experts:
-            rank, sharing = sum(ranks[own] for own in experts[0]), sharing - 1
+            own, settings = experts[0], self.settings
+            rank, sharing = sum(ranks[part] for part in own if part.startswith("g")), 1
+            # A client may have lost all that the others have on top of the same generalists.
+            lost = settings.specialists > 0 and rank == settings.generalists * settings.rank
+            if lost or own[-1].startswith("s"):
+                rank += settings.specialist_rank
         if routed:
             sharing = min(self.settings.top_k, sharing)
         scale = self.settings.scale(rank)

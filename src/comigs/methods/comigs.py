@@ -1,7 +1,7 @@
 """CoMiGS: generalists averaged over all clients, specialists and router at home. 2409.13931.
 
 The router is taught by valid (bi-level). Variants are numbers: 1g1s, 2g (`generalists = 2,
-specialists = 0`), 2s (`generalists = 0, specialists = 2, share_attention = false`), 1gXs
+specialists = 0`, apart), 2s (`generalists = 0, specialists = 2, share_attention = false`), 1gXs
 (`specialists` differs between clients).
 
 Four things are ours: a client's generalists go only as far towards a download as its valid asks
@@ -119,15 +119,15 @@ def beside_the_mean(config: Config, settings: Options) -> Method:
     The router learns with the experts from train, too. Raises UserError where a download is taken
     whole.
     """
+    method = as_published(config, on_top)
+    # Without generalists there is nothing to be on top of.
+    if config.experts.generalists == 0:
+        return method
     if settings.adopt != "valid":
         raise UserError(
             f'options.adopt: given "{settings.adopt}" beside options.specialists = "on-top", where '
             'nothing of a client\'s own would outlive a download; must be "valid"'
         )
-    method = as_published(config, on_top)
-    # Without generalists there is nothing to be on top of.
-    if config.experts.generalists == 0:
-        return method
     # The router weighs what a client knows against what all know, of which train tells, too.
     return replace(
         method,

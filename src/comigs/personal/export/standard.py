@@ -170,8 +170,8 @@ def sparse_config(source: Source) -> Any:
         )
     if mixing.gated and (mixing.num_experts, mixing.top_k) != (2, 2):
         raise UserError(
-            f"top_k = {mixing.top_k} beside the rest of the world: weights that do not sum to 1 "
-            f"have no standard architecture; {INSTEAD}"
+            f"top_k = {mixing.top_k} of {mixing.num_experts} experts beside everybody's: only one "
+            f"own expert and top_k = 2 are near a standard architecture; {INSTEAD}"
         )
     kind = _family(source)
     fields = AutoConfig.for_model(kind).to_dict()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from comigs import text as f
+from comigs.methods.loading import load_method
 from comigs.runs.metrics import Amount, Timing
 from comigs.runs.report.held_tensors import held_by_role
 from comigs.runs.report.read import Run
@@ -236,18 +237,22 @@ def expert_share_table(run: Run) -> Table | None:
     if most < 3 and not adopted:
         return None
 
-    # comigs-others has a single own expert, beside the rest of the world.
-    first = run.config.shape_of(run.config.clients[0]).generalists
+    # Beside everybody's generalists, which are the last, experts are a client's own.
+    shape = load_method(run.config).shape(run.config.shape_of(run.config.clients[0]))
+    first, shared = shape.generalists, most > 0 and shape.others != "none"
     names = [f"generalist {number}" for number in range(most)]
     names[first:] = [f"specialist {number}" for number in range(most - first)]
-    if run.config.method == "comigs-others":
-        names = ["its own", "rest of the world"][:most]
+    if shared:
+        names = [*(f"its own {number}" for number in range(most - 1)), "everybody's"]
 
     # Clients may have unequal numbers of experts: a dash stands where one has none.
     rows = []
     for client in {**shares, **adopted}:
         own = shares.get(client, [])
-        row = [*own, *[None] * (most - len(own))]
+        missing = [None] * (most - len(own))
+        row = [*own, *missing]
+        if shared:
+            row = [*own[:-1], *missing, *own[-1:]]
         if adopted:
             row.append(adopted.get(client))
         rows.append((client, *map(f.share, row)))
