@@ -117,7 +117,11 @@ def test_so_it_is_with_clients_that_differ(name, both, federation):
             "client": {"router_data": "crossfit"},
         },
         {"participation": {"clients_per_round": 2}},
-        {"upload": {"merge": "median"}, "evaluation": {"every": 0, "keep": "last"}},
+        {
+            "upload": {"merge": "median"},
+            "options": {"attention": "mean"},
+            "evaluation": {"every": 0, "keep": "last"},
+        },
         {"upload": {"format": "bfloat16"}, "method": "pcl"},
         {"upload": {"format": "int8"}},
     ],

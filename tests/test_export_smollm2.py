@@ -12,6 +12,7 @@ import torch
 from comigs.app import api
 from comigs.app.export import export
 from comigs.config import parse_config
+from tests.conftest import APART
 from tests.exports import elsewhere, valid_windows
 from tests.llama_cpp import llama_cpp
 from tests.test_export_llama_cpp import file_of, perplexity
@@ -39,6 +40,7 @@ def run(tmp_path_factory):
         "base": {"name": "smollm2-135m", "dtype": "float32", "device": "cpu", "threads": 1},
         "data": {"root": str(root), "cache": str(root / "cache")},
         "experts": {"generalists": 1, "specialists": 1, "router_start": 0.1},
+        "options": APART,
         "client": {
             "steps": 6, "batch_size": 2, "lr": 2e-3, "router_every": 3, "router_steps": 2,
         },
