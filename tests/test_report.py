@@ -249,7 +249,7 @@ def test_nothing_measured_is_a_dash_never_nan(tmp_path: Path) -> None:
 )
 def test_smallest_run_and_many_experts(tmp_path: Path, kind: dict[str, Any]) -> None:
     parsed = page_of(write_run(tmp_path, **kind))
-    assert ("specialist 2" in parsed.text) == ("experts" in kind)
+    assert ("its own 2" in parsed.text) == ("experts" in kind)
 
 
 def test_fifty_clients_draw_twelve_and_say_so(tmp_path: Path) -> None:
