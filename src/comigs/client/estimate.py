@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ def memory_needed(
     own, blocks = _largest(shapes), len(attachment.mixtures)
     length, in_training = config.data.sequence_length, windows_at_once(config)
     trained = training_bytes(config, base, attachment, in_training)
-    copies = {slot: _copies(slot, own) for slot in own}
+    copies = _copies(own)
     ranks = sum(dims[0] * copies[slot] for slot, dims in own.items() if slot.matrix == "A")
     trained += LOW * in_training * length * ranks
 
@@ -104,12 +105,14 @@ def memory_needed(
     return float(workers * (held + client + batch_bytes(config) + passing))
 
 
-def _copies(slot: Slot, own: Shapes) -> int:
-    """Return how often a tensor is among a client's experts: a generalist under each specialist."""
-    if slot.role != "generalist":
-        return 1
+def _copies(own: Shapes) -> dict[Slot, int]:
+    """Return how often each tensor is among a client's experts: a generalist under each specialist.
+
+    What is part of no expert is there once.
+    """
     experts = experts_of(sorted({slot.part for slot in own}))
-    return sum(slot.part in parts for parts in experts)
+    times = Counter(part for parts in experts for part in parts)
+    return {slot: max(1, times[slot.part]) for slot in own}
 
 
 def windows_at_once(config: Config) -> int:

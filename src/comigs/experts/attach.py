@@ -122,7 +122,7 @@ class Attachment:
         specialists = sum(name.startswith("s") for name in names)
         # All blocks have the same experts, in the order in which a router's rows are.
         parts = expert_parts(generalists, specialists, OTHERS in names)
-        experts = [tuple(parts)] if self.summed and parts else experts_of(parts)
+        experts = self.experts_of(parts)
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
             mixture.bind(replace(self._block_experts(tensors, layer, experts), opening=opening))
             for site, lora in adapted.items():
@@ -132,6 +132,10 @@ class Attachment:
                 lora.one_token = None
                 if lora.A is not None:
                     lora.scale = self.settings.scale(len(lora.A))
+
+    def experts_of(self, parts: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return the experts that these parts make, in the router's order; one where `summed`."""
+        return [tuple(parts)] if self.summed and parts else experts_of(parts)
 
     def lay_out(self) -> None:
         """Lay the client's tensors out in C for reading one token at a time without gradients.

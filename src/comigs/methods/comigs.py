@@ -70,9 +70,8 @@ class Options(Adoption):
 def method(config: Config) -> Method:
     """Return the paper's method, with adoption and a choice at the end where the options say so."""
     settings = options(config, Options)
-    method = as_published(config)
-    if settings.specialists == "on-top":
-        method = beside_the_mean(config, settings)
+    apart = settings.specialists == "apart"
+    method = as_published(config) if apart else beside_the_mean(config, settings)
     if settings.attention == "full-step":
         method = replace(method, aggregate=mean_with_full_attention, averages=False)
     if settings.adopt == "valid":

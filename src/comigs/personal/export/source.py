@@ -63,7 +63,7 @@ class Source:
         config, method = self.model.config, self.method
         shape = method.shape(config.shape_of(config.client_named(self.client)))
         shape = shape_as_saved(shape, map(str, self.model.tensors))
-        return [tuple(shape.parts)] if self.attachment.summed else shape.experts
+        return self.attachment.experts_of(shape.parts)
 
     @property
     def private_parts(self) -> list[str]:
