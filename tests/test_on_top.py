@@ -89,6 +89,26 @@ def test_everybodys_generalists_have_one_scale_however_many_specialists_a_client
     assert scales == {16 / math.sqrt(3 + 4)}  # of a generalist and a specialist as configured
 
 
+@pytest.mark.parametrize("generalists", [1, 2])
+def test_what_is_sent_is_by_itself_the_own_expert_with_nothing_on_top(generalists):
+    base, experts = tiny("tiny-gpt2"), {"generalists": generalists, "rank": 3, "specialist_rank": 2}
+    with attach(base.model, base.architecture, **experts) as attachment:
+        tensors = random_tensors(attachment, shape_on_top(1, generalists), routed=True)
+        sent = {s: t for s, t in tensors.items() if s.role in ("generalist", "attention")}
+        for slot, tensor in tensors.items():
+            if slot.is_gate or (slot.role == "specialist" and slot.matrix == "B"):
+                tensor.zero_()
+
+        def says(model, **more):
+            attachment.bind(model, **more)
+            with torch.no_grad():
+                return base.model(torch.arange(18).reshape(2, 9)).logits
+
+        expected = says(tensors)
+        torch.testing.assert_close(says(sent, beside_others=True), expected, rtol=0, atol=1e-5)
+        assert not torch.allclose(says(sent), expected, atol=1e-3)  # experts of another method
+
+
 def test_the_experts_are_named_in_the_routers_order():
     assert experts_of(["g0", "s0", "s1", "rest"]) == [("g0", "s0"), ("g0", "s1"), ("rest",)]
     assert experts_of(["g0", "g1", "rest"]) == [("g0", "g1"), ("rest",)]

@@ -159,6 +159,18 @@ def test_a_client_gains_and_loses_in_a_run_which_can_be_used_after(changing):
     model.close()
 
 
+def test_a_best_round_outlives_a_change_of_power_where_there_is_room_for_it(tmp_path):
+    client = client_of(tmp_path, 2)
+    client.best.offer(1, 2.0, client.train_state.tensors)
+    richer, poorer = with_specialists(client, 3), with_specialists(client, 1)
+    assert (richer.best.round, richer.best.nats) == (1, 2.0)
+    richer.best.offer(2, 2.5, richer.train_state.tensors)
+    assert richer.best.round == 1 and "s2" not in str(list(richer.best.tensors()))
+    assert poorer.best.round == 0  # a model of two specialists is too large for it
+    # what was kept before a client had gained any is not too large after it has lost that
+    assert with_specialists(richer, 2).best.round == 1
+
+
 def test_it_is_refused_where_a_token_uses_more_experts_than_are_left():
     tree = {"clients": [{"name": "ada", "text": "a"}], "conditions": {"specialists": [[2, 1]]}}
     with pytest.raises(UserError, match=r"conditions.specialists: 1 leaves 2 experts, but a token"):

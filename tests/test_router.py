@@ -187,3 +187,22 @@ def test_a_router_that_is_partly_open_mixes_the_weights_of_two(num_experts, top_
 def test_the_rest_of_the_world_starts_with_a_tenth_of_the_weight():
     weights = route_gated(torch.zeros(3, 2), 2, torch.ones(1)).weights_TE
     np.testing.assert_allclose(weights.numpy(), np.tile([0.9, 0.1], (3, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("gate", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(2, 2), (3, 1), (3, 2), (4, 2)])
+def test_the_balance_of_a_router_that_is_partly_open_is_that_of_two(
+    num_experts, top_k, gate, share
+):
+    logits_TE = random_logits(num_experts).requires_grad_()
+    loss = balance_loss(route_gated(logits_TE, top_k, torch.tensor([gate])), share)
+    lead = np.eye(num_experts)[-1] * np.log(9)
+    of_all = numpy_balance(logits_TE.detach().numpy() - lead, top_k, share)
+    own = num_experts - 1
+    closed = 1.0  # of an expert that is the only one
+    if own > 1:
+        closed = numpy_balance(logits_TE.detach().numpy()[:, :-1], min(top_k, own), share)
+    assert float(loss.detach()) == pytest.approx(gate * of_all + (1 - gate) * closed, rel=1e-6)
+    loss.backward()
+    assert gate or not logits_TE.grad[:, -1].any()  # who is shut out is not balanced

@@ -327,11 +327,13 @@ def test_micro_batches_add_up_to_one_balance_loss():
         torch.testing.assert_close(piece_gradients[slot], gradient, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("others", ["none", "gated"])
 @pytest.mark.parametrize("groups", LEVELS)
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_batch_has_one_balance_loss_whatever_its_pieces(groups, size):
+def test_a_batch_has_one_balance_loss_whatever_its_pieces(groups, size, others):
     """Three experts of which a token uses two: pieces differ in how often each is chosen."""
-    settings = {"dtype": "float64", "balance_coef": 0.5}
+    shape = shape_of(1, 2 if others == "none" else 3).model_copy(update={"others": others})
+    settings = {"shape": shape, "dtype": "float64", "balance_coef": 0.5}
     whole, pieces = Case(**settings), Case(**settings, micro_batch_size=size)
     for slot, tensor in pieces.train_state.tensors.items():
         tensor.copy_(whole.start[slot])

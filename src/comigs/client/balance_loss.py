@@ -22,15 +22,13 @@ from comigs.experts.router import Routing, balance_loss
 def batch_densities(
     attachment: Attachment, pieces: Sequence[Windows], dtype: torch.dtype
 ) -> list[Tensor] | None:
-    """Return each block's density (E,) over all pieces.
+    """Return each block's density over all pieces, as `Routing.choices` counts it.
 
     None: one piece knows its own density, and where every token uses all experts it is 1 / E.
     """
     if len(pieces) == 1 or not any(mixture.chooses for mixture in attachment.mixtures):
         return None
-    return mean_over_pieces(
-        attachment, pieces, dtype, lambda r: r.selected_TE.sum(dim=0).double() / r.top_k
-    )
+    return mean_over_pieces(attachment, pieces, dtype, Routing.choices)
 
 
 def mean_over_pieces(
@@ -41,7 +39,7 @@ def mean_over_pieces(
 ) -> list[Tensor]:
     """Return each block's mean over the tokens of all pieces, by a forward pass without gradients.
 
-    sum_over_tokens: what a piece adds to it, (E,).
+    sum_over_tokens: what a piece adds to it, with E last.
     """
     sums: list[Tensor] = []
     tokens = 0
@@ -52,7 +50,7 @@ def mean_over_pieces(
         tokens += len(routings[0].selected_TE)
         own = [sum_over_tokens(routing) for routing in routings]
         sums = [a + b for a, b in zip(sums, own, strict=True)] if sums else own
-    return [sum_E / tokens for sum_E in sums]
+    return [total / tokens for total in sums]
 
 
 def mean_balance_loss(
@@ -67,6 +65,6 @@ def mean_balance_loss(
         return torch.zeros(())
     given: Sequence[Tensor | None] = densities or [None] * len(routings)
     terms = []
-    for routing, density_E in zip(routings, given, strict=True):
-        terms.append(balance_loss(routing, generalist_share, density_E))
+    for routing, density in zip(routings, given, strict=True):
+        terms.append(balance_loss(routing, generalist_share, density))
     return torch.stack(terms).mean()

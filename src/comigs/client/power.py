@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from comigs.client.client import Client
-from comigs.client.state import MOMENTS, ClientState
+from comigs.client.state import MOMENTS, ClientState, num_specialists
 from comigs.client.workplace import Workplace
 from comigs.config import Config, ExpertShape
 from comigs.experts.attach import Attachment
@@ -67,6 +67,9 @@ def with_specialists(client: Client, number: int | None) -> Client:
     budget = client.shared.budget if client.shared else None
     changed = Client(client.name, place, client.data, rescaled(state, factor), budget)
     changed.is_trainer = client.is_trainer
+    # The best round so far is on the disk, if anywhere, and counts where there is room for it.
+    if client.best and num_specialists(client.best.tensors()) <= number:
+        changed.best = client.best
     if after.num_experts > shape.num_experts:
         changed.opening = torch.ones(after.num_experts, device=client.base.device)
         new = row_of(after, number) - (after.num_experts - shape.num_experts)

@@ -111,18 +111,25 @@ class Attachment:
                 shapes[Slot(layer, site, "merged", "W")] = (width_out, width_in)
         return shapes
 
-    def bind(self, tensors: Mapping[Slot, Tensor], opening: Tensor | None = None) -> None:
+    def bind(
+        self,
+        tensors: Mapping[Slot, Tensor],
+        opening: Tensor | None = None,
+        beside_others: bool = False,
+    ) -> None:
         """Point the mixtures at a client's tensors, which decide experts, ranks and routing.
 
         opening: (E,) how far the router is open to each expert, from 0 to 1; None: to all.
+        beside_others: whether what `tensors` has are the own experts of a client that has the
+        others' expert beside them, though that is not among them.
         """
         self._is_laid_out = False
         names = {slot.part for slot in tensors if slot.role in ("generalist", "specialist", OTHERS)}
         generalists = sum(name.startswith("g") for name in names)
         specialists = sum(name.startswith("s") for name in names)
         # All blocks have the same experts, in the order in which a router's rows are.
-        parts = expert_parts(generalists, specialists, OTHERS in names)
-        experts = self.experts_of(parts)
+        beside_others = beside_others or OTHERS in names
+        experts = self.experts_of(expert_parts(generalists, specialists, beside_others))
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
             mixture.bind(replace(self._block_experts(tensors, layer, experts), opening=opening))
             for site, lora in adapted.items():
@@ -159,8 +166,11 @@ class Attachment:
         # A strength is part of the scale, so that the mixture knows one factor of a LoRA only.
         bound, merged, ranks = [], {}, {}
         for part in {part for parts in experts for part in parts}:
-            ranks[part] = len(tensors[Slot(layer, "down", part, "A")])
+            if (slot := Slot(layer, "down", part, "A")) in tensors:
+                ranks[part] = len(tensors[slot])
         for parts in experts:
+            if not ranks.keys() & set(parts):
+                continue
             loras = []
             for part in parts:
                 A = {site: tensors[Slot(layer, site, part, "A")] for site in sites}

@@ -27,20 +27,34 @@ class Routing:
     """A router's decision for the tokens of one forward pass of one block.
 
     logits_TE holds the router's logits, weights_TE the routing weights, which are zero where an
-    expert is not selected, and selected_TE (bool) the selection.
+    expert is not selected, and selected_TE (bool) the selection. Where the router is open to its
+    last expert as far as `gate`, closed is the decision of one that does not know it.
     """
 
     logits_TE: Tensor
     weights_TE: Tensor
     selected_TE: Tensor
     top_k: int
+    gate: Tensor | None = None
+    closed: Routing | None = None
 
     def of(self, tokens: Tensor | None) -> Routing:
         """Return the decision for some of the tokens, (T,) whether each; None: for all."""
         if tokens is None:
             return self
         chosen = (self.logits_TE[tokens], self.weights_TE[tokens], self.selected_TE[tokens])
-        return Routing(*chosen, self.top_k)
+        closed = self.closed.of(tokens) if self.closed else None
+        return Routing(*chosen, self.top_k, self.gate, closed)
+
+    def choices(self) -> Tensor:
+        """Return how many of all choices fall on each expert, (1, E), which sum to T.
+
+        With a gate, (2, E): those of a router that is open, and of one that is closed.
+        """
+        counts_1E = self.selected_TE.sum(dim=0, keepdim=True).double() / self.top_k
+        if self.closed is None:
+            return counts_1E
+        return torch.cat([counts_1E, F.pad(self.closed.choices(), (0, 1))])
 
 
 def route(logits_TE: Tensor, top_k: int) -> Routing:
@@ -76,7 +90,7 @@ def route_gated(logits_TE: Tensor, top_k: int, gate: Tensor) -> Routing:
     of_others = route(others_TE, min(top_k, others_TE.shape[1]))
     closed_TE = F.pad(of_others.weights_TE.to(of_all.weights_TE), (0, 1))
     weights_TE = torch.lerp(closed_TE, of_all.weights_TE, gate.to(closed_TE))
-    return replace(of_all, weights_TE=weights_TE)
+    return replace(of_all, weights_TE=weights_TE, gate=gate, closed=of_others)
 
 
 POSITIONS: ContextVar[Tensor | None] = ContextVar("positions", default=None)
@@ -121,24 +135,37 @@ def _running_mean(x_BLD: Tensor, positions_BL: Tensor | None) -> Tensor:
 
 
 def balance_loss(
-    routing: Routing, generalist_share: float, density_E: Tensor | None = None
+    routing: Routing, generalist_share: float, densities: Tensor | None = None
 ) -> Tensor:
     """Return the load balance of one block, a scalar: E^2 * mean_e(p_e * density_e * factor_e).
 
     `generalist_share` is the load wanted on the first expert; 0 asks for an equal load on all.
-    `density_E` is the share of choices that fall on each expert; None: of these tokens' choices.
-    The loss is constant where K = E = 2.
+    `densities` is the share of choices that fall on each expert, as `Routing.choices` counts them;
+    None: of these tokens' choices. The loss is constant where K = E = 2. With a gate it is as far
+    that of all experts as the gate is open, and else that of a router without the last one.
     """
+    if densities is None:
+        densities = routing.choices() / len(routing.selected_TE)
+    loss = _balance_loss(routing, generalist_share, densities[0])
+    if routing.closed is None or routing.gate is None:
+        return loss
+    closed = _balance_loss(routing.closed, generalist_share, densities[1, :-1])
+    return torch.lerp(closed, loss, routing.gate.to(loss).squeeze())
+
+
+def _balance_loss(routing: Routing, generalist_share: float, density_E: Tensor) -> Tensor:
     num_experts = routing.logits_TE.shape[-1]
+    # An expert that is the only one has all of the load, whatever its share is to be.
+    if num_experts == 1:
+        return routing.logits_TE.new_ones(())
     # p is the weight that experts get. It has a gradient, and so moves the router.
+    logits_TE, left_out_TE = routing.logits_TE, ~routing.selected_TE
     if routing.top_k == 1:
-        p_E = routing.weights_TE.mean(dim=0)
+        p_E = logits_TE.softmax(dim=-1).masked_fill(left_out_TE, 0.0).mean(dim=0)
     else:
-        p_E = routing.logits_TE.masked_fill(~routing.selected_TE, 0.0).softmax(dim=-1).mean(dim=0)
-    # Density is how often they are chosen. It has no gradient, and says which p costs most.
-    if density_E is None:
-        density_E = routing.selected_TE.to(p_E.dtype).mean(dim=0) / routing.top_k
-    # With these factors, the loss is lowest where the first expert has the share that is wanted.
+        p_E = logits_TE.masked_fill(left_out_TE, 0.0).softmax(dim=-1).mean(dim=0)
+    # Density is how often they are chosen. It has no gradient, and says which p costs most. With
+    # these factors, the loss is lowest where the first expert has the share that is wanted.
     factor_E = torch.ones_like(p_E)
     if generalist_share > 0:
         factor_E[0] = 1 / (generalist_share * num_experts)
