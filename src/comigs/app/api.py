@@ -73,6 +73,8 @@ def run(
         with attached(config, base) as (attachment, shapes):
             config = chosen(config, base, shapes, attachment, say)
             require_memory(memory_needed(config, base, shapes, attachment), base.device)
+        # it is as fast as with what was chosen
+        with attached(config, base) as (attachment, shapes):
             config = with_machine(config, base, shapes, attachment)
         folder = new_folder(out, config, environment(base, known))
 

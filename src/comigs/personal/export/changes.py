@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from comigs.errors import UserError
-from comigs.experts.mixture import Expert, Mixture
+from comigs.experts.mixture import Mixture
 from comigs.methods import lowrank
 from comigs.methods.lowrank import Pair
 from comigs.personal.export.source import Source
+from comigs.personal.export.weights import scaled
 
 INSTEAD = 'what does work: "gguf" and "transformers", which are merged'
 
@@ -33,12 +34,6 @@ def require_shareable(source: Source) -> None:
             f"{source.model.config.method} merges whole matrices into the base, which are no LoRA; "
             f"{INSTEAD}"
         )
-
-
-def scaled(expert: Expert, site: str) -> Pair:
-    """Return an expert's A (R, in) and B (out, R) of an MLP site, its scale in B."""
-    A = torch.cat([lora.A[site] for lora in expert.loras])
-    return A, torch.cat([lora.scale * lora.B[site] for lora in expert.loras], dim=1)
 
 
 def changes(source: Source, layer: int, routers: Sequence[Tensor]) -> dict[str, Pair]:

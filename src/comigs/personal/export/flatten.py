@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from comigs.experts.mixture import Expert, Lora
 from comigs.methods.lowrank import Pair, stack
-from comigs.personal.export.changes import scaled
 from comigs.personal.export.lora_folder import Pairs
 from comigs.personal.export.outputs import outputs
 from comigs.personal.export.source import Source
+from comigs.personal.export.weights import scaled
 
 STEPS, RATE, AT_ONCE = 20, 0.02, 4  # Adam's steps, their length, and windows in each
 

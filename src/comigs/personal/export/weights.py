@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from comigs.experts.attach import Attachment
 from comigs.experts.lora import LoraLinear
-from comigs.experts.mixture import Mixture
+from comigs.experts.mixture import Expert, Mixture
+from comigs.methods.lowrank import Pair
 
 
 def matrix(linear: nn.Module) -> Tensor:
@@ -26,12 +27,18 @@ def frozen_matrix(mixture: Mixture, site: str) -> Tensor:
     return weight + merged[site] if site in merged else weight
 
 
+def scaled(expert: Expert, site: str) -> Pair:
+    """Return an expert's A (R, in) and B (out, R) of an MLP site, its scale in B."""
+    A = torch.cat([lora.A[site] for lora in expert.loras])
+    return A, torch.cat([lora.scale * lora.B[site] for lora in expert.loras], dim=1)
+
+
 def expert_matrices(mixture: Mixture, site: str) -> list[Tensor]:
     """Return every expert's matrix (out, in) of an MLP site, with its LoRA merged."""
     frozen, matrices = frozen_matrix(mixture, site), []
     for expert in mixture.bound.experts:
-        changes = [lora.scale * (lora.B[site] @ lora.A[site]) for lora in expert.loras]
-        matrices.append(frozen + torch.stack(changes).sum(dim=0))
+        A, B = scaled(expert, site)
+        matrices.append(frozen + B @ A)
     return matrices
 
 
