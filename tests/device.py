@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import struct
 
 from comigs.bases.load import load_base
 from comigs.federation.device.device_service import Device, Trainer
@@ -13,6 +15,14 @@ from tests.conftest import run_config
 
 RUN = "run-0123456789ab"
 ROOM = 1 << 24
+
+
+DEPENDS_ON_TEXT = (  # figures of a line that a device keeps to itself
+    "train_nats_per_token", "train_nats_per_token_by_step", "router_nats_per_token", "balance_loss",
+    "trained_tokens", "generalist_share_by_layer", "expert_share_by_layer", "nats_per_token",
+    "perplexity", "bits_per_byte", "tokens", "bytes", "seconds", "tokens_per_second",
+    "peak_memory_bytes", "sent_nats_per_token",
+)  # fmt: skip
 
 
 class Setting:
@@ -89,3 +99,19 @@ def lying(raw, **fields):
     header["__metadata__"]["comigs"] = json.dumps(head | fields)
     changed = json.dumps(header).encode()
     return len(changed).to_bytes(8, "little") + changed + raw[8 + length :]
+
+
+def require_unsaid(folder, wire):
+    """Find none of the figures that a device keeps of its run in these bytes, however written."""
+    kept = []
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        kept += [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    figures = set()
+    for line in kept:
+        values = json.dumps([line.get(name) for name in DEPENDS_ON_TEXT])
+        figures |= set(re.findall(r"[0-9.e-]{4,}", values))  # as they would be written
+    assert len(figures) > 30  # its owner has them all
+    for figure in figures:
+        assert figure[:7].encode() not in wire, figure
+        assert struct.pack("<d", float(figure)) not in wire
+        assert struct.pack("<f", float(figure)) not in wire

@@ -17,7 +17,7 @@ import socket
 import ssl
 import threading
 from contextlib import closing, suppress
-from itertools import islice
+from itertools import islice, zip_longest
 
 import httpx
 import pytest
@@ -26,6 +26,7 @@ from comigs.federation.bundle import read_bundle, write_bundle
 from comigs.federation.operator.folder import Federation
 from comigs.slots import Slot
 from tests.deployment import Deployment, Program, command_line, cwd, equal, in_process, wait
+from tests.device import require_unsaid
 from tests.runs import write_text
 
 CLIENTS = ("ann", "bob")
@@ -61,7 +62,16 @@ class Recorder(threading.Thread):
     @property
     def bytes(self):
         """All that was heard so far; each direction of each connection is one piece of it."""
-        return b"".join(list(self.directions))
+        return self.heard_since([])
+
+    def so_far(self):
+        """How much was heard of each direction."""
+        return [len(heard) for heard in list(self.directions)]
+
+    def heard_since(self, lengths):
+        """What was heard after `so_far` said that."""
+        directions = zip_longest(list(self.directions), lengths, fillvalue=0)
+        return b"".join(heard[length:] for heard, length in directions)
 
     def end(self):
         self.loop.call_soon_threadsafe(self.over.set)
@@ -202,6 +212,26 @@ def test_no_specialist_router_or_text_leaves_a_device(deployment, first):
         ]
         key = read_bundle(deployment.folder / f"{name}.toml").key.splitlines()[2]
         assert key.encode() not in seen
+
+
+PRIVATE = """\
+[privacy]
+level = "document"
+delta = 0.01
+expected_batch = 2
+noise_multiplier = 1.0
+"""
+
+
+@pytest.mark.slow  # a run
+def test_with_privacy_no_figure_of_a_text_is_in_any_byte_at_the_front(deployment):
+    before = deployment.between.so_far()
+    run = deployment.run(deployment.config("private", CLIENTS, PRIVATE), "private")
+    assert run.code() == 0, run.said
+    heard = deployment.between.heard_since(before)
+    assert b"safetensors" in heard or b"g0.A" in heard  # what is sent is among it
+    for name in CLIENTS:
+        require_unsaid(deployment.own_part(name, "private"), heard)
 
 
 def role_of(key):
