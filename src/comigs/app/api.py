@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 
-from comigs.app.dry_run import chosen, require_memory
-from comigs.app.setup import Say, attached, everybody_trains, ignore, load, read_texts, say_unread
+from comigs.app.dry_run import fitted
+from comigs.app.setup import Say, everybody_trains, ignore, load, read_texts, say_unread
 from comigs.bases.load import Base, is_here
-from comigs.client.estimate import memory_needed
 from comigs.config import SPLITS, Config, Split
 from comigs.data.prepare import Texts, require_text
 from comigs.data.prepare import prepare as prepare_data
-from comigs.engines.conditions.engine import engine_for, with_machine
+from comigs.engines.conditions.engine import engine_for
 from comigs.engines.in_process import InProcess
 from comigs.errors import Stopped, UserError, nearest
 from comigs.files import command, require_free
@@ -70,12 +69,7 @@ def run(
         base, config = load(config, say)
         data = read_texts(config, base, report, say)
         known = data.load_all() if everybody_trains(config) else data.outlines()
-        with attached(config, base) as (attachment, shapes):
-            config = chosen(config, base, shapes, attachment, say)
-            require_memory(memory_needed(config, base, shapes, attachment), base.device)
-        # it is as fast as with what was chosen
-        with attached(config, base) as (attachment, shapes):
-            config = with_machine(config, base, shapes, attachment)
+        config = fitted(config, base, say)
         folder = new_folder(out, config, environment(base, known))
 
     with folder, _going_on(folder):

@@ -218,7 +218,7 @@ def routes(
     cache: Cache = None,
     allow_code: AllowCode = False,
 ) -> None:
-    """Show which tokens go to generalists and which to specialists, block by block."""
+    """Show which tokens go to what all know and which to a client's own experts, block by block."""
     from comigs.app import routes as routing
     from comigs.app.console import Console
     from comigs.runs.reader import Reader

@@ -26,6 +26,7 @@ from comigs.client.estimate import (
 from comigs.client.memory import choices, speed, within_memory
 from comigs.config import Config, Split
 from comigs.data.prepare import Outline, require_text
+from comigs.engines.conditions.engine import with_machine
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
@@ -36,7 +37,6 @@ from comigs.server.communication import traffic_by_client
 from comigs.server.protocol import Report
 from comigs.server.rounds import task_of
 from comigs.server.validation import expected_upload, shapes_of_clients
-from comigs.slots import Shapes
 from comigs.text import Table, duration, listed, size
 
 
@@ -70,8 +70,7 @@ def dry_run(
     say_unread(config, "in-process", say)
     base, config = load(config, say)
     data = read_texts(config, base, report, say)
-    with attached(config, base) as (attachment, shapes):
-        config = chosen(config, base, shapes, attachment, say)
+    config = _chosen(config, base, say)
     with attached(config, base) as (attachment, shapes):
         needed = memory_needed(config, base, shapes, attachment)
         require_memory(needed, base.device)
@@ -95,18 +94,23 @@ def dry_run(
     ]
 
 
-def chosen(
-    config: Config,
-    base: Base,
-    shapes: Mapping[str, Shapes],
-    attachment: Attachment,
-    say: Say,
-) -> Config:
+def fitted(config: Config, base: Base, say: Say) -> Config:
+    """Return the config as this machine runs it: below base.memory, and with the speed that it then
+    has, where conditions ask for it. Raises UserError where there is too little memory.
+    """
+    config = _chosen(config, base, say)
+    with attached(config, base) as (attachment, shapes):
+        require_memory(memory_needed(config, base, shapes, attachment), base.device)
+        return with_machine(config, base, shapes, attachment)
+
+
+def _chosen(config: Config, base: Base, say: Say) -> Config:
     """Return the config that stays below base.memory, and say what it does for that.
 
     Raises UserError where none does.
     """
-    choice = within_memory(config, base, shapes, attachment)
+    with attached(config, base) as (attachment, shapes):
+        choice = within_memory(config, base, shapes, attachment)
     if choice is None:
         return config
     say(f"memory: {choice}, about {size(choice.needed)} of the {config.base.memory} allowed")

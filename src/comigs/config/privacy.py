@@ -65,7 +65,8 @@ class PrivacySection(Section):
     secure_aggregation: bool = Field(
         False,
         description="true: the server learns the sum of a round's uploads and nothing of one, for "
-        "methods that only need their mean. A client cuts its own step to upload.max_norm.",
+        "methods that only need their mean (comigs: with options.attention = 'mean'). A client "
+        "cuts its own step to upload.max_norm.",
     )
     threshold: float = Field(
         0.66,

@@ -50,7 +50,8 @@ class ParticipationSection(Section):
     deadline: float = Field(
         3600,
         gt=0,
-        description="A round waits this many seconds for uploads (engine flower).",
+        description="A round waits this many seconds for uploads: with engine flower, and "
+        "simulated ones with [conditions].",
     )
     late: Literal["drop", "discount"] = Field(
         "drop",
@@ -96,8 +97,9 @@ class UploadSection(Section):
     )
     merge: Literal["mean", "trimmed", "median"] = Field(
         "mean",
-        description='Methods that average uploads take, number by number, the "mean"; the mean '
-        'without the largest and smallest ("trimmed"); or the "median".',
+        description='Methods that average uploads (comigs: with options.attention = "mean") take, '
+        'number by number, the "mean"; the mean without the largest and smallest ("trimmed"); '
+        'or the "median".',
     )
     trim: float = Field(
         0.25,

@@ -95,7 +95,11 @@ class ExpertsSection(Section):
         "expert give it the ranks of generalists and specialists together.",
     )
     specialists: int = Field(
-        1, ge=0, description="A client has this many experts that never leave it."
+        1,
+        ge=0,
+        description="A client has this many experts that never leave it. With comigs' "
+        'options.specialists = "on-top" each is one expert with the generalists below it, beside '
+        "everybody's generalists.",
     )
     rank: int = Field(12, ge=1, description="Generalists have this LoRA rank.")
     specialist_rank: int = Field(4, ge=1, description="Specialists have this LoRA rank.")
@@ -115,7 +119,7 @@ class ExpertsSection(Section):
         "together",
         description='"each": every expert has that scale, as in the paper. "together": the scale '
         "is corrected so that experts that share a token's weight act like one LoRA of all their "
-        "ranks.",
+        "ranks. Without effect where specialists are on top.",
     )
     top_k: int = Field(
         2,
@@ -200,8 +204,8 @@ class ClientSection(Section):
         0.5,
         ge=0,
         lt=1,
-        description="The balance loss gives the first generalist this share of the load. 0: an "
-        "equal share.",
+        description="The balance loss gives the first expert this share of the load: a generalist, "
+        "or the first own expert where specialists are on top. 0: an equal share.",
     )
 
     @field_validator("betas")

@@ -35,7 +35,11 @@ class Config(Section):
     """A config says all of a run: what is run, on what, with which settings."""
 
     version: int = Field(
-        VERSION, ge=1, le=VERSION, description="This file is written in this version of the format."
+        VERSION,
+        ge=1,
+        le=VERSION,
+        description="This file is written in this version of the format. Older ones are read with "
+        "the defaults of then: until 4, ranks of 8, specialists apart, attention the mean.",
     )
     name: str = Field(
         "run",

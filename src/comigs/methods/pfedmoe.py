@@ -16,7 +16,8 @@ def method(config: Config) -> Method:
     return replace(
         comigs.as_published(config),
         name="pfedmoe",
-        summary="as comigs, but experts and router learn together from train (one level)",
+        summary="a generalist averaged beside a specialist at home; "
+        "experts and router learn together from train (one level)",
         paper="2402.01350",
         schedule="joint",
         leaks="it is comigs without its two levels; choose comigs, whose generalists learn apart",

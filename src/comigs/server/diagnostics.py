@@ -48,7 +48,7 @@ def diagnose(
     """Return the warnings for what the `new` lines show in the light of `history`.
 
     Each sign is told once per client and run. own_or_others: routers weigh a single own expert and
-    the rest of the world, where all of either is as it should be.
+    the others', where all of either is as it should be.
     """
     known = {(line.sign, line.client) for line in history if isinstance(line, Warned)}
     everything = [*history, *new]

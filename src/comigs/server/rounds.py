@@ -232,7 +232,7 @@ def _deliver_the_last_download(
 def _diagnosed(server: ServerState, new: list[Line]) -> list[Line]:
     """Return the signs of going wrong that these lines show.
 
-    Where an own expert stands beside the rest of the world, all the weight of either is no sign.
+    Where an own expert stands beside the others', all the weight of either is no sign.
     """
     shapes = [server.method.shape(server.config.shape_of(c)) for c in server.config.clients]
     own_or_others = any(shape.others != "none" for shape in shapes)

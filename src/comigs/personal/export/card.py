@@ -95,11 +95,11 @@ def trained(source: Source) -> str:
 
 
 def names_of(parts: Sequence[str]) -> list[str]:
-    """Return the experts for people: "generalist 0", "specialist 0", "the rest of the world"."""
+    """Return the experts for people: "generalist 0", "specialist 0", "the others' expert"."""
     words = []
     for part in parts:
         if part == "rest":
-            words.append("the rest of the world (the other clients' mean expert)")
+            words.append("the others' expert (everybody's mean generalist)")
         elif part in ("router", "attention"):
             words.append(part)
         else:

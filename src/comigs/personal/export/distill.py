@@ -1,6 +1,6 @@
 """A router without an offset that does nearly what a gated one does, fitted on valid.
 
-The gated router weighs the rest of the world with open * sigmoid(-(d + log 9)), where d is the
+The gated router weighs the others' expert with open * sigmoid(-(d + log 9)), where d is the
 difference of two logits of the token. No standard architecture has the offset log 9, nor the
 factor `open`. Per block, a logistic regression of the own expert's weight on the router's input x
 finds the w for which sigmoid(x w) comes nearest. Two logits x w and 0 then give that weight.

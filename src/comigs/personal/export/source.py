@@ -77,7 +77,7 @@ class Mixing:
     """This record says what decides the weights of E experts, K of which a token uses.
 
     routing is "token", "sequence" or "constant". weights_LE holds the constant weights of each
-    block. gated says that the router is only so far open to the rest of the world, and starts
+    block. gated says that the router is only so far open to the others' expert, and starts
     with an offset, which no standard architecture has.
     """
 

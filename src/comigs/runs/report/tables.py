@@ -18,7 +18,7 @@ ROLES = {
     "generalist": "generalists",
     "attention": "attention LoRA",
     "specialist": "specialists",
-    "rest": "the rest of the world",
+    "rest": "the others' expert",
     "router": "routers",
 }
 BRIEF = (0, 2, 3, 4, 6, 12)  # the columns of the clients' table that fit a terminal
