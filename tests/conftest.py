@@ -97,10 +97,11 @@ def random_tensors(
     }
 
 
-def attach(model: Any, architecture: Architecture, top_k: int = 2, **settings: Any) -> Attachment:
-    return Attachment(
-        model, architecture, ExpertsSection(**{"top_k": top_k, "strength": "each", **settings})
-    )
+def attach(
+    model: Any, architecture: Architecture, top_k: int = 2, on_top: bool = False, **settings: Any
+) -> Attachment:
+    section = ExpertsSection(**{"top_k": top_k, "strength": "each", **settings})
+    return Attachment(model, architecture, section, on_top=on_top)
 
 
 def run_config(

@@ -32,10 +32,14 @@ def merged(linear: nn.Module, A: Tensor, B: Tensor, alpha: float) -> Tensor:
     return linear.weight + (delta if isinstance(linear, nn.Linear) else delta.T)
 
 
-def choose(logits: Tensor, top_k: int) -> list[tuple[int, Tensor]]:
-    """(expert, weight) of one token from its E logits."""
-    order = sorted(range(len(logits)), key=lambda e: -float(logits[e].detach()))[:top_k]
-    powers = [torch.exp(logits[e]) for e in range(len(logits))]
+def choose(logits: Tensor, top_k: int, lead: float = 0.0) -> list[tuple[int, Tensor]]:
+    """(expert, weight) of one token from its E logits. The last one is `lead` behind, but not where
+    K >= 2 are chosen.
+    """
+    behind = [logits[e] - lead * (e == len(logits) - 1) for e in range(len(logits))]
+    by = behind if top_k == 1 else list(logits)
+    order = sorted(range(len(logits)), key=lambda e: -float(by[e].detach()))[:top_k]
+    powers = [torch.exp(logit) for logit in behind]
     among = range(len(logits)) if top_k == 1 else order
     return [(e, powers[e] / sum(powers[i] for i in among)) for e in order]
 
@@ -95,6 +99,7 @@ class NaiveMixture(nn.Module):
     ) -> None:
         super().__init__()
         self.mlp, self.top_k, self.routing, self.logits_TE = mlp, top_k, routing, None
+        self.lead = 0.0
         sites = LLAMA_MLP if hasattr(mlp, "gate_proj") else GPT2_MLP
         found = {name.split(".")[2] for name in tensors if name.startswith(f"{layer}.")} - {
             "router",
@@ -122,7 +127,7 @@ class NaiveMixture(nn.Module):
         each_TD = [y.reshape(-1, y.shape[-1]) for y in each]
         self.logits_TE = torch.stack(read_by_the_router(x, self.routing)) @ self.W.T
         rows = [
-            sum(w * each_TD[e][t] for e, w in choose(row, self.top_k))
+            sum(w * each_TD[e][t] for e, w in choose(row, self.top_k, self.lead))
             for t, row in enumerate(self.logits_TE)
         ]
         return torch.stack(rows).reshape(x.shape)
@@ -143,6 +148,7 @@ def naive_model(
     top_k: int,
     alpha: float = 16.0,
     routing: str = "token",
+    lead: float = 0.0,
 ) -> Any:
     """A copy of the whole model in which every expert of every block is an MLP of its own."""
     named = {str(slot): tensor for slot, tensor in tensors.items()}
@@ -150,6 +156,7 @@ def naive_model(
     is_gpt2 = hasattr(whole, "transformer")
     for layer, block in enumerate(whole.transformer.h if is_gpt2 else whole.model.layers):
         block.mlp = NaiveMixture(block.mlp, layer, named, alpha, top_k, routing)
+        block.mlp.lead = lead
         attention = block.attn if is_gpt2 else block.self_attn
         for site, name in (GPT2_ATTENTION if is_gpt2 else LLAMA_ATTENTION).items():
             A, B = (

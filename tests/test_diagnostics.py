@@ -34,7 +34,7 @@ def lines_of(round, client="ada", **changes):
     ]
 
 
-def warnings_over(rounds, own_or_others=False):
+def warnings_over(rounds, beside_others=False):
     """All warnings of a run whose rounds show these, with what was warned of before as part of the
     history.
     """
@@ -45,7 +45,7 @@ def warnings_over(rounds, own_or_others=False):
             for change in (lines if isinstance(lines, list) else [lines])
             for line in lines_of(number, **change)
         ]
-        signs = diagnose(history, new, own_or_others)
+        signs = diagnose(history, new, beside_others)
         history += [*new, *signs]
         found += signs
     return found
@@ -73,10 +73,17 @@ def test_a_strong_preference_or_no_router_is_no_collapse():
     assert warnings_over([{"shares": [[0.9, 0.1], [0.05, 0.95]]}, {"shares": None}]) == []
 
 
-def test_an_own_expert_with_all_the_weight_beside_the_rest_of_the_world_is_no_collapse():
+def test_an_own_expert_with_all_the_weight_beside_the_others_is_no_collapse():
     collapsed = [{"shares": [[1.0, 0.0], [0.99, 0.01]]}] * 3
-    assert warnings_over(collapsed, own_or_others=True) == []
+    assert warnings_over(collapsed, beside_others=True) == []
     assert len(warnings_over(collapsed)) == 1
+
+
+def test_beside_the_others_own_experts_collapse_onto_one_of_them():
+    (warning,) = warnings_over([{"shares": [[0.3, 0.001, 0.699]]}] * 3, beside_others=True)
+    assert warning.sign == "collapsed-router"
+    fine = [{"shares": [[0.0, 0.0, 1.0], [0.3, 0.1, 0.6]]}] * 3  # all for the others
+    assert warnings_over(fine, beside_others=True) == []
 
 
 @pytest.mark.parametrize(("adopted", "told"), [(0.2, []), (0.8, ["drifting-generalists"])])

@@ -5,6 +5,7 @@ top, and the router weighs it against everybody's generalists.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +16,16 @@ from comigs.errors import UserError
 from comigs.methods.alone import candidates
 from comigs.methods.comigs import towards
 from comigs.slots import OTHERS, Slot, experts_of
-from tests.conftest import attach, random_tensors, run_config, shape_of, start_engine, tiny
+from tests import conftest
+from tests.conftest import random_tensors, run_config, shape_of, start_engine, tiny
 from tests.exports import exported, trained
 from tests.naive import naive_model
 from tests.test_power import client_of, logits_of
 
 ON_TOP = {"options": {"specialists": "on-top"}}
+
+
+attach = partial(conftest.attach, on_top=True)
 
 
 def shape_on_top(specialists, generalists=1, rank=3, specialist_rank=2):
@@ -45,14 +50,13 @@ def apart(tensors, specialists, generalists=1):
                 ranks = sum(len(named[f"{layer}.{site}.{part}.A"]) for part in own[0])
                 whole[f"{layer}.{site}.g{number}.A"] = A
                 whole[f"{layer}.{site}.g{number}.B"] = B * math.sqrt(len(A) / ranks)
-        lead = torch.zeros(len(own) + 1, 1, dtype=torch.float64)
-        lead[-1] = math.log(9)
-        whole[f"{layer}.mlp.router.W"] = named[f"{layer}.mlp.router.W"] - lead
+        whole[f"{layer}.mlp.router.W"] = named[f"{layer}.mlp.router.W"]
     return {**whole, **{name: tensor for name, tensor in named.items() if ".attention." in name}}
 
 
 @pytest.mark.parametrize(
-    "generalists, specialists, top_k", [(1, 1, 2), (1, 2, 2), (2, 2, 3), (2, 0, 2)]
+    "generalists, specialists, top_k",
+    [(1, 1, 2), (1, 2, 2), (1, 3, 2), (2, 2, 3), (2, 0, 2), (1, 2, 1)],
 )
 @pytest.mark.parametrize("base", ["tiny-gpt2", "tiny-llama"])
 def test_each_own_expert_is_a_mlp_with_both_lora_and_the_others_are_one_more(
@@ -61,16 +65,19 @@ def test_each_own_expert_is_a_mlp_with_both_lora_and_the_others_are_one_more(
     base = tiny(base)
     base.model.double()
     shape, ids = shape_on_top(specialists, generalists), torch.arange(18).reshape(2, 9)
-    with attach(
-        base.model, base.architecture, top_k, routing="client", rank=3, specialist_rank=2
-    ) as attachment:
+    experts = {"rank": 3, "specialists": specialists, "specialist_rank": 2}
+    with attach(base.model, base.architecture, top_k, routing="client", **experts) as attachment:
         tensors = random_tensors(attachment, shape, routed=True, dtype=torch.float64)
         tensors = {slot: torch.ones_like(t) if slot.is_gate else t for slot, t in tensors.items()}
         attachment.bind(tensors)
         with torch.no_grad():
             logits = base.model(ids).logits
     naive = naive_model(
-        base.model, apart(tensors, specialists, generalists), top_k, routing="client"
+        base.model,
+        apart(tensors, specialists, generalists),
+        top_k,
+        routing="client",
+        lead=math.log(9),
     )
     with torch.no_grad():
         torch.testing.assert_close(logits, naive(ids).logits, rtol=0, atol=1e-6)
@@ -87,6 +94,45 @@ def test_everybodys_generalists_have_one_scale_however_many_specialists_a_client
             attachment.bind(random_tensors(attachment, shape, routed=True))
             scales |= {lora.scale for m in attachment.mixtures for lora in m.bound.loras}
     assert scales == {16 / math.sqrt(3 + 4)}  # of a generalist and a specialist as configured
+
+
+@pytest.mark.parametrize(
+    "experts, entries, total",
+    [
+        ({"specialists": 0}, {"ada": {"specialists": 1}, "bob": {}}, 2),
+        ({"specialists": 0}, {"ada": {}, "bob": {}}, 2),
+        ({}, {"ada": {"rank": 3}, "bob": {"rank": 3, "specialists": 0}}, 5),
+        ({}, {"ada": {"rank": 3}, "bob": {"rank": 3, "specialists": 3}}, 5),
+        ({}, {"ada": {"specialist_rank": 7}, "bob": {}}, 4),
+        ({"generalists": 2}, {"ada": {"specialists": 0}, "bob": {}}, 6),
+    ],
+)
+def test_all_clients_of_a_config_have_that_scale_and_what_is_sent_has_it_too(
+    tmp_path, experts, entries, total
+):
+    experts = {"rank": 2, "specialist_rank": 2, **experts}
+    run = start_engine(run_config(tmp_path, entries=entries, experts=experts))
+    for client in run.clients.values():
+        own = client.train_state.tensors
+        sent = {slot: t for slot, t in own.items() if client.method.shares(slot)}
+        for tensors in (own, sent):
+            client.attachment.bind(tensors, beside_others=True)
+            loras = [lora for m in client.attachment.mixtures for lora in m.bound.loras]
+            assert {lora.scale for lora in loras} == {16 / math.sqrt(total)}, client.name
+
+
+@pytest.mark.parametrize("method", ["comigs-others", "fedalt"])
+@pytest.mark.parametrize("spelling", ["all", "each"])
+def test_where_nothing_is_on_top_an_own_expert_has_its_own_scale(tmp_path, method, spelling):
+    """However it is said that no client has specialists."""
+    experts, entries = {"rank": 3, "specialists": 0}, {}
+    if spelling == "each":
+        experts, entries = {"rank": 3}, {name: {"specialists": 0} for name in ("ada", "bob")}
+    run = start_engine(run_config(tmp_path, entries=entries, method=method, experts=experts))
+    client = run.clients["ada"]
+    client.attachment.bind(client.train_state.tensors)
+    loras = [lora for m in client.attachment.mixtures for lora in m.bound.loras]
+    assert {lora.scale for lora in loras} == {16 / math.sqrt(3)}
 
 
 @pytest.mark.parametrize("generalists", [1, 2])

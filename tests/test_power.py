@@ -8,14 +8,18 @@ import pytest
 import torch
 
 from comigs.app import api
+from comigs.app.routes import routes
 from comigs.bases.load import load_base
 from comigs.client.client import Client
 from comigs.client.power import lost, with_specialists
+from comigs.client.state import new_train_state
 from comigs.config import parse_config
 from comigs.data.prepare import prepare
-from comigs.engines.client_task import workplace
+from comigs.engines.client_task import run_task, workplace
 from comigs.errors import UserError
 from comigs.methods.loading import load_method
+from comigs.personal.routes.weights import shared_experts
+from comigs.server.protocol import Task
 from comigs.slots import Slot
 from tests.conftest import APART, run_config
 from tests.local_grid import Federation
@@ -157,6 +161,37 @@ def test_a_client_gains_and_loses_in_a_run_which_can_be_used_after(changing):
     model = api.open_personal_model(folder, "ada")
     assert {slot.part for slot in model.tensors} == {"g0", "rest", "router", "attention"}
     model.close()
+
+
+def test_routes_of_a_client_that_has_gained_or_lost_are_those_of_its_model(tmp_path):
+    power = {"clients": {"ada": {"specialists": [[2, 3]]}, "bob": {"specialists": [[2, 1]]}}}
+    more = {"evaluation": {"keep": "last"}, "experts": {"specialists": 2}, "rounds": 2}
+    config = run_config(tmp_path / "text", "ada bob", conditions=power, **more)
+    folder = api.run(config, tmp_path / "run")
+    lines = [line for line in folder.metrics() if line.kind == "evaluation" and line.round == 2]
+    assert len(lines) >= 2
+    for name, experts in (("ada", 4), ("bob", 2)):
+        (line,) = [x for x in lines if x.client == name and x.split == "test"]
+        assert len(line.expert_share_by_layer[0]) == experts
+        assert shared_experts(folder, name) == [experts - 1]
+        assert len(routes([folder.path], [name])) == 1
+
+
+def test_in_the_exchange_of_a_gain_the_model_before_it_is_measured_and_kept(tmp_path):
+    config = run_config(tmp_path, "ada", evaluation={"every": 1}, rounds=4)
+    base = load_base(config.base)
+    place = workplace(config, load_method(config), base)
+    client = Client("ada", place, prepare(config, base.encoder).load("ada"))
+    client.train(1, lambda level, nats: None)
+    nats = client.evaluate("valid").nats_per_token
+    task = Task(round=2, train=True, evaluate=("valid",), evaluate_base=())
+    richer, _ = run_task(client, task, {}, lambda event: None, specialists=2)
+    assert richer.shape.specialists == 2 and richer.best.round == 1
+    assert richer.best.nats == nats and richer.adopted_share == client.adopted_share
+    kept = {Slot.parse(name): tensor for name, tensor in richer.best.tensors().items()}
+    assert "s1" not in {slot.part for slot in kept}
+    client.train_state = new_train_state(kept, config.client)
+    assert client.evaluate("valid").nats_per_token == nats
 
 
 def test_a_best_round_outlives_a_change_of_power_where_there_is_room_for_it(tmp_path):

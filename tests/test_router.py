@@ -20,20 +20,21 @@ def random_logits(num_experts, num_tokens=50):
     )
 
 
-def numpy_weights(logits_TE, top_k):
+def numpy_weights(logits_TE, top_k, chosen_by_TE=None):
     """Softmax over the K largest logits; K = 1: the largest of the softmax over all."""
     weights_TE = np.zeros_like(logits_TE)
+    by_TE = logits_TE if chosen_by_TE is None or top_k == 1 else chosen_by_TE
     for t, row in enumerate(logits_TE):
-        best = np.argsort(row)[::-1][:top_k]
+        best = np.argsort(by_TE[t])[::-1][:top_k]
         among = row if top_k == 1 else row[best]
         weights_TE[t, best] = np.exp(row[best]) / np.exp(among).sum()
     return weights_TE
 
 
-def numpy_balance(logits_TE, top_k, share):
+def numpy_balance(logits_TE, top_k, share, chosen_by_TE=None):
     """METHOD: density_e, p_e and factor_e, then E^2 * mean_e of their product."""
     T, E = logits_TE.shape
-    weights_TE = numpy_weights(logits_TE, top_k)
+    weights_TE = numpy_weights(logits_TE, top_k, chosen_by_TE)
     chosen_TE = weights_TE > 0
     density_E = chosen_TE.sum(axis=0) / T / top_k
     z_TE = np.where(chosen_TE, logits_TE, 0.0)
@@ -175,7 +176,7 @@ def test_a_router_that_is_partly_open_mixes_the_weights_of_two(num_experts, top_
     logits = random_logits(num_experts)
     weights = route_gated(logits, top_k, torch.tensor([share])).weights_TE
     behind = np.append(np.zeros(num_experts - 1), -np.log(9))
-    expected = share * numpy_weights(logits.numpy() + behind, top_k)
+    expected = share * numpy_weights(logits.numpy() + behind, top_k, logits.numpy())
     alone = np.ones((len(logits), 1))  # the only one has all the weight
     others = num_experts - 1
     closed = numpy_weights(logits.numpy()[:, :-1], min(top_k, others)) if others > 1 else alone
@@ -184,7 +185,19 @@ def test_a_router_that_is_partly_open_mixes_the_weights_of_two(num_experts, top_
     np.testing.assert_allclose(weights.sum(dim=-1).numpy(), 1, atol=1e-6)
 
 
-def test_the_rest_of_the_world_starts_with_a_tenth_of_the_weight():
+def test_the_others_are_chosen_as_often_as_anybody_and_learn():
+    """Beside two own experts, of which a token uses two, they would start log 9 too late."""
+    logits_TE = torch.randn(3000, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    routing = route_gated(logits_TE, 2, torch.ones(1))
+    assert routing.selected_TE.double().mean(dim=0) == pytest.approx([2 / 3] * 3, abs=0.03)
+    (routing.weights_TE[:, -1].sum()).backward()
+    assert logits_TE.grad[:, -1].count_nonzero() > 1900
+    # as much as they would have of two that are equal
+    equal = route_gated(torch.tensor([[0.0, -1.0, 0.0]]), 2, torch.ones(1)).weights_TE
+    np.testing.assert_allclose(equal, [[0.9, 0.0, 0.1]], atol=1e-6)
+
+
+def test_the_others_start_with_a_tenth_of_the_weight():
     weights = route_gated(torch.zeros(3, 2), 2, torch.ones(1)).weights_TE
     np.testing.assert_allclose(weights.numpy(), np.tile([0.9, 0.1], (3, 1)), atol=1e-6)
 
@@ -198,11 +211,12 @@ def test_the_balance_of_a_router_that_is_partly_open_is_that_of_two(
     logits_TE = random_logits(num_experts).requires_grad_()
     loss = balance_loss(route_gated(logits_TE, top_k, torch.tensor([gate])), share)
     lead = np.eye(num_experts)[-1] * np.log(9)
-    of_all = numpy_balance(logits_TE.detach().numpy() - lead, top_k, share)
+    logits = logits_TE.detach().numpy()
+    of_all = numpy_balance(logits - lead, top_k, share, logits)
     own = num_experts - 1
     closed = 1.0  # of an expert that is the only one
     if own > 1:
-        closed = numpy_balance(logits_TE.detach().numpy()[:, :-1], min(top_k, own), share)
+        closed = numpy_balance(logits[:, :-1], min(top_k, own), share)
     assert float(loss.detach()) == pytest.approx(gate * of_all + (1 - gate) * closed, rel=1e-6)
     loss.backward()
     assert gate or not logits_TE.grad[:, -1].any()  # who is shut out is not balanced

@@ -17,11 +17,10 @@ import torch
 from comigs.app import api
 from comigs.bases.load import load_base
 from comigs.client.client import Client
-from comigs.client.workplace import Workplace
+from comigs.client.workplace import Workplace, attach
 from comigs.data.prepare import prepare_client
 from comigs.engines.client_task import run_task
 from comigs.errors import UserError
-from comigs.experts.attach import Attachment
 from comigs.federation.device import trainer_socket
 from comigs.federation.messages import (
     Answered,
@@ -55,9 +54,9 @@ def test_it_answers_as_a_client_in_process_would(setting, tmp_path):
     head, tensors = setting.ask()
     config, base = setting.config, load_base(setting.config.base)
     method = load_method(config)
-    with Attachment(base.model, base.architecture, config.experts) as attachment:
+    with attach(config, method, base) as attachment:
         data = prepare_client(config, "ada", base.encoder)
-        reply = run_task(
+        _, reply = run_task(
             Client("ada", Workplace(config, method, base, attachment), data),
             Task(1, True, (), ("valid", "test")),
             {},

@@ -20,6 +20,7 @@ from torch import Tensor
 from comigs.app.setup import Say, ignore, load, read_texts, say_unread
 from comigs.bases.load import Base
 from comigs.client.evaluate import measure
+from comigs.client.workplace import attach
 from comigs.config import Config
 from comigs.data.batches import Batch
 from comigs.data.canaries import Canary, PlantedTexts, make_up
@@ -162,8 +163,7 @@ def _rows(
     """Return what can be told from uploads, from what everybody gets, and from personal models."""
     scores: dict[str, list[Score]] = {UPLOAD: [], SHARED: [], PERSONAL: []}
     reference: dict[str, list[float]] = {}
-    summed = method.mixing == "sum"
-    with Attachment(base.model, base.architecture, config.experts, summed=summed) as attachment:
+    with attach(config, method, base) as attachment:
         for name, of_client in canaries.items():
             reference[name] = _nats(attachment, base, {}, of_client)
             shape = method.shape(config.shape_of(config.client_named(name)))

@@ -184,9 +184,11 @@ def budgets(config: Config, base: Base) -> dict[str, Budget]:
     for name in names:
         trained, router = {}, {}
         for slot, dims in shapes[name].items():
+            if slot.is_frozen:
+                continue
             if slot.role == "router":
                 router[slot] = dims
-            elif not slot.is_frozen and (method.trains(slot, 1) or method.trains(slot, 2)):
+            elif method.trains(slot, 1) or method.trains(slot, 2):
                 trained[slot] = dims
         result[name] = Budget(
             trained_parameters=num_scalars(trained),

@@ -15,6 +15,7 @@ from comigs import csrc
 from comigs.app.privacy import privacy_lines
 from comigs.bases.load import Base, fast_at_bfloat16, load_base, require_window
 from comigs.bases.packed import num_parameters
+from comigs.client.workplace import attach
 from comigs.config import SPLITS, Config
 from comigs.data.prepare import Texts, prepare
 from comigs.engines.workers import devices
@@ -133,7 +134,5 @@ def everybody_trains(config: Config) -> bool:
 def attached(config: Config, base: Base) -> Iterator[tuple[Attachment, dict[str, Shapes]]]:
     """Attach experts to the base, and give them with the shapes of every client's tensors."""
     method = load_method(config)
-    with Attachment(
-        base.model, base.architecture, config.experts, method.mixing == "sum", config.base.recompute
-    ) as attachment:
+    with attach(config, method, base, config.base.recompute) as attachment:
         yield attachment, shapes_of_clients(config, method, attachment)

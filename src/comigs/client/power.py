@@ -66,7 +66,7 @@ def with_specialists(client: Client, number: int | None) -> Client:
     place = Workplace(config, client.method, client.base, client.attachment)
     budget = client.shared.budget if client.shared else None
     changed = Client(client.name, place, client.data, rescaled(state, factor), budget)
-    changed.is_trainer = client.is_trainer
+    changed.is_trainer, changed.adopted_share = client.is_trainer, client.adopted_share
     # The best round so far is on the disk, if anywhere, and counts where there is room for it.
     if client.best and num_specialists(client.best.tensors()) <= number:
         changed.best = client.best

@@ -21,3 +21,15 @@ class Workplace:
     method: Method
     base: Base
     attachment: Attachment
+
+
+def attach(config: Config, method: Method, base: Base, recompute: bool = False) -> Attachment:
+    """Put experts on a base as a method mixes them."""
+    return Attachment(
+        base.model,
+        base.architecture,
+        config.experts,
+        summed=method.mixing == "sum",
+        recompute=recompute,
+        on_top=method.on_top,
+    )

@@ -14,12 +14,12 @@ from comigs.bases.load import Base
 from comigs.client.best_round import BestRound
 from comigs.client.client import Client
 from comigs.client.evaluate import Measurement
+from comigs.client.power import with_specialists
 from comigs.client.round_log import RoundLog
 from comigs.client.state import new_train_state
-from comigs.client.workplace import Workplace
+from comigs.client.workplace import Workplace, attach
 from comigs.config import Config, Split
 from comigs.data.sampling import Level
-from comigs.experts.attach import Attachment
 from comigs.methods.method import Download, Method, Upload
 from comigs.processes import peak_memory
 from comigs.runs.metrics import ClientReport, Evaluation, Kept, Step, Timing, TrainReport
@@ -29,11 +29,7 @@ from comigs.slots import Slot
 
 def workplace(config: Config, method: Method, base: Base) -> Workplace:
     """Attach the experts that clients of a config have to a base; return where clients can work."""
-    summed = method.mixing == "sum"
-    attachment = Attachment(
-        base.model, base.architecture, config.experts, summed, config.base.recompute
-    )
-    return Workplace(config, method, base, attachment)
+    return Workplace(config, method, base, attach(config, method, base, config.base.recompute))
 
 
 def measure_base(client: Client, split: Split) -> Measurement:
@@ -47,10 +43,12 @@ def run_task(
     download: Download,
     report: Report,
     base_evaluation: Callable[[Client, Split], Measurement] = measure_base,
-) -> Reply:
-    """Do one exchange at the client's end; return the client's reply.
+    specialists: int | None = None,
+) -> tuple[Client, Reply]:
+    """Do one exchange at the client's end; return the client after it, and its reply.
 
     report: called with each step as it is done. base_evaluation: measures the base alone.
+    specialists: with how many it trains from now on; None: with those it has.
     """
     start = time.perf_counter()
     metrics: list[ClientReport] = []
@@ -75,6 +73,8 @@ def run_task(
     # Where text is centralized, one client trains for all; the others come here, too.
     speed: float | None = None
     upload: Upload | None = None
+    if task.train:
+        client = with_specialists(client, specialists)
     if task.train and client.is_trainer:
         began, step = time.perf_counter(), 0
 
@@ -96,7 +96,7 @@ def run_task(
         peak_memory_bytes=_peak_memory(),
     )
     tokens = sum(store.num_tokens for store in client.data.train)
-    return Reply(upload, metrics, timing, tokens, task.round)
+    return client, Reply(upload, metrics, timing, tokens, task.round)
 
 
 def go_back(client: Client, best: BestRound, last: Evaluation) -> Kept:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from comigs.client.client import Client
-from comigs.client.power import with_specialists
 from comigs.client.state import STATE
 from comigs.client.workplace import Workplace
 from comigs.data.prepare import Texts
@@ -65,9 +64,10 @@ class ClientHost:
     def exchange(self, name: str, task: Task, download: Download) -> Reply:
         """Do one client's exchange, from the disk and back to the disk; return its reply."""
         client, received = self.client(name), as_received(download, self.config.upload.format)
-        if task.train:
-            client = with_specialists(client, self.weather.specialists(name, task.round))
-        reply = run_task(client, task, received, self.report, cached_base_evaluation)
+        specialists = self.weather.specialists(name, task.round)
+        client, reply = run_task(
+            client, task, received, self.report, cached_base_evaluation, specialists
+        )
 
         # The client leaves the base with all that it is; after the last round only its model stays.
         state = client.state()

@@ -33,7 +33,7 @@ class Attachment:
 
     It is on `model` until `detach()`, or until it ends as a context. Where `summed`, a client's
     experts are one expert, whose LoRA is the sum of theirs. Where it is to `recompute`, training
-    keeps of each block what goes in.
+    keeps of each block what goes in. on_top: as `Method.on_top`.
     """
 
     def __init__(
@@ -43,11 +43,12 @@ class Attachment:
         settings: ExpertsSection,
         summed: bool = False,
         recompute: bool = False,
+        on_top: bool = False,
     ) -> None:
         self.model = model
         self.architecture = architecture
         self.settings = settings
-        self.summed = summed
+        self.summed, self.on_top = summed, on_top
         self.mixtures: list[Mixture] = []
         self.attention: list[dict[str, LoraLinear]] = []
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
@@ -197,19 +198,17 @@ class Attachment:
         """Return the factor of a part's LoRA among these experts. ranks: by part.
 
         Beside the others' expert all have one scale, by which everybody's generalists are the same
-        at every client: that of an own expert with the configured specialist, however many of what
-        rank a client has.
+        at every client: that of its generalists, and where specialists are on top, of them with one
+        specialist as [experts] has it, however many of what rank a client has.
         """
         rank, sharing = ranks[part], len(experts)
         if self.summed:
             sharing = len(ranks)
         elif (OTHERS,) in experts:
-            own, settings = experts[0], self.settings
-            rank, sharing = sum(ranks[part] for part in own if part.startswith("g")), 1
-            # A client may have lost all that the others have on top of the same generalists.
-            lost = settings.specialists > 0 and rank == settings.generalists * settings.rank
-            if lost or own[-1].startswith("s"):
-                rank += settings.specialist_rank
+            generalists = [part for part in experts[0] if part.startswith("g")]
+            rank, sharing = sum(ranks[part] for part in generalists), 1
+            if self.on_top and self.settings.specialists:
+                rank += self.settings.specialist_rank
         if routed:
             sharing = min(self.settings.top_k, sharing)
         scale = self.settings.scale(rank)

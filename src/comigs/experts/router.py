@@ -57,17 +57,18 @@ class Routing:
         return torch.cat([counts_1E, F.pad(self.closed.choices(), (0, 1))])
 
 
-def route(logits_TE: Tensor, top_k: int) -> Routing:
+def route(logits_TE: Tensor, top_k: int, chosen_by_TE: Tensor | None = None) -> Routing:
     """Return the token-choice top-k routing (CoMiGS, section 3).
 
     K >= 2: softmax over the K largest logits, so the weights sum to 1. K = 1: the largest of the
-    softmax over all E, which is below 1 and so gives the router a gradient.
+    softmax over all E, which is below 1 and so gives the router a gradient. chosen_by_TE: whose K
+    largest it is, where not of the logits.
     """
     if top_k == logits_TE.shape[-1] > 1:  # nothing is left out
         selected_TE = torch.ones_like(logits_TE, dtype=torch.bool)
         weights_TE = logits_TE.softmax(dim=-1, dtype=torch.float32)
         return Routing(logits_TE, weights_TE, selected_TE, top_k)
-    best_TK = logits_TE.topk(top_k, dim=-1).indices
+    best_TK = (logits_TE if chosen_by_TE is None else chosen_by_TE).topk(top_k, dim=-1).indices
     selected_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, best_TK, True)
     if top_k == 1:
         weights_TE = logits_TE.softmax(dim=-1).masked_fill(~selected_TE, 0.0)
@@ -83,10 +84,12 @@ def route_gated(logits_TE: Tensor, top_k: int, gate: Tensor) -> Routing:
     """Return the routing of a router that is open to its last expert as far as `gate`, in 0 to 1.
 
     The weights are (1 - gate) times those of a router that knows the other experts only, plus gate
-    times those of one that knows all, where the last expert starts `LEAD` behind.
+    times those of one that knows all, where the last expert starts `LEAD` behind. Whether it is one
+    of the K >= 2 of a token is decided without that, or else it would never be, nor learn to be.
     """
     others_TE = logits_TE[:, :-1]
-    of_all = route(torch.cat([others_TE, logits_TE[:, -1:] - LEAD], dim=-1), top_k)
+    behind_TE = torch.cat([others_TE, logits_TE[:, -1:] - LEAD], dim=-1)
+    of_all = route(behind_TE, top_k, chosen_by_TE=logits_TE if top_k > 1 else None)
     of_others = route(others_TE, min(top_k, others_TE.shape[1]))
     closed_TE = F.pad(of_others.weights_TE.to(of_all.weights_TE), (0, 1))
     weights_TE = torch.lerp(closed_TE, of_all.weights_TE, gate.to(closed_TE))

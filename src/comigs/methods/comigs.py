@@ -80,8 +80,7 @@ def method(config: Config) -> Method:
     if settings.finish == "valid":
         shapes = [method.shape(config.shape_of(client)) for client in config.clients]
         most = max(len(shape.parts) for shape in shapes)
-        looks = max(method.looks, most_candidates(most))
-        method = replace(method, finish=best_on_valid, looks=looks)
+        method = replace(method, finish=best_on_valid, last_looks=most_candidates(most))
     return method
 
 
@@ -133,6 +132,7 @@ def beside_the_mean(config: Config, settings: Options) -> Method:
         summary="generalists averaged, with specialists on top at home, "
         "where a router weighs own against everybody's (bi-level)",
         shape=on_top,
+        on_top=True,
         schedule="both",
         mix=mix_beside_others,
     )

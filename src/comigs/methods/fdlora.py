@@ -51,7 +51,7 @@ def method(config: Config) -> Method:
         paper="2406.07925",
         mixing="sum",
         finish=finish,
-        looks=settings.evaluations,
+        last_looks=settings.evaluations,
         leaks="its shared LoRA learns through the personal one, which has learnt from all text",
     )
 

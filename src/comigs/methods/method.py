@@ -88,6 +88,7 @@ class Method:
     trains(slot, round): whether a slot that is not frozen is trained in that round (from 1).
     mixing: "routed" by the router; "uniform": the mean of all experts; "sum": one expert, whose
         LoRA is their sum.
+    on_top: whether specialists are on top of generalists, whose scale counts one of them, then.
     schedule: "alternating" trains the router by itself, every `router_every` local steps
         (bi-level); "joint" trains it with the experts on train; "both" does both.
     penalty(tensors, anchor): is added to the loss of local steps. The anchor is the tensors as the
@@ -101,7 +102,7 @@ class Method:
         and sets B to zero.
     probe: the number of windows of its valid, drawn anew each round, on which a client compares
         models.
-    looks: how many times `mix` or `finish` measures at most.
+    looks, last_looks: how many times `mix`, and `finish`, measure at most.
     reads_peers: whether each client measures every other's upload (RoundContext.peer_nats).
     mix(own, download, nats): returns what a client writes of a download that it may weigh against
         its own tensors first, and how far towards the download that is. nats: on `probe` windows.
@@ -125,6 +126,7 @@ class Method:
     shape: Callable[[ExpertShape], ExpertShape] = lambda shape: shape
     trains: Callable[[Slot, int], bool] = lambda slot, round: True
     mixing: Literal["routed", "uniform", "sum"] = "routed"
+    on_top: bool = False
     schedule: Schedule = "alternating"
     penalty: Callable[[Tensors, Tensors], Tensor] | None = None
     after_training: Callable[[Tensors, Tensors], Tensors] | None = None
@@ -132,6 +134,7 @@ class Method:
     reinitializes: bool = False
     probe: int = 0
     looks: int = 0
+    last_looks: int = 0
     reads_peers: bool = False
     mix: Callable[[Tensors, Download, Nats], Mixed] | None = None
     finish: Callable[[Tensors, Nats], Tensors] | None = None

@@ -85,9 +85,8 @@ def together(choice: Choice) -> Reason:
     """Say of the correction for experts that share a token whether any do."""
     for shape in choice.shapes:
         own = shape.generalists + shape.specialists
-        # Beside the others' expert there is one scale for all.
         if shape.others != "none":
-            own = 1
+            return "beside the others' expert all have one scale"
         if choice.method.mixing == "routed":
             own = min(own, choice.config.experts.top_k)
         if own > 1:

@@ -21,6 +21,7 @@ from comigs.bases.load import Base
 from comigs.bases.usable import separator
 from comigs.client.evaluate import Measurement, evaluate
 from comigs.client.state import load_tensors, shape_as_saved
+from comigs.client.workplace import attach
 from comigs.config import ExpertShape
 from comigs.data.corpus import TokenStore
 from comigs.errors import UserError
@@ -43,9 +44,7 @@ class PersonalModel:
         config, method = folder.config(), load_method(folder.config())
         require_model(folder, client)
         require_same_base(folder, base)
-        self.attachment = Attachment(
-            base.model, base.architecture, config.experts, summed=method.mixing == "sum"
-        )
+        self.attachment = attach(config, method, base)
         self.model, self.tokenizer = base.model, base.tokenizer
         try:
             tensors = client_tensors(folder, client, base, self.attachment)
@@ -193,9 +192,14 @@ def require_same_base(folder: RunFolder, base: Base) -> None:
 
 
 def client_shape(folder: RunFolder, client: str) -> ExpertShape:
-    """Return which experts a client of this run has. Raises UserError where it has no such one."""
+    """Return which experts a client's own model has, as it was saved.
+
+    Raises UserError where the run has no such client, or no model of it.
+    """
     config = folder.config()
-    return load_method(config).shape(config.shape_of(config.client_named(client)))
+    shape = load_method(config).shape(config.shape_of(config.client_named(client)))
+    require_model(folder, client)
+    return shape_as_saved(shape, folder.load(model_path(folder, client)))
 
 
 def client_tensors(
@@ -207,7 +211,6 @@ def client_tensors(
     """
     method, shape = load_method(folder.config()), client_shape(folder, client)
     saved = folder.load(model_path(folder, client))
-    shape = shape_as_saved(shape, saved)
     shapes = attachment.slot_shapes(shape, method.mixing == "routed", method.merges)
     tensors = {slot: torch.empty(size, device=base.device) for slot, size in shapes.items()}
     load_tensors(tensors, saved, client)

@@ -43,32 +43,31 @@ def _distance(a: Tensors, b: Tensors) -> float:
 
 
 def diagnose(
-    history: Sequence[Line], new: Sequence[Line], own_or_others: bool = False
+    history: Sequence[Line], new: Sequence[Line], beside_others: bool = False
 ) -> list[Warned]:
     """Return the warnings for what the `new` lines show in the light of `history`.
 
-    Each sign is told once per client and run. own_or_others: routers weigh a single own expert and
-    the others', where all of either is as it should be.
+    Each sign is told once per client and run. beside_others: a client's last expert is the others',
+    and all of the weight for that, or for what is a client's own, is as it should be.
     """
     known = {(line.sign, line.client) for line in history if isinstance(line, Warned)}
     everything = [*history, *new]
-    found = [*_drifting_generalists(everything, new), *_overfitting(everything, new)]
-    if not own_or_others:
-        found = [*_collapsed_routers(new), *found]
+    found = [*_collapsed_routers(new, beside_others), *_drifting_generalists(everything, new)]
+    found += _overfitting(everything, new)
     return [warning for warning in found if (warning.sign, warning.client) not in known]
 
 
-def _collapsed_routers(new: Sequence[Line]) -> Iterator[Warned]:
+def _collapsed_routers(new: Sequence[Line], beside_others: bool) -> Iterator[Warned]:
     # Each client is told once, with all the layers of its first evaluation that shows it.
     told = set()
     for line in new:
         if not isinstance(line, Evaluation) or line.client in told:
             continue
-        collapsed = [
-            str(layer)
-            for layer, shares in enumerate(line.expert_share_by_layer or ())
-            if max(shares) > COLLAPSED
-        ]
+        collapsed = []
+        for layer, shares in enumerate(line.expert_share_by_layer or ()):
+            own = shares[:-1] if beside_others else shares
+            if len(own) > 1 and max(own) > COLLAPSED * sum(own):
+                collapsed.append(str(layer))
         if collapsed:
             told.add(line.client)
             yield Warned(

@@ -230,13 +230,10 @@ def _deliver_the_last_download(
 
 
 def _diagnosed(server: ServerState, new: list[Line]) -> list[Line]:
-    """Return the signs of going wrong that these lines show.
-
-    Where an own expert stands beside the others', all the weight of either is no sign.
-    """
+    """Return the signs of going wrong that these lines show."""
     shapes = [server.method.shape(server.config.shape_of(c)) for c in server.config.clients]
-    own_or_others = any(shape.others != "none" for shape in shapes)
-    return [*diagnose(server.history, new, own_or_others)]
+    beside_others = any(shape.others != "none" for shape in shapes)
+    return [*diagnose(server.history, new, beside_others)]
 
 
 def task_of(config: Config, round: int, base_known: bool) -> Task:

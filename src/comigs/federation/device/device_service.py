@@ -24,7 +24,6 @@ from torch import Tensor
 from comigs.bases.load import Base, as_fast, load_base, require_window
 from comigs.client.client import Client
 from comigs.client.estimate import Throughput
-from comigs.client.power import with_specialists
 from comigs.config import NAMED_BASES, BaseSection, Config, Text, parse_config
 from comigs.data.prepare import ClientData, prepare_client
 from comigs.engines.client_task import run_task, workplace
@@ -143,8 +142,6 @@ class Trainer:
                 return probe(request, tensors, run, client(run.state()))
             budget = run.budget(data, self.device.home, self.device.limits.epsilon)
             started = client(run.state(), budget)
-            if request.train:
-                started = with_specialists(started, self.device.specialists)
             return self._exchange(request, tensors, run, started, device_sum)
 
     def _plan(self, request: Request) -> tuple[Config, Method]:
@@ -251,7 +248,8 @@ class Trainer:
         download = read_download(tensors)
         residual: Mapping[Slot, Tensor] = {}
         with refusing("loss"):
-            reply = run_task(client, request.task, run.unseen(download, request.since), self.report)
+            unseen, number = run.unseen(download, request.since), self.device.specialists
+            client, reply = run_task(client, request.task, unseen, self.report, specialists=number)
             if device_sum is not None and reply.upload:
                 sent = device_sum.mask(request, tensors, reply.upload, download)
             else:

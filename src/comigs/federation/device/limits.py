@@ -250,7 +250,7 @@ class Work:
         looks = request.probed or (method.looks if method.mix is not None else 0)
         read += looks * method.probe * config.data.sequence_length
         if method.finish is not None and not request.train:
-            read += method.looks * tokens["valid"]
+            read += method.last_looks * tokens["valid"]
         # The round that is kept may be an earlier one than that which is measured anyway.
         if config.evaluation.keep == "best" and not request.train:
             read += tokens["test"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from comigs.bases.load import Base
+from comigs.client.workplace import attach
 from comigs.experts.attach import Attachment
 from comigs.experts.packed import PackedExperts, PackedLora
 from comigs.methods.loading import load_method
@@ -53,8 +54,7 @@ def read_client(folder: RunFolder, client: str, base: Base, name: str, number: i
     UserError.
     """
     config = folder.config()
-    summed = load_method(config).mixing == "sum"
-    with Attachment(base.model, base.architecture, config.experts, summed) as attachment:
+    with attach(config, load_method(config), base) as attachment:
         attachment.bind(client_tensors(folder, client, base, attachment))
         return pack(attachment, name, number, base.dtype)
 
