@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import tomli_w
@@ -37,7 +38,7 @@ from comigs.federation.device.join import Owner, join, text_of
 from comigs.federation.operator import admin, flwr_cli
 from comigs.federation.operator.folder import Federation
 from comigs.federation.operator.run import check, resume, run
-from comigs.federation.operator.server import require_free_port
+from comigs.federation.operator.server import free_port, require_free_port
 from comigs.federation.security import pki
 from comigs.federation.supervisor import Supervisor, keep, wait_until
 from comigs.processes import is_locked, locked
@@ -353,6 +354,16 @@ def test_a_lock_has_one_holder(tmp_path):
 def test_a_taken_port_is_named():
     with serving(None) as port:
         assert f"port {port}" in problem(require_free_port, "127.0.0.1", port)
+
+
+def test_a_free_port_is_none_that_a_connection_may_be_given():
+    """A client that knocks at one of those may get that very port, and hold it (seen once)."""
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(given.read_text().split()[0]) if given.exists() else 32768
+    for _ in range(20):
+        port = free_port()
+        require_free_port("127.0.0.1", port)
+        assert 1024 < port < first
 
 
 # What a config has to be

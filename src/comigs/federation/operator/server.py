@@ -4,11 +4,12 @@ gateway that devices reach.
 
 from __future__ import annotations
 
+import random
 import re
 import socket
 import ssl
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from comigs.processes import locked
 Say = Callable[[str], None]
 # By which we reach ourselves where all addresses are listened on.
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+PORTS = range(20000, 32768)  # of programs that ask for any
 NODE = re.compile(r"\[Fleet\.(Activate|Deactivate)Node\] \w+ node_id=(\d+)")
 
 
@@ -74,10 +76,17 @@ def require_free_port(listen: str, port: int) -> None:
 
 
 def free_port() -> int:
-    """Return a port of the loopback that nobody uses now."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of the loopback that nobody uses now.
+
+    It is none of those that systems give to connections (Linux: from 32768 on). Who knocks at such
+    a port before its server is there may be given that very port, and then holds it, connected with
+    itself, so that the server finds it taken.
+    """
+    for port in random.sample(PORTS, len(PORTS)):
+        with closing(socket.socket()) as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise UserError(f"ports {PORTS[0]} to {PORTS[-1]} of 127.0.0.1: none is free")
 
 
 def _superlink(port: int) -> list[str]:
