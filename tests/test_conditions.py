@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from comigs.config import parse_config
 from comigs.engines.conditions.network import DROPPED, Message, Network, Work
 from comigs.engines.conditions.weather import Weather
 from comigs.errors import Stopped, UserError
+from comigs.experiments.compare.settings import Setting
+from comigs.experiments.compare.simulated import final_valid, hours_to, mean_by_hour
+from comigs.experiments.run_data import RunData
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import RoundEnd
 from comigs.server.dispatch import Dispatcher, Polling, Question
@@ -311,6 +315,20 @@ def test_the_report_has_a_timeline_and_a_comparison_hours_and_work_lost(runs, tm
     written = write_comparison(compared, tmp_path / "out")
     assert any(path.name == "by-hours.svg" for path in written)
     assert "Against simulated hours" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_a_client_that_is_away_counts_as_it_was_last_measured_and_at_first_as_the_base():
+    config = parse_config({"clients": [{"name": name, "text": name} for name in ("ada", "bob")]})
+    rounds = [{"round": 0, "client": name, "valid_perplexity": 100.0} for name in ("ada", "bob")]
+    for round, seen in ((1, {"ada": 60.0}), (2, {"ada": 50.0, "bob": 80.0}), (3, {"bob": 40.0})):
+        rounds.append({"round": round, "client": None, "simulated_seconds": 3600.0 * round})
+        rounds += [{"round": round, "client": n, "valid_perplexity": v} for n, v in seen.items()]
+    run = RunData(Path("run"), config, {}, True, 3, (), tuple(rounds))
+    setting = Setting("comigs", "comigs", {}, {}, {42: run})
+    points = [(hours, value.mean) for hours, value in mean_by_hour(setting, "perplexity")]
+    assert points == [(1.0, 80.0), (2.0, 65.0), (3.0, 45.0)]
+    assert hours_to(setting, "perplexity", 70.0) == 2.0
+    assert final_valid(setting, "perplexity") == 45.0
 
 
 @pytest.mark.slow

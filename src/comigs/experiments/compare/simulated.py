@@ -33,14 +33,13 @@ def simulated_costs(setting: Setting) -> dict[str, float | None]:
 def mean_by_hour(setting: Setting, metric: str) -> list[tuple[float, Spread]]:
     """Return (hours, mean over clients on the valid text, over seeds) of each round.
 
-    A client that was not measured in a round counts as it was last measured: so is its model. Hours
-    are means over seeds.
+    A client that was not measured in a round, as it was away, counts as it was last measured, and
+    as the base until it was. Hours are means over seeds.
     """
-    # A run counts only from the round on in which every client has been measured.
     hours: dict[int, list[float]] = {}
     means: dict[int, list[float]] = {}
     for run in setting.runs.values():
-        cells = [row for row in run.rounds if row["round"] > 0 and row["client"] is not None]
+        cells = [row for row in run.rounds if row["client"] is not None]
         frame = pd.DataFrame(
             [(row["round"], row["client"], row.get(f"valid_{metric}")) for row in cells],
             columns=["round", "client", "value"],
