@@ -38,7 +38,7 @@ that has none, is refused where it would make another run than was asked for, el
 def kind(annotation: Any) -> str:
     """Return a field's type in words; None is left out, as the default says it."""
     options = [a for a in get_args(annotation) if a not in (type(None), Ellipsis)]
-    if get_origin(annotation) is dict or get_origin(annotation) is Mapping:
+    if get_origin(annotation) in (dict, Mapping):
         return f"table of {kind(options[1])}".replace("of section", "of sections")
     if get_origin(annotation) is Literal:
         return ", ".join(f'`"{option}"`' for option in options)

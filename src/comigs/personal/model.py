@@ -5,7 +5,7 @@ It is an ordinary `transformers` model.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
 from threading import Event, Thread, main_thread
@@ -196,10 +196,14 @@ def client_shape(folder: RunFolder, client: str) -> ExpertShape:
 
     Raises UserError where the run has no such client, or no model of it.
     """
+    require_model(folder, client)
+    return _shape_of(folder, client, folder.load(model_path(folder, client)))
+
+
+def _shape_of(folder: RunFolder, client: str, saved: Mapping[str, Tensor]) -> ExpertShape:
     config = folder.config()
     shape = load_method(config).shape(config.shape_of(config.client_named(client)))
-    require_model(folder, client)
-    return shape_as_saved(shape, folder.load(model_path(folder, client)))
+    return shape_as_saved(shape, saved)
 
 
 def client_tensors(
@@ -209,8 +213,9 @@ def client_tensors(
 
     attachment: with the run's settings of experts.
     """
-    method, shape = load_method(folder.config()), client_shape(folder, client)
-    saved = folder.load(model_path(folder, client))
+    require_model(folder, client)
+    method, saved = load_method(folder.config()), folder.load(model_path(folder, client))
+    shape = _shape_of(folder, client, saved)
     shapes = attachment.slot_shapes(shape, method.mixing == "routed", method.merges)
     tensors = {slot: torch.empty(size, device=base.device) for slot, size in shapes.items()}
     load_tensors(tensors, saved, client)

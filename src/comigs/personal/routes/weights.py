@@ -34,7 +34,7 @@ def shared_experts(folder: RunFolder, client: str) -> list[int]:
         experts = "one expert" if shape.num_experts < 2 else "experts that all weigh the same"
         raise UserError(f"{where} has no router, as it has {experts}; so no token is routed")
     if shape.others != "none":
-        return [shape.num_experts - 1]  # the last
+        return [shape.num_experts - 1]
     if 0 in (shape.generalists, shape.specialists):
         only = "generalists" if shape.generalists else "specialists"
         raise UserError(f"{where} has {only} only; so no token chooses between both kinds")
