@@ -22,7 +22,7 @@ from comigs.client.client import Client
 from comigs.config import BaseSection, Config, ExpertShape, ExpertsSection, parse_config
 from comigs.data.prepare import prepare
 from comigs.engines.in_process import InProcess
-from comigs.experts.attach import Attachment
+from comigs.experts.attach import Attachment, Layout
 from comigs.methods.loading import load_method
 from comigs.runs.folder import RunFolder
 from comigs.slots import Slot
@@ -98,10 +98,14 @@ def random_tensors(
 
 
 def attach(
-    model: Any, architecture: Architecture, top_k: int = 2, on_top: bool = False, **settings: Any
+    model: Any,
+    architecture: Architecture,
+    top_k: int = 2,
+    layout: Layout | None = None,
+    **settings: Any,
 ) -> Attachment:
     section = ExpertsSection(**{"top_k": top_k, "strength": "each", **settings})
-    return Attachment(model, architecture, section, on_top=on_top)
+    return Attachment(model, architecture, section, layout or Layout())
 
 
 def run_config(

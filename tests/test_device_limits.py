@@ -14,8 +14,8 @@ import torch
 
 from comigs.bases.load import load_base
 from comigs.client.estimate import Throughput
+from comigs.client.workplace import workplace
 from comigs.config import BaseSection, Config
-from comigs.engines.client_task import workplace
 from comigs.federation.device import device_service
 from comigs.federation.device.limits import DEFAULTS, REAL, SETTABLE, Limits, Work
 from comigs.federation.messages import LARGEST, UPLOADS, Answered, config_for

@@ -17,7 +17,7 @@ from comigs.bases import llama
 from comigs.bases.load import architecture_of
 from comigs.config import ExpertsSection
 from comigs.experts import activation, hidden_torch
-from comigs.experts.attach import Attachment
+from comigs.experts.attach import Attachment, Layout
 from comigs.slots import Slot
 from tests import naive
 from tests.conftest import attach, copy_of, random_tensors, shape_of, tiny
@@ -159,7 +159,7 @@ def test_experts_whose_sum_adapts_the_base_equal_one_expert_of_all_their_factors
         torch.randint(97, (2, 7), generator=random),
     )
     with Attachment(
-        model, architecture_of(model), ExpertsSection(strength="each"), summed=True
+        model, architecture_of(model), ExpertsSection(strength="each"), Layout(summed=True)
     ) as attachment:
         tensors = random_tensors(attachment, shape, routed=False)
         trained = {slot: t.clone().requires_grad_() for slot, t in tensors.items()}
@@ -448,7 +448,8 @@ def test_experts_that_share_the_weight_evenly_act_like_one_lora_of_all_their_ran
     model, rank = built(model_type), 3
     tokens = torch.randint(97, (2, 7), generator=torch.Generator().manual_seed(0))
     settings = ExpertsSection(top_k=top_k, strength="together")
-    with Attachment(model, architecture_of(model), settings, summed=mixing == "sum") as attachment:
+    layout = Layout(summed=mixing == "sum")
+    with Attachment(model, architecture_of(model), settings, layout) as attachment:
         many = random_tensors(attachment, shape_of(num_experts, 0, rank), routed=mixing == "routed")
         for slot, tensor in many.items():
             if slot.role == "router" or (

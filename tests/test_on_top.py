@@ -13,6 +13,7 @@ import torch
 from comigs.app import api
 from comigs.client.power import with_specialists
 from comigs.errors import UserError
+from comigs.experts.attach import Layout
 from comigs.methods.alone import candidates
 from comigs.methods.comigs import towards
 from comigs.slots import OTHERS, Slot, experts_of
@@ -25,7 +26,7 @@ from tests.test_power import client_of, logits_of
 ON_TOP = {"options": {"specialists": "on-top"}}
 
 
-attach = partial(conftest.attach, on_top=True)
+attach = partial(conftest.attach, layout=Layout(on_top=True))
 
 
 def shape_on_top(specialists, generalists=1, rank=3, specialist_rank=2):
@@ -116,7 +117,7 @@ def test_all_clients_of_a_config_have_that_scale_and_what_is_sent_has_it_too(
         own = client.train_state.tensors
         sent = {slot: t for slot, t in own.items() if client.method.shares(slot)}
         for tensors in (own, sent):
-            client.attachment.bind(tensors, beside_others=True)
+            client.attachment.bind(tensors)
             loras = [lora for m in client.attachment.mixtures for lora in m.bound.loras]
             assert {lora.scale for lora in loras} == {16 / math.sqrt(total)}, client.name
 
@@ -145,14 +146,15 @@ def test_what_is_sent_is_by_itself_the_own_expert_with_nothing_on_top(generalist
             if slot.is_gate or (slot.role == "specialist" and slot.matrix == "B"):
                 tensor.zero_()
 
-        def says(model, **more):
-            attachment.bind(model, **more)
+        def says(model):
+            attachment.bind(model)
             with torch.no_grad():
                 return base.model(torch.arange(18).reshape(2, 9)).logits
 
         expected = says(tensors)
-        torch.testing.assert_close(says(sent, beside_others=True), expected, rtol=0, atol=1e-5)
         assert not torch.allclose(says(sent), expected, atol=1e-3)  # experts of another method
+        attachment.layout = Layout(on_top=True, beside_others=True)
+        torch.testing.assert_close(says(sent), expected, rtol=0, atol=1e-5)
 
 
 def test_the_experts_are_named_in_the_routers_order():
@@ -271,7 +273,7 @@ def test_at_the_end_a_client_may_keep_its_own_expert_its_generalist_or_the_other
             (generalist, ["g0", "g1"]),
             (others, ["rest"]),
         ):
-            attachment.summed = True
+            attachment.layout = Layout(summed=True, on_top=True)
             model = single(parts)
             # Our own experts have one scale, that of their ranks together.
             expected = {
@@ -281,7 +283,7 @@ def test_at_the_end_a_client_may_keep_its_own_expert_its_generalist_or_the_other
                 for slot, t in model.items()
             }
             alone = says(expected)
-            attachment.summed = False
+            attachment.layout = Layout(on_top=True)
             torch.testing.assert_close(says(found), alone, rtol=0, atol=1e-4)
         assert not torch.allclose(says(whole), says(first), atol=1e-3)
         torch.testing.assert_close(says(nothing), says({}))

@@ -13,9 +13,10 @@ from comigs.bases.load import load_base
 from comigs.client.client import Client
 from comigs.client.power import lost, with_specialists
 from comigs.client.state import new_train_state
+from comigs.client.workplace import workplace
 from comigs.config import parse_config
 from comigs.data.prepare import prepare
-from comigs.engines.client_task import run_task, workplace
+from comigs.engines.client_task import run_task
 from comigs.errors import UserError
 from comigs.methods.loading import load_method
 from comigs.personal.routes.weights import shared_experts

@@ -94,7 +94,7 @@ def test_without_noise_and_clip_it_is_two_ordinary_phases_to_the_bit(root):
     adam = torch.optim.AdamW(
         params, betas=client.config.client.betas, weight_decay=0.01, fused=True
     )
-    attachment.bind(shared, beside_others=True)
+    attachment.bind(shared)
     for step in range(3):
         for tensor in params:
             tensor.requires_grad_(True)

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
 
 from comigs.bases.load import Base, architecture_of
 from comigs.errors import UserError
+from comigs.experts.attach import Layout
 from comigs.personal.serve.model import ATTENTION, RowModel
 from comigs.personal.serve.packed import pack
 from comigs.personal.serve.rows import Row, make_pass
@@ -40,7 +41,7 @@ def assert_together_as_alone(base, shapes=SHAPES, chunk=100, mixing="routed", **
     """
     prompts = [prompt_of(number, 4 + 3 * number) for number in range(len(shapes) + 1)]
     with attach(base.model, base.architecture, **settings) as attachment:
-        attachment.summed = mixing == "sum"
+        attachment.layout = Layout(summed=mixing == "sum")
         made = attached_clients(base, attachment, shapes, routed=mixing == "routed")
         made.append(made[0])  # two rows of one client, which are neighbours in a pass
         alone = [

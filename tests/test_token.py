@@ -15,6 +15,7 @@ from comigs.bases import attention
 from comigs.bases.load import architecture_of, set_dtype
 from comigs.bases.packed import PackedLinear, pack
 from comigs.experts import token
+from comigs.experts.attach import Layout
 from comigs.experts.packed import PackedLora
 from tests.conftest import attach, copy_of, random_tensors, same, shape_of
 from tests.families import SMALL, built_from
@@ -142,7 +143,7 @@ def maker(top_k, shape, routed=True, summed=False, merged=False, **settings):
 
     def make(model, dtype):
         attachment = attach(model, architecture_of(model), top_k, **settings)
-        attachment.summed = summed
+        attachment.layout = Layout(summed=summed)
         shapes = attachment.slot_shapes(shape, routed, merges=merged)
         random = torch.Generator().manual_seed(0)
         size = {"A": 0.25, "B": 0.05, "W": 0.3}

@@ -166,9 +166,8 @@ def _rows(
     with attach(config, method, base) as attachment:
         for name, of_client in canaries.items():
             reference[name] = _nats(attachment, base, {}, of_client)
-            shape = method.shape(config.shape_of(config.client_named(name)))
             for what, tensors in _seen(config, method, watched, name).items():
-                nats = _nats(attachment, base, tensors, of_client, shape.others != "none")
+                nats = _nats(attachment, base, tensors, of_client)
                 scores[what] += _scores(name, of_client, nats, reference[name])
 
     # A client's own model is what whoever opens the run gets.
@@ -202,14 +201,10 @@ def _nats(
     base: Base,
     tensors: Tensors,
     canaries: Sequence[Canary],
-    beside_others: bool = False,
 ) -> list[float]:
-    """Return the nats of each canary, from separator to separator, of a model of these tensors.
-
-    beside_others: as in `Attachment.bind`.
-    """
+    """Return the nats of each canary, from separator to separator, of a model of these tensors."""
     on_device = {slot: tensor.to(base.device) for slot, tensor in tensors.items()}
-    attachment.bind(on_device, beside_others=beside_others)
+    attachment.bind(on_device)
     end, found = base.encoder.separator, []
     for ids in base.encoder.encode([canary.text for canary in canaries]):
         inputs, targets = np.array([[end, *ids]]), np.array([[*ids, end]])

@@ -112,9 +112,7 @@ class SharedPart:
         # No specialist and no router is in the forward pass: they have learnt from every document,
         # and each document's gradient would tell of all others through them.
         merged = {slot: tensor for slot, tensor in own.items() if slot.role == "merged"}
-        shape = self.method.shape(self.config.shape_of(self.config.client_named(self.name)))
-        bound = {**merged, **self.tensors}
-        attachment.bind(bound, beside_others=shape.others != "none")
+        attachment.bind({**merged, **self.tensors})
         hooks, missed = self._hooks(round), (round - 1) * self.config.client.steps
         settings = replace(settings, missed=max(0, missed - self._train_state.local_steps))
         log = shared_round(attachment, self._train_state, settings, mechanism, hooks, on_step)

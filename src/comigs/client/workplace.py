@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from comigs.bases.load import Base
 from comigs.config import Config
-from comigs.experts.attach import Attachment
+from comigs.experts.attach import Attachment, Layout
 from comigs.methods.method import Method
 
 
@@ -23,13 +23,16 @@ class Workplace:
     attachment: Attachment
 
 
+def workplace(config: Config, method: Method, base: Base) -> Workplace:
+    """Attach the experts that clients of a config have to a base; return where clients can work."""
+    return Workplace(config, method, base, attach(config, method, base, config.base.recompute))
+
+
 def attach(config: Config, method: Method, base: Base, recompute: bool = False) -> Attachment:
     """Put experts on a base as a method mixes them."""
-    return Attachment(
-        base.model,
-        base.architecture,
-        config.experts,
+    layout = Layout(
         summed=method.mixing == "sum",
-        recompute=recompute,
         on_top=method.on_top,
+        beside_others=method.beside_others(config),
     )
+    return Attachment(base.model, base.architecture, config.experts, layout, recompute)

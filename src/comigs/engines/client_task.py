@@ -10,26 +10,19 @@ from typing import Any, Literal
 
 import torch
 
-from comigs.bases.load import Base
 from comigs.client.best_round import BestRound
 from comigs.client.client import Client
 from comigs.client.evaluate import Measurement
 from comigs.client.power import with_specialists
 from comigs.client.round_log import RoundLog
 from comigs.client.state import new_train_state
-from comigs.client.workplace import Workplace, attach
-from comigs.config import Config, Split
+from comigs.config import Split
 from comigs.data.sampling import Level
-from comigs.methods.method import Download, Method, Upload
+from comigs.methods.method import Download, Upload
 from comigs.processes import peak_memory
 from comigs.runs.metrics import ClientReport, Evaluation, Kept, Step, Timing, TrainReport
 from comigs.server.protocol import Reply, Report, Task
 from comigs.slots import Slot
-
-
-def workplace(config: Config, method: Method, base: Base) -> Workplace:
-    """Attach the experts that clients of a config have to a base; return where clients can work."""
-    return Workplace(config, method, base, attach(config, method, base, config.base.recompute))
 
 
 def measure_base(client: Client, split: Split) -> Measurement:

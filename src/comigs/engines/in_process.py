@@ -12,10 +12,10 @@ from contextlib import suppress
 
 from comigs.bases.load import Base
 from comigs.client.steps import settings_of
+from comigs.client.workplace import workplace
 from comigs.config import Config
 from comigs.data.prepare import Texts
 from comigs.data.sampling import check_text
-from comigs.engines.client_task import workplace
 from comigs.engines.host import ClientHost
 from comigs.engines.upload_store import UploadStore
 from comigs.engines.workers import Worker, Workers

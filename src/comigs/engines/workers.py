@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import torch
 
 from comigs.bases.load import load_base
+from comigs.client.workplace import workplace
 from comigs.config import Config
 from comigs.data.prepare import prepare
-from comigs.engines.client_task import workplace
 from comigs.engines.host import ClientHost
 from comigs.engines.upload_store import StoredUpload, UploadStore
 from comigs.errors import UserError

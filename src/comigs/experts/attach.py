@@ -8,7 +8,7 @@ references, it copies nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,12 +28,24 @@ from comigs.slots import OTHERS, Slot, expert_parts, experts_of
 Dims = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """A layout says how a method puts a client's LoRA together.
+
+    summed: they are one expert, the sum of all. on_top, beside_others: as of `Method`; what a
+    client sends of its experts has the scale that it has beside the others' expert.
+    """
+
+    summed: bool = False
+    on_top: bool = False
+    beside_others: bool = False
+
+
 class Attachment:
     """An attachment is a mixture in place of every MLP, and LoRA on every attention linear.
 
-    It is on `model` until `detach()`, or until it ends as a context. Where `summed`, a client's
-    experts are one expert, whose LoRA is the sum of theirs. Where it is to `recompute`, training
-    keeps of each block what goes in. on_top: as `Method.on_top`.
+    It is on `model` until `detach()`, or until it ends as a context. Where it is to `recompute`,
+    training keeps of each block what goes in.
     """
 
     def __init__(
@@ -41,14 +53,13 @@ class Attachment:
         model: Any,
         architecture: Architecture,
         settings: ExpertsSection,
-        summed: bool = False,
+        layout: Layout = Layout(),
         recompute: bool = False,
-        on_top: bool = False,
     ) -> None:
         self.model = model
         self.architecture = architecture
         self.settings = settings
-        self.summed, self.on_top = summed, on_top
+        self.layout = layout
         self.mixtures: list[Mixture] = []
         self.attention: list[dict[str, LoraLinear]] = []
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
@@ -112,24 +123,17 @@ class Attachment:
                 shapes[Slot(layer, site, "merged", "W")] = (width_out, width_in)
         return shapes
 
-    def bind(
-        self,
-        tensors: Mapping[Slot, Tensor],
-        opening: Tensor | None = None,
-        beside_others: bool = False,
-    ) -> None:
+    def bind(self, tensors: Mapping[Slot, Tensor], opening: Tensor | None = None) -> None:
         """Point the mixtures at a client's tensors, which decide experts, ranks and routing.
 
         opening: (E,) how far the router is open to each expert, from 0 to 1; None: to all.
-        beside_others: whether what `tensors` has are the own experts of a client that has the
-        others' expert beside them, though that is not among them.
         """
         self._is_laid_out = False
         names = {slot.part for slot in tensors if slot.role in ("generalist", "specialist", OTHERS)}
         generalists = sum(name.startswith("g") for name in names)
         specialists = sum(name.startswith("s") for name in names)
         # All blocks have the same experts, in the order in which a router's rows are.
-        beside_others = beside_others or OTHERS in names
+        beside_others = self.layout.beside_others or OTHERS in names
         experts = self.experts_of(expert_parts(generalists, specialists, beside_others))
         for layer, (mixture, adapted) in enumerate(zip(self.mixtures, self.attention, strict=True)):
             mixture.bind(replace(self._block_experts(tensors, layer, experts), opening=opening))
@@ -143,7 +147,7 @@ class Attachment:
 
     def experts_of(self, parts: Sequence[str]) -> list[tuple[str, ...]]:
         """Return the experts that these parts make, in the router's order; one where `summed`."""
-        return [tuple(parts)] if self.summed and parts else experts_of(parts)
+        return [tuple(parts)] if self.layout.summed and parts else experts_of(parts)
 
     def lay_out(self) -> None:
         """Lay the client's tensors out in C for reading one token at a time without gradients.
@@ -202,19 +206,19 @@ class Attachment:
         specialist as [experts] has it, however many of what rank a client has.
         """
         rank, sharing = ranks[part], len(experts)
-        if self.summed:
+        if self.layout.summed:
             sharing = len(ranks)
         elif (OTHERS,) in experts:
             generalists = [part for part in experts[0] if part.startswith("g")]
             rank, sharing = sum(ranks[part] for part in generalists), 1
-            if self.on_top and self.settings.specialists:
+            if self.layout.on_top and self.settings.specialists:
                 rank += self.settings.specialist_rank
         if routed:
             sharing = min(self.settings.top_k, sharing)
         scale = self.settings.scale(rank)
         if self.settings.strength != "together" or sharing <= 1:
             return scale
-        return scale * lowrank.joint_strength(sharing, self.summed)
+        return scale * lowrank.joint_strength(sharing, self.layout.summed)
 
     def unbind(self) -> None:
         """Point at nobody's tensors, which leaves the base alone."""

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from comigs.config import ExpertShape, UploadSection
+from comigs.config import Config, ExpertShape, UploadSection
 from comigs.methods.merging import Key, mean
 from comigs.slots import Slot
 
@@ -142,6 +142,10 @@ class Method:
     weighs: bool = False
     averages: bool = False
     leaks: str = "nobody has shown that what its clients send depends on noised sums alone"
+
+    def beside_others(self, config: Config) -> bool:
+        """Say whether a client has the others' expert beside its own."""
+        return any(self.shape(config.shape_of(c)).others != "none" for c in config.clients)
 
     def sends(self, slot: Slot, round: int) -> bool:
         """Say whether a slot is in a client's upload in a round: it is shared, and was trained."""

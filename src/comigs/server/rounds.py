@@ -231,9 +231,7 @@ def _deliver_the_last_download(
 
 def _diagnosed(server: ServerState, new: list[Line]) -> list[Line]:
     """Return the signs of going wrong that these lines show."""
-    shapes = [server.method.shape(server.config.shape_of(c)) for c in server.config.clients]
-    beside_others = any(shape.others != "none" for shape in shapes)
-    return [*diagnose(server.history, new, beside_others)]
+    return [*diagnose(server.history, new, server.method.beside_others(server.config))]
 
 
 def task_of(config: Config, round: int, base_known: bool) -> Task:

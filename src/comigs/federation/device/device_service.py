@@ -24,9 +24,10 @@ from torch import Tensor
 from comigs.bases.load import Base, as_fast, load_base, require_window
 from comigs.client.client import Client
 from comigs.client.estimate import Throughput
+from comigs.client.workplace import workplace
 from comigs.config import NAMED_BASES, BaseSection, Config, Text, parse_config
 from comigs.data.prepare import ClientData, prepare_client
-from comigs.engines.client_task import run_task, workplace
+from comigs.engines.client_task import run_task
 from comigs.federation import messages
 from comigs.federation.device.device_run import DeviceRun, Refused, open_folder, refusing
 from comigs.federation.device.limits import Limits, Work, require_in_order, require_settable
