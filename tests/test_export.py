@@ -187,6 +187,18 @@ def test_the_model_card_says_what_it_is(tmp_path):
     assert "\n\n\n" not in card and card.startswith("---\nlibrary_name: gguf\n")
 
 
+@pytest.mark.parametrize(
+    ("run", "own"), [("by-document", "attention, generalist 0"), ("fedavg-by-document", "")]
+)
+def test_the_card_of_a_private_run_says_what_was_protected_and_what_was_not(tmp_path, run, own):
+    """The client's own model takes steps without noise; fedavg's ends as everybody's."""
+    exported(trained(run), "peft", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "had differential privacy with epsilon 8 for one document (delta 0.01)." in card
+    kept = f"**yes**: {own}" if own else "nothing that the other participants' server has not seen"
+    assert kept in card, card
+
+
 def test_what_holds_nothing_of_a_client_says_so(tmp_path):
     done = exported(trained("1g1s"), "gguf-base", tmp_path / "base")
     assert done.private_parts == ()

@@ -26,7 +26,10 @@ COMMANDS = {
     "generate": ("--client", "ann", "--prompt", "the cat"),
 }
 TEXTS = ("config.toml", "env.json", METRICS, TIMINGS, "checkpoint.json", "summary.json")
-PAGES = ("report.html", ".lock", ".run-id", ".progress.jsonl", ".answer-0001")
+PAGES = (
+    "report.html", "audit.json", "audit.html", ".lock", ".run-id", ".progress.jsonl",
+    ".answer-0001", ".sum.json", "clients/ann/privacy.json",
+)  # fmt: skip
 FOLDERS = ("clients", "clients/ann", "server", ".scratch")
 TENSORS = (
     "clients/ann/round-0001.experts.safetensors",

@@ -92,6 +92,26 @@ class PrivacySection(Section):
         """Whether the server bounds what it gives back."""
         return self.level == "client"
 
+    @property
+    def promise(self) -> str:
+        """What protects what leaves a client, in a few words."""
+        said = []
+        if self.noise_seed is not None or self.noise_multiplier == 0:
+            said.append("no differential privacy, as it had no noise of its own")
+        elif self.epsilon is not None:
+            said.append(
+                f"differential privacy with epsilon {self.epsilon:g} for one {self.level} (delta "
+                f"{self.delta:g})"
+            )
+        elif self.is_on:
+            said.append(
+                f"differential privacy for one {self.level} with {self.noise_multiplier:g} times "
+                "the noise of clip"
+            )
+        if self.secure_aggregation:
+            said.append("secure aggregation, so that the server saw sums only")
+        return " and ".join(said) or "no differential privacy and no secure aggregation"
+
     def problem(self) -> str:
         """Return what does not fit together in this section, in one line; "" where all does."""
         # Epsilon and noise follow from each other, so that one of both is given where it is on.

@@ -19,7 +19,8 @@ TRACK = "track"  # what trackers write here (docs/track.md)
 TENSORS = rf"(round-[0-9]{{4,}}\.\w+|{PERSONAL})\{SUFFIX}"
 TEXTS = (
     r"(config\.toml|(env|checkpoint|summary|tasks)\.json|(metrics|timings)\.jsonl|report\.html"
-    r"|privacy\.json|\.run-id|\.progress\.jsonl|\.answer-[0-9]{4,})"
+    r"|audit\.(json|html)|privacy\.json|\.sum\.json|\.run-id|\.progress\.jsonl"
+    r"|\.answer-[0-9]{4,})"
 )
 CLIENT = r"[^./][^/]*"
 LEFT = re.compile(  # what a killed process may leave; older versions wrote no letters and digits
@@ -60,7 +61,9 @@ def files_of(folder: ClosedFolder) -> Iterator[str]:
 
 def require_no_links(folder: ClosedFolder) -> None:
     """Raise UserError where anything of a run is a link, before anything is written."""
-    own = re.compile(rf"({TEXTS}|\{LOCK}|\{SCRATCH}|{TRACK}|server|clients)")
+    own = re.compile(
+        rf"({TEXTS}|\{LOCK}|\{SCRATCH}|{TRACK}|server|clients|clients/{CLIENT}/privacy\.json)"
+    )
     for name in files_of(folder):
         if own.fullmatch(name) or is_tensor_file(name):
             folder.refuse_link(name)

@@ -41,19 +41,8 @@ def write_page(path: Path, config: Config, canaries: int, found: Sequence[Row]) 
         rounds=config.rounds,
         steps=config.client.steps,
         canaries=canaries,
-        claimed=claim(config),
+        promise=config.privacy.promise,
+        by_client=config.privacy.by_client,
         rows=table(found),
     )
     return put_page(path, text, "audit")
-
-
-def claim(config: Config) -> str:
-    """Return what the run promises, in a few words."""
-    privacy, said = config.privacy, []
-    if privacy.level != "none" and privacy.epsilon is not None:
-        said.append(f"epsilon {privacy.epsilon:g} for one document (delta {privacy.delta:g})")
-    elif privacy.level != "none":
-        said.append("differential privacy with a given noise")
-    if privacy.secure_aggregation:
-        said.append("sums of uploads only")
-    return " and ".join(said) or "nothing"

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from comigs.bases.load import modules
 from comigs.personal.export.form import Format
 from comigs.personal.export.source import Source
+from comigs.slots import OTHERS
 
 if TYPE_CHECKING:
     from comigs.personal.export.export import Exported
 
 ROLES = {"g": "generalist", "s": "specialist"}
-PROTECTED = "The run had no differential privacy and no secure aggregation."
 
 
 def model_card(source: Source, exported: Exported, form: Format) -> str:
@@ -98,7 +98,7 @@ def names_of(parts: Sequence[str]) -> list[str]:
     """Return the experts for people: "generalist 0", "specialist 0", "the others' expert"."""
     words = []
     for part in parts:
-        if part == "rest":
+        if part == OTHERS:
             words.append("the others' expert (everybody's mean generalist)")
         elif part in ("router", "attention"):
             words.append(part)
@@ -110,12 +110,13 @@ def names_of(parts: Sequence[str]) -> list[str]:
 def privacy(source: Source, exported: Exported) -> str:
     """Say whether what never left the client is in it, and what protects the rest."""
     kept = ", ".join(names_of(list(exported.private_parts)))
+    protected = f"What left clients in the run had {source.model.config.privacy.promise}."
     if kept:
         return (
             f"**yes**: {kept} never left the client before; whoever gets this gets what they "
-            f"learnt from its text. {PROTECTED}"
+            f"learnt from its text, which nothing bounds. {protected}"
         )
-    return f"nothing that the other participants' server has not seen. {PROTECTED}"
+    return f"nothing that the other participants' server has not seen. {protected}"
 
 
 def license_of(base: str) -> str:

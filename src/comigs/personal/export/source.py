@@ -67,8 +67,18 @@ class Source:
 
     @property
     def private_parts(self) -> list[str]:
-        """Return the parts that never left the client: experts, router or attention."""
-        kept = {s.part for s in self.model.tensors if not self.method.shares(s)}
+        """Return the parts that never left the client: experts, router or attention.
+
+        Where only sums leave it, or what has learnt by noised steps, its own generalists do not,
+        unless they are what everybody gets: a download that is taken whole.
+        """
+        privacy, method = self.model.config.privacy, self.method
+        others_see_less = privacy.by_document or privacy.secure_aggregation
+        kept = set()
+        for slot in self.model.tensors:
+            is_own = method.mix is not None or not method.receives(slot)
+            if not method.shares(slot) or (others_see_less and is_own):
+                kept.add(slot.part)
         return sorted(kept - {OTHERS, "merged"})
 
 
