@@ -94,6 +94,37 @@ def test_figures_by_hand():
     assert 0.4 < row.told_apart < 0.6 and row.epsilon < 0.3
 
 
+def test_models_that_are_all_the_same_are_guessed_by_chance():
+    """Ties are not broken by the truth: half of the guesses are right, not all and not none."""
+    random = np.random.default_rng(1)
+    scores = [Score("ada", 1, bool(member), 0.0) for member in random.integers(0, 2, 400)]
+    (row,) = rows("it", scores, 1e-5)
+    assert abs(row.correct - row.guesses / 2) < 2.5 * math.sqrt(row.guesses) / 2
+
+
+@pytest.mark.parametrize(
+    ("privacy", "promised"),
+    [
+        ({}, {}),
+        ({"level": "document", "epsilon": 9.0, "delta": 0.005}, {"upload": [1], "shared": [1]}),
+        ({"level": "document", "epsilon": 9.0, "delta": 0.005, "noise_seed": 1}, {}),
+        ({"level": "client", "epsilon": 9.0, "delta": 0.01}, {"shared": [1, 4, 16]}),
+    ],
+    ids=str,
+)
+def test_a_row_says_what_the_run_promises_of_it(privacy, promised, text, tmp_path):
+    root, _ = text
+    config = run_config(root, "ada bob cyd", rounds=1, method="fedavg", privacy=privacy)
+    _, found = audit(config, 8, tmp_path / "run")
+    names = {"a client's last upload": "upload", "what everybody gets": "shared"}
+    told: dict[str, list[int]] = {}
+    for row in found:
+        if row.promised is not None:
+            assert 8 < row.promised <= 9
+            told.setdefault(names[row.seen], []).append(row.copies)
+    assert told == promised
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     root = tmp_path_factory.mktemp("text")

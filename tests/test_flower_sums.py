@@ -258,6 +258,8 @@ def test_what_comes_late_is_dropped(federation, text, tmp_path):
     assert (1, "dan") not in trained(out) and (3, "dan") in trained(out)
     assert (1, "dan", "no answer by the deadline") in absent(out)
     assert all(name == "dan" for _, name, _ in absent(out))
+    model = RunFolder.open(federation.device_run("ada")).load("clients/ada/personal")
+    assert max(float(tensor.abs().max()) for tensor in model.values()) < 1.5  # no mask is in it
 
 
 @pytest.mark.parametrize("gone", [False, True])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from comigs.errors import UserError
 from comigs.files import ClosedFolder
-from comigs.privacy.accountant import Steps, epsilon, noise_multiplier_for
-from comigs.privacy.budget import Budget, BudgetSpent, Ledger, Plan
+from comigs.privacy.accountant import LEAST_NOISE, Steps, epsilon, noise_multiplier_for
+from comigs.privacy.budget import OWNERS_DELTA, Budget, BudgetSpent, Ledger, Plan
 from comigs.privacy.noise import gaussian, poisson_sample, step_generator
 
 MNIST = 256 / 60_000
@@ -126,10 +127,11 @@ def test_what_is_spent_is_on_the_disk_first_and_counts_again_after_a_crash(tmp_p
 
 def test_the_owners_budget_is_over_all_runs(tmp_path):
     ledger = Ledger(ClosedFolder(tmp_path), "privacy.json")
+    most = epsilon([Steps(0.3, 2.0, 4)], OWNERS_DELTA)
     for run in ("a", "b"):
-        Budget(PLAN, ledger, run, owner=PLAN.epsilon(2)).spend(1)
-    with pytest.raises(BudgetSpent, match=r"in all runs \(--max-epsilon\)"):
-        Budget(PLAN, ledger, "c", owner=PLAN.epsilon(2)).spend(1)
+        Budget(PLAN, ledger, run, owner=most).spend(1)
+    with pytest.raises(BudgetSpent, match=r"in all runs, at delta 1e-05 \(--max-epsilon\)"):
+        Budget(PLAN, ledger, "c", owner=most).spend(1)
     assert Budget(PLAN, ledger, "c", most=PLAN.epsilon(1)).spend(1) == PLAN.epsilon(1)
 
 
@@ -140,3 +142,20 @@ def test_a_ledger_that_was_lost_or_damaged_is_refused(tmp_path):
     (tmp_path / "privacy.json").write_text("[{]")
     with pytest.raises(UserError, match="damaged"):
         Budget(PLAN, ledger, "run").spend(1)
+
+
+def test_hardly_any_noise_counts_as_none_and_takes_no_memory():
+    assert epsilon([Steps(0.3, 0.09, 5)], 1e-5) == math.inf
+    assert noise_multiplier_for(1e6, 1e-5, 0.3, 5) == LEAST_NOISE
+
+
+def test_the_owners_epsilon_is_not_stretched_by_a_delta_that_the_server_chooses(tmp_path):
+    """Each run has as large a delta as it may; together they are counted at the owner's."""
+    wide = replace(PLAN, delta=0.05)
+    one = epsilon([Steps(0.3, 2.0, 2)], OWNERS_DELTA)
+    two = epsilon([Steps(0.3, 2.0, 4)], OWNERS_DELTA)
+    assert wide.epsilon(2) < one < two
+    ledger = Ledger(ClosedFolder(tmp_path), "privacy.json")
+    Budget(wide, ledger, "a", owner=(one + two) / 2).spend(1)
+    with pytest.raises(BudgetSpent, match=r"in all runs, at delta 1e-05 \(--max-epsilon\)"):
+        Budget(wide, ledger, "b", owner=(one + two) / 2).spend(1)

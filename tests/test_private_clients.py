@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from comigs.runs.report.page import write_report
 from comigs.server.private_mean import PrivateMean, sampled_clients
 from comigs.slots import Slot
 from tests.conftest import run_config
+from tests.fake_engine import Numbers, lines_of, rounds_of
 
 NAMES = "ada bob cyd dan"
 A, B = Slot(0, "up", "g0", "A"), Slot(0, "up", "g0", "B")
@@ -127,8 +129,24 @@ def test_each_method_gives_back_a_mean_or_says_why_not(tmp_path, method):
         ({"participation": {"late": "discount"}}, "participation.late: given .discount. beside"),
         ({"privacy": {"expected_batch": 3.0}}, "privacy.expected_batch: given 3.0 beside"),
         ({"privacy": {"delta": 0.3}}, "privacy.delta: given 0.3, but there are 4 clients"),
+        ({"client": {"router_data": "prior"}}, "clients.ada.router_data: .prior. follows the"),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path, tree, why):
     with pytest.raises(UserError, match=why):
         config_of(tmp_path, **{"privacy": None, **tree})
+
+
+def test_whose_step_counts_does_not_depend_on_who_else_is_there(tmp_path):
+    """Nor is anybody left out by the median of all steps, which one client more would move."""
+
+    def trouble(name, task, reply):
+        if name == "bob" and reply.upload:
+            return replace(reply, upload={slot: t + 1e6 for slot, t in reply.upload.items()})
+        return reply
+
+    level = {"level": "client", "delta": 1e-3, "noise_multiplier": 0.0}
+    plain = rounds_of(tmp_path, Numbers(NAMES, trouble), name="plain")
+    private = rounds_of(tmp_path, Numbers(NAMES, trouble), name="private", privacy=level)
+    assert {line["client"] for line in lines_of(plain, "absent")} == {"bob"}
+    assert not lines_of(private, "absent")

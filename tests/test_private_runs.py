@@ -171,3 +171,8 @@ def test_a_text_without_documents_is_refused_with_how_to_split_it(root, tmp_path
     config = config_of(root, "ada", {"epsilon": 1.0}, entries={"ada": {"text": text}})
     with pytest.raises(UserError, match=r"long.txt\" is one document.* a \.jsonl file with a line"):
         api.run(config, tmp_path / "run")
+
+
+def test_a_share_of_the_text_is_refused_since_each_document_moves_its_end(root):
+    with pytest.raises(UserError, match=r"data.train_share: given 0.5 beside privacy.level = "):
+        config_of(root, "ada", {"noise_multiplier": 0.5}, data={"train_share": 0.5})

@@ -255,3 +255,17 @@ def test_a_chat_is_a_document(tmp_path):
     inputs, targets = store.example(1, 40)
     assert window.inputs[0].tolist() == inputs.tolist()
     assert window.targets[0].tolist() == targets.tolist() and window.num_learnt < len(targets)
+
+
+def test_a_gradient_too_small_to_square_is_cut_all_the_same(root):
+    """A server may send tensors by which gradients are tiny, and ask for a clip below them."""
+    run = started(root, noise_multiplier=1.0, expected_batch=2)
+    client, attachment = run.clients["ada"], run.attachment
+    tiny = {}
+    for slot, tensor in client.train_state.tensors.items():
+        if slot.role in SHARED:
+            tiny[slot] = tensor * 1e-23 if slot.matrix == "A" else torch.zeros_like(tensor)
+    window = windows_of(client)[:1]
+    whole = float(gradients_sum(attachment, tiny, window, 1e30).double().norm())
+    cut = float(gradients_sum(attachment, tiny, window, whole / 1000).double().norm())
+    assert 0 < whole < 1e-20 and cut == pytest.approx(whole / 1000, rel=1e-4)

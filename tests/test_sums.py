@@ -160,6 +160,15 @@ def test_a_sum_is_of_three_clients_at_least(tmp_path):
         assert f"but {len(names.split())} of {len(names.split())} clients" in refusal(config)
 
 
+def test_a_round_needs_no_more_uploads_than_a_sum_is_opened_with(tmp_path):
+    """Who missed it could never be added."""
+    config = config_of(tmp_path, participation={"min_clients": 4})
+    assert "participation.min_clients: given 4, but a sum of 4 clients is opened when 3" in (
+        refusal(config)
+    )
+    load_method(config_of(tmp_path, participation={"min_clients": 3}))
+
+
 def test_what_is_not_simulated_and_what_looks_for_similar_uploads_is_refused(tmp_path):
     entries = {"ada": {"router_data": "valid"}}
     tree = {"client": {"router_data": "prior"}, "options": MEAN}

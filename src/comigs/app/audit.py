@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from comigs.personal.model import PersonalModel
 from comigs.processes import interrupts
 from comigs.runs.environment import environment
 from comigs.runs.folder import RunFolder
+from comigs.runs.metrics import RoundEnd, TrainReport
 from comigs.runs.new import claimed, default_folder, new_folder
 from comigs.runs.summary import write_summary
 from comigs.server.protocol import Answers, Report, Task
@@ -177,8 +178,26 @@ def _rows(
         scores[PERSONAL] += _scores(name, of_client, nats, reference[name])
     found = []
     for what, of_what in scores.items():
-        found += rows(what, of_what, config.privacy.delta)
+        for row in rows(what, of_what, config.privacy.delta):
+            is_promised = _is_promised(config, what, row.copies)
+            found.append(replace(row, promised=epsilon_of(folder) if is_promised else None))
     return found
+
+
+def _is_promised(config: Config, seen: str, copies: int) -> bool:
+    """Return whether a run's epsilon is of this.
+
+    Of several copies of a document a promise for one says nothing at the same delta.
+    """
+    if config.privacy.by_client:
+        return seen == SHARED
+    return config.privacy.by_document and seen in (UPLOAD, SHARED) and copies == 1
+
+
+def epsilon_of(folder: RunFolder) -> float | None:
+    """Return what a run has spent at most on anybody's text; None where nothing is private."""
+    lines = [line for line in folder.metrics() if isinstance(line, TrainReport | RoundEnd)]
+    return max((line.epsilon for line in lines if line.epsilon is not None), default=None)
 
 
 def _seen(config: Config, method: Method, watched: Watched, name: str) -> dict[str, Tensors]:
@@ -227,7 +246,7 @@ def _write(folder: RunFolder, config: Config, canaries: int, found: Sequence[Row
         "canaries": canaries,
         "seed": config.seed,
         "delta": config.privacy.delta,
-        "claimed_epsilon": config.privacy.epsilon,
+        "run": config.privacy.promise,
         "rows": [row.as_json() for row in found],
     }
     text = json.dumps(told, indent=1) + "\n"

@@ -122,7 +122,9 @@ def clipped_sum(
         with autocast(dtype, device):
             loss = sum_cross_entropy(attachment.model, window) / batch.num_learnt
         gradients = torch.autograd.grad(loss, learning)
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        # In double precision, or the squares of small numbers are 0 and nothing would be cut.
+        squares = [gradient.double().square().sum() for gradient in gradients]
+        norm = math.sqrt(float(torch.stack(squares).sum()))
         # What is not finite has no direction to be cut to; it counts for nothing.
         if not math.isfinite(norm):
             continue

@@ -94,23 +94,20 @@ class PrivacySection(Section):
 
     @property
     def promise(self) -> str:
-        """What protects what leaves a client, in a few words."""
-        said = []
+        """What protected what of a run, in a few words."""
+        whose = "what left clients" if self.by_document else "what the server gave back"
+        said = "no differential privacy"
         if self.noise_seed is not None or self.noise_multiplier == 0:
-            said.append("no differential privacy, as it had no noise of its own")
+            said = "no differential privacy, as there was no noise that nobody knows"
         elif self.epsilon is not None:
-            said.append(
-                f"differential privacy with epsilon {self.epsilon:g} for one {self.level} (delta "
-                f"{self.delta:g})"
-            )
-        elif self.is_on:
-            said.append(
-                f"differential privacy for one {self.level} with {self.noise_multiplier:g} times "
-                "the noise of clip"
-            )
+            said = f"differential privacy of {whose}, with epsilon {self.epsilon:g} for one "
+            said += f"{self.level} (delta {self.delta:g})"
+        elif self.noise_multiplier is not None:
+            said = f"differential privacy of {whose}, for one {self.level}, with noise of "
+            said += f"{self.noise_multiplier:g} times the clip"
         if self.secure_aggregation:
-            said.append("secure aggregation, so that the server saw sums only")
-        return " and ".join(said) or "no differential privacy and no secure aggregation"
+            return f"{said}, and secure aggregation: the server saw sums of uploads only"
+        return f"{said}, and no secure aggregation"
 
     def problem(self) -> str:
         """Return what does not fit together in this section, in one line; "" where all does."""

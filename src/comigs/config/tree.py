@@ -166,13 +166,19 @@ class Config(Section):
     def _check_privacy(self) -> None:
         if problem := self.privacy.problem():
             raise ValueError(problem)
-        for client in self.clients if self.privacy.by_document else ():
+        for client in self.clients if self.privacy.is_on else ():
             if self.router_data_of(client) == "prior":
                 raise ValueError(
                     f'clients.{client.name}.router_data: "prior" follows the routing weights of '
-                    "other clients, which depend on their text and do not leave them with "
+                    "other clients, which depend on their text and have no noise with "
                     'privacy.level; use "entropy" or "train"'
                 )
+        # which documents are in a share of the text depends on the lengths of all of them
+        if self.privacy.by_document and self.data.train_share != 1:
+            raise ValueError(
+                f"data.train_share: given {self.data.train_share:g} beside privacy.level = "
+                '"document", with which one document more may change nothing but itself; must be 1'
+            )
 
     def _check_private_mean(self) -> None:
         # noise is made for a plain sum of steps, of which nobody's comes twice

@@ -74,6 +74,9 @@ SAID: dict[Code, str] = {  # what the server makes of a code; the device says th
 }
 
 
+OF_TEXT: set[Code] = {"not-ready", "time", "loss"}  # what depends on how long or hard a text is
+
+
 class Request(Head):
     """A request goes to a device. Of an exchange the tensors are its download, of a probe the
     uploads to measure, as NUMBER/SLOT.
@@ -147,6 +150,13 @@ class Refusal(Head):
         if self.code == "version" or (self.code == "unreadable" and self.comigs != our_version()):
             return f"comigs {our_version()} here, {self.comigs} there"
         return f"{SAID[self.code]}: {self.error}" if self.error else SAID[self.code]
+
+
+def refusal(code: Code, error: str = "", private: bool = False) -> Refusal:
+    """Return what leaves a device of a refusal. private: what leaves may not depend on its text."""
+    if private and (error or code in OF_TEXT):
+        code, error = "failed", ""
+    return Refusal(code=code, comigs=our_version(), error=error)
 
 
 REQUESTS: TypeAdapter[Request] = TypeAdapter(Request)

@@ -21,6 +21,8 @@ from comigs.errors import UserError
 # and seven times as fast as with the library's own.
 INTERVAL = 1e-3
 TOLERANCE = 1e-3  # of a noise multiplier that is found
+# With less noise epsilon is beyond any use, and the library's tables take gigabytes.
+LEAST_NOISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ def require_accountant() -> None:
 
 
 def epsilon(steps: Iterable[Steps], delta: float) -> float:
-    """Return the epsilon of all these steps together; infinite where a step has no noise."""
+    """Return the epsilon of all these steps together; infinite where one has less than the least
+    noise.
+    """
     counts = Counter[tuple[float, float]]()
     for alike in steps:
         counts[alike.sampling_rate, alike.noise_multiplier] += alike.count
@@ -53,7 +57,7 @@ def epsilon(steps: Iterable[Steps], delta: float) -> float:
 def _epsilon(steps: tuple[tuple[float, float, int], ...], delta: float) -> float:
     if not steps:
         return 0.0
-    if any(noise_multiplier == 0 for _, noise_multiplier, _ in steps):
+    if any(noise_multiplier < LEAST_NOISE for _, noise_multiplier, _ in steps):
         return math.inf
     accountant = _accountant()
     for kind in steps:
@@ -65,18 +69,17 @@ def _epsilon(steps: tuple[tuple[float, float, int], ...], delta: float) -> float
 def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, count: int) -> float:
     """Return the least noise multiplier, to a thousandth, with which `count` steps spend `epsilon`.
 
-    They spend no more than that.
+    They spend no more than that. It is LEAST_NOISE where less would do.
     """
     import dp_accounting
 
-    found: float = dp_accounting.calibrate_dp_mechanism(
-        _accountant,
-        lambda noise_multiplier: _event(sampling_rate, noise_multiplier, count),
-        epsilon,
-        delta,
-        tol=TOLERANCE,
-    )
-    return found
+    def event(noise_multiplier: float) -> Any:
+        if noise_multiplier == 0:  # the lower end of the search, where epsilon is infinite
+            return _event(sampling_rate, 0.0, count)
+        return _event(sampling_rate, max(LEAST_NOISE, noise_multiplier), count)
+
+    found = dp_accounting.calibrate_dp_mechanism(_accountant, event, epsilon, delta, tol=TOLERANCE)
+    return max(LEAST_NOISE, float(found))
 
 
 def _accountant() -> Any:

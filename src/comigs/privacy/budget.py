@@ -14,6 +14,9 @@ from comigs.errors import UserError
 from comigs.files import ClosedFolder, writing
 from comigs.privacy.accountant import Steps, epsilon, noise_multiplier_for
 
+# What an owner allows is counted at this delta or the run's, whichever is smaller: an epsilon says
+# nothing without one, and a server chooses the run's.
+OWNERS_DELTA = 1e-5
 SPENT = "privacy budget spent"  # all that a server learns of it
 
 
@@ -155,12 +158,14 @@ class Budget:
             steps=plan.steps,
         )
         everything = [*before, entry]
-        here = self._epsilon([e for e in everything if e.run == self.run])
+        here = _epsilon([e for e in everything if e.run == self.run], plan.delta)
         if self.most is not None and here > self.most:
             raise BudgetSpent(_line(round, here, f"{self.most:g} (privacy.epsilon)"))
-        if self.owner is not None and (total := self._epsilon(everything)) > self.owner:
-            allowed = f"{self.owner:g} in all runs (--max-epsilon)"
-            raise BudgetSpent(_line(round, total, allowed))
+        if self.owner is not None:
+            delta = min(plan.delta, OWNERS_DELTA)
+            if (total := _epsilon(everything, delta)) > self.owner:
+                allowed = f"{self.owner:g} in all runs, at delta {delta:g} (--max-epsilon),"
+                raise BudgetSpent(_line(round, total, allowed))
         self.ledger.add(entry)
         return here
 
@@ -176,9 +181,10 @@ class Budget:
                 "what was spent is not known any more; restore it from a copy"
             )
 
-    def _epsilon(self, entries: Sequence[Entry]) -> float:
-        steps = [Steps(e.sampling_rate, e.noise_multiplier, e.steps) for e in entries]
-        return epsilon(steps, self.plan.delta)
+
+def _epsilon(entries: Sequence[Entry], delta: float) -> float:
+    steps = [Steps(e.sampling_rate, e.noise_multiplier, e.steps) for e in entries]
+    return epsilon(steps, delta)
 
 
 def _line(round: int, would_be: float, allowed: str) -> str:

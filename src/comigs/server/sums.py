@@ -7,6 +7,7 @@ method that averages makes the same mean of that. So the round loop is one and t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,6 +21,11 @@ FEWEST = 3  # clients of a sum: of two, each could tell the other's numbers
 MOST = 256  # clients of a sum: to share a seed among n takes n^2 steps
 
 
+def threshold_of(members: int, share: float) -> int:
+    """Return how many of the members must help: `share` of them, more than half, at least 3."""
+    return max(FEWEST, members // 2 + 1, math.ceil(share * members - 1e-9))
+
+
 def require_sums(config: Config) -> None:
     """Raise UserError where uploads are to be summed, and there cannot be any sum."""
     if not config.privacy.secure_aggregation:
@@ -29,6 +35,14 @@ def require_sums(config: Config) -> None:
         raise UserError(
             f"privacy.secure_aggregation: given true, but {asked} of {len(config.clients)} clients "
             f"are asked in a round; a sum hides one among {FEWEST} to {MOST}"
+        )
+    # A sum is opened once, of those that came, and nobody can be added to it afterwards.
+    participation, enough = config.participation, threshold_of(asked, config.privacy.threshold)
+    if participation.min_clients > enough:
+        raise UserError(
+            f"participation.min_clients: given {participation.min_clients}, but a sum of {asked} "
+            f"clients is opened when {enough} are there (privacy.threshold), and no other can be "
+            f"added to it then; allowed: 1 to {enough}, or a higher threshold"
         )
     # A prior is of clients with similar steps.
     if any(config.router_data_of(client) == "prior" for client in config.clients):

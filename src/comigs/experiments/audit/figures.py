@@ -37,6 +37,7 @@ class Row:
     by chance). rank: of the former among the latter of its client, the median, in (0, 1]; exposure:
     likewise, log2(n) - log2(rank of n) of 1802.08232. correct of guesses: of the share of canaries
     that gave the bound. epsilon: the lower bound on the epsilon of all copies together, at 95 %.
+    promised: the epsilon that the run promises of just that; None: it promises nothing.
     """
 
     seen: str
@@ -49,6 +50,7 @@ class Row:
     guesses: int
     correct: int
     epsilon: float
+    promised: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the row as plain values."""
@@ -101,11 +103,15 @@ def _row(
 
 
 def _centred(scores: Sequence[Score]) -> list[tuple[float, bool]]:
-    """Return (score less the median of its client's, whether it was in), lowest first."""
+    """Return (score less the median of its client's, whether it was in), lowest first.
+
+    Equal ones stay in the order in which they were made up, which knows nothing of who was in.
+    """
     middle = {}
     for client in {score.client for score in scores}:
         middle[client] = median(score.nats for score in scores if score.client == client)
-    return sorted((score.nats - middle[score.client], score.member) for score in scores)
+    told = [(score.nats - middle[score.client], score.member) for score in scores]
+    return sorted(told, key=lambda one: one[0])
 
 
 def _guessed(told: Sequence[tuple[float, bool]], share: float) -> tuple[int, int]:

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 AUDIT = "audit"  # the name of its files in a run folder
 HEADERS = (
     "guessed from", "copies", "canaries", "told apart", "median rank", "exposure (bits)",
-    "right guesses", "epsilon at least",
+    "right guesses", "epsilon at least", "epsilon promised",
 )  # fmt: skip
 
 
@@ -25,7 +25,8 @@ def table(found: Sequence[Row]) -> Table:
         told = (f"{row.told_apart:.2f}", f"{row.rank:.0%}", f"{row.exposure:.1f}")
         guesses = f"{row.correct} of {row.guesses}"
         counts = (str(row.copies), str(row.canaries))
-        cells.append((row.seen, *counts, *told, guesses, f"{row.epsilon:.2f}"))
+        promised = "none" if row.promised is None else f"{row.promised:g}"
+        cells.append((row.seen, *counts, *told, guesses, f"{row.epsilon:.2f}", promised))
     return Table(HEADERS, tuple(cells))
 
 
@@ -42,7 +43,6 @@ def write_page(path: Path, config: Config, canaries: int, found: Sequence[Row]) 
         steps=config.client.steps,
         canaries=canaries,
         promise=config.privacy.promise,
-        by_client=config.privacy.by_client,
         rows=table(found),
     )
     return put_page(path, text, "audit")

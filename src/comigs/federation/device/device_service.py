@@ -88,6 +88,7 @@ class Trainer:
         device.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in ("runs", "cache"):
             (device.home / folder).mkdir(mode=0o700, exist_ok=True)
+        self._is_private = False  # whether what is asked for must tell nothing of the text
         self._base: tuple[BaseSection, Base] | None = None
         self._held: float | None = None  # bytes of this process with the base, on a CPU
         self._data: tuple[Config, ClientData] | None = None
@@ -95,15 +96,17 @@ class Trainer:
 
     def answer(self, raw: bytes) -> bytes:
         """Answer a request; whatever goes wrong is a refusal that holds a code and nothing else."""
+        self._is_private = False
         try:
             return self._answer(raw)
         except Refused as refused:
             self.say(brief(refused.line, LINE))
             self._data = None  # its owner may change the text now
-            return _refusal(refused.code)
+            return wire.pack(messages.refusal(refused.code, private=self._is_private))
         except Exception as error:
             self.say(traceback.format_exc()[-TRACEBACK:])
-            return _refusal("failed", type(error).__name__)
+            name = type(error).__name__
+            return wire.pack(messages.refusal("failed", name, self._is_private))
 
     def _answer(self, raw: bytes) -> bytes:
         request, tensors = _read(raw, self.device.limits)
@@ -153,6 +156,7 @@ class Trainer:
         device = self.device
         with refusing("refused"):
             told = parse_config(request.config, "the server's config")
+            self._is_private = told.privacy.by_document
             names = [client.name for client in told.clients]
             if names != [device.name]:
                 asked = f"the server asked for {', '.join(names)}"
@@ -293,7 +297,3 @@ def _resolved(config: Config, base: Base) -> Config:
     """Return the config with what this device decided filled in."""
     own = {"device": str(base.device), "threads": torch.get_num_threads()}
     return config.model_copy(update={"base": config.base.model_copy(update=own)})
-
-
-def _refusal(code: messages.Code, error: str = "") -> bytes:
-    return wire.pack(messages.Refusal(code=code, comigs=our_version(), error=error))

@@ -26,6 +26,9 @@ def read_download(tensors: wire.Encoded) -> dict[Slot, Tensor]:
 def probe(request: Request, tensors: wire.Encoded, run: DeviceRun, client: Client) -> bytes:
     """Measure others' uploads in this client's place, and answer. Nothing is kept."""
     asked = f"asked to measure round {request.round}"
+    # What it measures is exact, so nobody gets it whose method does without.
+    if not run.method.reads_peers:
+        raise Refused("refused", f"{asked}, but {run.config.method} measures nobody's uploads")
     if run.answered != request.round:
         raise Refused("ahead", f"{asked}, but round {run.answered} was the last here")
 

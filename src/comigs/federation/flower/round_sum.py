@@ -106,11 +106,11 @@ class RoundSum:
         if len(replies) < session.threshold:
             raise SumError(f"{len(replies)} of the {session.threshold} masked uploads came")
 
-        # Open: nothing that comes later is taken in.
-        came = [members[name] for name in replies]
+        # Open: what comes while others help to open it is not taken in.
+        came, total = [members[name] for name in replies], self._total
+        assert total is not None
         helped = self._open(session, members, list(replies), came)
-        assert self._total is not None
-        plain = unmasked(session, keys, came, self._total, helped)
+        plain = unmasked(session, keys, came, total, helped)
         mean = self._mean(plain, session, {name: downloads.get(name, {}) for name in replies})
         return with_mean(Answers(replies, self._absent, self._late), replies, mean)
 

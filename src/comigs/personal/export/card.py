@@ -110,7 +110,7 @@ def names_of(parts: Sequence[str]) -> list[str]:
 def privacy(source: Source, exported: Exported) -> str:
     """Say whether what never left the client is in it, and what protects the rest."""
     kept = ", ".join(names_of(list(exported.private_parts)))
-    protected = f"What left clients in the run had {source.model.config.privacy.promise}."
+    protected = f"The run had {source.model.config.privacy.promise}."
     if kept:
         return (
             f"**yes**: {kept} never left the client before; whoever gets this gets what they "

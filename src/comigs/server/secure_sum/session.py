@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from comigs.server.secure_sum.primitives import SumError
-from comigs.server.sums import FEWEST, MOST
+from comigs.server.sums import FEWEST, MOST, threshold_of
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,6 @@ class Session:
         """Return 32 bytes that stand for this session and who tells whom."""
         words = [self.id, self.run, str(self.round), str(self.threshold), *self.members]
         return hashlib.sha256(" ".join([*words, sender, reader]).encode()).digest()
-
-
-def threshold_of(members: int, share: float) -> int:
-    """Return how many of the members must help: `share` of them, more than half, at least 3."""
-    return max(FEWEST, members // 2 + 1, math.ceil(share * members - 1e-9))
 
 
 @dataclass(frozen=True)
