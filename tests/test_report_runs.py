@@ -234,7 +234,7 @@ def write_experts(path: Path, layers: int, experts: int) -> None:
 def test_reads_what_was_written(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, rounds=3))
     assert run.clients == LANGUAGES
-    assert (len(run.train), len(run.evaluations), len(run.drift), run.last_round) == (12, 24, 3, 3)
+    assert (len(run.train), len(run.evaluations), len(run.ends), run.last_round) == (12, 24, 3, 3)
     assert run.train[0].uploaded_bytes == 1_200_000
     assert run.summary is not None and run.summary.clients["fr"].rank == 8
     assert run.summary.mean.test.perplexity_of_mean == pytest.approx(
@@ -313,7 +313,7 @@ def test_numbers_that_are_none_of_json_count_as_not_measured(tmp_path: Path) -> 
             '{"kind": "server", "round": 2, "drift": NaN}\n'
             '{"kind": "server", "round": 3, "drift": 1e999}\n'
         )
-    assert [d.drift for d in read_run(tmp_path).drift[1:]] == [None, None]
+    assert [end.drift for end in read_run(tmp_path).ends[1:]] == [None, None]
 
 
 def test_timings_are_optional_and_unknown_kinds_ignored(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def measurable_models(folder: RunFolder, client: str | None) -> tuple[Base, list
             f"what they measured: {command('report', folder.path)}"
         )
     config = folder.config()
-    names = [entry.name for entry in config.clients]
+    names = config.names
     if client is not None:
         names = [config.client_named(client).name]
     folder.require_a_round()

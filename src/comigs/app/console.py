@@ -129,8 +129,7 @@ class Console:
 
     def _before(self, number: int) -> int:
         """Return how many exchanges with clients come before that round."""
-        asked = self._run.participation.clients_per_round or len(self._run.clients)
-        return (number - 1) * asked
+        return (number - 1) * self._run.asked
 
     def _total(self) -> int:
         """Return the exchanges of the whole run, with the last one, which measures all clients."""

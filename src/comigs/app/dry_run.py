@@ -61,8 +61,8 @@ def dry_run(
     """Return a table of what clients would train and send, on a CPU one of what less memory would
     cost, and lines on time and memory.
 
-    Text is prepared and two steps are timed; nothing else is written or trained. Raises UserError
-    as `run` does.
+    Text is prepared, two steps are timed, and on a CPU one of each way to take less memory; nothing
+    of what they train is kept, and nothing else is written. Raises UserError as `run` does.
     """
     # all that a run needs is loaded as a run does, so that what would stop it is said here
     method = load_method(config)
@@ -75,19 +75,19 @@ def dry_run(
         needed = memory_needed(config, base, shapes, attachment)
         require_memory(needed, base.device)
         report(Note(message="timing two steps"))
-        speed = measured_throughput(config, base, shapes, attachment)
+        throughput = measured_throughput(config, base, shapes, attachment)
 
     # the first text stands for all: reading the others would take as long as preparing them
     store = data.load(data.names[0]).train[0]
     tokens_per_byte = store.num_tokens / store.num_bytes
-    seconds = run_seconds(config, method, speed, data.outlines(), tokens_per_byte)
+    seconds = run_seconds(config, method, throughput, data.outlines(), tokens_per_byte)
     tokens = config.client.batch_size * config.data.sequence_length
     tables = [_client_table(config, method, base)]
     if base.device.type == "cpu":
         report(Note(message="timing ways to take less memory"))
         tables.append(_memory_table(config, base))
     return tables, [
-        f"a local step of {tokens:,} tokens takes {speed.step_seconds:.2g} s here, "
+        f"a local step of {tokens:,} tokens takes {throughput.step_seconds:.2g} s here, "
         f"the run about {duration(seconds)}",
         f"memory: about {size(needed)} at its peak, "
         f"{size(available_memory(base.device))} free on {base.device}",
@@ -157,7 +157,7 @@ def _client_table(config: Config, method: Method, base: Base) -> Table:
 
 def budgets(config: Config, base: Base) -> dict[str, Budget]:
     """Return each client's budget, by name."""
-    method, names = load_method(config), [c.name for c in config.clients]
+    method, names = load_method(config), config.names
     with Attachment(base.model, base.architecture, config.experts) as attachment:
         shapes = shapes_of_clients(config, method, attachment)
 
@@ -212,16 +212,16 @@ def require_memory(needed: float, device: torch.device) -> None:
 def run_seconds(
     config: Config,
     method: Method,
-    speed: Throughput,
+    throughput: Throughput,
     outlines: Mapping[str, Outline],
     tokens_per_byte: float,
 ) -> float:
     """Return the seconds of a run at that speed, with a client at a time in each worker."""
     # a round trains those that are asked, and a router phase comes after every so many steps
-    asked = config.participation.clients_per_round or len(config.clients)
+    asked = config.asked
     local = config.rounds * config.client.steps
     steps = local + router_steps(config, method, local // config.client.router_every)
-    total = asked * (steps + shared_phase_steps(config, local)) * speed.step_seconds
+    total = asked * (steps + shared_phase_steps(config, local)) * throughput.step_seconds
 
     # the exchange after the last round only measures, and measures everybody
     tokens = _mean_tokens(outlines, tokens_per_byte)
@@ -229,7 +229,7 @@ def run_seconds(
         task = task_of(config, number, base_known=number > 1)
         clients = asked if number <= config.rounds else len(config.clients)
         measured = sum(tokens[split] for split in (*task.evaluate, *task.evaluate_base))
-        total += clients * measured * speed.evaluation_seconds
+        total += clients * measured * throughput.evaluation_seconds
     return total / min(config.workers, asked)
 
 

@@ -132,7 +132,7 @@ class Config(Section):
         self._check_sums()
         self._check_privacy()
         self._check_private_mean()
-        self.conditions.require_clients([client.name for client in self.clients])
+        self.conditions.require_clients(self.names)
         if self.data.valid_fraction + self.data.test_fraction >= 1:
             raise ValueError(
                 "data: valid_fraction + test_fraction must leave documents for train (sum below 1)"
@@ -147,11 +147,10 @@ class Config(Section):
                 f"participation.clients_per_round: given {p.clients_per_round}, "
                 f"but there are {clients} clients; allowed: 1 to {clients}"
             )
-        asked = p.clients_per_round or clients
-        if p.min_clients > asked:
+        if p.min_clients > self.asked:
             raise ValueError(
                 f"participation.min_clients: given {p.min_clients}, "
-                f"but {asked} clients are asked in a round; allowed: 1 to {asked}"
+                f"but {self.asked} clients are asked in a round; allowed: 1 to {self.asked}"
             )
 
         # given weights and counted tokens are no common measure
@@ -233,6 +232,16 @@ class Config(Section):
                     f'server has the sum of uploads and none of them; allowed: "{allowed}"'
                 )
 
+    @property
+    def names(self) -> list[str]:
+        """The clients' names, in the config's order."""
+        return [client.name for client in self.clients]
+
+    @property
+    def asked(self) -> int:
+        """How many clients a round asks."""
+        return self.participation.clients_per_round or len(self.clients)
+
     def shape_of(self, client: ClientEntry) -> ExpertShape:
         """Return the experts of one client: the defaults, and its exceptions to them."""
         e = self.experts
@@ -253,9 +262,9 @@ class Config(Section):
         for client in self.clients:
             if client.name == name:
                 return client
-        names = [c.name for c in self.clients]
         raise UserError(
-            f'no client "{name}" in this run; there are: {", ".join(names)}.{nearest(name, names)}'
+            f'no client "{name}" in this run; there are: {", ".join(self.names)}.'
+            f"{nearest(name, self.names)}"
         )
 
 

@@ -86,7 +86,7 @@ def read_run_folder(folder: Path) -> RunData:
 
 def require_clients(path: Path, names: Sequence[str], config: Config) -> None:
     """Raise UserError where a result is of other clients than the run's config has."""
-    known = sorted(client.name for client in config.clients)
+    known = sorted(config.names)
     if sorted(names) != known:
         found = ", ".join(names) or "none"
         raise UserError(f"{path}: clients: {found}; the run's config has {', '.join(known)}")
@@ -127,8 +127,8 @@ def _rounds(run: Run) -> tuple[Row, ...]:
         if e.model == ("personal" if e.round else "base"):
             measured = {f"{e.split}_{metric}": getattr(e.score, metric) for metric in METRICS}
             at(e.round, e.client).update(measured)
-    for d in run.drift:
-        at(d.round, None)["drift"] = d.drift
+    for end in run.ends:
+        at(end.round, None)["drift"] = end.drift
     for time in run.timings:
         speed = {"tokens_per_second": time.tokens_per_second, "seconds": time.seconds}
         at(time.round, time.client).update(speed)

@@ -21,12 +21,11 @@ def participants(config: Config, round: int, out: Collection[str]) -> list[str]:
     Each round draws an order of all clients and takes its first, so that leaving one out asks the
     next one and changes nobody else.
     """
-    names = [client.name for client in config.clients]
-    wanted = config.participation.clients_per_round
-    if wanted is None:
+    names = config.names
+    if config.participation.clients_per_round is None:
         return [name for name in names if name not in out]
     order = generator(config.seed, "participants", round).permutation(len(names))
-    drawn = [number for number in map(int, order) if names[number] not in out][:wanted]
+    drawn = [number for number in map(int, order) if names[number] not in out][: config.asked]
     return [names[number] for number in sorted(drawn)]
 
 

@@ -30,7 +30,7 @@ def require_sums(config: Config) -> None:
     """Raise UserError where uploads are to be summed, and there cannot be any sum."""
     if not config.privacy.secure_aggregation:
         return
-    asked = config.participation.clients_per_round or len(config.clients)
+    asked = config.asked
     if not FEWEST <= asked <= MOST:
         raise UserError(
             f"privacy.secure_aggregation: given true, but {asked} of {len(config.clients)} clients "

@@ -74,8 +74,7 @@ def _apart(datasets: Sequence[Dataset]) -> list[str]:
 
 def _facts(run: RunData) -> dict[str, Any]:
     """Return what makes figures comparable, in words."""
-    seen = [client.name for client in run.config.clients]
-    seen += [row["client"] for row in run.rounds if row["client"] is not None]
+    seen = run.config.names + [row["client"] for row in run.rounds if row["client"] is not None]
     return {
         "the base": run.environment.get("base_fingerprint", run.config.base.name),
         "their clients": sorted(set(seen)),

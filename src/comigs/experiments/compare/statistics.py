@@ -165,7 +165,7 @@ def mean_by_round(setting: Setting, metric: str) -> dict[int, Spread]:
     for seed, run in setting.runs.items():
         own = [row for row in run.rounds if row["round"] > 0 and row["client"] is not None]
         lines += [(seed, row["round"], row["client"], row.get(f"valid_{metric}")) for row in own]
-        lines += [(seed, 0, client.name, None) for client in run.config.clients]
+        lines += [(seed, 0, name, None) for name in run.config.names]
     frame = pd.DataFrame(lines, columns=["seed", "round", "client", "value"])
 
     # A mean over some of the clients only would jump from round to round.

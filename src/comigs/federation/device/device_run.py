@@ -65,7 +65,7 @@ class DeviceRun:
     def __init__(self, folder: RunFolder, config: Config, method: Method) -> None:
         last = folder.rewind()
         self.folder, self.config, self.method = folder, config, method
-        (self.name,) = (client.name for client in config.clients)
+        (self.name,) = config.names
         # The last exchange comes one round after the last round.
         self.answered = last.round + last.finished
 

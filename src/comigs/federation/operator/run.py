@@ -72,7 +72,7 @@ def run(
     where = {"folder": str(federation.path), "id": federation.settings.id}
     folder = new_folder(out, config, environment(base, {}) | {"federation": where})
     say(f"run folder {folder.path}")
-    federation.note_run(folder.path.resolve(), [client.name for client in config.clients])
+    federation.note_run(folder.path.resolve(), config.names)
     _go(folder, federation, report, say)
     return folder
 
@@ -115,7 +115,7 @@ def resume(folder: RunFolder, report: Report, say: Say) -> None:
     # A run that has begun goes on without those who were revoked since.
     members, revoked = federation.clients(), []
     if last.round:
-        revoked = [client.name for client in config.clients if client.name not in members]
+        revoked = [name for name in config.names if name not in members]
     _require_members(config, federation, revoked)
     if revoked:
         say(f"not in the federation any more, so absent from now on: {', '.join(revoked)}")

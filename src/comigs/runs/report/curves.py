@@ -74,7 +74,7 @@ def share_curves(run: Run) -> tuple[Curve, ...]:
 
 def drift_points(run: Run) -> Points:
     """Return the drift of the generalists by round; there is none where nothing is shared."""
-    return tuple((float(end.round), end.drift) for end in run.drift if end.drift is not None)
+    return tuple((float(end.round), end.drift) for end in run.ends if end.drift is not None)
 
 
 def _loss(run: Run, name: str) -> LossCurves:

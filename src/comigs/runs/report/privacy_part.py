@@ -18,7 +18,7 @@ def privacy_note(run: Run) -> str:
     if not privacy.is_on:
         return ""
     # Epsilon is counted where noise is added: by the server for clients, by clients for documents.
-    lines = run.drift if privacy.by_client else run.train
+    lines = run.ends if privacy.by_client else run.train
     spent = [line.epsilon for line in lines if line.epsilon is not None]
     if not spent:
         return f"Not private. {NOT_PRIVATE}"

@@ -33,7 +33,7 @@ OneKind = TypeVar("OneKind", bound=Line)
 class Run:
     """Everything in a run folder that a report needs.
 
-    kept: what each personal model is, in a finished run that keeps the best rounds. drift: the line
+    kept: what each personal model is, in a finished run that keeps the best rounds. ends: the line
     that ends each round. exchanges, attempts: of a run with simulated devices. summary: None while
     the run is unfinished.
     """
@@ -45,7 +45,7 @@ class Run:
     train: tuple[Train, ...]
     evaluations: tuple[Evaluation, ...]
     kept: tuple[Kept, ...]
-    drift: tuple[RoundEnd, ...]
+    ends: tuple[RoundEnd, ...]
     warnings: tuple[Warned, ...]
     absent: tuple[Absent, ...]
     exchanges: tuple[Exchange, ...]
@@ -57,8 +57,7 @@ class Run:
     @property
     def clients(self) -> tuple[str, ...]:
         """Names as in the config, then whoever else appears in the metrics."""
-        seen = [client.name for client in self.config.clients]
-        seen += [line.client for line in (*self.train, *self.evaluations)]
+        seen = self.config.names + [line.client for line in (*self.train, *self.evaluations)]
         return tuple(dict.fromkeys(seen))
 
     @property
@@ -102,7 +101,7 @@ def read_run(folder: str | Path) -> Run:
         train=_of_kind(Train, lines),
         evaluations=_of_kind(Evaluation, lines),
         kept=_of_kind(Kept, lines),
-        drift=_of_kind(RoundEnd, lines),
+        ends=_of_kind(RoundEnd, lines),
         warnings=_of_kind(Warned, lines),
         absent=_of_kind(Absent, lines),
         exchanges=_of_kind(Exchange, lines),

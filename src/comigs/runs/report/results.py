@@ -87,7 +87,7 @@ def gain(base: Score, personal: Score) -> float | None:
 def results(run: Run) -> Results:
     """Return the result of every client, in the config's order, and their mean."""
     clients = tuple(_client(run, name) for name in run.clients)
-    asked = run.config.participation.clients_per_round or len(clients)
+    asked = run.config.asked
     if run.summary is not None:
         summary, mean_of = run.summary, run.summary.mean
         return Results("test", summary.rounds, asked, clients, mean_of.base_test, mean_of.test)
