@@ -381,4 +381,4 @@ def test_another_base_is_refused(tmp_path, capsys):
     environment = json.loads((run / "env.json").read_text())
     (run / "env.json").write_text(json.dumps({**environment, "base_fingerprint": "0"}))
     said = refused(capsys, "export", run, "--client", "ann", "--out", tmp_path / "out")
-    assert "is not the one these experts were trained on" in said
+    assert "is not the one this run began with" in said

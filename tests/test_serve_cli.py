@@ -122,7 +122,7 @@ def test_a_run_whose_base_has_changed(capsys, tmp_path):
     changed = re.sub(r'"base_fingerprint": "\w+"', '"base_fingerprint": "0"', text)
     assert changed != text
     (folder / "env.json").write_text(changed)
-    assert "is not the one these experts were trained on" in refused(capsys, "serve", folder)
+    assert "is not the one this run began with" in refused(capsys, "serve", folder)
 
 
 def test_a_run_that_holds_no_model(capsys, tmp_path):

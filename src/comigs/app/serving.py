@@ -16,6 +16,7 @@ from comigs.personal.serve import catalogue, server
 from comigs.personal.serve.answers import Bounds
 from comigs.personal.serve.keys import is_loopback, read_keys
 from comigs.personal.serve.scheduler import Limits
+from comigs.runs.environment import require_same_base
 from comigs.runs.folder import RunFolder
 from comigs.text import plural
 
@@ -58,7 +59,8 @@ def serve(
     with closing(server.listen(address.host, address.port)) as listener:
         # All runs were trained on the same base, so any of them says which it is.
         base = api.base_of(folders[0])
-        catalogue.require_base(folders, base)
+        for folder in folders:
+            require_same_base(folder, base)
         bounds = bounds or Bounds(context=2048)
         window = int(base.model.config.max_position_embeddings)
         bounds = replace(bounds, context=min(bounds.context, window))

@@ -20,7 +20,7 @@ from comigs.bases.load import Base
 from comigs.bases.usable import end_ids
 from comigs.errors import UserError
 from comigs.files import write_whole, writing
-from comigs.personal.model import require_model, require_same_base
+from comigs.personal.model import require_model
 from comigs.personal.prompts import conversation_ids, unread
 from comigs.personal.routes.describe import texts_of
 from comigs.personal.routes.weights import generalist_weight, shared_experts
@@ -30,6 +30,7 @@ from comigs.personal.serve.packed import read_client
 from comigs.personal.serve.rows import Row, make_pass
 from comigs.personal.serve.sampling import choose
 from comigs.personal.serve.text import Transcript, Vocabulary
+from comigs.runs.environment import require_same_base
 from comigs.runs.folder import RunFolder
 from comigs.seeds import generator
 
@@ -45,16 +46,6 @@ class Style:
     max_new_tokens: int = 256
     temperature: float = 0.0
     seed: int | None = None
-
-
-@dataclass(frozen=True)
-class RoutedToken:
-    """A token of an answer as text, and the weight of the generalists on it, mean over the
-    blocks.
-    """
-
-    text: str
-    weight: float
 
 
 class Chat:
@@ -212,11 +203,12 @@ class Chat:
             fill = partial(Path.write_text, data=text, encoding="utf-8")
             write_whole(path, fill, mode=0o600)
 
-    def routes(self) -> list[RoutedToken]:
-        """Return the last answer token by token with the weight of the generalists. Raises
-        UserError without routes.
+    def routes(self) -> list[tuple[str, float]]:
+        """Return each token of the last answer as text, with the weight of the generalists on it,
+        mean over the blocks. Raises UserError without routes.
 
-        Beside a single own expert, the generalist is the others' mean, as in the report.
+        Where everybody's generalist is beside a client's own experts, it is that one, as in the
+        report.
         """
         if self._last is None:
             raise UserError("/routes: there is no answer of this model yet")
@@ -231,7 +223,7 @@ class Chat:
         weights_T = generalist_weight(torch.stack(weights), shared).mean(dim=0)
         answered = weights_T[len(read) :].tolist()
         names = texts_of([self._vocabulary.bytes_of(id) for id in written])
-        return [RoutedToken(name, weight) for name, weight in zip(names, answered, strict=True)]
+        return list(zip(names, answered, strict=True))
 
     def close(self) -> None:
         """Take the experts off the base again."""

@@ -29,6 +29,7 @@ from comigs.experts.attach import Attachment
 from comigs.methods.loading import load_method
 from comigs.personal.prompts import conversation_ids, text_ids, unread
 from comigs.personal.serve.text import Transcript, Vocabulary
+from comigs.runs.environment import require_same_base
 from comigs.runs.folder import RunFolder
 from comigs.slots import Slot
 
@@ -180,14 +181,6 @@ def require_model(folder: RunFolder, client: str) -> None:
         raise UserError(
             f'{folder.path}: holds no model of client "{client}"; it was not asked yet, or its '
             "model is on its own device"
-        )
-
-
-def require_same_base(folder: RunFolder, base: Base) -> None:
-    """Raise UserError where a run was trained on another base."""
-    if folder.environment()["base_fingerprint"] != base.fingerprint:
-        raise UserError(
-            f'{folder.path}: base "{base.name}" is not the one these experts were trained on'
         )
 
 

@@ -101,14 +101,14 @@ def _system(chat: Chat, argument: str) -> None:
 def _client(chat: Chat, argument: str) -> None:
     if argument:
         chat.change_client(argument)
-    names = [client.name for client in chat.folder.config().clients]
+    names = chat.folder.config().names
     click.echo(f"({chat.client}; clients of this run: {', '.join(names)})")
 
 
 def _routes(chat: Chat, argument: str) -> None:
     tokens = chat.routes()
-    mean = sum(token.weight for token in tokens) / len(tokens)
-    click.echo(coloured((token.text, token.weight) for token in tokens))
+    mean = sum(weight for _, weight in tokens) / len(tokens)
+    click.echo(coloured(tokens))
     click.echo(f"(weight of the generalists: mean {mean:.2f}; {WHOLE.legend})")
 
 

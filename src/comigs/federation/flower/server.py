@@ -24,6 +24,7 @@ from comigs.federation.messages import PROGRESS, RUN_ID, federable_method
 from comigs.federation.security.answers import allow_answers
 from comigs.files import ClosedFolder, writing
 from comigs.methods.method import Method
+from comigs.runs.environment import require_same_base
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Event, Note, Problem
 from comigs.server.dispatch import Dispatcher, Polling
@@ -71,11 +72,7 @@ def rounds(
     config = folder.config()
     method = federable_method(config)
     report(Note(message="reading the base"))
-    fingerprint, shapes = _base(config, method)
-    if fingerprint != folder.environment()["base_fingerprint"]:
-        raise UserError(
-            f'{folder.path}: base "{config.base.name}" is not the one this run began with'
-        )
+    fingerprint, shapes = _base(folder, config, method)
     folder.rewind()
 
     # From now on the gateway lets answers of this run in, which may be larger than earlier ones.
@@ -85,11 +82,12 @@ def rounds(
     run_rounds(config, method, Flower(run, folder, dispatcher), folder, report)
 
 
-def _base(config: Config, method: Method) -> tuple[str, dict[str, Shapes]]:
+def _base(folder: RunFolder, config: Config, method: Method) -> tuple[str, dict[str, Shapes]]:
     """Return the base's fingerprint and the shapes of what is put on it; the server needs no more
-    of it.
+    of it. Raises UserError where it is not the run's.
     """
     base = load_base(config.base)
+    require_same_base(folder, base)
     with Attachment(base.model, base.architecture, config.experts) as attachment:
         return base.fingerprint, shapes_of_clients(config, method, attachment)
 
@@ -98,7 +96,7 @@ def _nodes(folder: RunFolder, federation: Path) -> dict[str, int]:
     """Return client -> node id. Raises UserError where a client was not invited."""
     # Once the run has begun, who is missing was revoked, and stays away.
     file, has_begun = federation / "clients.json", folder.checkpoint().round > 0
-    names = [client.name for client in folder.config().clients]
+    names = folder.config().names
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
         asked = [name for name in names if name in known or not has_begun]

@@ -25,8 +25,9 @@ from comigs.runs.folder import RunFolder
 def shared_experts(folder: RunFolder, client: str) -> list[int]:
     """Return which of a client's experts are what clients share, by their rows in the router.
 
-    Those are the generalists; beside a single own expert, the others' mean is, as in the report.
-    Raises UserError where the client has no router, or one that cannot choose between both.
+    Those are the generalists; where everybody's generalist is beside a client's own experts, it is
+    that one, as in the report. Raises UserError where the client has no router, or one that cannot
+    choose between both.
     """
     shape = client_shape(folder, client)
     where = f'{folder.path}: client "{client}"'

@@ -10,7 +10,7 @@ import torch
 
 from comigs.bases.load import Base, set_dtype
 from comigs.errors import UserError
-from comigs.personal.model import model_path, require_same_base
+from comigs.personal.model import model_path
 from comigs.personal.serve.app import Served
 from comigs.personal.serve.packed import read_client
 from comigs.runs.folder import RunFolder
@@ -38,7 +38,7 @@ def read_models(folders: Sequence[RunFolder], base: Base, say: Say) -> dict[str,
         models[id] = Served(read_client(folder, client, base, id, len(models)), created)
     for folder in folders:
         here = [client for owner, client in ids.values() if owner is folder]
-        if without := [c.name for c in folder.config().clients if c.name not in here]:
+        if without := [name for name in folder.config().names if name not in here]:
             say(f"{folder.path}: no model here of {', '.join(without)}")
     return models
 
@@ -70,12 +70,6 @@ def require_together(folders: Sequence[RunFolder]) -> None:
                 f"{other.path}: trained on another base than {first.path} (or in another "
                 "precision); one server has one base: serve them apart"
             )
-
-
-def require_base(folders: Sequence[RunFolder], base: Base) -> None:
-    """Raise UserError where a run was trained on another base than the one that is loaded."""
-    for folder in folders:
-        require_same_base(folder, base)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
