@@ -111,7 +111,7 @@ def test_each_document_joins_a_step_by_itself():
     assert any(not set(poisson_sample(random, 3, 0.2)) for _ in range(50))  # nobody may come
 
 
-PLAN = Plan(documents=10, sampling_rate=0.3, noise_multiplier=2.0, steps=2, delta=1e-3)
+PLAN = Plan(population=10, sampling_rate=0.3, noise_multiplier=2.0, steps=2, delta=1e-3)
 
 
 def test_what_is_spent_is_on_the_disk_first_and_counts_again_after_a_crash(tmp_path):

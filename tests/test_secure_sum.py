@@ -17,7 +17,7 @@ from comigs.server.secure_sum.opening import unmasked
 from comigs.server.secure_sum.primitives import SumError, private_key, public_name
 from comigs.server.secure_sum.session import Session, threshold_of
 from comigs.server.sums import MOST
-from comigs.server.validation import common_start
+from comigs.server.validation import common_start, origin_of
 from comigs.slots import Slot
 
 COUNT = 50  # numbers of an upload
@@ -318,7 +318,7 @@ def test_the_mean_of_uploads_from_their_steps_whatever_they_start_from(downloads
     random, start, limits = np.random.default_rng(3), common_start(5), UploadSection()
     given = [uploaded(random, 0.1) for _ in range(3)]
     of_one = {"none": [{}] * 4, "one": given[:1] * 4, "several": [*given, {A: given[0][A]}]}
-    origins = [uploads.origin(download, SHAPES, start) for download in of_one[downloads]]
+    origins = [origin_of(download, SHAPES, start) for download in of_one[downloads]]
     sent = []
     for origin in origins:
         moved = uploaded(random)
@@ -335,7 +335,7 @@ def test_the_mean_of_uploads_from_their_steps_whatever_they_start_from(downloads
 
 def test_a_client_cuts_its_own_step_to_max_norm_and_sends_nothing_that_is_not_finite():
     random, limits = np.random.default_rng(4), UploadSection(max_norm=0.5)
-    origin, upload = uploads.origin({}, SHAPES, common_start(1)), uploaded(random, 10.0)
+    origin, upload = origin_of({}, SHAPES, common_start(1)), uploaded(random, 10.0)
     whole = uploads.to_sum(upload, origin, limits, 3)
     mean = uploads.mean_of(whole, [origin], limits, 3)
     moved = np.concatenate([(mean[slot] - origin[slot]).numpy().ravel() for slot in SHAPES])

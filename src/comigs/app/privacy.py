@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from comigs.config import Config
 from comigs.data.prepare import Texts
 from comigs.privacy.budget import Plan, batch_of, plan_for, require_documents
-from comigs.server.private_mean import client_privacy
+from comigs.server.private_mean import plan_of_clients
 from comigs.text import listed
 
 SEEDED = "NOT PRIVATE: privacy.noise_seed is given, and whoever knows it can take noise away"
@@ -40,12 +40,12 @@ def privacy_lines(config: Config, texts: Texts) -> Iterator[str]:
 
 
 def _client_lines(config: Config) -> Iterator[str]:
-    found = client_privacy(config)
-    spent = _spent(found.epsilon(config.rounds))
+    plan = plan_of_clients(config)
+    spent = _spent(plan.epsilon(config.rounds))
     yield (
-        f"private by client, with {spent}, delta {found.delta:g}, noise "
-        f"{found.noise_multiplier:.3g} times privacy.clip; {found.sampling_rate:.0%} of "
-        f"{found.clients:,} clients in a round on average; the server is trusted"
+        f"private by client, with {spent}, delta {plan.delta:g}, noise "
+        f"{plan.noise_multiplier:.3g} times privacy.clip; {plan.sampling_rate:.0%} of "
+        f"{plan.population:,} clients in a round on average; the server is trusted"
     )
     if config.privacy.noise_seed is not None:
         yield SEEDED
@@ -63,4 +63,4 @@ def _figures(config: Config, plans: list[tuple[str, Plan]]) -> Iterator[str]:
         told.add(plan)
         spent = _spent(plan.epsilon(config.rounds))
         noise = f"noise {plan.noise_multiplier:.3g} times privacy.clip"
-        yield f"{spent}, delta {plan.delta:g}, {noise} ({name}, {plan.documents:,} documents)"
+        yield f"{spent}, delta {plan.delta:g}, {noise} ({name}, {plan.population:,} documents)"

@@ -17,10 +17,8 @@ from comigs.server.secure_sum import party
 from comigs.server.secure_sum.opening import unmasked
 from comigs.server.secure_sum.primitives import SumError, new_seed, private_key, public_name
 from comigs.server.secure_sum.session import Session
-from comigs.server.secure_sum.uploads import mean_of, origin, to_sum
+from comigs.server.secure_sum.uploads import mean_of, origins_of, to_sum
 from comigs.server.sums import with_mean, without_sum
-from comigs.server.validation import common_start
-from comigs.server.wire import as_received
 from comigs.slots import Shapes
 
 
@@ -38,15 +36,8 @@ def summed(
     if not uploads or not expected:
         return answers
 
-    # Clients that were sent one and the same download start from one and the same.
-    start, begun = common_start(config.seed), dict[int, Download]()
-    origins: dict[str, Download] = {}
-    for name in uploads:
-        download = downloads.get(name, {})
-        if id(download) not in begun:
-            received = as_received(download, config.upload.format)
-            begun[id(download)] = origin(received, expected, start)
-        origins[name] = begun[id(download)]
+    sent = {name: downloads.get(name, {}) for name in uploads}
+    origins = origins_of(config, sent, expected)
     try:
         return with_mean(answers, uploads, _mean(config, uploads, origins))
     except SumError as error:

@@ -26,12 +26,13 @@ class BudgetSpent(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan is what a config's [privacy] comes to for a client with so many documents.
+    """A plan is what a config's [privacy] comes to, by document for a client, by client for a run.
 
-    sampling_rate: the probability of a document to be in a step. steps: of a round.
+    population: how many documents there are to draw from, or clients. sampling_rate: the
+    probability of one to be drawn for a step. steps: of a round; by client, a round is one step.
     """
 
-    documents: int
+    population: int
     sampling_rate: float
     noise_multiplier: float
     steps: int
@@ -49,14 +50,18 @@ def plan_for(config: Config, client: str, documents: int) -> Plan:
     Raises UserError as `require_documents` does.
     """
     require_documents(config, client, documents)
-    privacy = config.privacy
     rate, steps = batch_of(config) / documents, config.client.steps
-    noise = privacy.noise_multiplier
-    if noise is None:
-        assert privacy.epsilon is not None, "the config has one of both"
-        count = steps * config.rounds
-        noise = noise_multiplier_for(privacy.epsilon, privacy.delta, rate, count)
-    return Plan(documents, rate, noise, steps, privacy.delta)
+    noise = noise_for(config, rate, steps * config.rounds)
+    return Plan(documents, rate, noise, steps, config.privacy.delta)
+
+
+def noise_for(config: Config, sampling_rate: float, steps: int) -> float:
+    """Return the noise multiplier of a config: as given, or as so many steps need for epsilon."""
+    privacy = config.privacy
+    if privacy.noise_multiplier is not None:
+        return privacy.noise_multiplier
+    assert privacy.epsilon is not None, "the config has one of both"
+    return noise_multiplier_for(privacy.epsilon, privacy.delta, sampling_rate, steps)
 
 
 def batch_of(config: Config) -> float:

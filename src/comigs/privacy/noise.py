@@ -19,18 +19,22 @@ KEY_BITS = 128
 DRAWS = 4  # normal numbers in one number of noise
 
 
-def step_generator(seed: int | None, client: str, step: int) -> np.random.Generator:
-    """Return the generator of one step of a client; with a seed, for tests, the same each time."""
+def step_generator(seed: int | None, purpose: str, step: int) -> np.random.Generator:
+    """Return the generator of one step for a purpose, such as a client's noise; with a seed, for
+    tests, the same each time.
+    """
     if seed is not None:
-        return generator(seed, "privacy", client, step)
+        return generator(seed, "privacy", purpose, step)
     return np.random.Generator(np.random.Philox(key=secrets.randbits(KEY_BITS)))
 
 
 def poisson_sample(
-    random: np.random.Generator, documents: int, sampling_rate: float
+    random: np.random.Generator, number: int, sampling_rate: float
 ) -> NDArray[np.int64]:
-    """Return the numbers of the documents in a step: each by itself with the same probability."""
-    return np.flatnonzero(random.random(documents) < sampling_rate)
+    """Return which of so many are in a step, documents or clients: each is by itself, with the same
+    probability.
+    """
+    return np.flatnonzero(random.random(number) < sampling_rate)
 
 
 def gaussian(

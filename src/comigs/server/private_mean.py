@@ -12,60 +12,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from comigs.config import Config
 from comigs.methods.method import Download, Tensors
-from comigs.privacy.accountant import Steps, epsilon, noise_multiplier_for
+from comigs.privacy.budget import Plan, noise_for
 from comigs.privacy.noise import gaussian, poisson_sample, step_generator
-from comigs.server.validation import Start
+from comigs.server.validation import Start, origin_of
 from comigs.slots import Shapes, Slot
 
 
-@dataclass(frozen=True)
-class ClientPrivacy:
-    """What a config's [privacy] comes to by client.
-
-    sampling_rate: the probability of a client to be in a round.
-    """
-
-    clients: int
-    sampling_rate: float
-    noise_multiplier: float
-    delta: float
-
-    def epsilon(self, rounds: int) -> float:
-        """Return what so many rounds spend."""
-        return epsilon([Steps(self.sampling_rate, self.noise_multiplier, rounds)], self.delta)
-
-
-def client_privacy(config: Config) -> ClientPrivacy:
-    """Return what a config that is private by client comes to."""
-    privacy, clients = config.privacy, len(config.clients)
-    rate = (config.participation.clients_per_round or clients) / clients
-    noise = privacy.noise_multiplier
-    if noise is None:
-        assert privacy.epsilon is not None, "the config has one of both"
-        noise = noise_multiplier_for(privacy.epsilon, privacy.delta, rate, config.rounds)
-    return ClientPrivacy(clients, rate, noise, privacy.delta)
+def plan_of_clients(config: Config) -> Plan:
+    """Return the plan of a config that is private by client."""
+    clients = len(config.clients)
+    rate = config.asked / clients
+    noise = noise_for(config, rate, config.rounds)
+    return Plan(clients, rate, noise, 1, config.privacy.delta)
 
 
 def sampled_clients(config: Config, round: int) -> list[str]:
     """Return the clients of a round, in the config's order; there may be none."""
-    names = [client.name for client in config.clients]
+    plan = plan_of_clients(config)
     random = step_generator(config.privacy.noise_seed, "sampled clients", round)
-    rate = client_privacy(config).sampling_rate
-    return [names[number] for number in poisson_sample(random, len(names), rate)]
+    names = config.names
+    return [names[number] for number in poisson_sample(random, len(names), plan.sampling_rate)]
 
 
 def spent(config: Config, rounds: int) -> float | None:
     """Return the epsilon of so many rounds; None where nothing is private."""
     if not config.privacy.by_client or config.privacy.noise_seed is not None:
         return None
-    found = client_privacy(config).epsilon(rounds)
+    found = plan_of_clients(config).epsilon(rounds)
     return found if math.isfinite(found) else None
 
 
@@ -79,12 +58,9 @@ class PrivateMean:
     def __init__(
         self, config: Config, round: int, expected: Shapes, download: Download, start: Start
     ) -> None:
-        self._privacy, self._clip = client_privacy(config), config.privacy.clip
+        self._plan, self._clip = plan_of_clients(config), config.privacy.clip
         self._random = step_generator(config.privacy.noise_seed, "mean of clients", round)
-        self._origin: dict[Slot, Tensor] = {}
-        for slot, dims in expected.items():
-            origin = download[slot] if slot in download else start(slot, dims)
-            self._origin[slot] = origin
+        self._origin = origin_of(download, expected, start)
 
     def __call__(self, uploads: Iterable[Tensors]) -> dict[Slot, Tensor]:
         """Return the mean, also of no upload at all: then it is noise."""
@@ -92,8 +68,8 @@ class PrivateMean:
         for upload in uploads:
             for slot, step in self._cut(upload).items():
                 sums[slot] += step
-        deviation = self._privacy.noise_multiplier * self._clip
-        expected = self._privacy.sampling_rate * self._privacy.clients
+        deviation = self._plan.noise_multiplier * self._clip
+        expected = self._plan.sampling_rate * self._plan.population
         mean = {}
         for slot, origin in self._origin.items():
             noise = torch.from_numpy(gaussian(self._random, tuple(origin.shape), deviation))

@@ -20,7 +20,7 @@ from comigs.config import Config
 from comigs.methods.method import Download, Upload
 from comigs.runs.metrics import Line, RoundEnd, Train
 from comigs.server.protocol import Prior
-from comigs.server.validation import Start
+from comigs.server.validation import Start, origin_of, shapes_of
 from comigs.slots import Shapes, Slot
 
 Step = Mapping[Slot, Tensor]  # an upload minus the download that it was trained from
@@ -101,11 +101,10 @@ def step_of(upload: Upload, download: Download, start: Start) -> dict[Slot, Tens
 
     A tensor of another shape, as where ranks differ or factors are stacked, is left out.
     """
-    step = {}
+    step, origin = {}, origin_of(download, shapes_of(upload), start)
     for slot, tensor in upload.items():
-        origin = download[slot] if slot in download else start(slot, tuple(tensor.shape))
-        if origin.shape == tensor.shape:
-            step[slot] = tensor.double() - origin.to(tensor.device)
+        if origin[slot].shape == tensor.shape:
+            step[slot] = tensor.double() - origin[slot].to(tensor.device)
     return step
 
 

@@ -78,14 +78,26 @@ def common_start(seed: int) -> Start:
     return cache(lambda slot, dims: starting_tensors({slot: dims}, seed, "")[slot])
 
 
-def step_length(upload: Upload, download: Download, start: Start) -> float:
-    """Return how far an upload is from the download, or from the common start where a tensor is
-    not in the download.
+def origin_of(download: Download, expected: Shapes, start: Start) -> dict[Slot, Tensor]:
+    """Return what an upload with the slots of `expected` is a step away from: the download, or the
+    common start where a tensor is not in the download.
     """
-    squares = 0.0
+    origin = {}
+    for slot, dims in expected.items():
+        origin[slot] = download[slot] if slot in download else start(slot, dims)
+    return origin
+
+
+def shapes_of(tensors: Mapping[Slot, Tensor]) -> Shapes:
+    """Return the shape of each tensor."""
+    return {slot: tuple(tensor.shape) for slot, tensor in tensors.items()}
+
+
+def step_length(upload: Upload, download: Download, start: Start) -> float:
+    """Return how far an upload is from where it began."""
+    squares, origin = 0.0, origin_of(download, shapes_of(upload), start)
     for slot, tensor in upload.items():
-        origin = download[slot] if slot in download else start(slot, tuple(tensor.shape))
-        squares += float((tensor.double() - origin.to(tensor.device)).square().sum())
+        squares += float((tensor.double() - origin[slot].to(tensor.device)).square().sum())
     return math.sqrt(squares)
 
 

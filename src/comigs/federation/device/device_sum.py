@@ -37,8 +37,8 @@ from comigs.server.secure_sum.primitives import (
     public_name,
 )
 from comigs.server.secure_sum.session import Session
-from comigs.server.secure_sum.uploads import origin, to_sum
-from comigs.server.validation import common_start
+from comigs.server.secure_sum.uploads import to_sum
+from comigs.server.validation import common_start, origin_of, shapes_of
 
 KEY = "sum.key"  # in the device's folder: the seed of the key by which others know it
 REMEMBERED = ".sum.json"  # in the run's folder
@@ -112,8 +112,7 @@ class DeviceSum:
         config, members = self._run.config, session.session.members
         if asked is None or len(asked.keys) != len(members):
             raise self._refused(request, "keys that do not fit the members of the sum")
-        shapes = {slot: tuple(tensor.shape) for slot, tensor in upload.items()}
-        begun = origin(download, shapes, common_start(config.seed))
+        begun = origin_of(download, shapes_of(upload), common_start(config.seed))
         try:
             numbers = to_sum(upload, begun, config.upload, len(members))
         except SumError as error:

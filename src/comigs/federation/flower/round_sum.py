@@ -33,9 +33,9 @@ from comigs.server.protocol import Answers, Reply, Task
 from comigs.server.secure_sum.opening import unmasked
 from comigs.server.secure_sum.primitives import SumError
 from comigs.server.secure_sum.session import Opened, Session
-from comigs.server.secure_sum.uploads import mean_of, origin
+from comigs.server.secure_sum.uploads import mean_of, origins_of
 from comigs.server.sums import with_mean, without_sum
-from comigs.server.validation import common_start, expected_upload
+from comigs.server.validation import expected_upload
 from comigs.server.wire import WireError, check_layout
 
 if TYPE_CHECKING:
@@ -254,12 +254,9 @@ class RoundSum:
         self, plain: np.ndarray, session: Session, downloads: Mapping[str, Download]
     ) -> Upload:
         """Return the mean of the uploads that are in the sum, from what each was sent."""
-        start, begun, origins = common_start(self._config.seed), dict[int, Download](), []
-        for name, download in downloads.items():
-            if id(download) not in begun:
-                received = wire.as_received(download, self._config.upload.format)
-                begun[id(download)] = origin(received, self._expected(name), start)
-            origins.append(begun[id(download)])
+        # What is summed has the same slots and shapes of everybody, or it was no sum.
+        expected = self._expected(next(iter(downloads)))
+        origins = origins_of(self._config, downloads, expected).values()
         return mean_of(plain, origins, self._config.upload, len(session.members))
 
     def _expected(self, name: str) -> Mapping[Any, tuple[int, ...]]:

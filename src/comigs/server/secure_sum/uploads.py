@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comigs.config import UploadSection
+from comigs.config import Config, UploadSection
 from comigs.methods.merging import mean
 from comigs.methods.method import Download, Upload
 from comigs.server.secure_sum.fixed_point import from_steps, to_steps
 from comigs.server.secure_sum.primitives import SumError
-from comigs.server.validation import Start
+from comigs.server.validation import common_start, origin_of
+from comigs.server.wire import as_received
 from comigs.slots import Shapes, Slot
 
 # Without upload.max_norm no number goes further than this in a round: a LoRA's numbers are below
@@ -33,12 +34,22 @@ def bound_of(limits: UploadSection) -> float:
     return REACH if limits.max_norm is None else limits.max_norm
 
 
-def origin(download: Download, expected: Shapes, start: Start) -> dict[Slot, Tensor]:
-    """Return what an upload with the slots of `expected` is a step away from."""
-    begun: dict[Slot, Tensor] = {}
-    for slot, dims in expected.items():
-        begun[slot] = download[slot] if slot in download else start(slot, dims)
-    return begun
+def origins_of(
+    config: Config, downloads: Mapping[str, Download], expected: Shapes
+) -> dict[str, Download]:
+    """Return what each client's upload is a step away from, by client.
+
+    downloads: by client, as the server has them. expected: the slots of an upload.
+    """
+    # Clients that were sent one and the same download start from one and the same.
+    start, begun = common_start(config.seed), dict[int, Download]()
+    origins: dict[str, Download] = {}
+    for name, download in downloads.items():
+        if id(download) not in begun:
+            received = as_received(download, config.upload.format)
+            begun[id(download)] = origin_of(received, expected, start)
+        origins[name] = begun[id(download)]
+    return origins
 
 
 def to_sum(upload: Upload, origin: Download, limits: UploadSection, members: int) -> np.ndarray:
