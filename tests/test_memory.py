@@ -7,7 +7,7 @@ import torch
 
 from comigs.app import api
 from comigs.client import memory
-from comigs.client.memory import choices, windows_at_once, within_memory
+from comigs.client.memory import all_ways, windows_at_once, within_memory
 from comigs.client.state import new_train_state
 from comigs.client.steps import StepSettings, accumulate, gradients_for
 from comigs.config import ClientSection, parse_config
@@ -74,7 +74,7 @@ def prepared(**tree):
 
 def test_each_choice_needs_less_than_the_one_before_it():
     config, *place = prepared(client={"batch_size": 12, "micro_batch_size": 8})
-    ways = choices(config, *place)
+    ways = all_ways(config, *place)
     assert windows_at_once(ways[0].config) == 8 and not ways[0].config.base.recompute
     assert windows_at_once(ways[-1].config) == 1 and ways[-1].config.base.recompute
     needs = [way.needed for way in ways]
@@ -88,7 +88,7 @@ def test_the_first_choice_below_the_budget_is_taken_and_the_smallest_named(monke
     config = parse_config(
         {**free.model_dump(mode="json"), "base": {"name": "mini", "memory": "9GB"}}
     )
-    ways = choices(config, *place)
+    ways = all_ways(config, *place)
     for number in (0, 1, len(ways) - 1):
         section = config.base.model_copy(update={"memory": ways[number].budget})
         taken = within_memory(config.model_copy(update={"base": section}), *place)

@@ -23,7 +23,7 @@ from comigs.client.estimate import (
     router_steps,
     shared_phase_steps,
 )
-from comigs.client.memory import choices, speed, within_memory
+from comigs.client.memory import all_ways, speed, within_memory
 from comigs.config import Config, Split
 from comigs.data.prepare import Outline, require_text
 from comigs.engines.conditions.engine import with_machine
@@ -110,17 +110,17 @@ def _chosen(config: Config, base: Base, say: Say) -> Config:
     Raises UserError where none does.
     """
     with attached(config, base) as (attachment, shapes):
-        choice = within_memory(config, base, shapes, attachment)
-    if choice is None:
+        way = within_memory(config, base, shapes, attachment)
+    if way is None:
         return config
-    say(f"memory: {choice}, about {size(choice.needed)} of the {config.base.memory} allowed")
-    return choice.config
+    say(f"memory: {way}, about {size(way.needed)} of the {config.base.memory} allowed")
+    return way.config
 
 
 def _memory_table(config: Config, base: Base) -> Table:
     """Return the ways to train in less memory, with the speed of each."""
     with attached(config, base) as (attachment, shapes):
-        ways = choices(config, base, shapes, attachment)
+        ways = all_ways(config, base, shapes, attachment)
     speeds = []
     for way in ways:
         with attached(way.config, base) as (attachment, shapes):

@@ -30,8 +30,8 @@ MARGIN = 1.05
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A choice is a config that trains the same in less memory. needed: a process's bytes."""
+class Way:
+    """A way is a config that trains the same in less memory. needed: a process's bytes."""
 
     config: Config
     needed: float
@@ -42,22 +42,22 @@ class Choice:
         return f"{math.ceil(self.needed / 1e7) / 100:.2f}GB"
 
     def __str__(self) -> str:
-        """Return the choice in words."""
+        """Return the way in words."""
         windows = plural(windows_at_once(self.config), "window")
         return f"{windows} at once{', blocks recomputed' * self.config.base.recompute}"
 
 
-def choices(
+def all_ways(
     config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
-) -> list[Choice]:
+) -> list[Way]:
     """Return what a run with a budget may choose, from what needs most, and is fastest, on."""
-    found: list[Choice] = []
+    found: list[Way] = []
     for recompute in sorted({config.base.recompute, True}):
         for windows in _fewer(windows_at_once(config)):
             tried = _smaller(config, windows, recompute)
             needed = MARGIN * memory_needed(tried, base, shapes, attachment) / config.workers
             if not found or needed < found[-1].needed:
-                found.append(Choice(tried, needed))
+                found.append(Way(tried, needed))
     return found
 
 
@@ -82,8 +82,8 @@ def _smaller(config: Config, windows: int, recompute: bool) -> Config:
 
 def within_memory(
     config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
-) -> Choice | None:
-    """Return the first choice that stays below base.memory; None where no memory is given.
+) -> Way | None:
+    """Return the first way that stays below base.memory; None where no memory is given.
 
     Raises UserError, naming the smallest memory that would do, where none does.
     """
@@ -91,24 +91,22 @@ def within_memory(
         return None
     # What loading took is part of the process's peak, too.
     allowed, before = parsed_size(config.base.memory) or 0.0, float(peak_memory())
-    possible = choices(config, base, shapes, attachment)
-    for choice in possible:
-        if max(choice.needed, before) <= allowed:
-            return choice
-    least = Choice(possible[-1].config, max(possible[-1].needed, before))
+    possible = all_ways(config, base, shapes, attachment)
+    for way in possible:
+        if max(way.needed, before) <= allowed:
+            return way
+    least = Way(possible[-1].config, max(possible[-1].needed, before))
     raise UserError(
         f'base.memory: given "{config.base.memory}", but with {least} this run needs about '
         f'{size(least.needed)}; the smallest that would do is "{least.budget}"'
     )
 
 
-def speed(
-    choice: Choice, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
-) -> float:
-    """Return the tokens a second of a choice here and now: of one piece of a step, of random
-    tokens. attachment: as the choice has it.
+def speed(way: Way, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment) -> float:
+    """Return the tokens a second of a way here and now: of one piece of a step, of random
+    tokens. attachment: as the way has it.
     """
-    config, windows = choice.config, windows_at_once(choice.config)
+    config, windows = way.config, windows_at_once(way.config)
     state, settings = bind_new_client(config, base, shapes, attachment)
     vocabulary, length = base.encoder.vocabulary_size, config.data.sequence_length
     tokens = generator(config.seed, "estimate").integers(vocabulary, size=(windows, length))

@@ -61,7 +61,7 @@ def prepare(config: Config, encoder: Encoder, progress: Progress | None = None) 
             progress(f"reading text: {number:,} of {len(config.clients):,} clients")
         partitions.append(partition(entry, config.data))
     partitions = without_short_repeats(partitions, config.data)
-    require_documents(config, partitions)
+    require_several_documents(config, partitions)
     check_disjoint(partitions)
     own = [ClientText(part, config.data, encoder, progress) for part in partitions]
     return Texts(own, config.data.distribution)
@@ -78,7 +78,7 @@ def prepare_client(
     entry = config.client_named(name)
     require_own_text_only(config)
     (part,) = without_short_repeats([partition(entry, config.data)], config.data)
-    require_documents(config, [part])
+    require_several_documents(config, [part])
     check_disjoint([part])
     if progress is not None:
         for line in part.notes():
@@ -95,9 +95,9 @@ def require_own_text_only(config: Config) -> None:
         )
 
 
-def require_documents(config: Config, partitions: Iterable[Partition]) -> None:
+def require_several_documents(config: Config, partitions: Iterable[Partition]) -> None:
     """Refuse a train text that is one document where privacy is by document. Raises UserError."""
-    if config.privacy.level != "document":
+    if not config.privacy.by_document:
         return
     for part in partitions:
         for listing in part.listings:

@@ -137,8 +137,8 @@ def _require_possible(config: Config, method: Method) -> None:
             f'privacy.level: given "{level}", but {config.method} cannot be private: '
             f'{leaks}; must be "none", or choose another method'
         )
-    averages = method.aggregate is mean_of_uploads and not method.centralized
-    if config.privacy.secure_aggregation and not averages:
+    is_the_mean = method.aggregate is mean_of_uploads and not method.centralized
+    if config.privacy.secure_aggregation and not is_the_mean:
         raise UserError(
             f"privacy.secure_aggregation: given true, but {config.method} as configured does more "
             "with uploads than average them all, and the server would have their sum alone; must "
