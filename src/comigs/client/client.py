@@ -15,7 +15,7 @@ from comigs.client.door import PRIVATE, Weights, checked_prior, require_receivab
 from comigs.client.evaluate import Measurement, evaluate, measure
 from comigs.client.objective import objective_of
 from comigs.client.round_log import RoundLog
-from comigs.client.shared_part import is_shared, shared_part
+from comigs.client.shared_part import SharedPart, is_shared
 from comigs.client.state import (
     ClientState,
     load_state,
@@ -91,7 +91,9 @@ class Client:
             empty = {slot: torch.empty(s, device=base.device) for slot, s in self.shapes.items()}
             self.train_state = new_train_state(empty, config.client)
             self.load_state(state)
-        self.shared = shared_part(place, name, self.train_state.tensors, state, budget)
+        self.shared: SharedPart | None = None
+        if config.privacy.by_document:
+            self.shared = SharedPart(name, place, self.train_state.tensors, state, budget)
 
         lr = config.client.lr or base.architecture.lr
         self.step_settings = StepSettings(
@@ -131,9 +133,7 @@ class Client:
         require_receivable(self.name, self.method, download, own)
         download = self._on_device(download)
         factors = {slot: tensor for slot, tensor in download.items() if slot.role == "update"}
-        written: Tensors = {
-            slot: tensor for slot, tensor in download.items() if slot.role != "update"
-        }
+        written: Tensors = {s: tensor for s, tensor in download.items() if s.role != "update"}
 
         # The client's valid says how far towards the download the client goes.
         self.adopted_share = None
@@ -166,8 +166,7 @@ class Client:
         """
         own, method, sent = self.train_state.tensors, self.method, None
         if self.shared is not None:
-            place = self.attachment, self.step_settings, self.data
-            sent = self.shared.train(round, place, own, on_step)
+            sent = self.shared.train(round, self.step_settings, self.data, own, on_step)
 
         # What is sent has learnt, where that is private; all else learns as ever.
         def trains(slot: Slot) -> bool:

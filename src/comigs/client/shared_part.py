@@ -19,10 +19,8 @@ from comigs.client.round_log import RoundLog
 from comigs.client.state import ClientState, load_state, new_train_state, saved_state
 from comigs.client.steps import MethodHooks, OnStep, StepSettings
 from comigs.client.workplace import Workplace
-from comigs.config import Config
 from comigs.data.documents import Documents
 from comigs.data.prepare import ClientData
-from comigs.experts.attach import Attachment
 from comigs.methods.method import Download, Method, Tensors
 from comigs.privacy.budget import Budget
 from comigs.privacy.noise import step_generator
@@ -52,14 +50,15 @@ class SharedPart:
     def __init__(
         self,
         name: str,
-        config: Config,
-        method: Method,
+        place: Workplace,
         start: Tensors,
         state: ClientState | None,
         budget: Budget | None,
     ) -> None:
-        """Begin from `state`, or from `start` where that has no shared part."""
-        self.name, self.config, self.method, self.budget = name, config, method, budget
+        """Begin from `state`, or from the client's tensors `start` where that is None."""
+        self.name, self.budget = name, budget
+        self.config, self.method = config, method = place.config, place.method
+        self._attachment = place.attachment
         own = {slot: tensor.clone() for slot, tensor in start.items() if is_shared(method, slot)}
         self._train_state = new_train_state(own, config.client)
         if state is not None:
@@ -83,17 +82,16 @@ class SharedPart:
     def train(
         self,
         round: int,
-        place: tuple[Attachment, StepSettings, ClientData],
+        settings: StepSettings,
+        data: ClientData,
         own: Tensors,
         on_step: OnStep,
     ) -> RoundLog:
         """Take a round's noised steps; return what they measured, with the run's epsilon so far.
 
-        place: where, how and from which text. own: the tensors of the client's own model, of which
-        those are written that learn here and that no download brings. Raises BudgetSpent before
-        anything is drawn.
+        own: the tensors of the client's own model, of which those are written that learn here and
+        that no download brings. Raises BudgetSpent before anything is drawn.
         """
-        attachment, settings, data = place
         assert self.budget is not None, "a client without a budget does not train"
         (store,) = data.train
         documents = Documents(store, self.config.data.sequence_length)
@@ -112,10 +110,10 @@ class SharedPart:
         # No specialist and no router is in the forward pass: they have learnt from every document,
         # and each document's gradient would tell of all others through them.
         merged = {slot: tensor for slot, tensor in own.items() if slot.role == "merged"}
-        attachment.bind({**merged, **self.tensors})
+        self._attachment.bind({**merged, **self.tensors})
         hooks, missed = self._hooks(round), (round - 1) * self.config.client.steps
         settings = replace(settings, missed=max(0, missed - self._train_state.local_steps))
-        log = shared_round(attachment, self._train_state, settings, mechanism, hooks, on_step)
+        log = shared_round(self._attachment, self._train_state, settings, mechanism, hooks, on_step)
         for slot, tensor in self.tensors.items():
             if not self.method.receives(slot):
                 own[slot].copy_(tensor)
@@ -134,16 +132,3 @@ class SharedPart:
         """Return what it goes on from."""
         saved = saved_state(self._train_state)
         return {part: saved[of] for part, of in PARTS.items()}
-
-
-def shared_part(
-    place: Workplace,
-    name: str,
-    own: Tensors,
-    state: ClientState | None,
-    budget: Budget | None,
-) -> SharedPart | None:
-    """Return the shared part of a client with the tensors `own`; None where nothing is private."""
-    if not place.config.privacy.by_document:
-        return None
-    return SharedPart(name, place.config, place.method, own, state, budget)
