@@ -31,6 +31,11 @@ from comigs.errors import UserError, nearest
 VERSION = 5
 
 
+def section(kind: type[Section]) -> Any:
+    """Return a section as a field of the config, described by the first line of its docstring."""
+    return Field(kind(), description=(kind.__doc__ or "").partition("\n")[0])
+
+
 class Config(Section):
     """A config says all of a run: what is run, on what, with which settings."""
 
@@ -58,38 +63,16 @@ class Config(Section):
         description="The clients of a round are spread over this many processes, each with its own "
         "base and its own CPU threads or GPU.",
     )
-    base: BaseSection = Field(
-        BaseSection(), description="[base] says which frozen language model all clients share."
-    )
-    data: DataSection = Field(
-        DataSection(), description="[data] says how text becomes windows of tokens."
-    )
-    experts: ExpertsSection = Field(
-        ExpertsSection(), description="[experts] says what every client trains."
-    )
-    client: ClientSection = Field(
-        ClientSection(), description="[client] says how every client trains in a round."
-    )
-    evaluation: EvaluationSection = Field(
-        EvaluationSection(), description="[evaluation] says what is measured during the run."
-    )
-    participation: ParticipationSection = Field(
-        ParticipationSection(),
-        description="[participation] says who is asked, and what becomes of who does not answer.",
-    )
-    upload: UploadSection = Field(
-        UploadSection(), description="[upload] says how uploads travel, are checked and become one."
-    )
-    privacy: PrivacySection = Field(
-        PrivacySection(), description="[privacy] bounds what can be learnt from what leaves."
-    )
-    conditions: ConditionsSection = Field(
-        ConditionsSection(),
-        description="[conditions] says what devices and links to simulate, in one process.",
-    )
-    track: TrackSection = Field(
-        TrackSection(), description="[track] says where curves go, beside the report."
-    )
+    base: BaseSection = section(BaseSection)
+    data: DataSection = section(DataSection)
+    experts: ExpertsSection = section(ExpertsSection)
+    client: ClientSection = section(ClientSection)
+    evaluation: EvaluationSection = section(EvaluationSection)
+    participation: ParticipationSection = section(ParticipationSection)
+    upload: UploadSection = section(UploadSection)
+    privacy: PrivacySection = section(PrivacySection)
+    conditions: ConditionsSection = section(ConditionsSection)
+    track: TrackSection = section(TrackSection)
     options: Mapping[str, bool | int | float | str] = Field(
         {}, description="These settings are the method's own; `comigs list methods` shows them."
     )
