@@ -47,11 +47,16 @@ def require_free(path: Path) -> None:
                 f"{path}: exists already; nothing was changed. "
                 f"Go on with: {command('resume', path)}, or {ELSEWHERE}"
             )
+    require_parent(path, ELSEWHERE)
 
-        # whether the folder can be made is decided where its path begins to be missing
+
+def require_parent(path: Path, advice: str) -> None:
+    """Raise UserError, which ends with `advice`, where nothing can be made at `path`."""
+    # whether a folder can be made is decided where its path begins to be missing
+    with writing(path, advice):
         parent = next(p for p in path.absolute().parents if p.exists())
         if not parent.is_dir():
-            raise UserError(f"{path}: {parent} is a file, not a folder; {ELSEWHERE}")
+            raise UserError(f"{path}: {parent} is a file, not a folder; {advice}")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 

@@ -82,9 +82,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         # One key of metadata only: safetensors writes several in any order.
         save_file(whole, path, metadata={"comigs": "1"})
     except SafetensorError as error:
-        # The operating system's errors are in there, as "... (os error 28)".
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
+        raise as_os_error(error) from None
+
+
+def as_os_error(error: SafetensorError) -> OSError:
+    """Return the operating system's error that safetensors tells of, as "... (os error 28)"."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]) if number else errno.EIO, str(error))
 
 
 def sha256(file: BufferedReader) -> str:

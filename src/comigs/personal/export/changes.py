@@ -29,6 +29,11 @@ def require_shareable(source: Source) -> None:
             "the experts of this run have weights that no token changes, which are no LoRA on a "
             f"shared base; {INSTEAD}"
         )
+    require_no_merged(source)
+
+
+def require_no_merged(source: Source) -> None:
+    """Raise UserError where a method merged whole matrices into the base."""
     if source.attachment.mixtures[0].bound.merged:
         raise UserError(
             f"{source.model.config.method} merges whole matrices into the base, which are no LoRA; "

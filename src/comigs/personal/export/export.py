@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +21,12 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from comigs.errors import UserError
-from comigs.files import write_whole, writing
+from comigs.files import require_parent, write_whole, writing
 from comigs.personal.export.card import model_card, names_of
 from comigs.personal.export.form import LOGITS, PERPLEXITY, Format, Written
 from comigs.personal.export.outputs import Outputs, num_learnt, outputs
 from comigs.personal.export.source import Source
+from comigs.runs.checkpoint import as_os_error
 
 MANIFEST = "comigs.json"
 ADVICE = "choose another place with --out"
@@ -125,9 +125,7 @@ def require_free(out: Path) -> None:
     for path in places:
         if os.path.lexists(path):
             raise UserError(f"{path}: exists already; nothing was changed. {ADVICE.capitalize()}")
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if not parent.is_dir():
-        raise UserError(f"{out}: {parent} is a file, not a folder; {ADVICE}")
+    require_parent(out, ADVICE)
 
 
 def private_parts(source: Source, form: Format) -> tuple[str, ...]:
@@ -142,9 +140,7 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code)) from None
+        raise as_os_error(error) from None
     except OSError as error:
         # numpy says "40960 requested and 2544 written", and no number.
         if error.errno is None and "requested and" in str(error):

@@ -14,8 +14,8 @@ import gguf
 
 from comigs.bases.text_rules import LLAMA3, QWEN2
 from comigs.errors import UserError
+from comigs.personal.export.gguf_tensors import INSTEAD
 
-INSTEAD = 'what does work: "transformers", "peft" and "flat"'
 RULES = {  # kinds of the steps that cut text, with what they cut by -> llama.cpp's name
     ("ByteLevel by words",): "gpt-2",
     ("Digits", "ByteLevel by words"): "smollm",

@@ -7,21 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from comigs.errors import UserError
+from comigs.personal.export.changes import require_no_merged
 from comigs.personal.export.flatten import attention_pairs, flat_weights, flattened, pairs_of
 from comigs.personal.export.form import Format, Written
 from comigs.personal.export.lora_folder import read_lora, write_lora
 from comigs.personal.export.outputs import outputs
 from comigs.personal.export.source import Source
-
-
-def require_no_merged(source: Source) -> None:
-    """Raise UserError where a method merged whole matrices into the base."""
-    if source.attachment.mixtures[0].bound.merged:
-        raise UserError(
-            f"{source.model.config.method} merges whole matrices into the base, which are no LoRA; "
-            'what does work: "transformers" and "gguf", which are merged'
-        )
 
 
 def write(source: Source, folder: Path, type: str) -> Written:

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from comigs.experts.router import LEAD
 from comigs.methods.lowrank import Pair
+from comigs.personal.export.changes import require_no_merged
 from comigs.personal.export.flatten import attention_pairs, put
 from comigs.personal.export.form import Format, Written
-from comigs.personal.export.formats.flat import require_no_merged
 from comigs.personal.export.lora_folder import read_lora, write_lora
 from comigs.personal.export.outputs import outputs
 from comigs.personal.export.source import Source
