@@ -285,15 +285,13 @@ def test_what_is_not_installed_is_refused_at_once(tmp_path, capsys):
             capsys, "run", finished() / "tiny.toml", "--set", 'track.to=["wandb"]', "--out",
             tmp_path / "run",
         )  # fmt: skip
-        assert line.endswith(
-            "track.to: \"wandb\" needs more packages (wandb); run: pip install 'comigs[wandb]'"
-        )
+        assert line.endswith("track.to: \"wandb\" needs wandb: pip install 'comigs[wandb]'")
         # a run that has begun elsewhere goes on here
         run, report = copied_run(tmp_path / "there"), []
         with_tracker = (run / "config.toml").read_text().replace("to = []", 'to = ["wandb"]')
         (run / "config.toml").write_text(with_tracker)
         api.resume(run, report.append)
-    assert "needs more packages" in notes(report)[0]
+    assert "needs wandb: pip install" in notes(report)[0]
     assert not (tmp_path / "run").exists()
 
 

@@ -1,5 +1,10 @@
 """This module holds the errors that a user makes, as opposed to bugs of ours."""
 
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """A user error is one line for the user: which field or file, what was given, what to do.
@@ -15,6 +20,13 @@ class Stopped(UserError):
     """A run was stopped on purpose (Ctrl-C); the line says how to go on with it."""
 
     exit_code = 130
+
+
+def require_extra(extra: str, modules: Sequence[str], what: str) -> None:
+    """Raise UserError where modules of an extra are not installed, which `what` needs."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{what} needs {', '.join(missing)}: pip install 'comigs[{extra}]'")
 
 
 def nearest(name: str, allowed: list[str]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from comigs.errors import UserError
+from comigs.errors import UserError, require_extra
 from comigs.text import plural
 
 if TYPE_CHECKING:
@@ -140,13 +140,9 @@ def compare(
         folder, number = pack_runs(runs, out)
         console.result(f"packed: {folder}, {plural(number, 'run')}; run folders stay as they are")
         return
-    try:
-        from comigs.experiments.compare.compared import compare_runs
-        from comigs.experiments.compare.write import write_comparison
-    except ModuleNotFoundError as error:
-        if error.name != "pandas":
-            raise
-        raise UserError("comigs compare needs pandas: pip install 'comigs[compare]'") from None
+    require_extra("compare", ("pandas",), "comigs compare")
+    from comigs.experiments.compare.compared import compare_runs
+    from comigs.experiments.compare.write import write_comparison
 
     # files are written first: what is shown is what can be read again
     compared = compare_runs(runs, metric, baseline)

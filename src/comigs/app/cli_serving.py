@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from contextlib import closing
@@ -12,7 +11,7 @@ from typing import Annotated
 import typer
 
 from comigs.app.cli_personal import AllowCode, RunPath
-from comigs.errors import UserError
+from comigs.errors import UserError, require_extra
 
 LONGEST = 86400  # seconds that a request may be allowed: a day
 
@@ -90,8 +89,7 @@ def serve(
         raise UserError(f'--dtype: given "{dtype}"; must be float32 or bfloat16')
     if not 1 <= seconds <= LONGEST:
         raise UserError(f"--seconds: given {seconds}; must be a number from 1 to {LONGEST}")
-    if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
-        raise UserError("comigs serve needs more packages; run: pip install 'comigs[serve]'")
+    require_extra("serve", ("starlette", "uvicorn"), "comigs serve")
     from comigs.app import api, serving
     from comigs.app.console import Console
     from comigs.personal.serve.answers import Bounds

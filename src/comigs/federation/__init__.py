@@ -6,12 +6,9 @@ Flower's programs run as processes of their own; only the room `flower` imports 
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-from comigs.errors import UserError
+from comigs.errors import require_extra
 
 
 def require_flower() -> None:
     """Raise UserError where Flower, or what comes with it, is not installed."""
-    if find_spec("flwr") is None or find_spec("cryptography") is None:
-        raise UserError("a federation needs Flower: pip install 'comigs[flower]'")
+    require_extra("flower", ("flwr", "cryptography"), "a federation")

@@ -12,10 +12,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
-from comigs.errors import UserError
+from comigs.errors import require_extra
 
 # Losses are rounded up to multiples of this, so that epsilon comes out larger, by less than 1 %,
 # and seven times as fast as with the library's own.
@@ -39,8 +38,7 @@ class Steps:
 
 def require_accountant() -> None:
     """Raise UserError where dp-accounting is not installed."""
-    if find_spec("dp_accounting") is None:
-        raise UserError("privacy needs an accountant: pip install 'comigs[privacy]'")
+    require_extra("privacy", ("dp_accounting",), "privacy.level")
 
 
 def epsilon(steps: Iterable[Steps], delta: float) -> float:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import replace
-from importlib.util import find_spec
 
 from comigs.config import Config
-from comigs.errors import UserError
+from comigs.errors import UserError, require_extra
 from comigs.methods.method import Upload
 from comigs.server.protocol import Answers
 
@@ -50,10 +49,7 @@ def require_sums(config: Config) -> None:
             'client.router_data: given "prior" beside privacy.secure_aggregation, with which '
             "nobody can tell whose uploads are similar; choose another one"
         )
-    if find_spec("flwr") is None or find_spec("cryptography") is None:
-        raise UserError(
-            "privacy.secure_aggregation: needs what Flower has: pip install 'comigs[flower]'"
-        )
+    require_extra("flower", ("flwr", "cryptography"), "privacy.secure_aggregation")
 
 
 def with_mean(answers: Answers, summed: Collection[str], mean: Upload) -> Answers:

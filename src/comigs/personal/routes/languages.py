@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
-from comigs.errors import UserError
+from comigs.errors import require_extra
 
 NAMES = {
     "da": "DANISH", "de": "GERMAN", "en": "EN_PLUS", "es": "SPANISH", "fr": "FRENCH",
@@ -23,14 +23,9 @@ NO_LANGUAGE = "none"
 @cache
 def function_words() -> dict[str, frozenset[str]]:
     """Return language -> its function words. Raises UserError without the extra `routes`."""
-    try:
-        from bm25s import stopwords
-    except ModuleNotFoundError as error:
-        if error.name != "bm25s":
-            raise
-        raise UserError(
-            "comigs routes needs lists of function words: pip install 'comigs[routes]'"
-        ) from None
+    require_extra("routes", ("bm25s",), "comigs routes")
+    from bm25s import stopwords
+
     return {
         code: frozenset(getattr(stopwords, f"STOPWORDS_{name}")) for code, name in NAMES.items()
     }

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from comigs.config import Config
-from comigs.errors import UserError, nearest
+from comigs.errors import UserError, nearest, require_extra
 from comigs.files import ClosedFolder
 from comigs.runs.track import trackers
 from comigs.runs.track.curves import Row
@@ -67,12 +66,7 @@ def load_tracker(name: str) -> Tracker:
             f'track.to: unknown tracker "{name}".{nearest(name, known)} Known: {", ".join(known)}'
         )
     tracker: Tracker = importlib.import_module(f"{trackers.__name__}.{name}").TRACKER
-    missing = [each for each in tracker.packages if importlib.util.find_spec(each) is None]
-    if missing:
-        raise UserError(
-            f'track.to: "{name}" needs more packages ({", ".join(missing)}); '
-            f"run: pip install 'comigs[{name}]'"
-        )
+    require_extra(name, tracker.packages, f'track.to: "{name}"')
     return tracker
 
 
