@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "comigs"
 FLOORS = [
-    {"errors", "text", "seeds", "slots"},
+    {"errors", "text", "seeds", "slots", "perplexity"},
     {"files", "processes"},
     {"csrc"},
     {"config"},

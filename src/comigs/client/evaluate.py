@@ -18,8 +18,7 @@ from comigs.client.loss import autocast, sum_cross_entropy, windows_on
 from comigs.data.batches import Batch, evaluation_windows
 from comigs.data.corpus import TokenStore
 from comigs.experts.attach import Attachment
-
-LARGEST_EXPONENT = 700  # exp of more is no float
+from comigs.perplexity import perplexity_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Measurement:
     @property
     def perplexity(self) -> float:
         """exp of the nats per token; above 700 nats, exp(700)."""
-        return math.exp(min(self.nats_per_token, LARGEST_EXPONENT))
+        return perplexity_of(self.nats_per_token)
 
     @property
     def bits_per_byte(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ from comigs.config import Config, Section
 from comigs.methods import fedavg
 from comigs.methods.loading import options
 from comigs.methods.method import Download, Memory, Method, RoundContext, Upload
+from comigs.perplexity import perplexity_of
 
 
 class Options(Section):
@@ -48,7 +48,7 @@ def aggregate(
         # A float holds no perplexity of more nats, and what is no number (of which `min` returns
         # the other) counts as the worst. Models that are equally good are ordered by their
         # numbers, so that the sum does not depend on the order of clients.
-        perplexity = {author: math.exp(min(700, nats[author])) for author in uploads}
+        perplexity = {author: perplexity_of(nats[author]) for author in uploads}
         authors = sorted(uploads, key=lambda name: (perplexity[name], _fingerprint(uploads[name])))
         worth = torch.tensor([-perplexity[author] for author in authors], dtype=torch.float64)
         weights_K = torch.softmax(worth, 0)

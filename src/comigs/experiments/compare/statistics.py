@@ -4,7 +4,6 @@ the difference to the baseline. All come from one frame with a row for each clie
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -17,6 +16,7 @@ from comigs.experiments.compare.costs import Costs, costs, with_ratios
 from comigs.experiments.compare.settings import Dataset, Setting
 from comigs.experiments.compare.t_test import Paired, Spread, mean_over_clients, paired, spread
 from comigs.experiments.run_data import METRICS, Metric
+from comigs.perplexity import perplexity_of
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _row(setting: Setting, own: pd.DataFrame) -> Row:
         setting=setting,
         figures=figures,
         scores=scores,
-        perplexity_of_mean=spread([math.exp(min(n, 700)) for n in nats.tolist()]),
+        perplexity_of_mean=spread([perplexity_of(n) for n in nats.tolist()]),
         clients=clients,
         costs=costs(setting, own),
     )
@@ -249,5 +249,5 @@ def _results(dataset: Dataset, rows: Sequence[Row]) -> Results:
         known = [value for value in values if value is not None]
         base[metric] = sum(known) / len(known) if known else None
     nats = base["nats_per_token"]
-    base["perplexity_of_mean"] = None if nats is None else math.exp(min(nats, 700))
+    base["perplexity_of_mean"] = None if nats is None else perplexity_of(nats)
     return Results(dataset.name, tuple(base_of), tuple(rows), base, base_of)

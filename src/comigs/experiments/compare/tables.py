@@ -22,6 +22,7 @@ from comigs.experiments.compare.statistics import (
 from comigs.experiments.compare.t_test import Paired, Spread
 from comigs.experiments.compare.task_scores import task_scores
 from comigs.experiments.run_data import METRICS, Metric
+from comigs.perplexity import LARGEST_EXPONENT
 from comigs.text import Table
 
 WORDS = {"perplexity": "perplexity", "nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
@@ -171,7 +172,7 @@ def perplexity_change(paired: Paired) -> float:
     """Return a difference in nats per token as a fraction of the baseline's perplexity (of the mean
     loss).
     """
-    return math.expm1(min(paired.difference.mean, 700))
+    return math.expm1(min(paired.difference.mean, LARGEST_EXPONENT))
 
 
 def _names(results: Results) -> Column:

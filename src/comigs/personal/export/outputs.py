@@ -17,6 +17,7 @@ from comigs.client.evaluate import Measurement
 from comigs.data.batches import single_examples
 from comigs.data.corpus import TokenStore
 from comigs.data.examples import IGNORED
+from comigs.perplexity import perplexity_of
 
 Ids = NDArray[np.int64]
 
@@ -31,7 +32,7 @@ class Outputs:
     @property
     def perplexity(self) -> float:
         """Return exp of the nats per token."""
-        return math.exp(min(self.nats_per_token, 700))
+        return perplexity_of(self.nats_per_token)
 
     def furthest(self, other: Outputs) -> float:
         """Return the largest difference between two logits of the first window."""
