@@ -27,9 +27,8 @@ def test_stream_counts_and_mapping(tmp_path: Path) -> None:
     assert store.tokens.tolist() == stream_of(TEXTS)
     assert store.num_bytes == sum(len(t.encode()) for t in TEXTS)
     assert (store.num_documents, store.num_tokens) == (4, len(stream_of(TEXTS)))
-    assert (
-        store.num_predicted == store.num_bytes + store.num_documents
-    )  # a token per byte and one per document's end
+    # a separator, a token per byte and one per document's end
+    assert store.num_tokens == 1 + store.num_bytes + store.num_documents
     assert isinstance(store.tokens, np.memmap) and store.tokens.dtype == np.uint16
     with pytest.raises(ValueError, match="read-only"):
         store.tokens[0] = 1

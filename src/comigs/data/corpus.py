@@ -95,11 +95,6 @@ class TokenStore:
         """The number of tokens in the stream, separators included."""
         return len(self.tokens)
 
-    @property
-    def num_predicted(self) -> int:
-        """The number of tokens that are predicted, each once: all but the first separator."""
-        return len(self.tokens) - 1
-
     def num_places(self, length: int) -> tuple[int, int]:
         """Return how many places windows cover, and how many of these a window takes but one.
 
@@ -147,7 +142,10 @@ def open_store(folder: Path) -> TokenStore:
 
 
 def stored(folder: Path) -> tuple[Path, NDArray[Any], int, int, str, str]:
-    """Return what a token store is made of, in its order. To be called inside `opening`."""
+    """Return what a token store is made of, in its order. To be called inside `opening`.
+
+    Raises UserError where a file is damaged, and what `opening` turns into one.
+    """
     path, meta = folder / TOKENS, read_meta(folder)
     whole = path.stat().st_size == meta["num_tokens"] * np.dtype(meta["dtype"]).itemsize
     if not whole or ends_sha256(path) != meta["ends_sha256"]:

@@ -51,11 +51,6 @@ class ExampleStore(TokenStore):
         """Where each example begins."""
         return np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])
 
-    @property
-    def num_predicted(self) -> int:
-        """The number of tokens that can be predicted: all but each example's first."""
-        return len(self.tokens) - len(self.ends)
-
     def num_places(self, length: int) -> tuple[int, int]:
         """Return how many windows of `length` there are, and 0: each is a place of its own."""
         return len(self.packed(length)), 0
