@@ -11,6 +11,7 @@ import pytest
 
 from comigs.app import api
 from comigs.personal.serve import catalogue
+from comigs.runs.environment import require_one_base
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Evaluation
 from tests.conftest import run_config
@@ -75,7 +76,7 @@ def test_it_writes_and_talks(device, capsys, monkeypatch):
 
 def test_it_is_served(device):
     folder = api.open_run(device)
-    catalogue.require_together([folder])
+    require_one_base([folder], "serve them apart")
     models = catalogue.read_models([folder], api.base_of(folder), lambda line: None)
     assert list(models) == [f"{device.name}/ada"]
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from comigs.app.dry_run import fitted
-from comigs.app.setup import Say, everybody_trains, ignore, load, read_texts, say_unread
+from comigs.app.setup import everybody_trains, ignore, load, read_texts, say_unread
 from comigs.bases.load import Base, is_here
 from comigs.config import SPLITS, Config, Split
 from comigs.data.prepare import Texts, require_text
@@ -45,7 +45,7 @@ from comigs.runs.summary import write_summary
 from comigs.runs.track.tracks import Tracks
 from comigs.server.protocol import Report
 from comigs.server.rounds import run_rounds
-from comigs.text import Table, plural
+from comigs.text import Say, Table, plural
 
 
 def run(
@@ -146,6 +146,14 @@ def open_run(path: Path | str | RunFolder, reader: Reader = ANYBODY) -> RunFolde
     return RunFolder.open(Path(path), reader)
 
 
+def require_no_federation(folder: RunFolder, instead: str) -> None:
+    """Raise UserError, which ends with `instead`, where text and models of a run are elsewhere."""
+    if "federation" in folder.environment():
+        raise UserError(
+            f"{folder.path}: of a federation, whose text and models are on its devices; {instead}"
+        )
+
+
 def open_personal_model(
     path: Path | str,
     client: str,
@@ -201,12 +209,10 @@ def measurable(folder: RunFolder, client: str | None) -> tuple[Base, Texts, list
 
 
 def measurable_models(folder: RunFolder, client: str | None) -> tuple[Base, list[str]]:
-    """Return the base and the names of the clients, where no text is needed."""
-    if "federation" in folder.environment():
-        raise UserError(
-            f"{folder.path}: of a federation, whose text and models are on its devices; "
-            f"what they measured: {command('report', folder.path)}"
-        )
+    """Return the base and the names of the clients, where no text is needed. Raises UserError
+    where there is no such client, no round, or no model here.
+    """
+    require_no_federation(folder, f"what they measured: {command('report', folder.path)}")
     config = folder.config()
     names = config.names
     if client is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from comigs.app.setup import Say, ignore, load, read_texts, say_unread
+from comigs.app.setup import ignore, load, read_texts, say_unread
 from comigs.bases.load import Base
 from comigs.client.evaluate import measure
 from comigs.client.workplace import attach
@@ -44,6 +44,7 @@ from comigs.server.protocol import Answers, Report, Task
 from comigs.server.rounds import run_rounds
 from comigs.server.validation import common_start
 from comigs.slots import Shapes, Slot
+from comigs.text import Say
 
 FEWEST, MOST = 8, 4096  # canaries of a client for each number of copies
 UPLOAD, SHARED, PERSONAL = "a client's last upload", "what everybody gets", "the personal model"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from comigs.app.setup import Say, attached, ignore, load, read_texts, say_unread
+from comigs.app.setup import attached, ignore, load, read_texts, say_unread
 from comigs.bases.load import Base
 from comigs.client.estimate import (
     Throughput,
@@ -37,7 +37,7 @@ from comigs.server.communication import traffic_by_client
 from comigs.server.protocol import Report
 from comigs.server.rounds import task_of
 from comigs.server.validation import expected_upload, shapes_of_clients
-from comigs.text import Table, duration, listed, size
+from comigs.text import Say, Table, duration, listed, size
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from comigs.app.api import open_run, require_same_text
-from comigs.app.setup import Say, ignore, load
+from comigs.app.api import open_run, require_no_federation, require_same_text
+from comigs.app.setup import ignore, load
 from comigs.bases.load import Base, set_dtype
 from comigs.bases.packed import unpack
 from comigs.config import Config, Split
@@ -25,6 +25,7 @@ from comigs.personal.export.source import Source, windows_of
 from comigs.personal.model import PersonalModel
 from comigs.runs.folder import RunFolder
 from comigs.runs.reader import ANYBODY, Reader
+from comigs.text import Say
 
 
 def export(
@@ -90,11 +91,9 @@ def opened_for_export(folder: RunFolder, client: str) -> tuple[Base, Config, Cli
     config = folder.config()
     config.client_named(client)
     folder.require_a_round()
-    if "federation" in folder.environment():
-        raise UserError(
-            f"{folder.path}: of a federation, whose models are on its devices; each exports its "
-            f"own, from its own run folder (what it measured: {command('report', folder.path)})"
-        )
+    own = "each exports its own, from its own run folder"
+    measured = f"what it measured: {command('report', folder.path)}"
+    require_no_federation(folder, f"{own} ({measured})")
     here = config.base.model_copy(update={"device": "cpu"})
     base, config = load(config.model_copy(update={"base": here}))
     data = prepare_data(config, base.encoder)

@@ -19,6 +19,7 @@ from comigs.personal.routes.describe import ReadText, describe
 from comigs.personal.routes.languages import function_words
 from comigs.personal.routes.weights import shared_experts
 from comigs.personal.serve.catalogue import names_of
+from comigs.runs.environment import require_one_base
 from comigs.runs.folder import RunFolder
 from comigs.runs.reader import ANYBODY, Reader
 from comigs.runs.routes import Routes
@@ -44,7 +45,8 @@ def routes(
     function_words()
     written = None if file is None else read_text(file)
     names = names_of([Path(run) for run in runs])
-    folders = _on_one_base([RunFolder.open(Path(run), reader) for run in runs])
+    folders = [RunFolder.open(Path(run), reader) for run in runs]
+    require_one_base(folders, "their tokens and blocks differ: look at them apart")
     for folder in folders:
         _require_readable(folder, clients, own_text=file is None)
     base = api.base_of(folders[0])
@@ -70,28 +72,11 @@ def read_text(file: Path) -> str:
     return text
 
 
-def _on_one_base(folders: list[RunFolder]) -> list[RunFolder]:
-    """Return runs that can be seen side by side. Raises UserError where they cannot."""
-    first = folders[0]
-    for folder in folders:
-        folder.require_a_round()
-        if folder.environment()["base_fingerprint"] != first.environment()["base_fingerprint"]:
-            raise UserError(
-                f"{folder.path}: trained on another base than {first.path}, so that their tokens "
-                "and blocks differ; look at them apart"
-            )
-    return folders
-
-
 def _require_readable(folder: RunFolder, clients: Sequence[str], own_text: bool) -> None:
     """Raise UserError where a client's model or text is not here, or routes nothing."""
     for client in clients:
         folder.config().client_named(client)
-    if "federation" in folder.environment():
-        raise UserError(
-            f"{folder.path}: of a federation, whose text and models are on its devices; each shows "
-            "its own routes, from its own run folder"
-        )
+    api.require_no_federation(folder, "each shows its own routes, from its own run folder")
     for client in clients:
         shared_experts(folder, client)
         require_model(folder, client)

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 
 from comigs.app import api
-from comigs.app.setup import Say, ignore
+from comigs.app.setup import ignore
 from comigs.errors import UserError
 from comigs.personal.serve import catalogue, server
 from comigs.personal.serve.answers import Bounds
 from comigs.personal.serve.keys import is_loopback, read_keys
 from comigs.personal.serve.scheduler import Limits
-from comigs.runs.environment import require_same_base
+from comigs.runs.environment import require_one_base, require_same_base
 from comigs.runs.folder import RunFolder
-from comigs.text import plural
+from comigs.text import Say, plural
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def serve(
         )
     # What is wrong with runs, keys and port is said before the base is loaded.
     folders = [api.open_run(run) for run in runs]
-    catalogue.require_together(folders)
+    require_one_base(folders, "one server has one base: serve them apart")
     ids = catalogue.ids_of(folders)
     keys = None if address.keys is None else read_keys(address.keys, ids)
     with closing(server.listen(address.host, address.port)) as listener:

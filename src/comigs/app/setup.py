@@ -5,7 +5,7 @@ That is the base, everybody's text, and experts attached to measure their shapes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,9 +30,7 @@ from comigs.server.protocol import Report
 from comigs.server.sums import require_sums
 from comigs.server.validation import shapes_of_clients
 from comigs.slots import Shapes
-from comigs.text import large, plural
-
-Say = Callable[[str], None]
+from comigs.text import Say, large, plural
 
 
 def ignore(_: Any) -> None:

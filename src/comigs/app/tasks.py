@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from comigs.app import api
-from comigs.app.setup import Say, ignore
+from comigs.app.setup import ignore
 from comigs.bases.load import Base
 from comigs.config import Split
 from comigs.errors import UserError
@@ -17,7 +17,7 @@ from comigs.personal.tasks.extra import TaskFiles, require_extra
 from comigs.personal.tasks.questions import WRONG, Question, questions_of, wrong_answers
 from comigs.runs.folder import RunFolder
 from comigs.runs.tasks import Estimate, Measure, Settings, TaskResult, Tasks, add_tasks, estimate
-from comigs.text import plural
+from comigs.text import Say, plural
 
 LONGEST = 128  # tokens of a written answer
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,7 @@ from comigs.personal.serve.text import Transcript, Vocabulary
 from comigs.runs.environment import require_same_base
 from comigs.runs.folder import RunFolder
 from comigs.seeds import generator
-
-Say = Callable[[str], None]
+from comigs.text import Say
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,21 @@ def require_same_base(folder: RunFolder, base: Base) -> None:
         )
 
 
+def require_one_base(folders: Sequence[RunFolder], instead: str) -> None:
+    """Raise UserError where a run has no round yet, or where two were trained on different bases;
+    what is said of these ends with `instead`.
+    """
+    for folder in folders:
+        folder.require_a_round()
+    first, *others = folders
+    for other in others:
+        if other.environment()["base_fingerprint"] != first.environment()["base_fingerprint"]:
+            raise UserError(
+                f"{other.path}: trained on another base than {first.path} (or in another "
+                f"precision); {instead}"
+            )
+
+
 def require_same_chats(folder: RunFolder, encoder: Encoder) -> None:
     """Raise UserError where chats would become other tokens than those the run began with.
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 from comigs import text as f
 from comigs.experiments.sweep.eta import Eta
 from comigs.experiments.sweep.plan import Plan, Run
 from comigs.experiments.sweep.process import Command
 from comigs.experiments.sweep.state import state_of
-
-Say = Callable[[str], None]
+from comigs.text import Say
 
 
 class Progress:

@@ -12,10 +12,11 @@ from comigs import text as f
 from comigs.errors import Stopped, UserError
 from comigs.experiments.sweep.plan import Plan, Run, one_per_text, write_copy
 from comigs.experiments.sweep.process import Command
-from comigs.experiments.sweep.progress import Progress, Say
+from comigs.experiments.sweep.progress import Progress
 from comigs.experiments.sweep.state import busy, look
 from comigs.files import ClosedFolder
 from comigs.processes import cpus
+from comigs.text import Say
 
 POLL = 0.2  # seconds between looks at the processes
 LOG = "sweep.log"  # in the sweep's folder: all that failed runs had to say

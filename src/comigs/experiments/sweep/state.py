@@ -13,8 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from comigs.config import Config, dotted
-from comigs.data.files import resolve
+from comigs.config import Config, dotted, resolve
 from comigs.data.sources import source_names
 from comigs.errors import UserError
 from comigs.experiments.run_data import RunData

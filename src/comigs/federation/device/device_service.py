@@ -10,7 +10,7 @@ byte, and nothing is trained twice.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,14 +38,13 @@ from comigs.methods.method import Method
 from comigs.server import wire
 from comigs.server.protocol import Report
 from comigs.slots import Slot
-from comigs.text import brief, harmless
+from comigs.text import Say, brief, harmless
 
 if TYPE_CHECKING:
     from comigs.federation.device.device_sum import DeviceSum
 
 MOST_HEADER = 1 << 25  # bytes of a request's head and of the list of its tensors
 LINE, TRACEBACK = 500, 8000  # characters of what the owner is shown
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -23,8 +23,7 @@ from comigs.federation.security.private_files import make_private, write_private
 from comigs.federation.supervisor import Supervisor, keep, wait_until
 from comigs.files import command, writing
 from comigs.processes import locked
-
-Say = Callable[[str], None]
+from comigs.text import Say
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from comigs.runs.new import new_folder
 from comigs.runs.summary import write_summary
 from comigs.runs.track.tracks import Tracks
 from comigs.server.protocol import Report
+from comigs.text import Say
 
-Say = Callable[[str], None]
 LOOK = 0.5  # seconds between looks at it
 ASK = 30.0  # seconds between questions to the server, which cost it two seconds of CPU
 LET_GO = 30.0  # seconds for a stopped run's process to end

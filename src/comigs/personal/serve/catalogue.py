@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +14,7 @@ from comigs.personal.model import model_path
 from comigs.personal.serve.app import Served
 from comigs.personal.serve.packed import read_client
 from comigs.runs.folder import RunFolder
-
-Say = Callable[[str], None]
+from comigs.text import Say
 
 
 def in_dtype(base: Base, dtype: torch.dtype) -> Base:
@@ -57,19 +56,6 @@ def ids_of(folders: Sequence[RunFolder]) -> dict[str, tuple[RunFolder, str]]:
             f"{folders[0].path}: holds no client's model; they are on the clients' own devices"
         )
     return found
-
-
-def require_together(folders: Sequence[RunFolder]) -> None:
-    """Raise UserError where runs cannot be served together: one has no round, or another base."""
-    for folder in folders:
-        folder.require_a_round()
-    first, *others = folders
-    for other in others:
-        if other.environment()["base_fingerprint"] != first.environment()["base_fingerprint"]:
-            raise UserError(
-                f"{other.path}: trained on another base than {first.path} (or in another "
-                "precision); one server has one base: serve them apart"
-            )
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
