@@ -136,7 +136,11 @@ class ClosedFolder:
         self.path = path
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:
-        """Return the descriptor of a plain file. flags: as in os.open."""
+        """Return the descriptor of a plain file. flags: as in os.open.
+
+        Raises OSError where it is no plain file, UserError where it is to be written and has
+        another name elsewhere.
+        """
         with self._parent(name) as (parent, last):
             descriptor = os.open(last, flags | UNFOLLOWED, 0o666, dir_fd=parent)
 

@@ -105,7 +105,7 @@ class DeviceRun:
 
         since: the last round that the server knows to have reached this client. If that is not its
         last answer, the download begins with what came with that answer's request: the first ranks
-        of every update.
+        of every update. Raises Refused, with "lost", where an update ends before what was added.
         """
         # Updates are stacked along the rank, oldest first, so what was added is cut off there.
         merged = {} if since >= self.answered else self._held("merged")

@@ -24,7 +24,11 @@ def read_download(tensors: wire.Encoded) -> dict[Slot, Tensor]:
 
 
 def probe(request: Request, tensors: wire.Encoded, run: DeviceRun, client: Client) -> bytes:
-    """Measure others' uploads in this client's place, and answer. Nothing is kept."""
+    """Measure others' uploads in this client's place, and answer. Nothing is kept.
+
+    Raises Refused where the method measures none, where another round was the last here, and where
+    an upload is not as it should be.
+    """
     asked = f"asked to measure round {request.round}"
     # What it measures is exact, so nobody gets it whose method does without.
     if not run.method.reads_peers:

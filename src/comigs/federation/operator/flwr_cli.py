@@ -97,7 +97,7 @@ def write_app(scratch: str) -> Path:
 
 def app_hash() -> str:
     """Return the sha256 of the app bundle that Flower makes of our app here; it names the app
-    wherever it arrives.
+    wherever it arrives. Raises UserError where Flower cannot make it.
     """
     with tempfile.TemporaryDirectory(prefix="comigs-app-") as scratch:
         build = ["build", "--app", str(write_app(scratch))]

@@ -158,7 +158,8 @@ class Federation:
 
     def certify(self) -> bool:
         """Make the server's certificate where there is none, it ends soon or its hosts have
-        changed; return whether one was made.
+        changed; return whether one was made. Raises UserError where a file is damaged, or none can
+        be written.
         """
         # The hosts in federation.toml may be changed by hand, between two starts of the server.
         authority, key = self.read("ca.pem"), self.read("ca.key")

@@ -8,7 +8,6 @@ import random
 import re
 import socket
 import ssl
-from collections.abc import Callable
 from contextlib import closing, suppress
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
@@ -19,8 +18,8 @@ from comigs.federation.operator.folder import Federation
 from comigs.federation.security import pki
 from comigs.federation.supervisor import OnLine, Supervisor, keep, wait_until
 from comigs.processes import locked
+from comigs.text import Say
 
-Say = Callable[[str], None]
 # By which we reach ourselves where all addresses are listened on.
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 PORTS = range(20000, 32768)  # of programs that ask for any
@@ -80,7 +79,7 @@ def free_port() -> int:
 
     It is none of those that systems give to connections (Linux: from 32768 on). Who knocks at such
     a port before its server is there may be given that very port, and then holds it, connected with
-    itself, so that the server finds it taken.
+    itself, so that the server finds it taken. Raises UserError where none is free.
     """
     for port in random.sample(PORTS, len(PORTS)):
         with closing(socket.socket()) as probe, suppress(OSError):

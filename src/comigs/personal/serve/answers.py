@@ -26,7 +26,7 @@ SHORT_ANSWER = 16  # tokens of a completion that says nothing of its length, as 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of one request.
+    """These bounds hold for each request.
 
     context: tokens of a prompt and its answer together. body: bytes. seconds: from its arrival to
     its end.

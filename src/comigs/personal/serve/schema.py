@@ -90,7 +90,7 @@ class Request(BaseModel):
 
 
 class ChatRequest(Request):
-    """POST /v1/chat/completions."""
+    """This is the body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -107,7 +107,10 @@ class ChatRequest(Request):
 
 
 class CompletionRequest(Request):
-    """POST /v1/completions. prompt: a text, several, the token ids of one, or of several."""
+    """This is the body of POST /v1/completions.
+
+    prompt: a text, several, the token ids of one, or of several.
+    """
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
