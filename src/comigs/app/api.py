@@ -34,6 +34,7 @@ from comigs.processes import interrupts
 from comigs.runs.environment import (
     describe,
     environment,
+    require_no_federation,
     require_same_base,
     require_same_chats,
 )
@@ -144,14 +145,6 @@ def open_run(path: Path | str | RunFolder, reader: Reader = ANYBODY) -> RunFolde
     if isinstance(path, RunFolder):
         return path
     return RunFolder.open(Path(path), reader)
-
-
-def require_no_federation(folder: RunFolder, instead: str) -> None:
-    """Raise UserError, which ends with `instead`, where text and models of a run are elsewhere."""
-    if "federation" in folder.environment():
-        raise UserError(
-            f"{folder.path}: of a federation, whose text and models are on its devices; {instead}"
-        )
 
 
 def open_personal_model(

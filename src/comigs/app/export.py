@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from comigs.app.api import open_run, require_no_federation, require_same_text
+from comigs.app.api import open_run, require_same_text
 from comigs.app.setup import ignore, load
 from comigs.bases.load import Base, set_dtype
 from comigs.bases.packed import unpack
@@ -23,6 +23,7 @@ from comigs.personal.export.form import load_format, type_of
 from comigs.personal.export.outputs import measure_text
 from comigs.personal.export.source import Source, windows_of
 from comigs.personal.model import PersonalModel
+from comigs.runs.environment import require_no_federation
 from comigs.runs.folder import RunFolder
 from comigs.runs.reader import ANYBODY, Reader
 from comigs.text import Say

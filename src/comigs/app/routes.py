@@ -19,7 +19,7 @@ from comigs.personal.routes.describe import ReadText, describe
 from comigs.personal.routes.languages import function_words
 from comigs.personal.routes.weights import shared_experts
 from comigs.personal.serve.catalogue import names_of
-from comigs.runs.environment import require_one_base
+from comigs.runs.environment import require_no_federation, require_one_base
 from comigs.runs.folder import RunFolder
 from comigs.runs.reader import ANYBODY, Reader
 from comigs.runs.routes import Routes
@@ -76,7 +76,7 @@ def _require_readable(folder: RunFolder, clients: Sequence[str], own_text: bool)
     """Raise UserError where a client's model or text is not here, or routes nothing."""
     for client in clients:
         folder.config().client_named(client)
-    api.require_no_federation(folder, "each shows its own routes, from its own run folder")
+    require_no_federation(folder, "each shows its own routes, from its own run folder")
     for client in clients:
         shared_experts(folder, client)
         require_model(folder, client)

@@ -76,6 +76,14 @@ def require_one_base(folders: Sequence[RunFolder], instead: str) -> None:
             )
 
 
+def require_no_federation(folder: RunFolder, instead: str) -> None:
+    """Raise UserError, which ends with `instead`, where text and models of a run are elsewhere."""
+    if "federation" in folder.environment():
+        raise UserError(
+            f"{folder.path}: of a federation, whose text and models are on its devices; {instead}"
+        )
+
+
 def require_same_chats(folder: RunFolder, encoder: Encoder) -> None:
     """Raise UserError where chats would become other tokens than those the run began with.
 

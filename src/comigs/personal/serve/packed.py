@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from comigs.bases.load import Base
 from comigs.client.workplace import attach
@@ -39,6 +40,14 @@ class PackedClient:
     number: int
     blocks: tuple[PackedBlock, ...]
 
+    def num_bytes(self) -> int:
+        """Return the bytes of all tensors."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for block in self.blocks
+            for tensor in _tensors(block)
+        )
+
 
 def read_client(folder: RunFolder, client: str, base: Base, name: str, number: int) -> PackedClient:
     """Read a client's model from a run. The base must be free of other experts. Raises
@@ -57,3 +66,12 @@ def pack(attachment: Attachment, name: str, number: int, dtype: torch.dtype) -> 
         loras = {site: lora.packed(dtype) for site, lora in adapted.items()}
         blocks.append(PackedBlock(mixture.packed(dtype), loras))
     return PackedClient(name, number, tuple(blocks))
+
+
+def _tensors(block: PackedBlock) -> list[Tensor]:
+    experts = block.experts
+    found = [experts.A_in_RD, experts.B_SRI, experts.A_RI, experts.B_RD, experts.W_ED, experts.gate]
+    found += experts.merged.values()
+    for lora in block.attention.values():
+        found += [lora.A, lora.B, lora.merged]
+    return [tensor for tensor in found if tensor is not None]
