@@ -90,9 +90,12 @@ def test_time_counts_every_step_and_every_token_evaluated(tmp_path):
         sum(getattr(outline, split)[0].num_bytes for outline in outlines.values())
         for split in ("valid", "test")
     )
-    # the base: valid and test; after rounds 2, 4 and 6: valid; at the end: test
+    # the base: valid and test; after rounds 2, 4 and 6: valid; at the end: test, which may be
+    # measured again of the best round, and valid of each part alone; each download on a few windows
+    weighed = 2 * 7 * method.looks * method.probe * config.data.sequence_length
+    assert method.looks and method.last_looks
     assert dry_run.run_seconds(config, method, speed, outlines, 1.0) == pytest.approx(
-        4 * valid + 2 * test
+        (4 + method.last_looks) * valid + 3 * test + weighed
     )
 
 

@@ -194,7 +194,7 @@ def test_the_card_of_a_private_run_says_what_was_protected_and_what_was_not(tmp_
     """The client's own model takes steps without noise; fedavg's ends as everybody's."""
     exported(trained(run), "peft", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "had differential privacy with epsilon 8 for one document (delta 0.01)." in card
+    assert "of what left clients, with epsilon 8 for one document (delta 0.01)," in card
     kept = f"**yes**: {own}" if own else "nothing that the other participants' server has not seen"
     assert kept in card, card
 

@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     config = run_config(root / "text", privacy=PRIVACY, rounds=3, upload={"format": "int8"})
     federation = Federation(root / "federation", NAMES, root / "text")
     ada = federation.trainers["ada"]
-    ada.device = replace(ada.device, limits=Limits(epsilon=4.5))  # 2.8, 4.0, 4.8
+    ada.device = replace(ada.device, limits=Limits(epsilon=6.5))  # at delta 1e-5: 4.5, 6.1, 7.3
     grid = federation.run(root / "run", config)
     return federation, RunFolder.open(root / "run"), b"".join(grid.seen)
 

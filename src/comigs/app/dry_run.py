@@ -22,6 +22,7 @@ from comigs.client.estimate import (
     num_scalars,
     router_steps,
     shared_phase_steps,
+    tokens_read,
 )
 from comigs.client.memory import all_ways, speed, within_memory
 from comigs.config import Config, Split
@@ -228,8 +229,9 @@ def run_seconds(
     for number in range(1, config.rounds + 2):
         task = task_of(config, number, base_known=number > 1)
         clients = asked if number <= config.rounds else len(config.clients)
-        measured = sum(tokens[split] for split in (*task.evaluate, *task.evaluate_base))
-        total += clients * measured * throughput.evaluation_seconds
+        measured = (*task.evaluate, *task.evaluate_base)
+        read = tokens_read(config, method, measured, tokens, end=not task.train)
+        total += clients * read * throughput.evaluation_seconds
     return total / min(config.workers, asked)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import psutil
@@ -21,7 +21,7 @@ from comigs.client.evaluate import measure
 from comigs.client.loss import CHUNK
 from comigs.client.state import TrainState, new_train_state
 from comigs.client.steps import MethodHooks, NonFiniteLoss, StepSettings, step
-from comigs.config import Config
+from comigs.config import Config, Split
 from comigs.data.batches import Batch
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
@@ -217,6 +217,25 @@ def router_steps(config: Config, method: Method, phases: int) -> int:
     """Return the steps of so many phases of the router, where any client has them."""
     has_router = Choice(config, method, "in-process").has_router
     return phases * config.client.router_steps * (has_router and method.schedule != "joint")
+
+
+def tokens_read(
+    config: Config, method: Method, asked: Iterable[Split], tokens: Mapping[Split, float], end: bool
+) -> float:
+    """Return how many tokens a client reads in an exchange without learning from them, at most.
+
+    asked: the splits to evaluate. tokens: of each split. end: whether it is the last exchange.
+    """
+    # What is weighed is measured as well: a download, and the model at the end.
+    read = sum(tokens[split] for split in asked)
+    if method.mix is not None:
+        read += method.looks * method.probe * config.data.sequence_length
+    if end and method.finish is not None:
+        read += method.last_looks * tokens["valid"]
+    # The round that is kept may be an earlier one than that which is measured anyway.
+    if end and config.evaluation.keep == "best":
+        read += tokens["test"]
+    return read
 
 
 def shared_phase_steps(config: Config, steps: int) -> float:

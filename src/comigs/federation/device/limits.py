@@ -28,9 +28,10 @@ from comigs.client.estimate import (
     num_scalars,
     router_steps,
     shared_phase_steps,
+    tokens_read,
 )
 from comigs.client.workplace import Workplace
-from comigs.config import SPLITS, ClientEntry, Config, dotted
+from comigs.config import SPLITS, ClientEntry, Config, Split, dotted
 from comigs.data.prepare import ClientData
 from comigs.federation.device.device_run import Refused
 from comigs.federation.messages import LARGEST, Request
@@ -234,7 +235,7 @@ class Work:
     def seconds(self, speed: Throughput, data: ClientData) -> float:
         """Return the seconds that it would take at that speed."""
         config, method, request = self.place.config, self.place.method, self.request
-        tokens: dict[str, int] = {}
+        tokens: dict[Split, float] = {}
         for split in SPLITS:
             tokens[split] = sum(store.num_tokens for store in getattr(data, split))
 
@@ -245,15 +246,11 @@ class Work:
             steps = config.client.steps + router_steps(config, method, phases)
             steps += shared_phase_steps(config, config.client.steps)
 
-        # What is weighed is measured as well: a download, others' uploads, the model at the end.
-        read = sum(tokens[split] for split in (*request.evaluate, *request.evaluate_base))
-        looks = request.probed or (method.looks if method.mix is not None else 0)
-        read += looks * method.probe * config.data.sequence_length
-        if method.finish is not None and not request.train:
-            read += method.last_looks * tokens["valid"]
-        # The round that is kept may be an earlier one than that which is measured anyway.
-        if config.evaluation.keep == "best" and not request.train:
-            read += tokens["test"]
+        # Whoever is asked for a probe measures nothing but others' uploads.
+        asked = (*request.evaluate, *request.evaluate_base)
+        read = float(request.probed * method.probe * config.data.sequence_length)
+        if request.kind == "exchange":
+            read = tokens_read(config, method, asked, tokens, end=not request.train)
         return steps * speed.step_seconds + read * speed.evaluation_seconds
 
     def speed_here(self) -> Throughput:
