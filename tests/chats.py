@@ -10,16 +10,16 @@ from comigs.bases.load import Base, load_base
 from comigs.config import BaseSection
 
 PLAIN = (  # what docs/data.md gives for bases that have no template
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content | trim }}"
     "{{ eos_token if message.role == 'assistant' else '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 MARKED = PLAIN.replace(  # the same, with what transformers needs to make a mask itself
-    "{{ message.role }}: {{ message.content }}{{ eos_token if message.role == 'assistant' else "
-    "'\\n' }}",
-    "{% if message.role == 'assistant' %}assistant: {% generation %}{{ message.content }}"
-    "{{ eos_token }}{% endgeneration %}{% else %}{{ message.role }}: {{ message.content }}\n"
-    "{% endif %}",
+    "{{ message.role }}: {{ message.content | trim }}"
+    "{{ eos_token if message.role == 'assistant' else '\\n' }}",
+    "{% if message.role == 'assistant' %}assistant:{% generation %} {{ message.content | trim }}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ message.role }}: "
+    "{{ message.content | trim }}\n{% endif %}",
 )
 TALKS = [
     [("user", "hi"), ("assistant", "ho")],

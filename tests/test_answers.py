@@ -134,7 +134,7 @@ def naive_nats(model, tokenizer, before, answer):
         messages_of(before), add_generation_prompt=True, tokenize=False
     )
     first = len(tokenizer(prompt)["input_ids"])
-    ids = tokenizer(prompt + answer + tokenizer.eos_token)["input_ids"]
+    ids = tokenizer(f"{prompt} {answer}{tokenizer.eos_token}")["input_ids"]
     with torch.no_grad():
         log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
     return -sum(float(log_p[place - 1, ids[place]]) for place in range(first, len(ids)))
@@ -150,14 +150,15 @@ def test_the_likelihood_of_an_answer_is_that_of_transformers(run):
         found = nats_of(model.attachment, possible, 4, torch.float32)
         for pair, nats, one in zip(pairs, found, possible, strict=True):
             assert nats == pytest.approx(naive_nats(model.model, model.tokenizer, *pair), rel=1e-4)
-            assert one.tokens == len(pair[1]) + 1
+            assert one.tokens == len(pair[1]) + 2  # the space before it, and what ends it
 
 
 def test_of_a_longer_chat_only_the_last_answer_counts():
     encoder, before = tiny_chat("tiny-llama").encoder.chats, TALKS[2][:3]
     one = candidate(encoder, before, "e", 60, "")
-    assert one.tokens == 2  # the letter and what ends it
-    assert candidate(encoder, before, "e", one.window.inputs.size - 1, "").tokens == 1  # cut
+    assert one.tokens == 3 and one.is_whole  # a space, the letter and what ends it
+    cut = candidate(encoder, before, "e", one.window.inputs.size - 1, "")
+    assert cut.tokens == 2 and not cut.is_whole
     assert candidate(encoder, before, "e", 4, "").tokens == 0
 
 

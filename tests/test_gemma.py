@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from comigs.bases.gemma3 import PACKAGE, TURNS
+from comigs.bases.chat_encoder import ChatEncoder
+from comigs.bases.gemma3 import END_OF_TURN, PACKAGE, TURNS
 from comigs.bases.load import load_base
+from comigs.bases.usable import end_ids
 from comigs.config import BaseSection
 from comigs.errors import UserError
 from tests.chats import messages_of, tiny_chat
@@ -38,8 +40,10 @@ def test_without_its_wheel_it_says_what_to_install_and_whose_terms(tmp_path, mon
 
 def test_turns_are_those_of_gemma_and_only_ever_add():
     """What is learnt is found, with a system turn and without, and ends with the turn."""
-    encoder = tiny_chat("tiny-gpt2", chat_template=TURNS.replace("bos_token", "'B'")).encoder.chats
-    encoder.longest = 1000
+    base = tiny_chat("tiny-gpt2", chat_template=TURNS.replace("bos_token", "'B'"))
+    base.tokenizer.add_special_tokens({"extra_special_tokens": [END_OF_TURN]})
+    ends = end_ids(base.model, base.tokenizer)
+    encoder = ChatEncoder(base.name, base.tokenizer, 1000, 1000, ends)
     talk = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b")]
     text = encoder.tokenizer.apply_chat_template(messages_of(talk), tokenize=False)
     turns = [("user", "s\n\nu"), ("model", "a"), ("user", "v"), ("model", "b")]
@@ -48,7 +52,10 @@ def test_turns_are_those_of_gemma_and_only_ever_add():
     for chat in (talk, talk[1:]):
         ids, learnt, _ = encoder.encode(tuple(chat), "")
         said = encoder.decode([id for id, is_learnt in zip(ids, learnt, strict=True) if is_learnt])
-        assert said == "a<end_of_turn>\nb<end_of_turn>\n"
+        assert said == "a<end_of_turn>b<end_of_turn>"
+    # An empty system turn is none.
+    empty = encoder.encode((("system", " "), *talk[1:]), "")
+    assert empty == encoder.encode(tuple(talk[1:]), "")
 
 
 @pytest.fixture(scope="module")

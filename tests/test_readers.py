@@ -25,7 +25,7 @@ OTHERS = {  # a field -> another value than a run here has, and what else must b
     "base.dtype": ("bfloat16", {}),
     "base.weights": ("int4", {}),
     "base.tokenizer": ("gpt-2", {}),
-    "base.chat_template": (PLAIN.replace(": ", "> "), CHATS),
+    "base.chat_template": (PLAIN.replace(":", ">"), CHATS),
     "data.sequence_length": (9, {}),
     "data.loss": ("all", CHATS),
     "data.distribution": ("out", {}),

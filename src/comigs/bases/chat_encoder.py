@@ -2,22 +2,23 @@
 
 The template is rendered turn by turn. What it adds for an answer, after the words that ask for one,
 is that answer; so it must only ever add to what it wrote before. Nothing is asked of the template
-itself: those without `{% generation %}` give an all-zero mask.
+itself: those without `{% generation %}` give an all-zero mask. What is before an answer and the
+answer are cut into tokens apart, so that a prompt is always the beginning of what is learnt.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from comigs.bases.chat_template import LEARNT_ON, Message, TemplateRefusal, render
+from comigs.bases.chat_template import LEARNT_ON, Message, TemplateRefusal
+from comigs.bases.chat_tokens import Stretch, TemplateTokens, TurnChanged, stretches
 from comigs.errors import UserError
 
-FORMAT = 1  # of what is marked; part of the id
+FORMAT = 2  # of how chats are cut and marked; part of the id
 
 
 class ChatEncoder:
@@ -51,14 +52,20 @@ class ChatEncoder:
 
         Raises UserError, naming the place, where there cannot be any.
         """
-        # The template makes one text of the turns, which is cut into tokens as a whole.
-        self._require_plain_words(turns, where)
-        messages: list[Message] = [{"role": role, "content": words} for role, words in turns]
-        text, answers = self._rendered(messages, where)
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        # Each stretch is cut into tokens for itself; only answers are learnt.
+        ids: list[int] = []
+        learnt: list[bool] = []
+        num_bytes: list[int] = []
+        for stretch in self._stretches(turns, where, prompt=False):
+            own, spans = self._tokens.cut(stretch.text)
+            ids += own
+            num_bytes += self._bytes(stretch.text, own, spans)
+            if stretch.turn is None:
+                learnt += [False] * len(own)
+                continue
+            self._require_answer(stretch, own, turns[stretch.turn][1], where)
+            end = next(place for place, id in enumerate(own) if id in self.ends)
+            learnt += [place <= end for place in range(len(own))]
         # What the model cannot read is refused before it is learnt from.
         if len(ids) > self.longest:
             raise UserError(
@@ -68,22 +75,15 @@ class ChatEncoder:
         if max(ids) >= self.rows:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise UserError(f'{where}: base {self.name} does not read "{token}" of its template')
-        learnt = self._learnt(ids, spans, answers)
-        return ids, learnt, self._bytes(text, ids, spans, answers)
+        return ids, learnt, num_bytes
 
     def prompt(self, turns: Sequence[tuple[str, str]], where: str) -> list[int]:
         """Return the tokens of these turns, after which an answer comes.
 
         Raises UserError, naming the place, where there cannot be any.
         """
-        self._require_plain_words(turns, where)
-        messages: list[Message] = [{"role": role, "content": words} for role, words in turns]
-        try:
-            text = render(self.tokenizer, messages, prompt=True, day=LEARNT_ON)
-        except TemplateRefusal as error:
-            raise self._refusal(error, where) from None
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        found = self._stretches(turns, where, prompt=True)
+        return [id for stretch in found for id in self._tokens.cut(stretch.text)[0]]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return ids as text, with the template's own tokens."""
@@ -91,96 +91,69 @@ class ChatEncoder:
         return text
 
     @cached_property
-    def _special(self) -> dict[int, str]:
-        added = self.tokenizer.added_tokens_decoder
-        return {id: str(token) for id, token in added.items() if token.special}
+    def _tokens(self) -> TemplateTokens:
+        return TemplateTokens(self.tokenizer)
 
-    def _require_plain_words(self, turns: Sequence[tuple[str, str]], where: str) -> None:
-        """Refuse words that would be read as the template's own. Raises UserError."""
+    @cached_property
+    def _forbidden(self) -> list[str]:
+        """The special tokens that would be read as the template's own, or as an answer's end."""
+        tokens = self._tokens
+        ends = {token for id, token in tokens.special.items() if id in self.ends}
+        return sorted(tokens.own | ends)
+
+    def _stretches(
+        self, turns: Sequence[tuple[str, str]], where: str, prompt: bool
+    ) -> list[Stretch]:
+        """Return a chat's text, cut where answers begin and end. Raises UserError."""
+        # Words that would be read as the template's own are refused first.
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"{where}: is a chat, but base {self.name} has no chat template; give one as "
                 "base.chat_template (docs/data.md), or the text as plain text"
             )
         for role, words in turns:
-            for token in self._special.values():
+            for token in self._forbidden:
                 if token in words:
                     raise UserError(
                         f'{where}: a turn ({role}) holds "{token}", which base {self.name} reads '
                         "as the end or start of something; take it out"
                     )
-
-    def _rendered(
-        self, messages: Sequence[Message], where: str
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """Return a chat as one text, and where in it each answer begins and ends.
-
-        Raises UserError where the template fails, or changes what it wrote before.
-        """
-        # An answer is what is added to the words that ask for it.
-        answers = []
+        messages: list[Message] = [{"role": role, "content": words} for role, words in turns]
         try:
-            whole = render(self.tokenizer, messages, prompt=False, day=LEARNT_ON)
-            for number, message in enumerate(messages):
-                if message["role"] != "assistant":
-                    continue
-                before = render(self.tokenizer, messages[:number], prompt=True, day=LEARNT_ON)
-                after = whole
-                if number + 1 < len(messages):
-                    until = messages[: number + 1]
-                    after = render(self.tokenizer, until, prompt=False, day=LEARNT_ON)
-                if not (whole.startswith(after) and after.startswith(before)):
-                    raise UserError(
-                        f"{where}: turn {number + 1} ({message['role']}): the chat template of "
-                        f"base {self.name} does not only add to what it wrote of the turns before, "
-                        "so what of it is the answer is not known; give another base.chat_template"
-                    )
-                answers.append((len(before), len(after)))
+            return stretches(self.tokenizer, messages, prompt, LEARNT_ON)
         except TemplateRefusal as error:
-            raise self._refusal(error, where) from None
-        return whole, answers
+            raise UserError(
+                f"{where}: the chat template of base {self.name} refuses it: {error}"
+            ) from None
+        except TurnChanged as changed:
+            raise UserError(
+                f"{where}: turn {changed.turn + 1} (assistant): the chat template of base "
+                f"{self.name} does not only add to what it wrote of the turns before, so what of "
+                "it is the answer is not known; give another base.chat_template"
+            ) from None
 
-    def _refusal(self, error: TemplateRefusal, where: str) -> UserError:
-        return UserError(f"{where}: the chat template of base {self.name} refuses it: {error}")
+    def _require_answer(self, stretch: Stretch, ids: list[int], words: str, where: str) -> None:
+        """Refuse an answer that a template does not write, or does not end. Raises UserError."""
+        assert stretch.turn is not None
+        turn = f"turn {stretch.turn + 1} (assistant): the chat template of base {self.name}"
+        # Templates take white space off words, and what was thought before them; never their end.
+        if words.split()[-1] not in stretch.text:
+            raise UserError(
+                f"{where}: {turn} does not write its words; give another base.chat_template"
+            )
+        if self.ends.isdisjoint(ids):
+            raise UserError(
+                f"{where}: {turn} writes no token that ends it, so a model would never learn to stop; add "
+                "{{ eos_token }} behind an answer's words in base.chat_template"
+            )
 
-    def _learnt(
-        self, ids: list[int], spans: list[tuple[int, int]], answers: list[tuple[int, int]]
-    ) -> list[bool]:
-        """Return whether each token is of an answer, up to the first token that ends it."""
-        learnt = [False] * len(ids)
-        starts = [start for start, _ in spans]
-        for begin, end in answers:
-            # A token that reaches into an answer is the answer's, as one with a space before it.
-            first = bisect_right(starts, begin)
-            while first and spans[first - 1][1] > begin:
-                first -= 1
-            for place in range(first, len(ids)):
-                if starts[place] >= end:
-                    break
-                learnt[place] = True
-                if ids[place] in self.ends:
-                    break
-        return learnt
-
-    def _bytes(
-        self,
-        text: str,
-        ids: list[int],
-        spans: list[tuple[int, int]],
-        answers: list[tuple[int, int]],
-    ) -> list[int]:
+    def _bytes(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> list[int]:
         """Return the bytes of text that each token stands for; a special one stands for none.
 
         A character of several tokens counts with the first, and what no token covers with the next.
         """
-        counts, done = [0], 0
-        begins = [begin for begin, _ in answers]
+        counts, done = [], 0
         for id, (_, end) in zip(ids, spans, strict=True):
-            # What a token has of the words before an answer is not the answer's.
-            if begins and end > begins[0]:
-                begin = begins.pop(0)
-                counts[-1] += len(text[done:begin].encode())
-                done = max(done, begin)
-            counts.append(0 if id in self._special else len(text[done:end].encode()))
+            counts.append(0 if id in self._tokens.special else len(text[done:end].encode()))
             done = max(done, end)
-        return counts[1:]
+        return counts

@@ -33,14 +33,13 @@ def render(
     # A template is a program of whoever made the base: it may raise anything.
     try:
         template = tokenizer.get_chat_template()
-        # The library lets no function of ours into a template, so the day is written into it.
-        if day is not None:
-            template = TODAY.sub(lambda call: repr(day.strftime(call[2])), template)
         text: str = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
-            chat_template=template,
+            chat_template=template if day is None else on_day(template, day),
             add_generation_prompt=prompt,
             tokenize=False,
+            # Answers are learnt and written at once, without what some bases think before them.
+            enable_thinking=False,
         )
     except Exception as error:
         words = one_line(str(error)) or type(error).__name__
@@ -48,6 +47,12 @@ def render(
             words += f" (line {error.lineno})"
         raise TemplateRefusal(words[:SHOWN]) from None
     return text
+
+
+def on_day(template: str, day: date) -> str:
+    """Return a template to which today is that day."""
+    # The library lets no function of ours into a template, so the day is written into it.
+    return TODAY.sub(lambda call: repr(day.strftime(call[2])), template)
 
 
 def use_template(tokenizer: Any, template: str) -> None:

@@ -27,10 +27,11 @@ TERMS = "Gemma is under Google's Gemma Terms of Use: https://ai.google.dev/gemma
 END_OF_TURN = "<end_of_turn>"
 # The turns that Gemma's instruct models know. Its system turn is a part of the first of the user's.
 TURNS = (
-    "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
-    "{% for message in messages %}{% if not (loop.first and system) %}"
+    "{{ bos_token }}{% set has_system = messages[0].role == 'system' %}"
+    "{% set system = messages[0].content.strip() if has_system else '' %}"
+    "{% for message in messages %}{% if not (loop.first and has_system) %}"
     "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else 'user') + '\n' }}"
-    "{% if system and loop.index0 == 1 %}{{ system.strip() + '\n\n' }}{% endif %}"
+    "{% if system and loop.index0 == 1 %}{{ system + '\n\n' }}{% endif %}"
     "{{ message.content.strip() + '<end_of_turn>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from comigs.bases.base import Architecture
+from comigs.bases.chat_tokens import TemplateTokens
 from comigs.bases.pretrained import cannot_load
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -84,9 +85,12 @@ def highest_id(tokenizer: Any) -> int:
 
 
 def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end a text: the base's own and the tokenizer's."""
+    """Return the tokens that end a text: the base's own, the tokenizer's and the template's."""
     own = model.generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]
+    # A template may close an answer with a token that neither knows of.
+    if tokenizer.chat_template:
+        listed = [*listed, TemplateTokens(tokenizer).end]
     return frozenset(id for id in [*listed, tokenizer.eos_token_id] if id is not None)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from comigs.bases.chat_template import Message, TemplateRefusal, render
+from comigs.bases.chat_template import Message, TemplateRefusal
+from comigs.bases.chat_tokens import prompt_ids
 from comigs.bases.usable import separator
 from comigs.errors import UserError
 
@@ -19,11 +20,9 @@ def conversation_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     if not tokenizer.chat_template:
         return text_ids(tokenizer, plain_text(messages))
     try:
-        text = render(tokenizer, messages, prompt=True)
+        return prompt_ids(tokenizer, messages)
     except TemplateRefusal as error:
         raise UserError(f"messages: the base's chat template refuses them: {error}") from None
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def plain_text(messages: Sequence[Message]) -> str:

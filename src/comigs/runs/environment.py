@@ -93,8 +93,8 @@ def require_same_chats(folder: RunFolder, encoder: Encoder) -> None:
     if folder.environment().get("chats", encoder.chats.id) != encoder.chats.id:
         raise UserError(
             f"{folder.path}: the base's chat template, or what ends an answer, has changed since "
-            "this run began; put it back, give it as base.chat_template in the run's config.toml, "
-            "or start a new run"
+            "this run began, or comigs cuts chats otherwise; put it back, give it as "
+            "base.chat_template in the run's config.toml, or start a new run"
         )
 
 

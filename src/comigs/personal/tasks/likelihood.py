@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +20,12 @@ from comigs.experts.attach import Attachment
 class Candidate(NamedTuple):
     """A candidate is a chat that ends in a possible answer, as inputs and targets.
 
-    Targets are the answer's tokens, with the one that ends it, and IGNORED elsewhere.
+    Targets are the answer's tokens, with the one that ends it, and IGNORED elsewhere. is_whole: the
+    window holds all of the answer.
     """
 
     window: Batch
+    is_whole: bool
 
     @property
     def tokens(self) -> int:
@@ -38,18 +41,18 @@ def candidate(
     Raises UserError, naming the place, where the base has no tokens for it.
     """
     # The length of a window is what limits it, not that of the model, which is more.
-    whole = ChatEncoder(encoder.name, encoder.tokenizer, 1 << 40, encoder.rows, encoder.ends)
+    whole = copy(encoder)
+    whole.longest = 1 << 40
     ids, learnt, _ = whole.encode((*before, ("assistant", answer)), where)
-    # Of a chat with several answers, the last one's tokens are the last stretch that is learnt.
+    # The answer begins where the words that ask for it end; earlier answers are learnt, too.
+    first = len(whole.prompt(before, where))
     last = len(learnt) - learnt[::-1].index(True)
-    first = last
-    while first and learnt[first - 1]:
-        first -= 1
     targets = np.full(len(ids), IGNORED)
     targets[first:last] = ids[first:last]
     inputs = np.array(ids[:-1][:length])
     positions = np.arange(len(inputs))
-    return Candidate(Batch(inputs[None], targets[None, 1 : length + 1], positions[None]))
+    window = Batch(inputs[None], targets[None, 1 : length + 1], positions[None])
+    return Candidate(window, last <= length + 1)
 
 
 def nats_of(
