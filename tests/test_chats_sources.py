@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from comigs.config import SPLITS, ClientEntry, DataSection, Text
+from comigs.config import SPLITS, ClientEntry, DataSection, Text, parse_config
 from comigs.data.document import Document
+from comigs.data.leaks import check_disjoint, without_short_repeats
 from comigs.data.partition import partition
 from comigs.data.prepare import prepare
 from comigs.data.sources import left_out, open_source
@@ -80,6 +81,44 @@ def test_text_is_text_whatever_stands_beside_it(tmp_path):
     table = tmp_path / "b.csv"
     table.write_text('text,id\n"one, two\nthree",1\nfour,2\n', encoding="utf-8-sig")
     assert [d.text for d in read(table)] == ["one, two\nthree", "four"]
+
+
+def notes_of(tmp_path, rows):
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    return partition(ClientEntry(name="ana", text=path.name), DataSection(root=tmp_path)).notes()
+
+
+def test_columns_that_are_not_read_are_said(tmp_path):
+    rows = [{**row, "id": "", "context": None} for row in questions(9)]
+    assert notes_of(tmp_path, rows) == []
+    rows[3]["context"], rows[5]["system_prompt"] = "a passage", "be brief"
+    said = 'ana: columns of "a.jsonl" that are not read: context and system_prompt'
+    assert notes_of(tmp_path, rows) == [said]
+    alpaca = [{"instruction": f"{n}", "input": "", "output": "b", "text": f"{n} b"} for n in "abcd"]
+    assert notes_of(tmp_path, alpaca) == [
+        'ana: columns of "a.jsonl" that are not read: instruction and output',
+        'ana: rows of "a.jsonl" are plain text and instruction/output, too: `text` is read first; '
+        "take it out where the others are to be learnt",
+    ]
+    with_input = [{**row, "input": "c"} for row in alpaca]
+    for row in with_input:
+        del row["text"]
+    assert notes_of(tmp_path, with_input) == []
+
+
+def test_an_empty_cell_is_none(tmp_path):
+    """A table that was made of two has all columns of both."""
+    table = tmp_path / "a.csv"
+    table.write_text(
+        'text,question,answer,messages,conversations\n,a,b,,\n,"",c,,\n', encoding="utf-8"
+    )
+    assert [d.turns for d in read(table)] == [
+        (("user", "a"), ("assistant", "b")),
+        (("user", ""), ("assistant", "c")),
+    ]
+    turns = json.dumps(CHAT).replace('"', '""')
+    table.write_text(f'text,messages,conversations\n,,"{turns}"\n,"{turns}",\n', encoding="utf-8")
+    assert {d.turns for d in read(table)} == {(("user", "a"), ("assistant", "b"))}
 
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -170,8 +209,74 @@ def test_chats_are_split_counted_and_compared_like_text(tmp_path):
     split = [{d.turns: s for s, d in part.read(SPLITS)} for part in (one, two)]
     assert split[0] == split[1] and set(split[0].values()) == set(SPLITS)
     config = config_of(tmp_path, {"a": "a.jsonl", "b": "b.jsonl"}, short_repeat=0)
-    with pytest.raises(UserError, match="the same text is in client"):
+    with pytest.raises(UserError, match="the same answer to the same question is in client"):
         prepare(config, tiny_chat("tiny-gpt2").encoder)
+
+
+def said(*turns):
+    """A row of messages: what the user and the assistant say in turn."""
+    roles = ["system", "user", "assistant", "user", "assistant"][1 - len(turns) % 2 :]
+    return {"messages": [{"role": r, "content": w} for r, w in zip(roles, turns, strict=True)]}
+
+
+LONG = "an answer that is longer than everyday speech, and that nobody gives by chance"
+
+
+def test_a_question_is_in_one_split_whatever_its_answers_are(tmp_path):
+    rows = []
+    for n in range(40):
+        rows += [{"question": f"Why {n}?", "answer": f"{LONG} {m}"} for m in range(3)]
+        rows.append({"question": f" why  {n}?", "answer": f"{LONG} 3"})
+    write_lines(tmp_path / "a.jsonl", rows)
+    part = partition(ClientEntry(name="a", text="a.jsonl"), DataSection(root=tmp_path))
+    asked = {split: set() for split in SPLITS}
+    for split, document in part.read(SPLITS):
+        asked[split].add(" ".join(document.turns[0][1].lower().split()))
+    assert sum(map(len, asked.values())) == len(set.union(*asked.values())) == 40
+    assert all(asked.values())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        said("be kind", "Why?", LONG),
+        said("hello you", "hello to you as well", "Why?", LONG),
+        said("Why?", LONG, "and then", "nothing"),
+        said("WHY? ", LONG.upper().replace(" ", "  ")),
+    ],
+)
+def test_an_answer_to_a_question_is_a_leak_wherever_it_stands(tmp_path, other):
+    """In another split, after other turns, under a system's, or in other letters."""
+    write_lines(tmp_path / "train.jsonl", [said("x", "y"), said("Why?", LONG)])
+    write_lines(tmp_path / "valid.jsonl", [said("Why?", f"{LONG}, but another")])
+    write_lines(tmp_path / "test.jsonl", [said("Where?", LONG), other])
+    text = {split: f"{split}.jsonl" for split in SPLITS}
+    tree = {"data": {"root": tmp_path}, "clients": [{"name": "ana", "text": text}]}
+    says = (
+        r'the same answer to the same question is in client "ana" train \("train.jsonl:2"\) and '
+        r'client "ana" test \("test.jsonl:2"\)'
+    )
+    with pytest.raises(UserError, match=says):
+        prepare(parse_config(tree), tiny_chat("tiny-gpt2").encoder)
+    write_lines(tmp_path / "test.jsonl", [said("Where?", LONG)])
+    prepare(parse_config(tree), tiny_chat("tiny-gpt2").encoder)
+
+
+def test_everyday_speech_is_left_out_alone_and_no_leak_within_a_chat(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [said("Thanks", "You are welcome"), said("a", LONG)])
+    write_lines(tmp_path / "valid.jsonl", [said("b", LONG)])
+    thanks = said("thanks", "you are WELCOME")
+    rows = [thanks, said("be kind", "Thanks", "You are welcome")]
+    rows.append(said("c", LONG, "thanks", "you are welcome"))
+    write_lines(tmp_path / "test.jsonl", rows)
+    text = Text(**{split: f"{split}.jsonl" for split in SPLITS})
+    part = partition(ClientEntry(name="ana", text=text), DataSection(root=tmp_path))
+    (kept,) = without_short_repeats([part], DataSection(short_repeat=60))
+    check_disjoint([kept])
+    assert [document.name for _, document in kept.read(["test"])] == ["test.jsonl:3"]
+    assert kept.num_documents("train") == 2
+    with pytest.raises(UserError, match="the same answer to the same question"):
+        check_disjoint(without_short_repeats([part], DataSection(short_repeat=0)))
 
 
 def test_the_debian_faq_asks_the_same_questions_in_four_languages():

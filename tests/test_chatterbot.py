@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from comigs.config import load_config
+from comigs.config import SPLITS, load_config
+from comigs.data.partition import partition
 from comigs.data.sources import left_out, open_source
 from comigs.errors import UserError
 
@@ -54,3 +55,10 @@ def test_the_four_people_of_the_config_have_enough_to_say():
     config = load_config(ROOT / "configs" / "instruct" / "four-people.toml")
     for client in config.clients:
         assert len({document.turns for document in open_source(client.text, ROOT)}) >= 100
+        part = partition(client, config.data)
+        asked = []
+        for split in SPLITS:
+            said = [document.turns[0][1] for _, document in part.read([split])]
+            asked.append({" ".join(words.casefold().split()) for words in said})
+        # No question of test was learnt with another answer.
+        assert len(set.union(*asked)) == sum(map(len, asked))

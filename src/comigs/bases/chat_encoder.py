@@ -143,8 +143,8 @@ class ChatEncoder:
             )
         if self.ends.isdisjoint(ids):
             raise UserError(
-                f"{where}: {turn} writes no token that ends it, so a model would never learn to stop; add "
-                "{{ eos_token }} behind an answer's words in base.chat_template"
+                f"{where}: {turn} writes no token that ends it, so a model would never learn to "
+                "stop; add {{ eos_token }} behind an answer's words in base.chat_template"
             )
 
     def _bytes(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> list[int]:

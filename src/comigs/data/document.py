@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 CHUNK = 1 << 18  # characters of a document worked on at once
 PLAIN = "text"  # the shape of a document that is no chat
@@ -20,9 +21,10 @@ class Document:
     name: where it comes from, for messages.
     key: what decides its split where splits are made by hash; None: its text. A source gives a key
         where documents keep a lasting name (a file's path), or where other sources hold the same
-        document in another language.
+        document in another language. Of a chat it is else what is asked first.
     turns: of a chat, in order; none where the document is plain text.
     shape: how a chat was written down (a file of data/shapes).
+    unread: the columns of its row that hold something and are no part of it.
     """
 
     text: str
@@ -30,17 +32,56 @@ class Document:
     key: str | None = None
     turns: tuple[Turn, ...] = ()
     shape: str = PLAIN
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def digest(self) -> bytes:
         """The sha256 (32 bytes) of exactly this text, or exactly these turns, in UTF-8."""
         return text_digest(json.dumps(self.turns, ensure_ascii=False) if self.turns else self.text)
 
+    @property
+    def content(self) -> bytes:
+        """A digest by which documents are the same, as `content_digest`; chats also in capitals."""
+        return content_digest(alike(self.text) if self.turns else self.text)
+
+    @property
+    def said(self) -> list[tuple[bytes, int]]:
+        """What must not be in two places: its digest, and its bytes written as a document.
+
+        Of a text it is the text, of a chat each answer with the question before it.
+        """
+        if not self.turns:
+            size = sum(len(piece.encode()) for piece in chunks(self.text))
+            return [(self.content, size)]
+        found, asked = [], ""
+        for role, words in self.turns:
+            if role == "user":
+                asked = words
+            if role == "assistant":
+                digest = content_digest(json.dumps([alike(asked), alike(words)]))
+                size = len(_as_text([("user", asked), (role, words)]).encode())
+                found.append((digest, size))
+        return found
+
 
 def chat(turns: tuple[Turn, ...], shape: str, name: str, key: str | None = None) -> Document:
-    """Return a chat as a document."""
-    text = "".join(f"{role}: {words}\n" for role, words in turns)
-    return Document(text, name, key, turns, shape)
+    """Return a chat as a document. What is asked first decides its split where nothing else does.
+
+    So one question is in one split, whatever its answers are.
+    """
+    asked = [words for role, words in turns if role == "user"]
+    if key is None and asked:
+        key = alike(asked[0])
+    return Document(_as_text(turns), name, key, turns, shape)
+
+
+def alike(words: str) -> str:
+    """Return words as they are compared in chats: in small letters, with single spaces."""
+    return " ".join(unicodedata.normalize("NFC", words).casefold().split())
+
+
+def _as_text(turns: Iterable[Turn]) -> str:
+    return "".join(f"{role}: {words}\n" for role, words in turns)
 
 
 def chunks(text: str, size: int = CHUNK) -> Iterator[str]:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from comigs.config import SPLITS, DataSection, Split
-from comigs.data.document import content_digest
 from comigs.data.partition import ELSEWHERE, REPEATED, Partition, split_by_hash
+from comigs.data.scan import Said
 from comigs.errors import UserError
 
 
@@ -17,19 +17,26 @@ def without_short_repeats(partitions: Sequence[Partition], data: DataSection) ->
     """Leave out what everybody says ("ok") wherever it comes a second time.
 
     A text of up to `data.short_repeat` bytes that is in another split, or at another client, stays
-    where it comes first, in the order of clients. Raises UserError where a split has nothing else.
+    where it comes first, in the order of clients. So does a chat of which all answers to questions
+    are such texts; one that says more stays, and these are no leak. Raises UserError where a split
+    has nothing else.
     """
-    kept, seen = [], set[bytes]()
+    kept, seen = [], dict[bytes, tuple[str, int]]()
     for part in partitions:
-        # A digest is looked up only where the text is short: most are not.
+        # A digest is looked up only where what is said is short: most is not.
         listings = []
         for listing in part.listings:
-            splits, is_short = listing.splits.copy(), listing.scan.sizes <= data.short_repeat
-            for number in np.flatnonzero(is_short & (splits < REPEATED)):
-                digest = bytes(listing.scan.contents[number])
-                if digest in seen:
-                    splits[number] = ELSEWHERE
-                seen.add(digest)
+            splits, said = listing.splits.copy(), listing.scan.said
+            again = np.zeros(len(said.owners), dtype=bool)
+            is_short = said.sizes <= data.short_repeat
+            for number in np.flatnonzero(is_short & (splits[said.owners] < REPEATED)):
+                place = part.client, int(splits[said.owners[number]])
+                digest = bytes(said.digests[number])
+                again[number] = seen.setdefault(digest, place) != place
+            times = np.bincount(said.owners, again, minlength=len(splits))
+            nothing_else = times == np.bincount(said.owners, minlength=len(splits))
+            splits[nothing_else & (times > 0)] = ELSEWHERE
+            new = Said(said.digests[~again], said.owners[~again], said.sizes[~again])
             # A hash fills a split that would be left empty, as if the text had never been there.
             left = splits < REPEATED
             if (
@@ -39,7 +46,8 @@ def without_short_repeats(partitions: Sequence[Partition], data: DataSection) ->
             ):
                 shares = listing.scan.shares[left]
                 splits[left] = split_by_hash(shares, data.valid_fraction, data.test_fraction)
-            listings.append(replace(listing, splits=splits))
+            scan = listing.scan._replace(said=new)
+            listings.append(replace(listing, scan=scan, splits=splits))
         kept.append(replace(part, listings=tuple(listings)))
         for split in SPLITS:
             if not kept[-1].num_documents(split):
@@ -52,20 +60,26 @@ def without_short_repeats(partitions: Sequence[Partition], data: DataSection) ->
 
 
 def check_disjoint(partitions: Sequence[Partition]) -> None:
-    """Refuse a text in two splits or at two clients. Raises UserError, naming both places."""
+    """Refuse a text in two splits or at two clients. Raises UserError, naming both places.
+
+    Of chats, that is a question with its answer, whatever stands before and behind it.
+    """
     places = [(part, split) for part in partitions for split in SPLITS]
-    digests = [part.contents(split) for part, split in places]
+    digests = [part.said(split) for part, split in places]
     everything = np.concatenate(digests)
-    # Sorted, equal digests are neighbours.
+    # Sorted, equal digests are neighbours, in the order of places; one split may say a thing twice.
     order = np.argsort(everything, kind="stable")
-    same = np.flatnonzero(everything[order][1:] == everything[order][:-1])
+    owners = np.repeat(np.arange(len(places)), [len(d) for d in digests])[order]
+    is_same = everything[order][1:] == everything[order][:-1]
+    same = np.flatnonzero(is_same & (owners[1:] != owners[:-1]))
     if len(same):
-        owners = np.repeat(np.arange(len(places)), [len(d) for d in digests])
-        pair = order[same[0] : same[0] + 2]
-        where = " and ".join(_where(places[owners[i]], bytes(everything[i])) for i in pair)
+        first = same[0]
+        both = [places[owners[first]], places[owners[first + 1]]]
+        where = " and ".join(_where(place, bytes(everything[order[first]])) for place in both)
         more = f" (and {len(same) - 1} more such pairs)" if len(same) > 1 else ""
+        what = "answer to the same question" if both[0][0].is_chat else "text"
         raise UserError(
-            f"the same text is in {where}{more}; "
+            f"the same {what} is in {where}{more}; "
             "a document may be in one split of one client: remove one"
         )
 
@@ -77,7 +91,7 @@ def _where(place: tuple[Partition, Split], digest: bytes) -> str:
     """
     (part, split), name = place, "?"
     for _, document in part.read([split]):
-        if content_digest(document.text).rstrip(b"\0") == digest:
+        if digest in [found.rstrip(b"\0") for found, _ in document.said]:
             name = document.name
             break
     return f'client "{part.client}" {split} ("{name}")'

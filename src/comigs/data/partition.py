@@ -1,27 +1,26 @@
 """This module assigns documents to clients and splits, without leaks.
 
-No text is in two splits or at two clients. One pass over a source keeps about 70 bytes per document
-and none of its text; tokenizing is a second pass, and only where the tokens are not there yet.
+No text is in two splits or at two clients. One pass over a source keeps little of each document and
+none of its text (scan.py); tokenizing is a second pass, and only where the tokens are not there
+yet.
 """
 
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comigs.config import SPLITS, ClientEntry, DataSection, Split, Text
-from comigs.data.document import PLAIN, Document, chunks, content_digest, text_digest
-from comigs.data.pieces import pieces
-from comigs.data.shapes import mixed
-from comigs.data.sources import left_out, open_source
+from comigs.data.document import PLAIN, Document
+from comigs.data.scan import Scan, documents, scan_source
+from comigs.data.shapes import mixed, unread_lines
 from comigs.errors import UserError
 
 MIN_DOCUMENTS = 3  # one for each split
@@ -29,23 +28,6 @@ REPEATED = len(SPLITS)  # the "split" of a document whose text came before
 ELSEWHERE = (
     REPEATED + 1
 )  # the "split" of a short text that is in another split, or at another client
-BLANK = "documents without text"
-
-
-class Scan(NamedTuple):
-    """A scan is what one pass over a source found, with one entry per document.
-
-    texts: sha256 of the exact text. contents: digest of the text, white space aside. sizes: bytes
-    in UTF-8. shares: what decides the split by hash. shape: of every document; first: the first
-    one's name.
-    """
-
-    texts: NDArray[np.bytes_]
-    contents: NDArray[np.bytes_]
-    sizes: NDArray[np.int64]
-    shares: NDArray[np.float64]
-    shape: str = PLAIN
-    first: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +47,7 @@ class Listing:
 
     def read(self) -> Iterator[tuple[int, Document]]:
         """Read the source again; yield each document that is not repeated, with its split."""
-        for number, document in enumerate(_documents(self.spec, self.root, self.in_pieces)):
+        for number, document in enumerate(documents(self.spec, self.root, self.in_pieces)):
             # A source that grew since the first pass: the store's check of its text will say so.
             split = int(self.splits[number]) if number < len(self.splits) else 0
             if split < REPEATED:
@@ -93,9 +75,14 @@ class Partition:
         """Return the hash of the split's texts, in order."""
         return hashlib.sha256(self._of(split, "texts").tobytes()).hexdigest()
 
-    def contents(self, split: Split) -> NDArray[np.bytes_]:
-        """Return (num_documents,) digests of the split's texts, white space aside."""
-        return self._of(split, "contents")
+    def said(self, split: Split) -> NDArray[np.bytes_]:
+        """Return digests of the split's texts, or of all answers to questions in its chats."""
+        chosen = []
+        for listing in self.listings:
+            said = listing.scan.said
+            is_in = listing.splits[said.owners] == SPLITS.index(split)
+            chosen.append(said.digests[is_in])
+        return np.concatenate(chosen)
 
     def num_bytes(self, split: Split) -> int:
         """Return the bytes of the split's texts in UTF-8."""
@@ -125,6 +112,7 @@ class Partition:
             if listing.left_out:
                 counts = [f"{number:,} {what}" for what, number in listing.left_out.items()]
                 lines.append(f'left out of "{listing.spec}": {", ".join(counts)}')
+            lines += unread_lines(listing.spec, listing.scan.shape, listing.scan.unread)
         if elsewhere := sum(int((part.splits == ELSEWHERE).sum()) for part in self.listings):
             lines.append(
                 f"left out {elsewhere:,} short texts that another split or client has, too"
@@ -156,7 +144,7 @@ def list_text(text: str | Text, data: DataSection) -> tuple[Listing, ...]:
     listings: list[Listing] = []
     for index, split in enumerate(SPLITS):
         spec = getattr(text, split)
-        scan, passed = _scan(spec, data.root)
+        scan, passed = scan_source(spec, data.root)
         if not len(scan.texts):
             raise UserError(f'text.{split} = "{spec}": there is no text in it')
         if listings and scan.shape != listings[0].scan.shape:
@@ -171,11 +159,11 @@ def list_text(text: str | Text, data: DataSection) -> tuple[Listing, ...]:
 
 
 def _list_by_hash(spec: str, data: DataSection) -> Listing:
-    scan, passed = _scan(spec, data.root)
+    scan, passed = scan_source(spec, data.root)
     # A book in one file, or an export, is a document to nobody but its file system.
     in_pieces = len(scan.texts) == 1 and scan.shape == PLAIN
     if in_pieces:
-        scan, _ = _scan(spec, data.root, in_pieces)
+        scan, _ = scan_source(spec, data.root, in_pieces)
     first = _first_of_each(scan.contents)
     if first.sum() < MIN_DOCUMENTS:
         raise UserError(
@@ -205,61 +193,6 @@ def split_by_hash(
     splits[order[:num_held_out]] = SPLITS.index("valid")
     splits[order[:num_test]] = SPLITS.index("test")
     return splits
-
-
-def share(document: Document) -> float:
-    """Return a number in [0, 1) made from the document's key, or its text where it has none."""
-    digest = document.digest if document.key is None else text_digest(document.key)
-    # 48 bits are exact in a float, and so the number is always below 1.
-    return float(int.from_bytes(digest[:6]) / 2**48)
-
-
-def _scan(spec: str, root: Path, in_pieces: bool = False) -> tuple[Scan, dict[str, int]]:
-    """Read a source once; return what is in it, and how many of what was passed over."""
-    texts, contents, sizes, shares = bytearray(), bytearray(), array("q"), array("d")
-    blank, shape, first = 0, "", ""
-    for document in _documents(spec, root, in_pieces, blank=True):
-        if not document.text or document.text.isspace():
-            blank += 1
-            continue
-        if not shape:
-            shape, first = document.shape, document.name
-        if document.shape != shape:
-            raise mixed(document.name, document.shape, first, shape)
-        try:
-            texts += document.digest
-            contents += content_digest(document.text)
-            sizes.append(sum(len(piece.encode()) for piece in chunks(document.text)))
-            shares.append(share(document))
-        # Half a surrogate pair has no UTF-8. It is in the text, or in the name that is the key.
-        except UnicodeEncodeError:
-            broken_name = any("\ud800" <= character <= "\udfff" for character in document.name)
-            cure = "rename it" if broken_name else "write it anew"
-            raise UserError(
-                f"{document.name!a}: not valid Unicode (half a surrogate pair); {cure}"
-            ) from None
-    passed = left_out(spec, root)
-    if blank:
-        passed[BLANK] = blank
-    scan = Scan(
-        np.frombuffer(texts, "S32"),
-        np.frombuffer(contents, "S16"),
-        np.frombuffer(sizes, np.int64),
-        np.frombuffer(shares, np.float64),
-        shape or PLAIN,
-        first,
-    )
-    return scan, passed
-
-
-def _documents(
-    spec: str, root: Path, in_pieces: bool = False, blank: bool = False
-) -> Iterator[Document]:
-    """Yield the documents of a source, in pieces if asked. blank: also those without any text."""
-    for whole in open_source(spec, root):
-        for document in pieces(whole) if in_pieces else (whole,):
-            if blank or (document.text and not document.text.isspace()):
-                yield document
 
 
 def _first_of_each(contents: NDArray[np.bytes_]) -> NDArray[np.bool_]:

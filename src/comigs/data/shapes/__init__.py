@@ -1,14 +1,15 @@
 """This room says how a row of data becomes a document: each file here is one shape of rows.
 
-A shape has FIELDS, the sets of fields by which its rows are known, and `turns(row, where)`, which
-returns what was said. Only `text` has none: its rows are plain text. Rows have the shape of the
-first row of their file.
+A shape has FIELDS, the sets of fields by which its rows are known, `turns(row, where)`, which
+returns what was said, and perhaps OPTIONAL, the fields that it reads where they are there. Only
+`text` has no turns: its rows are plain text. Rows have the shape of the first row of their file.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -16,8 +17,10 @@ from typing import Any
 
 from comigs.data.document import PLAIN, Document, chat
 from comigs.errors import UserError
+from comigs.text import brief, listed
 
 Row = Mapping[str, Any]
+EMPTY = (None, "")  # what a table has where a row has nothing
 LONGEST = 300  # characters of the names of a row's fields in a message
 ORDER = (PLAIN, "messages")  # looked for first: other fields beside these say something of them
 
@@ -50,20 +53,45 @@ class Reader:
             raise mixed(where, found, self.first, self.shape)
         shape = shapes()[self.shape]
         if self.shape == PLAIN:
-            return Document(shape.text(row, where), name)
-        return chat(shape.turns(row, where), self.shape, name)
+            document = Document(shape.text(row, where), name)
+        else:
+            document = chat(shape.turns(row, where), self.shape, name)
+        filled = [name for name, value in row.items() if value not in EMPTY]
+        unread = tuple(name for name in filled if name not in _read(self.shape))
+        return replace(document, unread=unread)
 
 
 def shape_of(row: Row) -> str:
     """Return the name of a row's shape, "" where it has none that is known.
 
-    What is null counts as absent, since in a table every row has every column.
+    What is null or empty counts as absent, since in a table every row has every column.
     """
-    for fields in ({key for key, value in row.items() if value is not None}, {*row}):
+    for fields in ({key for key, value in row.items() if value not in EMPTY}, {*row}):
         for name, shape in shapes().items():
             if any(fields >= {*wanted} for wanted in shape.FIELDS):
                 return name
     return ""
+
+
+def unread_lines(spec: str, shape: str, unread: Sequence[str]) -> list[str]:
+    """Return lines that say which columns of a source's rows are not read; none where all are."""
+    if not unread:
+        return []
+    lines = [f'columns of "{spec}" that are not read: {brief(listed(unread))}']
+    if shape != PLAIN:
+        return lines
+    for name, other in shapes().items():
+        if any({*wanted} <= {*unread} for wanted in other.FIELDS):
+            why = "`text` is read first; take it out where the others are to be learnt"
+            lines.append(f'rows of "{spec}" are plain text and {name}, too: {why}')
+    return lines
+
+
+@cache
+def _read(name: str) -> frozenset[str]:
+    """Return the fields that a shape reads."""
+    shape = shapes()[name]
+    return frozenset(getattr(shape, "OPTIONAL", ())).union(*shape.FIELDS)
 
 
 def mixed(where: str, found: str, first: str, expected: str) -> UserError:

@@ -6,6 +6,7 @@ from comigs.data.document import Turn
 from comigs.data.shapes import Row, answer, field
 
 FIELDS = (("instruction", "output"),)
+OPTIONAL = ("input",)
 
 
 def turns(row: Row, where: str) -> tuple[Turn, ...]:

@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from comigs.data.document import Turn
-from comigs.data.shapes import Row
+from comigs.data.shapes import EMPTY, Row
 from comigs.errors import UserError
 
 FIELDS = (("messages",), ("conversations",))
@@ -21,7 +21,10 @@ KNOWN = ("system", "user", "assistant", *ROLES)
 def turns(row: Row, where: str) -> tuple[Turn, ...]:
     """Return the turns of a chat. Raises UserError."""
     # Both spellings mean the same; where a table has both columns, one of them is filled.
-    name = "conversations" if row.get("messages") is None else "messages"
+    there = [name for (name,) in FIELDS if name in row]
+    if not there:
+        raise UserError(f"{where}: the field `messages` is missing")
+    name = next((name for name in there if row[name] not in EMPTY), there[0])
     messages = row[name]
     # A table of text holds the list as JSON.
     if isinstance(messages, str):
@@ -34,8 +37,12 @@ def turns(row: Row, where: str) -> tuple[Turn, ...]:
     found = tuple(
         _turn(message, f"{where}: {name}[{number}]") for number, message in enumerate(messages)
     )
-    if found and found[0][0] == "assistant":
-        raise UserError(f"{where}: the first turn is the assistant's, and answers nobody")
+    roles = [role for role, _ in found]
+    if "assistant" in roles and "user" not in roles[: roles.index("assistant")]:
+        raise UserError(
+            f"{where}: {name}[{roles.index('assistant')}]: is the assistant's before any of the "
+            "user's, and answers nobody"
+        )
     if not any(role == "assistant" for role, _ in found):
         raise UserError(f"{where}: no turn is the assistant's, and only its answers are learnt")
     return found
