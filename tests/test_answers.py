@@ -5,18 +5,29 @@ from __future__ import annotations
 import json
 import math
 from contextlib import closing
+from itertools import product
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lm_eval.tasks.mlqa.utils import exact_match_score, f1_score
 
 from comigs.app import api
 from comigs.app.tasks import evaluate_answers
+from comigs.data.document import chat
 from comigs.data.prepare import prepare
 from comigs.errors import UserError
+from comigs.personal.tasks.answers import AnswerSettings, AnswerTask
 from comigs.personal.tasks.likelihood import candidate, nats_of
-from comigs.personal.tasks.questions import questions_of, wrong_answers
-from comigs.personal.tasks.text_scores import exact_match, normalized, rouge_l, token_f1
+from comigs.personal.tasks.questions import Question, questions_of, wrong_answers
+from comigs.personal.tasks.text_scores import (
+    UnicodeWords,
+    exact_match,
+    normalized,
+    rouge_l,
+    token_f1,
+)
 from comigs.personal.tasks.writing import write_answers
 from comigs.runs.report.page import write_report
 from comigs.runs.tasks import TASKS, estimate, read_tasks
@@ -24,7 +35,7 @@ from tests.chats import PLAIN, TALKS, messages_of, questions, tiny_chat, write_l
 from tests.conftest import run_config
 from tests.runs import comigs, refused
 
-MEASURES = ["exact match", "token F1", "ROUGE-L", "choice", "choice per token"]
+MEASURES = ["exact match", "token F1", "ROUGE-L", "choice per token", "choice"]
 
 
 def chat_run(root, **tree):
@@ -75,6 +86,22 @@ def test_words_of_every_language_are_compared():
     assert rouge_l("Größe", "Große") == 0 and token_f1("Größe", "Große") == 0
 
 
+def test_marks_are_of_their_letters_and_scripts_without_spaces_have_words_of_one_character():
+    """Against MLQA's script where it knows the language, and by hand."""
+    chinese = [("我喜欢北京。", "他喜欢北京"), ("在 Debian 中", "Debian中的包"), ("是", "不")]
+    for answer, right in chinese:
+        assert token_f1(answer, right) == pytest.approx(f1_score(answer, right, "zh"))
+    hindi = ("हिन्दी में लिखो", "हिन्दी लिखो।")
+    assert token_f1(*hindi) == pytest.approx(f1_score(*hindi, "hi")) == rouge_l(*hindi) == 0.8
+    # Two words that share their letters and differ in their vowels are two.
+    assert rouge_l("की", "का") == token_f1("की", "का") == 0
+    assert UnicodeWords().tokenize("क्षत्रिय लिखो") == ["क्षत्रिय", "लिखो"]
+    assert UnicodeWords().tokenize("ที่นี่ 12 ラーメン") == ["ที่", "นี่", "12", *"ラーメン"]
+    assert rouge_l("我爱北京", "我去北京") == 0.75 and rouge_l(
+        "שָׁלוֹם עולם", "שָׁלוֹם"
+    ) == pytest.approx(2 / 3)
+
+
 def test_rouge_is_the_longest_common_subsequence():
     """By hand: of (a b c d) and (a c b d e), (a b d) is the longest, of four and of five words."""
     assert rouge_l("w x y z", "w y x z v") == pytest.approx(2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5))
@@ -93,12 +120,70 @@ def test_wrong_answers_are_three_others_and_the_same_each_time(run):
         assert len({question.answer, *others}) == 4
         assert {*others} <= {other.answer for other in asked}
     assert wrong == wrong_answers(asked, 42, "ada") != wrong_answers(asked, 43, "ada")
-    assert wrong_answers(asked[:3], 42, "ada") == []
+    assert wrong_answers(asked[:3], 42, "ada") == [[], [], []]
+
+
+def test_a_wrong_answer_is_right_nowhere_and_does_not_stand_in_the_prompt():
+    """Neither another answer of the chat nor one that the same question got elsewhere."""
+    talks = [
+        [("user", "Why?"), ("assistant", "rain"), ("user", "how"), ("assistant", "so")],
+        [("system", "s"), ("user", " why? "), ("assistant", "the Sun")],
+        [("user", "who"), ("assistant", "Rain!")],
+        [("user", "where"), ("assistant", "here")],
+        [("user", "when"), ("assistant", "now")],
+        [("user", "what"), ("assistant", "that")],
+    ]
+    asked = questions_of([chat(tuple(talk), "messages", "x") for talk in talks])
+    found = [set() for _ in asked]
+    for seed in range(60):
+        for own, drawn in zip(found, wrong_answers(asked, seed, "ada"), strict=True):
+            own |= {normalized(words) for words in drawn}
+    assert found[0] == {"here", "now", "that"}  # not "so" of its chat, not "sun" of its question
+    assert found[1] == {"sun", "here", "now", "that"}  # not "rain", which stands in its prompt
+    assert found[2] == {"so", "here", "now", "that"}
+    assert found[3] == {"so", "sun", "here", "now", "that"}
+
+
+def test_who_reads_no_question_is_right_once_in_four():
+    """As right and wrong answers are drawn from the same: whichever answers somebody prefers."""
+    random = np.random.default_rng(1)
+    asked = [Question((("user", f"q{n}"),), f"a{n}", "", n) for n in range(40)]
+    liked = {question.answer: random.normal() for question in asked}  # as short ones are
+    right = []
+    for seed in range(60):
+        for question, others in zip(asked, wrong_answers(asked, seed, "ada"), strict=True):
+            right.append(liked[question.answer] > max(liked[words] for words in others))
+    assert np.mean(right) == pytest.approx(0.25, abs=0.02)
+
+
+def test_only_whole_answers_are_compared(run):
+    base, long = tiny_chat("tiny-llama"), "x" * 50
+    asked = [Question((("user", f"{n}?"),), "ab", "", n) for n in range(3)]
+    wrong = [["c", "d", "e"], ["c", "d", long], []]
+    task = AnswerTask(base, asked, wrong, AnswerSettings(4, 40, 2))
+    assert len(task.choices) == 1
+    assert [one.tokens for one in task.choices[0]] == [4, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        ("<think>\n\n</think>\n\nyes", "yes"),
+        (" \n<think>so\nor so</think> yes </think>", "yes </think>"),
+        ("a <think>b</think> c", "a <think>b</think> c"),
+        ("<think>cut", "<think>cut"),
+    ],
+)
+def test_what_is_thought_before_an_answer_is_none_of_it(written, answer):
+    base = tiny_chat("tiny-llama")
+    ids = torch.tensor([base.tokenizer(written)["input_ids"]])
+    model = SimpleNamespace(
+        device="cpu", generate=lambda input_ids, **_: torch.cat([input_ids, ids], 1)
+    )
+    assert write_answers(model, base.encoder.chats, [[7]], 40, 1) == [answer]
 
 
 def test_every_answer_of_a_chat_is_a_question():
-    from comigs.data.document import chat
-
     asked = questions_of([chat(tuple(talk), "messages", "x") for talk in TALKS])
     assert [one.answer for one in asked] == ["ho", "oui, toi ?", "b c", "e", "1"]
     assert [len(one.before) for one in asked] == [1, 2, 1, 3, 1]
@@ -175,17 +260,18 @@ def test_each_model_is_asked_and_the_result_is_kept(run, asked):
     questions = questions_of(data.documents("ada", "test"))
     wrong = wrong_answers(questions, run.config().seed, "ada")
     with closing(api.open_personal_model(run.path, "ada")) as model:
-        for kind in ("personal", "base"):
+        for kind, name in product(("personal", "base"), ("choice per token", "choice")):
             if kind == "base":
                 model.attachment.unbind()
             right = []
             for question, others in zip(questions, wrong, strict=True):
                 own, *rest = (
-                    naive_nats(model.model, model.tokenizer, question.before, words)
+                    naive_nats(model.model, model.tokenizer, question.before, words) / size
                     for words in (question.answer, *others)
+                    for size in (len(words) + 2 if name == "choice per token" else 1,)
                 )
                 right.append(own < min(rest))
-            measured = getattr(result.measures["choice"], kind)
+            measured = getattr(result.measures[name], kind)
             assert measured.mean == pytest.approx(sum(right) / len(right))
 
 

@@ -14,10 +14,16 @@ import torch
 from comigs.app import api
 from comigs.app.export import evaluate_export, export
 from comigs.bases.load import load_base
+from comigs.client.client import Client
+from comigs.client.workplace import workplace
 from comigs.config import load_config, to_toml
+from comigs.data.batches import evaluation_windows
 from comigs.data.examples import ExampleStore, open_examples
 from comigs.data.prepare import prepare, prepare_client
+from comigs.engines.client_task import run_task
 from comigs.errors import UserError
+from comigs.methods.loading import load_method
+from comigs.server.protocol import Task
 from tests.chats import PLAIN, questions, tiny_chat, write_lines
 from tests.conftest import run_config
 from tests.local_grid import Federation
@@ -110,6 +116,25 @@ def test_a_run_measures_answers_and_only_them(tmp_path, loss):
     assert again["base"]["nats_per_token"] == pytest.approx(nats / figures.tokens, rel=1e-5)
     trained = [line for line in folder.metrics() if line.kind == "train"]
     assert all(line.trained_tokens > 0 for line in trained)
+
+
+def test_a_client_weighs_what_it_learns(tmp_path):
+    """Of chats, the tokens of answers within a window; of text, all."""
+    write_lines(
+        tmp_path / "ada.jsonl", [*questions(60, "ada"), {"question": "x" * 50, "answer": "y"}]
+    )
+    entries = {"ada": {"text": "ada.jsonl"}}
+    data, base = {"sequence_length": 30}, {"chat_template": PLAIN}
+    config = run_config(tmp_path, "ada bob", entries, data=data, base=base)
+    base, task = load_base(config.base), Task(1, False, (), ())
+    place, texts = workplace(config, load_method(config), base), prepare(config, base.encoder)
+    for name in ("ada", "bob"):
+        client = Client(name, place, texts.load(name))
+        (store,) = client.data.train
+        _, reply = run_task(client, task, {}, lambda line: None)
+        learnt = sum(batch.num_learnt for batch in evaluation_windows([store], 30, 1))
+        assert reply.train_tokens == (learnt if name == "ada" else len(store.tokens))
+        assert reply.train_tokens == learnt + (name == "bob")  # its first separator is no target
 
 
 def test_what_is_longer_than_a_window_is_cut_and_said(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+from contextlib import closing
 from pathlib import Path
 
 import datasets
@@ -15,7 +16,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from comigs.app.export import export
+from comigs.bases.chat_encoder import ChatEncoder
 from comigs.bases.tiny import byte_tokenizer, tiny_llama
+from comigs.personal.tasks.harness import AsHarnessModel
 from comigs.runs.tasks import read_tasks
 from tests.chats import write_lines
 from tests.runs import comigs, copied_run, refused, write_config
@@ -226,6 +229,25 @@ def test_names_are_looked_for_in_the_folder(run, folder, capsys, tmp_path):
     assert "no such folder" in line
     line = refused(capsys, "evaluate", run.path, "--tasks", folder / "pets.yaml", "--chat")
     assert "--chat: base tiny-llama has no chat template" in line
+
+
+def test_questions_by_a_template_say_the_day_of_learning_and_ask_for_no_thought(run):
+    """As the answers to a client's own questions do."""
+    template = (
+        "{{ strftime_now('%d %B %Y') }}|{% for m in messages %}{{ m.content }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt and not enable_thinking %}<think></think>"
+        "{% endif %}"
+    )
+    from comigs.app import api
+
+    with closing(api.open_personal_model(run.path, "ann")) as model:
+        model.tokenizer.chat_template = template
+        asked = AsHarnessModel(model).apply_chat_template([{"role": "user", "content": "hi"}])
+        assert asked == "26 July 2024|hi<|endoftext|><think></think>"
+        chats = ChatEncoder("x", model.tokenizer, 99, 999, frozenset([256]))
+        assert chats.decode(chats.prompt([("user", "hi")], "")) == asked
+        assert model.tokenizer.chat_template == template
+        model.tokenizer.chat_template = None
 
 
 def test_a_router_of_whole_texts_does_not_write_token_by_token(run, folder, capsys, tmp_path):

@@ -52,9 +52,12 @@ def evaluate_answers(
         _require_questions(questions, name, split)
         _require_room(base, longest)
         wrong = wrong_answers(questions, config.seed, name)
-        asked[name] = AnswerTask(base, questions[:limit], wrong, settings)
+        asked[name] = AnswerTask(base, questions[:limit], wrong[:limit], settings)
         if not asked[name].choices:
-            say(f"{name}: fewer than {WRONG + 1} different answers, so no choice is measured")
+            say(
+                f"{name}: no question has {WRONG} answers to others beside its own that fit whole "
+                f"into data.sequence_length ({length} tokens), so no choice is measured"
+            )
 
     # One client's experts are on the base at a time; what is measured of it is kept at once.
     told: Settings = {"split": split, "limit": limit, "max_new_tokens": longest}

@@ -102,6 +102,10 @@ class TokenStore:
         """
         return len(self.tokens), length
 
+    def num_learnt(self, length: int) -> int:
+        """Return how many tokens are learnt in windows of `length`: of a text, all."""
+        return len(self.tokens)
+
     def streams(self, length: int) -> list[NDArray[Any]]:
         """Return what is read from its start to its end: the text, or each chat up to `length`."""
         return [self.tokens]

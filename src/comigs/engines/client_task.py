@@ -88,7 +88,8 @@ def run_task(
         seconds=time.perf_counter() - start,
         peak_memory_bytes=_peak_memory(),
     )
-    tokens = sum(store.num_tokens for store in client.data.train)
+    length = client.config.data.sequence_length
+    tokens = sum(store.num_learnt(length) for store in client.data.train)
     return client, Reply(upload, metrics, timing, tokens, task.round)
 
 

@@ -13,7 +13,7 @@ from comigs.personal.tasks.text_scores import exact_match, rouge_l, token_f1
 from comigs.personal.tasks.writing import write_answers
 
 WRITTEN = {"exact match": exact_match, "token F1": token_f1, "ROUGE-L": rouge_l}
-CHOSEN = ("choice", "choice per token")
+CHOSEN = ("choice per token", "choice")  # what can be compared comes first
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,22 @@ class AnswerTask:
     ) -> None:
         """Encode the questions, and the answers to choose from.
 
-        wrong: three answers to each question; none where there are too few different ones. Raises
-        UserError where the base has no tokens for what is said.
+        wrong: three answers to each question, or none. Raises UserError where the base has no
+        tokens for what is said.
         """
         self.encoder, self.settings = base.encoder.chats, settings
         self.questions = questions
         self.prompts = [self.encoder.prompt(asked.before, asked.name) for asked in questions]
         self.choices: list[list[Candidate]] = []
-        for asked, others in zip(questions, wrong, strict=False):
+        for asked, others in zip(questions, wrong, strict=True):
+            if not others:
+                continue
             possible = [
                 candidate(self.encoder, asked.before, words, settings.length, asked.name)
                 for words in (asked.answer, *others)
             ]
-            # A question as long as the window leaves no room for an answer.
-            if all(one.tokens for one in possible):
+            # Only whole answers can be compared, not one with the beginning of another.
+            if all(one.is_whole for one in possible):
                 self.choices.append(possible)
 
     def written(self, model: PersonalModel) -> list[str]:
@@ -80,7 +82,7 @@ class AnswerTask:
         return found
 
     def _chosen(self, model: PersonalModel) -> dict[str, list[float]]:
-        """Return whether the right answer is the likeliest: as a whole, and by token."""
+        """Return whether the right answer is the likeliest: by token, and as a whole."""
         flat = [one for possible in self.choices for one in possible]
         nats = nats_of(model.attachment, flat, self.settings.batch_size, model.dtype)
         each = iter(zip(nats, flat, strict=True))
@@ -89,6 +91,6 @@ class AnswerTask:
             own = [next(each) for _ in possible]
             whole = [value for value, _ in own]
             by_token = [value / one.tokens for value, one in own]
-            for name, values in zip(CHOSEN, (whole, by_token), strict=True):
+            for name, values in zip(CHOSEN, (by_token, whole), strict=True):
                 found[name].append(float(values[0] < min(values[1:])))
         return found

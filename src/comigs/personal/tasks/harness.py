@@ -15,6 +15,7 @@ from typing import Any
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
+from comigs.bases.chat_template import LEARNT_ON, on_day
 from comigs.errors import UserError
 from comigs.personal.model import PersonalModel
 from comigs.personal.tasks.task_files import LIKELIHOODS, LoadedTasks, offline, quiet
@@ -36,11 +37,16 @@ class AsHarnessModel(HFLM):  # type: ignore[misc]
 
     def __init__(self, model: PersonalModel) -> None:
         size = model.config.evaluation.batch_size
+        # The harness gives a tokenizer the token that fills up; the run's stays as it is.
+        tokenizer = copy.deepcopy(model.tokenizer)
+        # A template that asks for the day is told the same one as while chats are learnt.
+        if tokenizer.chat_template:
+            tokenizer.chat_template = on_day(tokenizer.get_chat_template(), LEARNT_ON)
         super().__init__(
             pretrained=model.model,
             backend="causal",
-            # The harness gives a tokenizer the token that fills up; the run's stays as it is.
-            tokenizer=copy.deepcopy(model.tokenizer),
+            tokenizer=tokenizer,
+            enable_thinking=False,
             # What fills up a shorter text would be read by a router that reads the whole of it.
             batch_size=1 if model.config.experts.routing == "sequence" else size,
             max_length=model.model.config.max_position_embeddings,

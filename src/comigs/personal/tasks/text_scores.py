@@ -1,19 +1,25 @@
 """This module compares an answer with the right one: exact match, token F1, and ROUGE-L.
 
 All three read words by rules for every language. SQuAD's own rule knows ASCII punctuation alone,
-and that of `rouge_score` drops every letter that is not from a to z.
+and that of `rouge_score` drops every letter that is not from a to z. Where a script has no spaces
+between words, each character is a word, as MLQA has it for Chinese.
 """
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
 from functools import cache
 from typing import Any
 
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-WORD = re.compile(r"\w+")
+import regex
+
+ARTICLES = regex.compile(r"\b(a|an|the)\b")
+NO_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+# Letters with their marks, which many vowels are, and the joiners between them.
+LETTERS = r"[\w\p{M}\u200C\u200D]"
+WORD = regex.compile(rf"{NO_SPACES}\p{{M}}*|[{LETTERS}--{NO_SPACES}]+", regex.V1)
+PART = regex.compile(rf"{NO_SPACES}\p{{M}}*|[\S--{NO_SPACES}]+", regex.V1)
 
 
 def normalized(answer: str) -> str:
@@ -33,8 +39,11 @@ def exact_match(answer: str, right: str) -> float:
 
 
 def token_f1(answer: str, right: str) -> float:
-    """Return the F1 of the words of an answer, as SQuAD counts them; 1 where neither has any."""
-    words, wanted = normalized(answer).split(), normalized(right).split()
+    """Return the F1 of the words of an answer, as SQuAD counts them; 1 where neither has any.
+
+    What stands between spaces is a word, or a character where there are none.
+    """
+    words, wanted = PART.findall(normalized(answer)), PART.findall(normalized(right))
     if not words or not wanted:
         return float(words == wanted)
     common = (Counter(words) & Counter(wanted)).total()
@@ -44,7 +53,7 @@ def token_f1(answer: str, right: str) -> float:
 def rouge_l(answer: str, right: str) -> float:
     """Return the F1 of the longest common subsequence of words (ROUGE-L; Lin 2004).
 
-    Words are letters and digits of any script, in lower case and not stemmed.
+    Words are letters and digits of any script with their marks, in lower case and not stemmed.
     """
     return float(_scorer().score(right, answer)["rougeL"].fmeasure)
 
@@ -54,7 +63,8 @@ class UnicodeWords:
 
     def tokenize(self, text: str) -> list[str]:
         """Return the words of a text."""
-        return WORD.findall(unicodedata.normalize("NFC", text).lower())
+        words: list[str] = WORD.findall(unicodedata.normalize("NFC", text).lower())
+        return words
 
 
 @cache

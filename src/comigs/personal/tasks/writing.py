@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from comigs.bases.chat_encoder import ChatEncoder
+
+THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
 def write_answers(
@@ -68,4 +71,5 @@ def _text(encoder: ChatEncoder, ids: list[int]) -> str:
     text: str = encoder.tokenizer.decode(
         ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    return text.strip()
+    # A base that thinks may do so though it is told not to; its answer stands behind that.
+    return THOUGHT.sub("", text).strip()
