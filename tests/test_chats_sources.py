@@ -133,7 +133,12 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
          r"a\.jsonl:1: messages\[1\]: the answer is empty; leave the chat out, or fill it in"),
         ([{"messages": CHAT[:1]}], r"a\.jsonl:1: no turn is the assistant's, and only its answers"),
         ([{"messages": []}], r"a\.jsonl:1: no turn is the assistant's"),
-        ([{"messages": CHAT[1:]}], r"a\.jsonl:1: the first turn is the assistant's"),
+        ([{"messages": CHAT[1:]}],
+         r"a\.jsonl:1: messages\[0\]: is the assistant's before any of the user's"),
+        ([{"messages": [{"role": "system", "content": "s"}, CHAT[1], *CHAT]}],
+         r"a\.jsonl:1: messages\[1\]: is the assistant's before any of the user's"),
+        ([{"messages": CHAT}, {"id": 3}], r"a\.jsonl:2: the field `messages` is missing"),
+        ([{"messages": None}], r"a\.jsonl:1: `messages` is no list of messages"),
         ([{"messages": [{"role": "user"}]}], r"a\.jsonl:1: messages\[0\]: no message; expected"),
         ([{"messages": [CHAT[0], {"role": "assistant", "content": None}]}],
          r"messages\[1\]: `content` is null; only text is read"),
@@ -216,7 +221,7 @@ def test_chats_are_split_counted_and_compared_like_text(tmp_path):
 def said(*turns):
     """A row of messages: what the user and the assistant say in turn."""
     roles = ["system", "user", "assistant", "user", "assistant"][1 - len(turns) % 2 :]
-    return {"messages": [{"role": r, "content": w} for r, w in zip(roles, turns, strict=True)]}
+    return {"messages": [{"role": r, "content": w} for r, w in zip(roles, turns, strict=False)]}
 
 
 LONG = "an answer that is longer than everyday speech, and that nobody gives by chance"

@@ -8,7 +8,7 @@ returns what was said, and perhaps OPTIONAL, the fields that it reads where they
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -45,7 +45,7 @@ class Reader:
 
         Raises UserError for a row of another shape than the first, or with a field that cannot be.
         """
-        found = shape_of(row)
+        found = shape_of(row, self.shape)
         if not self.shape:
             self.shape, self.first = found or PLAIN, name
         # A row without any of a shape's fields lacks one of this shape; that is said below.
@@ -61,16 +61,25 @@ class Reader:
         return replace(document, unread=unread)
 
 
-def shape_of(row: Row) -> str:
+def shape_of(row: Row, expected: str = "") -> str:
     """Return the name of a row's shape, "" where it has none that is known.
 
-    What is null or empty counts as absent, since in a table every row has every column.
+    What is null or empty counts as absent, since in a table every row has every column. A row that
+    has no shape by what is left has the expected one, where it has its columns.
     """
-    for fields in ({key for key, value in row.items() if value not in EMPTY}, {*row}):
-        for name, shape in shapes().items():
-            if any(fields >= {*wanted} for wanted in shape.FIELDS):
-                return name
-    return ""
+    if found := _shapes_with({key for key, value in row.items() if value not in EMPTY}):
+        return found[0]
+    found = _shapes_with({*row})
+    return expected if expected in found else (found or [""])[0]
+
+
+def _shapes_with(fields: Set[str]) -> list[str]:
+    """Return the names of the shapes of which all fields are there."""
+    found = []
+    for name, shape in shapes().items():
+        if any(fields >= {*wanted} for wanted in shape.FIELDS):
+            found.append(name)
+    return found
 
 
 def unread_lines(spec: str, shape: str, unread: Sequence[str]) -> list[str]:
@@ -80,10 +89,9 @@ def unread_lines(spec: str, shape: str, unread: Sequence[str]) -> list[str]:
     lines = [f'columns of "{spec}" that are not read: {brief(listed(unread))}']
     if shape != PLAIN:
         return lines
-    for name, other in shapes().items():
-        if any({*wanted} <= {*unread} for wanted in other.FIELDS):
-            why = "`text` is read first; take it out where the others are to be learnt"
-            lines.append(f'rows of "{spec}" are plain text and {name}, too: {why}')
+    for name in _shapes_with({*unread}):
+        why = "`text` is read first; take it out where the others are to be learnt"
+        lines.append(f'rows of "{spec}" are plain text and {name}, too: {why}')
     return lines
 
 
