@@ -121,7 +121,7 @@ def test_a_run_measures_answers_and_only_them(tmp_path, loss):
 def test_a_client_weighs_what_it_learns(tmp_path):
     """Of chats, the tokens of answers within a window; of text, all."""
     write_lines(
-        tmp_path / "ada.jsonl", [*questions(60, "ada"), {"question": "x" * 50, "answer": "y"}]
+        tmp_path / "ada.jsonl", [*questions(60, "ada"), {"question": "x" * 30, "answer": "y"}]
     )
     entries = {"ada": {"text": "ada.jsonl"}}
     data, base = {"sequence_length": 30}, {"chat_template": PLAIN}

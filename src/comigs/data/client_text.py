@@ -84,6 +84,7 @@ class ClientText:
                 stores[split] = writer.commit(self.texts[split].text_sha256)
         for split in SPLITS:
             self._check_length(split, stores[split])
+        stores = {split: stores[split] for split in SPLITS}
         self._tell(stores, missing)
         return stores
 
