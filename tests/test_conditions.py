@@ -213,6 +213,20 @@ def test_who_goes_away_is_waited_for_and_sends_what_was_ready():
     assert late.round == 1 and clients.network.now() >= 500
 
 
+# At second 40, the deadline of round 1, cyd comes; bob is slower than two deadlines.
+EDGE = {
+    "conditions": {
+        "tokens_per_second": 100,
+        "trace": "client,seconds,available\nada,0,1\nada,1e5,1\nbob,0,1\nbob,1e5,1\n"
+        "cyd,0,0\ncyd,40,1\ncyd,1e5,1\n",
+        "clients": {"bob": {"tokens_per_second": 2}},
+    },
+    "participation": {"deadline": 40, "late": "discount", "max_failures": 9},
+    "evaluation": {"every": 0, "keep": "last"},
+    "rounds": 3,
+}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Runs that other tests look at: without the section, with it, and with no limit."""
@@ -245,16 +259,36 @@ def test_with_every_condition_off_a_run_is_the_same_to_the_bit(runs):
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(runs):
     assert any("no answer by" in line["reason"] for line in lines(runs.rough, "absent"))
     assert any("lost" in line for line in lines(runs.rough, "attempt"))
+    stopped = stopped_after(2, runs.root, "stopped", **ROUGH)
+    api.resume(stopped.path)
+    assert lines(stopped) == lines(runs.rough)
+
+
+def stopped_after(round, root, name, **tree):
+    """The folder of a run that was stopped at the end of that round."""
 
     def stop(event):
-        if isinstance(event, RoundEnd) and event.round == 2:
+        if isinstance(event, RoundEnd) and event.round == round:
             raise KeyboardInterrupt
 
-    config, path = run_config(runs.root / "text", NAMES, **ROUGH), runs.root / "stopped"
     with pytest.raises(Stopped):
-        api.run(config, path, stop)
-    api.resume(path)
-    assert lines(RunFolder.open(path)) == lines(runs.rough)
+        api.run(run_config(root / "text", NAMES, **tree), root / name, stop)
+    return RunFolder.open(root / name)
+
+
+def test_who_is_asked_at_the_very_moment_of_the_deadline_works_in_that_round(runs):
+    whole = runs("edge", **EDGE)
+    stopped = stopped_after(1, runs.root, "edge-stopped", **EDGE)
+    (asked,) = [line for line in lines(stopped, "attempt") if line["client"] == "cyd"]
+    assert (asked["round"], asked["asked"]) == (1, 40.0)
+    api.resume(stopped.path)
+    assert lines(stopped) == lines(whole)
+
+    # What it did for round 1 and for round 2 is all kept.
+    stopped = stopped_after(2, runs.root, "edge-twice", **EDGE)
+    rounds = [line["round"] for line in lines(stopped, "attempt") if line["client"] == "cyd"]
+    assert rounds == [1, 2]
+    assert int(stopped.load("clients/cyd/optimizer")["local_steps"]) == 2 * 2
 
 
 def test_what_is_lost_on_the_way_was_never_done(runs):

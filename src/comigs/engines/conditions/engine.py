@@ -78,6 +78,9 @@ class Conditions:
         for name, task in tasks.items():
             questions[name] = self._question(name, task, downloads.get(name, {}))
         came = self._dispatcher.gather(questions)
+        # Whoever was asked at the very moment of its end works in this round, too: what is not on
+        # its way when the round is committed would be lost with it.
+        self._network.depart()
 
         # Answers go on in the order of the tasks, whoever was first.
         replies = {name: came.answers[name] for name in tasks if name in came.answers}

@@ -103,7 +103,7 @@ class Network:
 
     def wait(self, seconds: float, until: float) -> None:
         """Go on to the next moment at which anything changes. Raises UserError where none comes."""
-        if any(trip.known <= self.time for trip in self._depart()):
+        if any(trip.known <= self.time for trip in self.depart()):
             return
         moments = [until, *(trip.known for trip in self.trips.values())]
         for client in self._away:
@@ -136,7 +136,7 @@ class Network:
                 came[trip.id] = Failure(trip.lost) if trip.answer is None else trip.answer.reply
         return came
 
-    def _depart(self) -> list[Trip]:
+    def depart(self) -> list[Trip]:
         """Let everybody work who was asked at this moment; return what comes of it when."""
         pushed, self._pushed = self._pushed, {}
         asked: dict[str, Message] = {}
