@@ -193,6 +193,7 @@ def test_who_drops_out_is_noticed_and_not_asked_again_in_the_round():
     assert came.absent == {"bob": DROPPED} and clients.undone == ["bob"]
     (lost,) = [a for a in clients.network.attempts if a.lost]
     assert 0 < lost.ended < 40 and lost.tokens == int(lost.ended)
+    assert (lost.uploaded_bytes, lost.downloaded_bytes) == (0, 500)
     assert clients.network.now() == pytest.approx(max(40, lost.ended + 45))
 
 
@@ -205,6 +206,15 @@ def test_who_goes_away_is_waited_for_and_sends_what_was_ready():
     assert (first.ended, first.lost, first.tokens) == (50, "gone", 45)
     # noticed at 95, when it has come back, and asked again at once
     assert (again.asked, again.ended, again.tokens) == (95, 105, 0)
+
+    # half of the upload was through; whoever is asked again receives the question again, too
+    clients = Clients(
+        {"ada": 40}, deadline=200, tokens_per_second=1, upload=100, download=500, trace=TRACE
+    )
+    assert set(clients.ask(1).answers) == {"ada"}
+    first, again = clients.network.attempts
+    assert (first.ended, first.uploaded_bytes, first.downloaded_bytes) == (50, 900, 500)
+    assert (again.asked, again.ended, again.uploaded_bytes) == (95, 95 + 1 + 10, 1000)
 
     # an answer that nobody waits for any more is sent first when its client is asked again
     clients = Clients({"ada": 500}, tokens_per_second=1, deadline=100.0)
@@ -328,6 +338,14 @@ def test_the_report_has_a_timeline_and_a_comparison_hours_and_work_lost(runs, tm
     naive = [a.tokens for a in read.attempts if a.lost or (a.client, a.round) not in used]
     worked, counted = worked_tokens(read)
     assert sum(worked.values()) - sum(counted.values()) == sum(naive) > 0
+    # all that was sent, whether it counted or not, of what was lost as far as it came
+    for name, result in read.summary.clients.items():
+        sent = sum(attempt.uploaded_bytes for attempt in read.attempts if attempt.client == name)
+        counted = sum(line.uploaded_bytes for line in read.train if line.client == name)
+        assert result.uploaded_bytes == sent >= counted
+    assert sum(result.uploaded_bytes for result in read.summary.clients.values()) > sum(
+        line.uploaded_bytes for line in read.train
+    )
     page = report_page(read)
     assert (
         "<h2>Timeline</h2>" in page and "of the tokens that were trained on came to nothing" in page

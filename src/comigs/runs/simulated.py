@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from comigs.runs.metrics import ClientLine, Count, Figure, Line, OrLeftOut
@@ -19,8 +20,8 @@ class Attempt(ClientLine):
     """A client was asked in the round of the line, at a moment in simulated seconds.
 
     ended: when its answer is in, or what it did is lost. tokens: that it trained on until then.
-    uploaded_bytes, downloaded_bytes: of the numbers that were to travel. lost: why no answer comes
-    of it; None where one does, however late.
+    uploaded_bytes, downloaded_bytes: of the numbers that travelled until then. lost: why no answer
+    comes of it; None where one does, however late.
     """
 
     kind: Literal["attempt"] = "attempt"
@@ -30,3 +31,18 @@ class Attempt(ClientLine):
     uploaded_bytes: Count
     downloaded_bytes: Count
     lost: Annotated[str | None, OrLeftOut] = None
+
+
+def wasted_bytes(attempts: Iterable[Attempt], rounds: Iterable[int]) -> tuple[int, int]:
+    """Return the bytes that a client sent and received in attempts that did not count.
+
+    rounds: those in which it has trained, whose own lines say what travelled for them.
+    """
+    uploaded, downloaded, counted = 0, 0, set(rounds)
+    for attempt in attempts:
+        if attempt.lost is None and attempt.round in counted:
+            counted.remove(attempt.round)
+            continue
+        uploaded += attempt.uploaded_bytes
+        downloaded += attempt.downloaded_bytes
+    return uploaded, downloaded

@@ -20,6 +20,7 @@ from comigs.runs.metrics import (
     Summary,
     Train,
 )
+from comigs.runs.simulated import Attempt, wasted_bytes
 
 
 def write_summary(folder: RunFolder, config: Config, method: Method) -> None:
@@ -65,7 +66,10 @@ def _of_client(
     test = base_test = Score()
     kept: Kept | None = None
     trained = [line for line in lines if isinstance(line, Train)]
-    downloaded = sum(line.downloaded_bytes for line in trained)
+    attempts = [line for line in lines if isinstance(line, Attempt)]
+    uploaded, downloaded = wasted_bytes(attempts, [line.round for line in trained])
+    uploaded += sum(line.uploaded_bytes for line in trained)
+    downloaded += sum(line.downloaded_bytes for line in trained)
     for line in lines:
         if isinstance(line, LastDownload):
             downloaded += line.downloaded_bytes
@@ -85,7 +89,7 @@ def _of_client(
         base_test=base_test,
         kept_round=None if kept is None else kept.round,
         last_test=test if went_back else None,
-        uploaded_bytes=sum(line.uploaded_bytes for line in trained),
+        uploaded_bytes=uploaded,
         downloaded_bytes=downloaded,
         trained_parameters=max((line.trained_parameters for line in trained), default=0),
         generalists=shape.generalists,

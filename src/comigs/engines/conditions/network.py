@@ -70,6 +70,14 @@ class Trip:
     lost: str = ""
 
 
+@dataclass(frozen=True)
+class Loss:
+    """A loss is the moment at which a client is lost on its way, if ever, and why."""
+
+    at: float
+    why: str
+
+
 class Network:
     """A network has a node for each client, by its place in the config.
 
@@ -157,40 +165,45 @@ class Network:
                 self._carry(id, message, works[client])
                 continue
             # Whoever has no privacy left says so at once.
-            self._note(message, self.time, 0, 0, SPENT)
+            self._note(message, self.time, 0, (0, len(message)), SPENT)
             self.trips[client] = Trip(id, client, self.time, answer=None, lost=SPENT)
         return [self.trips[client] for client in pushed]
 
     def _carry(self, id: str, message: Message, work: Work) -> None:
         """Take a client through its attempt: receive, work, send; or lose it before it is done."""
         link = self._link(message)
-        received = self.time + link.latency + len(message) / link.download
+        received = self._received(message, link)
         ready = received + work.effort / link.tokens_per_second
         answer = Answer(work.reply, work.uploaded_bytes, ready)
-        lost, why = self._loss(message.client, link, self._arrival(answer, link))
-        if lost > ready:
+        loss = self._loss(message.client, link, _arrival(ready, answer, link))
+        if loss.at > ready:
             self._send(id, message, answer, link, work.tokens)
             return
 
         # Work that was not finished is as if it had never been begun.
         self._undo(message.client)
-        done = max(0.0, lost - received) / max(ready - received, 1e-12)
-        self._lose(id, message, lost, why, int(done * work.tokens), work.uploaded_bytes)
+        done = max(0.0, loss.at - received) / max(ready - received, 1e-12)
+        came = _moved(len(message), link.download, loss.at - self.time - link.latency)
+        self._lose(id, message, loss, int(done * work.tokens), (0, came))
 
     def _send(self, id: str, message: Message, answer: Answer, link: Link, tokens: int) -> None:
         """Take an answer that is ready to the server, or leave it on its device."""
-        arrives = self._arrival(answer, link)
-        lost, why = self._loss(message.client, link, arrives)
-        if lost <= arrives:
+        # Whoever is asked again has received the question again before it answers.
+        begins = max(self._received(message, link), answer.ready)
+        arrives = _arrival(begins, answer, link)
+        loss = self._loss(message.client, link, arrives)
+        if loss.at <= arrives:
             self.held[message.client] = answer
-            self._lose(id, message, lost, why, tokens, answer.uploaded_bytes)
+            sent = _moved(answer.uploaded_bytes, link.upload, loss.at - begins)
+            came = _moved(len(message), link.download, loss.at - self.time - link.latency)
+            self._lose(id, message, loss, tokens, (sent, came))
             return
-        self._note(message, arrives, tokens, answer.uploaded_bytes)
+        self._note(message, arrives, tokens, (answer.uploaded_bytes, len(message)))
         self.trips[message.client] = Trip(id, message.client, arrives, answer)
 
-    def _arrival(self, answer: Answer, link: Link) -> float:
-        begins = max(self.time + link.latency, answer.ready)
-        return begins + link.latency + answer.uploaded_bytes / link.upload
+    def _received(self, message: Message, link: Link) -> float:
+        """Return when a client has received what it is asked now."""
+        return self.time + link.latency + len(message) / link.download
 
     def _link(self, message: Message) -> Link:
         if message.task.round != self._round:
@@ -199,25 +212,32 @@ class Network:
         self._asked[message.client] = attempt + 1
         return self._weather.link(message.client, message.task.round, attempt)
 
-    def _loss(self, client: str, link: Link, arrives: float) -> tuple[float, str]:
+    def _loss(self, client: str, link: Link, arrives: float) -> Loss:
         """Return when a client is lost on its way, and why."""
         goes = self._weather.availability(client).lost_after(self.time)
         drops = math.inf
         if link.drops_at is not None:
             drops = self.time + link.drops_at * (arrives - self.time)
-        return (drops, DROPPED) if drops < goes else (goes, GONE)
+        return Loss(drops, DROPPED) if drops < goes else Loss(goes, GONE)
 
     def _lose(
-        self, id: str, message: Message, lost: float, why: str, tokens: int, sent: int
+        self, id: str, message: Message, loss: Loss, tokens: int, moved: tuple[int, int]
     ) -> None:
-        self._note(message, lost, tokens, sent, why)
+        self._note(message, loss.at, tokens, moved, loss.why)
         self.trips[message.client] = Trip(
-            id, message.client, lost + self._noticed, answer=None, lost=why
+            id, message.client, loss.at + self._noticed, answer=None, lost=loss.why
         )
 
     def _note(
-        self, message: Message, ended: float, tokens: int, sent: int, why: str | None = None
+        self,
+        message: Message,
+        ended: float,
+        tokens: int,
+        moved: tuple[int, int],
+        why: str | None = None,
     ) -> None:
+        """Keep the line of an attempt. moved: the bytes that were sent and received until then."""
+        sent, received = moved
         self.attempts.append(
             Attempt(
                 round=message.task.round,
@@ -226,7 +246,17 @@ class Network:
                 ended=ended,
                 tokens=tokens,
                 uploaded_bytes=sent,
-                downloaded_bytes=len(message),
+                downloaded_bytes=received,
                 lost=why,
             )
         )
+
+
+def _arrival(begins: float, answer: Answer, link: Link) -> float:
+    """Return when an answer is in whose client begins to send it at a moment."""
+    return begins + link.latency + answer.uploaded_bytes / link.upload
+
+
+def _moved(size: int, rate: float, seconds: float) -> int:
+    """Return how many bytes of a message of that size have travelled after so many seconds."""
+    return int(min(size, rate * seconds)) if seconds > 0 else 0

@@ -12,6 +12,7 @@ from typing import Any
 from comigs.config import ClientEntry, Text
 from comigs.runs.metrics import Score
 from comigs.runs.report.read import Run
+from comigs.runs.simulated import wasted_bytes
 
 SHAPE = ("generalists", "specialists", "rank", "specialist_rank")
 
@@ -106,10 +107,12 @@ def _client(run: Run, name: str) -> ClientResult:
             text, has = describe_text(entry), run.config.shape_of(entry)
     lines = [line for line in run.train if line.client == name]
     summary = run.summary.clients.get(name) if run.summary else None
+    attempts = [attempt for attempt in run.attempts if attempt.client == name]
+    wasted = wasted_bytes(attempts, [line.round for line in lines])
     amounts: dict[str, Any] = {
         "trained_parameters": lines[-1].trained_parameters if lines else None,
-        "uploaded_bytes": sum(line.uploaded_bytes for line in lines),
-        "downloaded_bytes": sum(line.downloaded_bytes for line in lines),
+        "uploaded_bytes": wasted[0] + sum(line.uploaded_bytes for line in lines),
+        "downloaded_bytes": wasted[1] + sum(line.downloaded_bytes for line in lines),
     }
     shape: dict[str, Any] = {field: getattr(has, field, None) for field in SHAPE}
     if summary is not None:
