@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -334,10 +335,10 @@ def test_the_report_has_a_timeline_and_a_comparison_hours_and_work_lost(runs, tm
     assert sum(span.outcome == "lost" for span in shown.spans) == len(lost)
     assert shown.ends[-1] == read.exchanges[-1].ended and late
     # naively: what was trained on, without what has a line of training that counted
-    used = {(line.client, line.round) for line in read.train}
-    naive = [a.tokens for a in read.attempts if a.lost or (a.client, a.round) not in used]
+    naive = sum(line.tokens for line in read.attempts)
+    naive -= sum(line.trained_tokens + line.router_tokens for line in read.train)
     worked, counted = worked_tokens(read)
-    assert sum(worked.values()) - sum(counted.values()) == sum(naive) > 0
+    assert sum(worked.values()) - sum(counted.values()) == naive > 0
     # all that was sent, whether it counted or not, of what was lost as far as it came
     for name, result in read.summary.clients.items():
         sent = sum(attempt.uploaded_bytes for attempt in read.attempts if attempt.client == name)
@@ -367,6 +368,23 @@ def test_the_report_has_a_timeline_and_a_comparison_hours_and_work_lost(runs, tm
     written = write_comparison(compared, tmp_path / "out")
     assert any(path.name == "by-hours.svg" for path in written)
     assert "Against simulated hours" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_work_whose_upload_was_lost_and_sent_again_is_not_lost(runs):
+    from comigs.runs.report.read import read_run
+    from comigs.runs.report.timeline import timeline, work_lost
+
+    trace = "client,seconds,available\nada,0,1\nada,6,0\nada,7,1\nada,1e5,1\nbob,0,1\nbob,1e5,1\n"
+    conditions = {"tokens_per_second": 100, "upload": 1000, "trace": trace}
+    folder = runs("again", "ada bob", conditions=conditions, rounds=1)
+    read = read_run(folder.path)
+    assert [(a.client, a.lost) for a in read.attempts if a.tokens == 0] == [("ada", None)]
+    assert [a.client for a in read.attempts if a.lost] == ["ada"]
+    assert work_lost(read) == 0
+
+    # What came in time and was refused is not called late.
+    refused = replace(read, train=tuple(line for line in read.train if line.client == "ada"))
+    assert [s.outcome for s in timeline(refused).spans if s.client == "bob"] == ["refused"]
 
 
 def test_a_client_that_is_away_counts_as_it_was_last_measured_and_at_first_as_the_base():

@@ -159,6 +159,7 @@ def test_a_client_gains_and_loses_in_a_run_which_can_be_used_after(changing):
     counts = {key: len(shares[0]) if shares else 1 for key, shares in experts.items()}
     assert [counts["ada", round] for round in (1, 2, 3, 4)] == [2, 3, 3, 2]
     assert {counts["bob", round] for round in (1, 2, 3, 4)} == {2}
+    assert {n: c.specialists for n, c in folder.summary().clients.items()} == {"ada": 0, "bob": 1}
     model = api.open_personal_model(folder, "ada")
     assert {slot.part for slot in model.tensors} == {"g0", "rest", "router", "attention"}
     model.close()

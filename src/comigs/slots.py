@@ -6,7 +6,7 @@ Sharing, saving and merging go by slot, never by the name of a parameter.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,6 +70,12 @@ class Slot:
 
 
 Shapes = Mapping[Slot, tuple[int, ...]]
+
+
+def num_specialists(names: Iterable[str]) -> int:
+    """Return how many specialists a client has, by the names of its saved tensors."""
+    slots = map(Slot.parse, names)
+    return len({slot.part for slot in slots if slot.role == "specialist"})
 
 
 def expert_parts(generalists: int, specialists: int, others: bool = False) -> list[str]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from comigs.client.state import ClientState, num_specialists
-from comigs.slots import Slot
+from comigs.client.state import ClientState
+from comigs.slots import Slot, num_specialists
 
 
 class BestRound:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from comigs.client.client import Client
-from comigs.client.state import MOMENTS, ClientState, num_specialists
+from comigs.client.state import MOMENTS, ClientState
 from comigs.client.workplace import Workplace
 from comigs.config import Config, ExpertShape
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
 from comigs.methods.method import Method
-from comigs.slots import OTHERS, Slot
+from comigs.slots import OTHERS, Slot, num_specialists
 
 Shares = Sequence[Sequence[float]]  # (L, E): the mean routing weight of each expert, by block
 Tables = dict[str, dict[Slot, Tensor]]  # the tensors, and each of AdamW's figures of them

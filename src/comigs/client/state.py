@@ -12,7 +12,7 @@ from torch import Tensor
 from comigs.config import ClientSection, ExpertShape
 from comigs.data.sampling import Level
 from comigs.errors import UserError
-from comigs.slots import Slot
+from comigs.slots import Slot, num_specialists
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's means of gradients and of their squares
@@ -98,12 +98,6 @@ def load_state(state: TrainState, saved: ClientState, client: str) -> None:
                     key: saved_optimizer[f"{name}/{key}"].to(param.device, copy=True)
                     for key in KEPT
                 }
-
-
-def num_specialists(names: Iterable[str]) -> int:
-    """Return how many specialists a client has, by the names of its saved tensors."""
-    slots = map(Slot.parse, names)
-    return len({slot.part for slot in slots if slot.role == "specialist"})
 
 
 def shape_as_saved(shape: ExpertShape, names: Iterable[str]) -> ExpertShape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from comigs.config import ClientEntry, Config
 from comigs.methods.method import Method
@@ -21,15 +21,27 @@ from comigs.runs.metrics import (
     Train,
 )
 from comigs.runs.simulated import Attempt, wasted_bytes
+from comigs.slots import num_specialists
 
 
 def write_summary(folder: RunFolder, config: Config, method: Method) -> None:
     """Write the summary.json of a finished run. Raises UserError where the disk refuses."""
-    folder.write_summary(summarize(config, method, folder.metrics()))
+    # A client may have gained or lost specialists; where its model is here, it says how many.
+    specialists: dict[str, int] = {}
+    for client in config.clients:
+        path = f"clients/{client.name}/personal"
+        if folder.holds(path):
+            specialists[client.name] = num_specialists(folder.load(path))
+    folder.write_summary(summarize(config, method, folder.metrics(), specialists))
 
 
-def summarize(config: Config, method: Method, metrics: Sequence[Line]) -> Summary:
-    """Return the result of a finished run from all of its lines."""
+def summarize(
+    config: Config, method: Method, metrics: Sequence[Line], specialists: Mapping[str, int]
+) -> Summary:
+    """Return the result of a finished run from all of its lines.
+
+    specialists: how many a client has at the end, where that is known; else those it began with.
+    """
     by_client: dict[str, list[ClientLine]] = {entry.name: [] for entry in config.clients}
     for line in metrics:
         if isinstance(line, ClientLine):
@@ -38,6 +50,8 @@ def summarize(config: Config, method: Method, metrics: Sequence[Line]) -> Summar
         entry.name: _of_client(config, method, entry, by_client[entry.name])
         for entry in config.clients
     }
+    for name, number in specialists.items():
+        clients[name] = clients[name].model_copy(update={"specialists": number})
 
     # A mean over clients compares base and personal model, so it is of those that have both.
     both = [c for c in clients.values() if Score() not in (c.test, c.base_test)]

@@ -27,7 +27,7 @@ _NAMES = ("--ink", "--muted", "--grid", "--personal", "--train", *_CLIENTS, "--b
 # A variable of the page's style sheet -> the colour that stands in for it while it is drawn.
 COLOUR = {name: f"#fe00{number:02x}" for number, name in enumerate(_NAMES)}
 DASHED = (0, (4, 3))
-OUTCOMES = {"counted": "--personal", "late": "--train", "lost": "--bad"}
+OUTCOMES = {"counted": "--personal", "late": "--train", "refused": "--ink", "lost": "--bad"}
 
 
 def loss_plot(curves: LossCurves, rounds: int, limits: tuple[float, float]) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from comigs.runs.report.read import Run
 
-Outcome = Literal["counted", "late", "lost"]
+Outcome = Literal["counted", "late", "refused", "lost"]
 MAX_CLIENTS = 40  # that are shown: those that were lost most often first
 
 
@@ -51,8 +51,10 @@ def timeline(run: Run) -> Timeline | None:
         outcome: Outcome = "counted"
         if line.lost is not None:
             outcome = "lost"
-        elif line.ended > ended[line.round] or (line.client, line.round) not in counted:
+        elif line.ended > ended[line.round]:
             outcome = "late"
+        elif (line.client, line.round) not in counted:
+            outcome = "refused"
         lost[line.client] += outcome != "counted"
         spans.append(Span(line.client, line.asked, line.ended, outcome))
 
@@ -82,11 +84,12 @@ def work_lost(run: Run) -> float | None:
 
 def worked_tokens(run: Run) -> tuple[dict[int, int], dict[int, int]]:
     """Return round -> the tokens that clients trained on, and of them those that counted."""
-    used = {(line.client, line.round) for line in run.train}
     worked: dict[int, int] = {}
-    counted: dict[int, int] = {}
     for line in run.attempts:
         worked[line.round] = worked.get(line.round, 0) + line.tokens
-        if line.lost is None and (line.client, line.round) in used:
-            counted[line.round] = counted.get(line.round, 0) + line.tokens
+    # An upload that was lost and sent again counts, though the attempt that did the work did not.
+    counted: dict[int, int] = {}
+    for train in run.train:
+        tokens = train.trained_tokens + train.router_tokens
+        counted[train.round] = counted.get(train.round, 0) + tokens
     return worked, counted
