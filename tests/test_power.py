@@ -88,6 +88,19 @@ def test_gaining_changes_no_logit(tmp_path, settings, before, after):
     torch.testing.assert_close(logits_of(again), logits_of(richer), rtol=0, atol=0)
 
 
+def test_an_opening_ends_at_one_so_that_nothing_jumps_when_the_round_is_over(tmp_path):
+    client = client_of(tmp_path)
+    richer, seen = with_specialists(client, 2), []
+    richer.train(2, lambda level, nats: seen.append(richer.opening.clone()))
+    old, new = [float(row[0]) for row in seen], [float(row[-1]) for row in seen]
+    assert set(old) == {1.0} and new == sorted(new) and new[-1] == pytest.approx(1)
+
+    # the model after its last step is the one that is saved
+    after = logits_of(richer)
+    richer.opening = seen[-1]
+    torch.testing.assert_close(logits_of(richer), after, rtol=0, atol=1e-6)
+
+
 def place_of(client):
     return workplace(client.config, client.method, load_base(client.config.base))
 

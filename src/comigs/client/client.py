@@ -293,7 +293,7 @@ class Client:
     def _next_batch(self, level: Level, number: int) -> Batch:
         settings, length = self.step_settings.client, self.config.data.sequence_length
         if self.opening is not None and level == "experts":
-            self.opening += 1 / settings.steps  # whole with the last local step of the round
+            self.opening.add_(1 / settings.steps).clamp_(max=1)  # 1 with the round's last step
         random = partial(generator, self.config.seed, "batch", self.name)
         source = BatchSource(self.text, settings, length, random)
         return source.batch(level, number, self.train_state.local_steps)
