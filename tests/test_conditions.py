@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from comigs.app import api
-from comigs.config import parse_config
+from comigs.config import load_config, parse_config, read_trace
 from comigs.engines.conditions.network import DROPPED, Message, Network, Work
 from comigs.engines.conditions.weather import Weather
 from comigs.errors import Stopped, UserError
@@ -51,7 +51,7 @@ def lines(folder, *kinds):
 @pytest.mark.parametrize(
     "conditions, said",
     [
-        ({"upload": -5}, "conditions.upload: given -5; must be above 0"),
+        ({"upload": -5}, "conditions.upload: given -5; must be 1.0 or more"),
         (
             {"groups": {"a": {"share": 0.7}, "b": {"share": 0.6}}},
             "conditions.groups: the shares are 1.3 together; at most 1",
@@ -64,6 +64,10 @@ def lines(folder, *kinds):
         ({"trace": TRACE.replace("ada", "bob")}, "no line of client ada; it must cover the run"),
         ({"trace": TRACE.replace("ada,0,", "ada,3,")}, "first line must be of second 0"),
         ({"trace": "a,b\n1,2\n"}, "begins with the line client,seconds,available"),
+        ({"latency": 1e200}, "conditions.latency: given 1e+200; must be 1000000.0 or less"),
+        ({"upload": 1e-150}, "conditions.upload: given 1e-150; must be 1.0 or more"),
+        ({"on": 1e-300, "off": 1}, "conditions.on: given 1e-300; must be 1.0 or more"),
+        ({"trace": TRACE + '"' + "x" * 200_000}, "line 5: not CSV: field larger than"),
         ({"on": 5}, "on and off: give both or neither"),
         ({"speed": 1, "tokens_per_second": 5}, "give one of them"),
         ({"specialists": [[3, 1], [2, 0]]}, "in order, each once"),
@@ -113,6 +117,42 @@ def test_figures_of_a_client_count_before_its_groups_and_those_before_the_genera
         1,
     )
     assert (bob.speed, bob.tokens_per_second, bob.upload, bob.on) == (None, 10, 7, None)
+
+
+def test_a_changing_power_of_one_level_replaces_that_of_a_more_general_one():
+    one = weather(
+        **{"specialists_rate": 1, "specialists_range": [0, 1]},
+        clients={"bob": {"specialists": [[2, 2]]}},
+    )
+    assert [one.specialists("bob", round) for round in (1, 2, 3)] == [1, 2, 2]
+    assert {one.specialists("ada", round) for round in range(1, 9)} == {0, 1}
+    other = weather(
+        **{"specialists": [[1, 3]], "specialists_range": [0, 1]},
+        groups={"all": {"share": 1, "specialists_rate": 1}},
+    )
+    assert {other.specialists("ada", round) for round in range(2, 9)} == {0, 1}
+
+
+def test_a_trace_is_read_once_and_from_whatever_an_editor_has_made_of_it(tmp_path):
+    (tmp_path / "trace.csv").write_text(TRACE, encoding="utf-8-sig")
+    text = '[[clients]]\nname = "ada"\ntext = "a"\n[conditions]\ntrace = "trace.csv"\n'
+    (tmp_path / "run.toml").write_text(text)
+    assert load_config(tmp_path / "run.toml").conditions.trace == TRACE
+    assert read_trace(TRACE) is read_trace(TRACE)
+
+
+def test_conditions_that_lead_back_to_themselves_are_refused(tmp_path):
+    clients = '[[clients]]\nname = "ada"\ntext = "a"\n[conditions]\nfile = "{}.toml"\n'
+    names = {"self": clients.format("self"), "run": clients.format("one")}
+    names |= {
+        "one": '[conditions]\nfile = "two.toml"\n',
+        "two": '[conditions]\nfile = "one.toml"\n',
+    }
+    for name, text in names.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    for name in ("self", "run"):
+        with pytest.raises(UserError, match=r"conditions.file: \w+.toml leads back here"):
+            load_config(tmp_path / f"{name}.toml")
 
 
 def test_groups_have_their_share_and_chains_their_means():

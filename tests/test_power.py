@@ -227,6 +227,39 @@ def test_it_is_refused_where_a_token_uses_more_experts_than_are_left():
         load_method(parse_config({**tree, "experts": {"top_k": 3, "specialists": 2}}))
 
 
+@pytest.mark.parametrize(
+    "conditions, experts, said",
+    [
+        ({"specialists_rate": 1}, {"top_k": 3, "specialists": 2}, "specialists_range: 1 leaves 2"),
+        (
+            {"specialists_range": [0, 1], "clients": {"ada": {"specialists_rate": 1}}},
+            {"generalists": 0, "specialists": 1},
+            "specialists_range: 0 leaves 0 experts",
+        ),
+        (
+            {"groups": {"old": {"share": 0.1, "specialists": [[2, 0]]}}},
+            {"generalists": 0, "specialists": 1},
+            "specialists: 0 leaves 0 experts",
+        ),
+    ],
+)
+def test_wherever_a_power_may_lead_there_are_enough_experts(conditions, experts, said):
+    tree = {"clients": [{"name": "ada", "text": "a"}], "options": APART, "experts": experts}
+    with pytest.raises(UserError, match=f"conditions.{said}"):
+        load_method(parse_config({**tree, "conditions": conditions}))
+    # what another level replaces leads nowhere
+    own = {"clients": {"ada": {"specialists": [[2, 2]]}}}
+    load_method(parse_config({**tree, "conditions": {**conditions, **own}}))
+
+
+def test_a_device_whose_owner_leaves_it_without_experts_is_refused_in_one_line():
+    tree = {"clients": [{"name": "ada", "text": "a"}], "options": APART}
+    config = parse_config({**tree, "experts": {"generalists": 0, "specialists": 1}})
+    own = config.clients[0].model_copy(update={"specialists": 0})
+    with pytest.raises(UserError, match='client "ada" has 0 experts with comigs; give it at least'):
+        load_method(config.model_copy(update={"clients": (own,)}))
+
+
 def test_a_device_that_is_started_with_another_number_goes_on_as_in_process(changing):
     """Over a network, by the device's own settings, as `comigs federation client` gives them."""
     root, folder = changing

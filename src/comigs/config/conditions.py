@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,7 +19,9 @@ Switches = tuple[tuple[float, bool], ...]  # from these seconds on: whether a cl
 EITHER = (  # of these figures, one level's replace those of a more general one together
     ("tokens_per_second", "speed"),
     ("on", "off", "trace"),
+    ("specialists", "specialists_rate"),
 )
+SPECIALISTS_RANGE = (1, 3)  # where a rate is given and no range
 
 
 class Condition(Section):
@@ -26,34 +29,41 @@ class Condition(Section):
 
     tokens_per_second: float | None = Field(
         None,
-        gt=0,
+        ge=1e-3,
         description="A client trains on this many tokens per second. None: it takes no time.",
     )
     speed: float | None = Field(
         None,
-        gt=0,
+        ge=1e-6,
         description="A client is this many times as fast as this machine, whose tokens per second "
         "are measured when the run begins. In place of tokens_per_second.",
     )
     upload: float | None = Field(
         None,
-        gt=0,
+        ge=1,
         description="A client sends this many bytes per second. None: sending takes no time.",
     )
     download: float | None = Field(
-        None, gt=0, description="A client receives this many bytes per second, likewise."
+        None, ge=1, description="A client receives this many bytes per second, likewise."
     )
     latency: float | None = Field(
-        None, ge=0, description="A message is under way for this many seconds beside its bytes."
+        None,
+        ge=0,
+        le=1e6,
+        description="A message is under way for this many seconds beside its bytes.",
     )
     on: float | None = Field(
         None,
-        gt=0,
+        ge=1,
+        le=1e9,
         description="A client is there for this many seconds at a time, on average: a Markov chain "
         "of two states. Needs off.",
     )
     off: float | None = Field(
-        None, gt=0, description="A client is away for this many seconds at a time, on average."
+        None,
+        ge=1,
+        le=1e9,
+        description="A client is away for this many seconds at a time, on average.",
     )
     trace: str | None = Field(
         None,
@@ -157,18 +167,20 @@ class ConditionsSection(Condition):
     )
     machine: float | None = Field(
         None,
-        gt=0,
+        ge=1e-3,
         description="This machine trains on so many tokens per second. None: it is measured when "
         "the run begins, where any speed asks for it, and goes into the run.",
     )
     patience: float = Field(
         30.0,
         ge=0,
+        le=1e9,
         description="A round waits for this many seconds for clients that are away to come back.",
     )
     noticed: float = Field(
         45.0,
         ge=0,
+        le=1e9,
         description="The server learns after this many seconds that a client is lost: Flower's "
         "nodes tell every 30 that they are there, and are given up after 60.",
     )
@@ -192,6 +204,17 @@ class ConditionsSection(Condition):
         ]
         return [own, *groups, *self.clients.values()]
 
+    def possible(self, client: str | None) -> list[Condition]:
+        """Return the conditions that a client may have, by the group that it is drawn into.
+
+        client: None stands for all that have no figures of their own. Raises ValueError where
+        figures of several levels do not go together.
+        """
+        everyone, *rest = self.everyone()
+        groups = [[group] for group in rest[: len(self.groups)]]
+        own = [figures for name, figures in self.clients.items() if name == client]
+        return [merged([everyone, *group, *own]) for group in ([], *groups)]
+
     def require_clients(self, names: Iterable[str]) -> None:
         """Raise ValueError where shares, clients or traces are not those of these clients."""
         # Whoever is named must be there, and whoever is there must be in a trace that is for all.
@@ -206,6 +229,8 @@ class ConditionsSection(Condition):
                 raise ValueError(
                     f"conditions.clients.{name}: no such client; there are: {', '.join(known)}"
                 )
+        for one in (None, *self.clients):
+            self.possible(one)
         for condition in self.everyone():
             if condition.trace is None:
                 continue
@@ -229,9 +254,20 @@ def merged(conditions: Iterable[Condition]) -> Condition:
     return Condition.model_validate(values)
 
 
-def read_trace(text: str) -> dict[str, Switches]:
-    """Return client -> its switches. Raises ValueError with the line that is wrong."""
+@lru_cache(maxsize=8)
+def read_trace(text: str) -> Mapping[str, Switches]:
+    """Return client -> its switches. Raises ValueError with the line that is wrong.
+
+    A text is read once, however many clients ask for it.
+    """
     rows = csv.DictReader(io.StringIO(text))
+    try:
+        return _switches(rows)
+    except csv.Error as error:
+        raise ValueError(f"line {rows.line_num}: not CSV: {error}") from None
+
+
+def _switches(rows: csv.DictReader[str]) -> Mapping[str, Switches]:
     if tuple(rows.fieldnames or ()) != TRACE:
         raise ValueError(f"a trace begins with the line {','.join(TRACE)}")
 

@@ -68,7 +68,7 @@ def read_template(tree: dict[str, Any], folder: Path, source: str) -> None:
 def read_named(path: str, field: str) -> str:
     """Return the text of a file that a field names. Raises UserError where it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"{field}: {path}: cannot be read: {why}") from None

@@ -61,21 +61,26 @@ def read_toml(path: Path, what: str = "config") -> dict[str, Any]:
     return tree
 
 
-def read_conditions(tree: dict[str, Any], folder: Path, source: str) -> None:
+def read_conditions(
+    tree: dict[str, Any], folder: Path, source: str, above: tuple[str, ...] = ()
+) -> None:
     """Put what files say of devices in the place of their names, in the values of a user's config.
 
-    Raises UserError where there is no such file, or it holds something else.
+    above: the files that named this one. Raises UserError where there is no such file, it holds
+    something else, or leads back to itself.
     """
     conditions = tree.get("conditions")
     if not isinstance(conditions, dict):
         return
     named = conditions.pop("file", None)
     if isinstance(named, str):
-        path = Path(whole(named, folder))
+        path, above = Path(whole(named, folder)), (*above, whole(source, Path()))
+        if str(path) in above:
+            raise UserError(f"{source}: conditions.file: {named} leads back here; name another")
         given = read_toml(path, "conditions")
         if given.keys() != {"conditions"} or not isinstance(given["conditions"], dict):
             raise UserError(f"{path}: must hold [conditions] and nothing else")
-        read_conditions(given, path.parent, str(path))
+        read_conditions(given, path.parent, str(path), above)
         tree["conditions"] = conditions = _over(conditions, given["conditions"])
     elif named is not None:
         conditions["file"] = named  # to be refused

@@ -12,7 +12,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from comigs import methods
-from comigs.config import Config, Section
+from comigs.config import SPECIALISTS_RANGE, Config, Section
 from comigs.config.errors import one_line
 from comigs.errors import UserError, nearest
 from comigs.methods.merging import mean_of_uploads
@@ -85,22 +85,27 @@ def options(config: Config, kind: type[Settings]) -> Settings:
 
 
 def _require_power(config: Config, method: Method) -> None:
-    """Refuse conditions that leave a client with fewer experts than a token uses, or none.
+    """Refuse conditions that may leave a client with fewer experts than a token uses, or none.
 
     Raises UserError naming the number.
     """
-    for condition in config.conditions.everyone():
-        numbers = [number for _, number in condition.specialists or ()]
-        if condition.specialists_rate is not None:
-            numbers += condition.specialists_range or ()
-        for number in numbers:
-            for client in config.clients:
+    # Whatever group a client is drawn into, and wherever a rate may lead, it must have enough.
+    conditions, top_k = config.conditions, config.experts.top_k
+    if not any(c.specialists or c.specialists_rate for c in conditions.everyone()):
+        return
+    for client in config.clients:
+        for condition in conditions.possible(client.name):
+            field, numbers = "specialists", [number for _, number in condition.specialists or ()]
+            if condition.specialists_rate is not None:
+                least, most = condition.specialists_range or SPECIALISTS_RANGE
+                field, numbers = "specialists_range", list(range(least, most + 1))
+            for number in numbers:
                 entry = client.model_copy(update={"specialists": number})
                 experts = method.shape(config.shape_of(entry)).num_experts
-                if experts == 0 or config.experts.top_k > experts > 1:
+                if experts == 0 or top_k > experts > 1:
                     raise UserError(
-                        f"conditions.specialists: {number} leaves {experts} experts, but a token "
-                        f"uses {config.experts.top_k} (experts.top_k)"
+                        f"conditions.{field}: {number} leaves {experts} experts, but a token "
+                        f"uses {top_k} (experts.top_k)"
                     )
 
 
@@ -152,9 +157,15 @@ def _require_possible(config: Config, method: Method) -> None:
             f'must be "mean" (what averages can do "{merge}": fedavg, comigs with '
             'options.attention = "mean", and others)'
         )
-    # A token cannot choose more experts than there are; a single one needs no choice.
+    # A token cannot choose more experts than there are; a single one needs no choice. A device's
+    # owner may have chosen none.
     for client in config.clients:
         experts, top_k = method.shape(config.shape_of(client)).num_experts, config.experts.top_k
+        if experts == 0:
+            raise UserError(
+                f'specialists: client "{client.name}" has 0 experts with {config.method}; give it '
+                "at least one"
+            )
         if top_k > experts > 1:
             raise UserError(
                 f'experts.top_k: {top_k} experts per token, but client "{client.name}" has '

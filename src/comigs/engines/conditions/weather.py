@@ -12,11 +12,9 @@ from functools import cache
 
 from numpy.random import Generator
 
-from comigs.config import Condition, Config, merged
+from comigs.config import SPECIALISTS_RANGE, Condition, Config, merged
 from comigs.engines.conditions.availability import Availability
 from comigs.seeds import generator
-
-SPECIALISTS_RANGE = (1, 3)  # where the config says no other
 
 
 @dataclass(frozen=True)
