@@ -315,7 +315,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(runs):
     assert lines(stopped) == lines(runs.rough)
 
 
-def stopped_after(round, root, name, **tree):
+def stopped_after(round, root, name, names=NAMES, **tree):
     """The folder of a run that was stopped at the end of that round."""
 
     def stop(event):
@@ -323,7 +323,7 @@ def stopped_after(round, root, name, **tree):
             raise KeyboardInterrupt
 
     with pytest.raises(Stopped):
-        api.run(run_config(root / "text", NAMES, **tree), root / name, stop)
+        api.run(run_config(root / "text", names, **tree), root / name, stop)
     return RunFolder.open(root / name)
 
 
@@ -352,6 +352,35 @@ def test_what_is_lost_on_the_way_was_never_done(runs):
         assert lines(lost, kind) == lines(gone, kind)
     tests = [line for line in lines(lost, "evaluation") if line["model"] == "personal"]
     assert tests == [line for line in lines(gone, "evaluation") if line["model"] == "personal"]
+
+
+@pytest.mark.parametrize("method", ["flora", "fedex-lora"])
+def test_who_is_late_adds_no_update_twice(runs, method):
+    """Bob answers after each deadline, and dan's answers are lost: all end with one sum."""
+    conditions = {
+        "tokens_per_second": 8,
+        "clients": {"bob": {"tokens_per_second": 5.5}, "dan": {"dropout": 1}},
+    }
+    names = "ada bob cyd dan"
+    tree = {
+        **{"names": names, "method": method, "conditions": conditions, "rounds": 4},
+        "participation": {"deadline": 30, "max_failures": 9},
+        "evaluation": {"every": 0, "keep": "last"},
+    }
+    folder = runs(f"merging-{method}", **tree)
+    late = [line for line in lines(folder, "attempt") if line["ended"] > 30 * line["round"]]
+    assert {line["client"] for line in late} >= {"bob"}
+    own, *others = (folder.load(f"clients/{name}/personal") for name in names.split())
+    merged = [name for name in own if ".merged." in name]
+    for name in merged:
+        for other in others:
+            assert (other[name] - own[name]).norm() <= 1e-5 * own[name].norm() > 0
+    assert merged
+
+    # What was added is part of the checkpoint.
+    stopped = stopped_after(3, runs.root, f"merging-{method}-stopped", **tree)
+    api.resume(stopped.path)
+    assert lines(stopped) == lines(folder)
 
 
 def test_the_speed_of_this_machine_is_measured_once(runs):

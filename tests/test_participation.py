@@ -14,7 +14,7 @@ from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Absent, RoundEnd, Train
 from comigs.runs.summary import summarize
 from comigs.server.participation import failures, left_out, participants
-from comigs.server.pending import unpack_server
+from comigs.server.pending import unpack_server, unpack_started
 from tests.conftest import same
 from tests.fake_engine import (
     GONE,
@@ -446,6 +446,30 @@ def test_whoever_is_always_a_round_late_is_not_left_out_where_that_counts(tmp_pa
     folder = rounds_of(tmp_path, engine, watched(seen), rounds=8, participation=DISCOUNT)
     assert all("bob" in names for names in asked(engine)) and not lines_of(folder, "warning")
     assert [list(uploads) for uploads in seen] == [["ada", "cyd"]] * 2 + [["ada", "bob", "cyd"]] * 6
+
+
+@pytest.mark.parametrize("pending, most, kept", [(None, 99, 4), (set(), 99, 0), (None, 2, 0)])
+def test_of_who_never_answers_little_is_kept_to_discount_by(tmp_path, pending, most, kept):
+    """pending: whom the engine still expects. most: failures after which it is left out."""
+    engine = Numbers("ada bob cyd", lambda name, task, reply: GONE if name == "bob" else reply)
+    exchange = engine.exchange
+    engine.exchange = lambda tasks, sent: replace(exchange(tasks, sent), pending=pending)
+    tree = {"rounds": 9, "participation": {**DISCOUNT, "max_failures": most}}
+    assert len(started(tmp_path, engine, 9, **tree).get("bob", ())) == kept
+
+
+def started(root, engine, end, **tree):
+    """What late uploads may have started from when a run is in the round of that number."""
+    engine.fail_at = end, "ada"
+    with pytest.raises(KeyboardInterrupt):
+        rounds_of(root, engine, **tree)
+    return unpack_started(engine.folder.load("server/state"))
+
+
+def test_what_was_answered_late_is_needed_no_more_and_of_who_answers_nothing_is_kept(tmp_path):
+    tree = {"rounds": 4, "participation": DISCOUNT}
+    assert list(started(tmp_path / "a", late_in(2, "bob"), 3, **tree)["bob"]) == [2]
+    assert not started(tmp_path / "b", late_in(2, "bob"), 4, **tree)
 
 
 def test_a_late_upload_that_started_from_no_download_is_dropped(tmp_path):

@@ -5,10 +5,11 @@ evaluate, train, send.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from comigs.client.best_round import BestRound
 from comigs.client.client import Client
@@ -91,6 +92,31 @@ def run_task(
     length = client.config.data.sequence_length
     tokens = sum(store.num_learnt(length) for store in client.data.train)
     return client, Reply(upload, metrics, timing, tokens, task.round)
+
+
+def unseen(download: Download, added: Mapping[Slot, int]) -> Download:
+    """Return a download without the updates that a client has added already.
+
+    added: how many ranks of each update that is. Raises LookupError where the download has fewer.
+    """
+    # Updates are stacked along the rank, oldest first, so what was added is cut off there.
+    left: dict[Slot, Tensor] = {}
+    for slot, tensor in download.items():
+        seen, side = added.get(slot, 0), 0 if slot.matrix == "A" else 1
+        if seen > tensor.shape[side]:
+            raise LookupError(f"{slot} has fewer ranks than were added")
+        if seen < tensor.shape[side]:
+            left[slot] = tensor.narrow(side, seen, tensor.shape[side] - seen)
+    return left
+
+
+def added_ranks(download: Download) -> dict[Slot, int]:
+    """Return how many ranks of each update a client has added with a download."""
+    ranks = {}
+    for slot, tensor in download.items():
+        if slot.role == "update":
+            ranks[slot] = tensor.shape[0 if slot.matrix == "A" else 1]
+    return ranks
 
 
 def go_back(client: Client, best: BestRound, last: Evaluation) -> Kept:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from comigs.config import ClientEntry, Config
 from comigs.methods.method import Method
@@ -36,7 +37,10 @@ def write_summary(folder: RunFolder, config: Config, method: Method) -> None:
 
 
 def summarize(
-    config: Config, method: Method, metrics: Sequence[Line], specialists: Mapping[str, int]
+    config: Config,
+    method: Method,
+    metrics: Sequence[Line],
+    specialists: Mapping[str, int] = MappingProxyType({}),
 ) -> Summary:
     """Return the result of a finished run from all of its lines.
 

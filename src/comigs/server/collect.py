@@ -36,6 +36,7 @@ from comigs.slots import Shapes
 
 NO_ANSWER = "no answer"
 NEWER = "it sent a newer one"
+KEPT = 4  # downloads of a client that was asked so often and never answered
 
 
 @dataclass
@@ -45,7 +46,7 @@ class ServerState:
     shapes: of every tensor that a client has, by client. start: of shared tensors, before any
     training. history: the lines of metrics.jsonl. downloads: what is delivered to each client with
     the next exchange. memory: the method's own. started: client -> round -> the download of a
-    request that the client has not answered yet, kept where late uploads count.
+    request whose answer may still come, kept where late uploads count.
     """
 
     config: Config
@@ -113,7 +114,7 @@ class RoundCollector:
             self._drop(name, self._late.pop(name)[0], NEWER)
         for name, reply in late.items():
             self._take_late(name, reply)
-        self._remember(tasks, came)
+        self._remember(tasks, answers, came)
 
         # Whoever gives nothing usable time and again is not waited for any more. Whoever is slow
         # has not failed where its late upload counts.
@@ -134,15 +135,25 @@ class RoundCollector:
                 self.out.add(name)
                 self.warnings.append(left_out_line(self.round, name, self.failed[name], why))
 
-    def _remember(self, tasks: Mapping[str, Task], came: Mapping[str, Reply]) -> None:
-        """Keep which download a late upload will have started from."""
+    def _remember(
+        self, tasks: Mapping[str, Task], answers: Answers, came: Mapping[str, Reply]
+    ) -> None:
+        """Keep which download a late upload will have started from, where one can still come."""
         if self.config.participation.late != "discount":
             return
+        started = self.server.started
         for name in tasks:
-            sent = self.downloads.get(name, {})
-            self.server.started.setdefault(name, {})[self.round] = sent
-        for name in came:
-            self.server.started.pop(name, None)
+            if answers.pending is None or name in answers.pending:
+                started.setdefault(name, {})[self.round] = self.downloads.get(name, {})
+
+        # A client answers one round after the other, and one that is left out is not heard.
+        done = {name: reply.round for name, reply in answers.late.items()}
+        done |= dict.fromkeys([*came, *self.out], self.round)
+        for name, rounds in list(started.items()):
+            left = sorted(round for round in rounds if round > done.get(name, 0))[-KEPT:]
+            started[name] = {round: rounds[round] for round in left}
+            if not left:
+                del started[name]
 
     def _take_late(self, name: str, reply: Reply) -> None:
         """Make of a late upload what it counts for in this round, or a line that it is dropped."""

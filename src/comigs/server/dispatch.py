@@ -64,12 +64,13 @@ class Polling:
 @dataclass
 class Gathered(Generic[Answer]):
     """This is what came. answers: to what was asked now. late: to what was asked before. absent:
-    client -> why nothing came.
+    client -> why nothing came. asked: the clients to whom a message went out.
     """
 
     answers: dict[str, Answer] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     late: dict[str, Answer] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ class Dispatcher(Generic[Answer]):
                 if (message := self._transport.push(node, written, life)) is not None:
                     ends = self._clock.now() + life
                     self.out[message] = Out(question, len(written), online[node], ends)
+                    exchange.asked(client)
 
 
 class _Exchange(Generic[Answer]):
@@ -207,6 +209,10 @@ class _Exchange(Generic[Answer]):
     def _asks(self, question: Question[Answer]) -> bool:
         now = self._questions.get(question.client)
         return now is not None and now.round == question.round
+
+    def asked(self, client: str) -> None:
+        """Note that a message has gone out, whose answer may come after the exchange."""
+        self._came.asked.add(client)
 
     def answered(self, question: Question[Answer], answer: Answer) -> None:
         """Take an answer: to what was asked now, or to what was asked before, after which its

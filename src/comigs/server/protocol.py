@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -55,13 +55,15 @@ class Answers:
 
     replies: in time, by client, in the order of the tasks. absent: client -> why nothing usable
     came, in a few words. late: replies to what was asked in an earlier exchange (reply.round) that
-    came in since. lines: what the engine itself says of the exchange, to be kept.
+    came in since. lines: what the engine itself says of the exchange, to be kept. pending: of the
+    absent, those whose reply may still come; None where nobody knows.
     """
 
     replies: dict[str, Reply]
     absent: dict[str, str] = field(default_factory=dict)
     late: dict[str, Reply] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
+    pending: Collection[str] | None = None
 
 
 class Engine(Protocol):

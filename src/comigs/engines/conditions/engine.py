@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from comigs.bases.load import Base
 from comigs.client.estimate import measured_throughput
 from comigs.config import Config
+from comigs.engines.conditions.merged import Merged
 from comigs.engines.conditions.network import Message, Network, Work
 from comigs.engines.conditions.saved import saved, unsaved
 from comigs.engines.conditions.weather import Weather
@@ -56,8 +57,9 @@ class Conditions:
         polling = Polling(config.participation.deadline, config.conditions.patience)
         nodes = {name: node for node, name in enumerate(names)}
         self._dispatcher = Dispatcher[Reply](self._network, nodes, polling, report, self._network)
+        self._merged = Merged()
         if folder.holds(STATE):
-            unsaved(folder.load(STATE), self._network, self._dispatcher)
+            unsaved(folder.load(STATE), self._network, self._dispatcher, self._merged)
 
     @property
     def shapes(self) -> Mapping[str, Shapes]:
@@ -72,24 +74,29 @@ class Conditions:
         """Ask each client that is there; return what is in by the deadline of the simulated
         clock.
         """
+        (round,) = {task.round for task in tasks.values()}
+        self._merged.begin(round)
         if not any(task.train for task in tasks.values()):
-            return self._clients.exchange(tasks, downloads)
+            return self._clients.exchange(tasks, self._unseen(downloads))
         began, questions = self._network.now(), {}
         for name, task in tasks.items():
             questions[name] = self._question(name, task, downloads.get(name, {}))
         came = self._dispatcher.gather(questions)
+        in_time = [name for name, reply in came.late.items() if reply.round == round]
+        for name in [*came.answers, *in_time]:
+            self._merged.deliver(name)
+
         # Whoever was asked at the very moment of its end works in this round, too: what is not on
         # its way when the round is committed would be lost with it.
         self._network.depart()
 
         # Answers go on in the order of the tasks, whoever was first.
         replies = {name: came.answers[name] for name in tasks if name in came.answers}
-        (round,) = {task.round for task in tasks.values()}
         took = Exchange(round=round, began=began, ended=self._network.now())
         lines = [took, *self._network.attempts]
         self._network.attempts = []
         self._save(round)
-        return Answers(replies, came.absent, came.late, lines)
+        return Answers(replies, came.absent, came.late, lines, self._network.pending(round))
 
     def probe(self, uploads: Mapping[str, Upload], round: int) -> dict[str, dict[str, float]]:
         """Let every client of `uploads` measure all of them, which takes as long as the slowest
@@ -116,7 +123,9 @@ class Conditions:
         """Let clients do what they are asked, and count what that took them."""
         tasks = {name: message.task for name, message in messages.items()}
         downloads = {name: m.download for name, m in messages.items() if m.download}
-        replies = self._clients.exchange(tasks, downloads).replies
+        replies = self._clients.exchange(tasks, self._unseen(downloads)).replies
+        for name in replies:
+            self._merged.add(name, downloads.get(name, {}))
         return {name: self._counted(reply, downloads.get(name)) for name, reply in replies.items()}
 
     def _counted(self, reply: Reply, download: Download | None) -> Work:
@@ -133,11 +142,15 @@ class Conditions:
         moved = traffic(reply.upload or {}, download or {}, self._config.upload.format)
         return Work(reply, tokens, tokens + READ * read, moved.uploaded_bytes)
 
+    def _unseen(self, downloads: Mapping[str, Download]) -> dict[str, Download]:
+        return {name: self._merged.unseen(name, sent) for name, sent in downloads.items()}
+
     def _undo(self, client: str) -> None:
         self._folder.discard(f"clients/{client}/")
+        self._merged.undo(client)
 
     def _save(self, round: int) -> None:
-        self._folder.stage(STATE, saved(self._network, self._dispatcher), round)
+        self._folder.stage(STATE, saved(self._network, self._dispatcher, self._merged), round)
 
 
 def engine_for(

@@ -144,6 +144,11 @@ class Network:
                 came[trip.id] = Failure(trip.lost) if trip.answer is None else trip.answer.reply
         return came
 
+    def pending(self, round: int) -> set[str]:
+        """Return the clients whose answer to that round is ready and may still come."""
+        answers = {client: trip.answer for client, trip in self.trips.items()} | self.held
+        return {c for c, a in answers.items() if a is not None and a.reply.round == round}
+
     def depart(self) -> list[Trip]:
         """Let everybody work who was asked at this moment; return what comes of it when."""
         pushed, self._pushed = self._pushed, {}

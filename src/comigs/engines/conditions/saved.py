@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comigs.engines.conditions.merged import Merged
 from comigs.engines.conditions.network import Answer, Network, Trip
 from comigs.server.dispatch import Dispatcher, Out, Question
 from comigs.server.protocol import Reply
@@ -19,7 +20,7 @@ from comigs.slots import Slot
 TABLE = "network"
 
 
-def saved(network: Network, dispatcher: Dispatcher[Reply]) -> dict[str, Tensor]:
+def saved(network: Network, dispatcher: Dispatcher[Reply], merged: Merged) -> dict[str, Tensor]:
     """Return what a network goes on from, as named tensors: uploads, and all else as JSON."""
     # A round's files are gone with its commit, so what is on its way is in memory from then on.
     for client, trip in network.trips.items():
@@ -41,14 +42,21 @@ def saved(network: Network, dispatcher: Dispatcher[Reply]) -> dict[str, Tensor]:
         question = message.question
         out[id] = [question.client, question.round, message.size, message.started, message.ends]
     told = {"time": network.time, "trips": trips, "held": held, "out": out}
+    told["merged"] = merged.saved()
     raw = json.dumps(told, allow_nan=False).encode()
     return tensors | {TABLE: torch.tensor(list(raw), dtype=torch.uint8)}
 
 
-def unsaved(tensors: Mapping[str, Tensor], network: Network, dispatcher: Dispatcher[Reply]) -> None:
-    """Put network and dispatcher where they were when `saved` was called."""
+def unsaved(
+    tensors: Mapping[str, Tensor],
+    network: Network,
+    dispatcher: Dispatcher[Reply],
+    merged: Merged,
+) -> None:
+    """Put network, dispatcher and what was merged where they were when `saved` was called."""
     told = json.loads(bytes(tensors[TABLE].tolist()))
     network.time = told["time"]
+    merged.restore(told.get("merged", {}))  # older runs have none
     for client, (id, known, answer, lost) in told["trips"].items():
         kept = None if answer is None else _unpacked(f"trip/{client}", answer, tensors)
         network.trips[client] = Trip(id, client, known, kept, lost)

@@ -18,6 +18,7 @@ from comigs.client.client import Client
 from comigs.client.state import STATE, ClientState
 from comigs.config import Config
 from comigs.data.prepare import ClientData
+from comigs.engines.client_task import added_ranks, unseen
 from comigs.errors import UserError
 from comigs.federation.messages import ANSWERS, Answered, Code, config_for
 from comigs.files import ClosedFolder, writing
@@ -107,19 +108,12 @@ class DeviceRun:
         last answer, the download begins with what came with that answer's request: the first ranks
         of every update. Raises Refused, with "lost", where an update ends before what was added.
         """
-        # Updates are stacked along the rank, oldest first, so what was added is cut off there.
         merged = {} if since >= self.answered else self._held("merged")
-        unseen: dict[Slot, Tensor] = {}
-        for slot, tensor in download.items():
-            seen = int(merged[str(slot)]) if str(slot) in merged else 0
-            side = 0 if slot.matrix == "A" else 1
-            if seen > tensor.shape[side]:
-                raise Refused(
-                    "lost", f"the server's updates end before those of round {self.answered}"
-                )
-            if seen < tensor.shape[side]:
-                unseen[slot] = tensor.narrow(side, seen, tensor.shape[side] - seen)
-        return unseen
+        try:
+            return unseen(download, {Slot.parse(name): int(rank) for name, rank in merged.items()})
+        except LookupError:
+            ended = f"the server's updates end before those of round {self.answered}"
+            raise Refused("lost", ended) from None
 
     def is_answered(self, round: int, after: int) -> bool:
         """Return whether the server lacks the last answer, and is to get it again. Raises Refused
@@ -185,8 +179,8 @@ class DeviceRun:
             if residual:
                 parts["residual"] = plain(residual)
             if self.method.merges:
-                updates = {slot: t for slot, t in download.items() if slot.role == "update"}
-                parts["merged"] = {str(slot): _rank(slot, t) for slot, t in updates.items()}
+                ranks = added_ranks(download)
+                parts["merged"] = {str(slot): torch.tensor(rank) for slot, rank in ranks.items()}
         for part, tensors in parts.items():
             self.folder.stage(self._path(part), tensors, round)
         with self.keeping():
@@ -259,7 +253,3 @@ def _told(config: Config) -> dict[str, Any]:
     told = config_for(config, config.clients[0].name)
     told["clients"][0].pop("specialists", None)
     return told | {"base": told["base"] | {"name": ""}}
-
-
-def _rank(slot: Slot, tensor: Tensor) -> Tensor:
-    return torch.tensor(tensor.shape[0 if slot.matrix == "A" else 1])

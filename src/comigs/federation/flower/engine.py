@@ -86,7 +86,8 @@ class Flower:
             for name, task in tasks.items():
                 questions[name] = self._question(name, task, downloads.get(name, {}))
             came = self._dispatcher.gather(questions)
-            answers = Answers(replies_of(came.answers, tasks), came.absent, replies_of(came.late))
+            replies, late = replies_of(came.answers, tasks), replies_of(came.late)
+            answers = Answers(replies, came.absent, late, pending=came.asked)
 
         for name in answers.replies:
             self._seen[name] = (self._round, self._round)
