@@ -16,7 +16,7 @@ from comigs.engines.conditions.weather import Weather
 from comigs.errors import Stopped, UserError
 from comigs.experiments.compare.settings import Setting
 from comigs.experiments.compare.simulated import final_valid, hours_to, mean_by_hour
-from comigs.experiments.run_data import RunData
+from comigs.experiments.run_data import RunData, read_run_folder
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import RoundEnd
 from comigs.server.dispatch import Dispatcher, Polling, Question
@@ -468,6 +468,27 @@ def test_a_client_that_is_away_counts_as_it_was_last_measured_and_at_first_as_th
     assert points == [(1.0, 80.0), (2.0, 65.0), (3.0, 45.0)]
     assert hours_to(setting, "perplexity", 70.0) == 2.0
     assert final_valid(setting, "perplexity") == 45.0
+
+
+def test_who_comes_only_at_the_end_hides_no_curve(runs):
+    trace = "client,seconds,available\nada,0,1\nada,1e5,0\nbob,0,0\nbob,1e5,0\n"
+    tree = {"conditions": {"tokens_per_second": 100, "trace": trace}, "rounds": 3}
+    tree["participation"] = {"max_failures": 9}
+    folder = runs("never", "ada bob", **tree, evaluation={"every": 1})
+    data = read_run_folder(folder.path)
+    points = mean_by_hour(Setting("comigs", "comigs", {}, {}, {42: data}), "perplexity")
+    assert len(points) == 3
+    (base,) = [
+        line["perplexity"]
+        for line in lines(folder, "evaluation")
+        if (line["client"], line["model"], line["split"]) == ("bob", "base", "valid")
+    ]
+    (first,) = [
+        line["perplexity"]
+        for line in lines(folder, "evaluation")
+        if (line["client"], line["round"], line["split"]) == ("ada", 1, "valid")
+    ]
+    assert points[0][1].mean == pytest.approx((base + first) / 2)
 
 
 @pytest.mark.slow

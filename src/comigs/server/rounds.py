@@ -250,8 +250,6 @@ def task_of(config: Config, round: int, base_known: bool) -> Task:
         evaluate = with_test
 
     # The base does not change: it is measured with the first exchange, and at the end where a
-    # client comes in only there.
-    evaluate_base: tuple[Split, ...] = ()
-    if not base_known:
-        evaluate_base = ("test",) if is_last else with_test
+    # client comes in only there, whose valid counts as the base's in all rounds before.
+    evaluate_base: tuple[Split, ...] = () if base_known else with_test
     return Task(round=round, train=not is_last, evaluate=evaluate, evaluate_base=evaluate_base)
