@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from comigs.app import api
 from comigs.errors import UserError
+from comigs.federation import messages
 from comigs.federation.flower.engine import Flower
 from comigs.federation.messages import ANSWERS, REQUESTS, Refusal
 from comigs.runs.folder import RunFolder
@@ -461,9 +462,15 @@ def test_a_run_goes_on_without_a_client_that_was_revoked(federation, tmp_path):
 
 
 def test_a_version_that_differs_is_named_on_both_sides(federation, tmp_path):
-    other = "comigs.federation.device.device_service.our_version"
-    out = tmp_path / "run"
-    with patch(other, lambda: "9.9.9"), pytest.raises(UserError, match="too few"):
+    """A device that has another comigs checks by its own version, and says it."""
+    out, refusal = tmp_path / "run", messages.refusal
+
+    def refused(*given, **named):
+        return refusal(*given, **named).model_copy(update={"comigs": "9.9.9"})
+
+    own = "comigs.federation.device.device_service.our_version"
+    says = patch.object(messages, "refusal", refused)
+    with patch(own, lambda: "9.9.9"), says, pytest.raises(UserError, match="too few"):
         federation.run(out, configured(federation, participation={"max_failures": 1}))
     assert "the server has comigs 0.1.0, this device 9.9.9" in federation.said["bob"][0]
     assert any("comigs 0.1.0 here, 9.9.9 there" in json.dumps(event) for event in events(out))
