@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -48,7 +49,7 @@ def aggregate(
         # A float holds no perplexity of more nats, and what is no number (of which `min` returns
         # the other) counts as the worst. Models that are equally good are ordered by their
         # numbers, so that the sum does not depend on the order of clients.
-        perplexity = {author: perplexity_of(nats[author]) for author in uploads}
+        perplexity = {a: perplexity_of(min(math.inf, nats[a])) for a in uploads}
         authors = sorted(uploads, key=lambda name: (perplexity[name], _fingerprint(uploads[name])))
         worth = torch.tensor([-perplexity[author] for author in authors], dtype=torch.float64)
         weights_K = torch.softmax(worth, 0)
