@@ -110,7 +110,7 @@ def require_unsaid(folder, wire):
     for line in kept:
         values = json.dumps([line.get(name) for name in DEPENDS_ON_TEXT])
         figures |= set(re.findall(r"[0-9.e-]{4,}", values))  # as they would be written
-    assert len(figures) > 30  # its owner has them all
+    assert len(figures) > 20, len(figures)  # its owner has them all
     for figure in figures:
         assert figure[:7].encode() not in wire, figure
         assert struct.pack("<d", float(figure)) not in wire

@@ -39,14 +39,15 @@ def root(tmp_path_factory):
     return folder
 
 
-def started(root, **privacy):
-    """One client of comigs whose nine documents in train are all shorter than a window."""
+def started(root, method="comigs", **privacy):
+    """One client whose nine documents in train are all shorter than a window."""
     settings = {"level": "document", "delta": 1e-3, "noise_seed": 5, **privacy}
     return start_engine(
         run_config(
             root,
             "ada",
             {"ada": {"text": {split: f"{split}.jsonl" for split in ("train", "valid", "test")}}},
+            method=method,
             privacy=settings,
             data={"sequence_length": 30},
             client={"steps": 3, "router_every": 3, "lr": 2e-2},
@@ -66,7 +67,7 @@ def windows_of(client):
 
 
 def private_phase(attachment, client, own, text=None):
-    """Train specialists and router as ever, and leave what is shared alone."""
+    """Train a client's own model as ever, its own copy of what is shared as well."""
     config, state = client.config, new_train_state(own, client.config.client)
     random = partial(generator, config.seed, "batch", client.name)
     length = config.data.sequence_length
@@ -77,7 +78,7 @@ def private_phase(attachment, client, own, text=None):
         state,
         client.step_settings,
         lambda level, number: source.batch(level, number, state.local_steps),
-        MethodHooks(lambda slot: slot.role not in SHARED and not slot.is_frozen),
+        MethodHooks(lambda slot: not slot.is_frozen),
         quiet,
     )
 
@@ -206,8 +207,27 @@ def test_the_shared_part_starts_from_the_download_however_little_is_adopted(root
     client.receive(download, 2)
     assert client.adopted_share == 0
     assert same(client.shared.tensors, download)
-    generalist = next(slot for slot in download if slot.role == "generalist")
-    assert not torch.equal(client.train_state.tensors[generalist], download[generalist])
+
+
+def test_who_has_no_use_for_noise_stays_as_it_would_be_by_itself(root):
+    """Neither attention LoRA is taken nor is anything put beside the client's own."""
+    client = started(root, noise_multiplier=1.0, expected_batch=2).clients["ada"]
+    client.train(1, quiet)
+    before = {slot: tensor.clone() for slot, tensor in client.train_state.tensors.items()}
+    client.receive({slot: torch.full_like(t, 7.0) for slot, t in client.send(1).items()}, 2)
+    assert client.adopted_share == 0 and same(client.train_state.tensors, before)
+    closed = [tensor for slot, tensor in before.items() if slot.is_gate]
+    assert closed and not any(map(torch.count_nonzero, closed))
+
+
+@pytest.mark.parametrize("method", ["comigs", "fedavg"])
+def test_only_who_adopts_has_a_copy_that_learns_without_noise(root, method):
+    """The next download is written whole over fedavg's, which so is what everybody gets."""
+    client = started(root, noise_multiplier=1.0, expected_batch=2, method=method).clients["ada"]
+    own = client.train_state.tensors
+    before = {slot: tensor.clone() for slot, tensor in own.items() if slot.role in SHARED}
+    client.train(1, quiet)
+    assert same({slot: own[slot] for slot in before}, before) == (method == "fedavg")
 
 
 def test_a_document_counts_by_its_own_tokens_whoever_is_beside_it(root):

@@ -168,10 +168,11 @@ class Client:
         if self.shared is not None:
             sent = self.shared.train(round, self.step_settings, self.data, own, on_step)
 
-        # What is sent has learnt, where that is private; all else learns as ever.
+        # What is sent has learnt, where that is private. The client's own model learns as ever, its
+        # copies of that as well, unless a download is written over them whole.
         def trains(slot: Slot) -> bool:
-            is_sent = self.shared is not None and is_shared(method, slot)
-            return self._trains(slot, round) and not is_sent
+            is_copy = self.shared is not None and is_shared(method, slot) and method.mix is None
+            return self._trains(slot, round) and not is_copy
 
         if sent is not None and not any(map(trains, own)):
             return sent

@@ -1,8 +1,8 @@
 """What leaves a client that is private: tensors of its own, which learn by noised steps alone.
 
 They start each round from the download, as it was sent. The client's own model may adopt as much of
-the same download as its valid asks, and trains specialists and router on all of its text without
-noise: it stays, so nothing of that is in what is sent (docs/decisions/0022).
+the same download as its valid asks, and learns from all of its text without noise, whole: it stays,
+so nothing of that is in what is sent (docs/decisions/0022).
 """
 
 from __future__ import annotations

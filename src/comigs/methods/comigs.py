@@ -27,7 +27,9 @@ from comigs.methods.method import Download, Method, Mixed, Nats, Tensors
 from comigs.methods.shapes import Shape, as_configured, on_top, others_of, require_equal
 from comigs.slots import OTHERS, Slot
 
-LOOKS = 4  # at valid: with all of a download, half, none, and the parabola's lowest point
+Attention = Literal["whole", "as-asked"]  # how much of attention LoRA is taken of a download
+SHARES = (1.0, 0.5, 0.0)  # of a download that are measured on valid
+LOOKS = 4  # at valid: these, and the lowest point of a parabola through them
 
 
 class Adoption(Section):
@@ -76,6 +78,9 @@ def method(config: Config) -> Method:
         method = replace(method, aggregate=mean_with_full_attention, averages=False)
     if settings.adopt == "valid":
         mix = method.mix or mix_as_valid_asks
+        # What has noise is not put beside a client's own either, nor is its attention LoRA taken.
+        if config.privacy.by_document:
+            mix = mix_what_has_noise
         method = replace(method, mix=mix, looks=LOOKS, probe=settings.probe_windows)
     if settings.finish == "valid":
         shapes = [method.shape(config.shape_of(client)) for client in config.clients]
@@ -147,6 +152,19 @@ def mix_as_valid_asks(own: Tensors, download: Download, nats: Nats) -> Mixed:
     return towards(own, download, share), share
 
 
+def mix_what_has_noise(own: Tensors, download: Download, nats: Nats) -> Mixed:
+    """Take all of a private download, half of it or none, attention LoRA as well (0022).
+
+    A client to which noise is of no use stays as it would be by itself. A few hundredths of noise
+    often look better than none on a few windows, and are worse in the end.
+    """
+    nats_at = {}
+    for share in SHARES:
+        nats_at[share] = nats(towards(own, download, share, "as-asked"))
+    share = min(nats_at, key=lambda share: nats_at[share])
+    return towards(own, download, share, "as-asked"), share
+
+
 def mix_beside_others(own: Tensors, download: Download, nats: Nats) -> Mixed:
     """Mix a download in as far as valid asks, and leave the rest of it to the router.
 
@@ -167,15 +185,18 @@ def mix_beside_others(own: Tensors, download: Download, nats: Nats) -> Mixed:
     return written, share
 
 
-def towards(own: Tensors, download: Download, share: float) -> dict[Slot, torch.Tensor]:
+def towards(
+    own: Tensors, download: Download, share: float, attention: Attention = "whole"
+) -> dict[Slot, torch.Tensor]:
     """Return own + share * (download - own) of the generalists.
 
-    Attention LoRA is one for all, and taken whole (0007). A specialist on top of generalists goes
-    towards zero, for a download has none: where all of it is taken, that starts anew (0030).
+    Attention LoRA is one for all, and taken whole (0007), but for what has noise (0022). A
+    specialist on top of generalists goes towards zero, for a download has none: where all of it is
+    taken, that starts anew (0030).
     """
     mixed = {}
     for slot, tensor in download.items():
-        whole = slot.role == "attention"
+        whole = slot.role == "attention" and attention == "whole"
         mixed[slot] = tensor if whole else torch.lerp(own[slot], tensor, share)
     is_on_top = any(slot.role == OTHERS for slot in own)
     for slot, tensor in own.items():
@@ -190,7 +211,7 @@ def share_that_valid_asks(own: Tensors, download: Download, nats: Nats) -> float
     Of equally good ones it is the first. This is the mixing of 2003.13461 (APFL), chosen anew each
     round, on valid.
     """
-    nats_at = {share: nats(towards(own, download, share)) for share in (1.0, 0.5, 0.0)}
+    nats_at = {share: nats(towards(own, download, share)) for share in SHARES}
     bend = nats_at[0.0] - 2 * nats_at[0.5] + nats_at[1.0]
     if bend > 0:
         lowest = min(1.0, max(0.0, 0.5 + (nats_at[0.0] - nats_at[1.0]) / (4 * bend)))
