@@ -96,10 +96,11 @@ def test_columns_that_are_not_read_are_said(tmp_path):
     assert notes_of(tmp_path, rows) == [said]
     alpaca = [{"instruction": f"{n}", "input": "", "output": "b", "text": f"{n} b"} for n in "abcd"]
     assert notes_of(tmp_path, alpaca) == [
-        'ana: columns of "a.jsonl" that are not read: instruction and output',
         'ana: rows of "a.jsonl" are plain text and instruction/output, too: `text` is read first; '
         "take it out where the others are to be learnt",
     ]
+    plain = [{"text": f"{n} b", "source": "a book"} for n in "abcd"]
+    assert notes_of(tmp_path, plain) == []  # a text is whole without where it is from
     with_input = [{**row, "input": "c"} for row in alpaca]
     for row in with_input:
         del row["text"]

@@ -83,12 +83,11 @@ def _shapes_with(fields: Set[str]) -> list[str]:
 
 
 def unread_lines(spec: str, shape: str, unread: Sequence[str]) -> list[str]:
-    """Return lines that say which columns of a source's rows are not read; none where all are."""
-    if not unread:
-        return []
-    lines = [f'columns of "{spec}" that are not read: {brief(listed(unread))}']
-    if shape != PLAIN:
-        return lines
+    """Return lines that say what of a source's rows is not read, where that may be missed."""
+    # Beside plain text stands where it is from; beside a question may stand what it is about.
+    if unread and shape != PLAIN:
+        return [f'columns of "{spec}" that are not read: {brief(listed(unread))}']
+    lines = []
     for name in _shapes_with({*unread}):
         why = "`text` is read first; take it out where the others are to be learnt"
         lines.append(f'rows of "{spec}" are plain text and {name}, too: {why}')
