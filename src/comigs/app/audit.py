@@ -177,11 +177,11 @@ def _rows(
         with closing(PersonalModel(folder, name, base)) as model:
             nats = _nats(model.attachment, base, model.tensors, of_client)
         scores[PERSONAL] += _scores(name, of_client, nats, reference[name])
-    found = []
+    found, spent = [], epsilon_of(folder)
     for what, of_what in scores.items():
         for row in rows(what, of_what, config.privacy.delta):
-            is_promised = _is_promised(config, what, row.copies)
-            found.append(replace(row, promised=epsilon_of(folder) if is_promised else None))
+            promised = spent if _is_promised(config, what, row.copies) else None
+            found.append(replace(row, promised=promised))
     return found
 
 

@@ -7,6 +7,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 CHUNK = 1 << 18  # characters of a document worked on at once
 PLAIN = "text"  # the shape of a document that is no chat
@@ -39,7 +40,12 @@ class Document:
         """The sha256 (32 bytes) of exactly this text, or exactly these turns, in UTF-8."""
         return text_digest(json.dumps(self.turns, ensure_ascii=False) if self.turns else self.text)
 
-    @property
+    @cached_property
+    def num_bytes(self) -> int:
+        """The bytes of its text in UTF-8."""
+        return sum(len(piece.encode()) for piece in chunks(self.text))
+
+    @cached_property
     def content(self) -> bytes:
         """A digest by which documents are the same, as `content_digest`; chats also in capitals."""
         return content_digest(alike(self.text) if self.turns else self.text)
@@ -51,8 +57,7 @@ class Document:
         Of a text it is the text, of a chat each answer with the question before it.
         """
         if not self.turns:
-            size = sum(len(piece.encode()) for piece in chunks(self.text))
-            return [(self.content, size)]
+            return [(self.content, self.num_bytes)]
         found, asked = [], ""
         for role, words in self.turns:
             if role == "user":

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comigs.data.document import PLAIN, Document, chunks, text_digest
+from comigs.data.document import PLAIN, Document, text_digest
 from comigs.data.pieces import pieces
 from comigs.data.shapes import mixed
 from comigs.data.sources import left_out, open_source
@@ -84,7 +84,7 @@ def scan_source(spec: str, root: Path, in_pieces: bool = False) -> tuple[Scan, d
                 said += digest
                 owners.append(len(sizes))
                 said_sizes.append(size)
-            sizes.append(sum(len(piece.encode()) for piece in chunks(document.text)))
+            sizes.append(document.num_bytes)
             shares.append(share(document))
         # Half a surrogate pair has no UTF-8. It is in the text, or in the name that is the key.
         except UnicodeEncodeError:
