@@ -82,9 +82,10 @@ class ClientText:
                 writers[split].add(document)
             for split, writer in writers.items():
                 stores[split] = writer.commit(self.texts[split].text_sha256)
-        for split in SPLITS:
-            self._check_length(split, stores[split])
+        # In the order of splits, whichever of them were there already: so they are told.
         stores = {split: stores[split] for split in SPLITS}
+        for split, store in stores.items():
+            self._check_length(split, store)
         self._tell(stores, missing)
         return stores
 
