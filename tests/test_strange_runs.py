@@ -205,6 +205,20 @@ def test_a_pipe_in_a_run_makes_nobody_wait(tmp_path, capsys, run):
     assert "timings.jsonl" in refused(capsys, "report", run)
 
 
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        *((name, "report") for name in (METRICS, TIMINGS, "tasks.json", "env.json")),
+        *((name, "resume") for name in ("env.json", "checkpoint.json")),
+    ],
+)
+def test_json_that_is_more_than_python_reads_is_one_line(capsys, run, name, command):
+    for text in ("[" * 100_000, '{"a": ' * 100_000, "1" * 5_000):
+        (run / name).write_text(text + "\n")
+        said = refused(capsys, command, run)
+        assert name in said and len(said) < 400
+
+
 @pytest.mark.parametrize("name", [METRICS, TIMINGS, "checkpoint.json", "config.toml"])
 def test_a_file_with_a_second_name_elsewhere_is_not_written_to(tmp_path, capsys, run, name):
     """What is written anew gets a file of its own; what would be changed in place is refused."""

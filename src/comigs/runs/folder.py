@@ -34,7 +34,7 @@ from comigs.runs.checkpoint import (
     sha256,
     write_tensors,
 )
-from comigs.runs.json_lines import read_lines, read_record, to_lines
+from comigs.runs.json_lines import parse_json, read_lines, read_record, to_lines
 from comigs.runs.layout import (
     LOCK,
     METRICS,
@@ -290,7 +290,7 @@ class RunFolder:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         try:
-            content = json.loads(self.files.read(name).decode("utf-8"))
+            content = parse_json(self.files.read(name))
         except UserError:
             raise
         except (OSError, ValueError):

@@ -57,9 +57,17 @@ def to_lines(records: Iterable[Record]) -> bytes:
 def parse_json(text: bytes) -> Any:
     """Return what a JSON text says; NaN and infinity, which JSON has not, count as not measured.
 
-    Raises ValueError where the text is no JSON.
+    Raises JSONDecodeError where the text is no JSON, or more than Python's reader takes.
     """
-    return json.loads(text.decode("utf-8"), parse_constant=lambda _: None, parse_float=_finite)
+    try:
+        return json.loads(text.decode("utf-8"), parse_constant=lambda _: None, parse_float=_finite)
+    except json.JSONDecodeError:
+        raise
+    except UnicodeDecodeError:
+        problem = "not UTF-8"
+    except (ValueError, RecursionError):
+        problem = "a number too long or lists too deep to be read"
+    raise json.JSONDecodeError(problem, "", 0)
 
 
 def _finite(digits: str) -> float | None:
@@ -91,11 +99,10 @@ def _parsed(raw: bytes, file: str) -> Iterator[tuple[str, Any]]:
         where = f"{file}: line {number}"
         try:
             values = parse_json(line)
-        except ValueError as error:
+        except json.JSONDecodeError as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 return
-            reason = getattr(error, "msg", "not UTF-8")
-            raise UserError(f"{where}: not JSON: {reason}") from None
+            raise UserError(f"{where}: not JSON: {error.msg}") from None
         yield where, values
 
 

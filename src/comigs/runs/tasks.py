@@ -73,9 +73,8 @@ def read_tasks(folder: ClosedFolder) -> Tasks:
     path = str(folder.path / TASKS)
     try:
         values = parse_json(folder.read(TASKS))
-    except ValueError as error:
-        reason = getattr(error, "msg", "not UTF-8")
-        raise UserError(f"{path}: not JSON: {reason}; remove it and evaluate again") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON: {error.msg}; remove it and evaluate again") from None
     return read_record(Tasks, values, path)
 
 

@@ -116,7 +116,7 @@ def _read_sweep(folder: Path) -> Sweep | None:
     path = folder / SWEEP
     if not path.is_file():
         return None
-    problems = (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, AttributeError, TypeError)
+    problems = (OSError, ValueError, RecursionError, AttributeError, TypeError)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
         if not isinstance(tree.get("axes", {}), dict):

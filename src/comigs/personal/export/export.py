@@ -207,7 +207,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if isinstance(content, dict) and "format" in content and "client" in content:
             return content
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass
     if folder.is_file():
         raise UserError(

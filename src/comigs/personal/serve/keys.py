@@ -48,7 +48,7 @@ def read_keys(path: Path, models: Iterable[str]) -> Keys:
     """Read a TOML file with one key for each model: "run/ann" = "...". Raises UserError."""
     try:
         mode, content = path.stat().st_mode, tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--keys: {path} cannot be read: {error}") from None
     if mode & 0o077:
         raise UserError(

@@ -61,5 +61,5 @@ def _header(folder: ClosedFolder, name: str) -> dict[str, Amount]:
         raise
     except FileNotFoundError:
         return {}  # a live run has just replaced it by the next round's
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder.path / name}: cannot be read as safetensors: {error}") from None
