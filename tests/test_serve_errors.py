@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import patch
 
 import openai
 import pytest
@@ -83,6 +84,24 @@ def test_a_malformed_completion_is_400_with_the_field(client, given, param):
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="run/ann", **given)
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "said"),
+    [
+        ("completions", {"prompt": ["a"] * 50_000}, "prompt: must be 256 prompts or fewer"),
+        ("completions", {"prompt": [[1]] * 50_000}, "prompt: must be 256 prompts or fewer"),
+        ("completions", {"prompt": [1.5] * 50_000}, "150,001 mistakes"),
+        ("chat/completions", {"messages": [{}] * 60_000}, "120,000 mistakes"),
+        ("chat/completions", {"messages": HELLO, **dict.fromkeys(map(str, range(9000)), 1)}, "9,0"),
+    ],
+)
+def test_a_body_full_of_mistakes_keeps_nobody_waiting(server, path, given, said):
+    """To read each prompt, or tell each mistake, took seconds in which nobody else was answered."""
+    body = json.dumps({"model": "run/ann", **given}).encode()
+    with patch("comigs.personal.serve.app.prompts_of", side_effect=AssertionError("read")):
+        status, answer = answer_to(raw_request(server, body, f"/v1/{path}"))
+    assert status == 400 and said in answer["error"]["message"]
 
 
 def test_a_model_that_does_not_exist(client):

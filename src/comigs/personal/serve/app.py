@@ -108,10 +108,14 @@ class Api:
         models = self._open_to(request)
         asked = parse(kind, await self._json(request))
         client = _named(models, asked.model).client
-        # What cannot be done is said before anything is queued.
+        # What cannot be done is said before anything is queued, and before prompts are read:
+        # nobody else is answered while they are.
+        limits = self.scheduler.limits
+        if isinstance(asked, CompletionRequest) and len(asked.prompts()) > limits.queue:
+            raise BadRequest(f"prompt: must be {limits.queue} prompts or fewer", "prompt")
+        if asked.n > limits.rows:
+            raise BadRequest(f"n: must be {limits.rows} or less", "n")
         prompts = prompts_of(asked, self.scheduler.model.base, self.bounds)
-        if asked.n > self.scheduler.limits.rows:
-            raise BadRequest(f"n: must be {self.scheduler.limits.rows} or less", "n")
         answer = Answer(asked, client, prompts, self.bounds)
         replies = Replies(
             asked.model, kind is ChatRequest, _wants_logprobs(asked), self.scheduler.vocabulary

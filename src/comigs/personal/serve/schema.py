@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 MAX_STOPS = 4
+MAX_MISTAKES = 1000  # that are looked at for the one to name: each takes pydantic long to tell
 IGNORED = (  # what says who asks or how to store it; it changes no answer
     "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier",
 )  # fmt: skip
@@ -148,6 +149,10 @@ def parse(kind: type[Asked], given: object) -> Asked:
 
 
 def _bad_request(error: ValidationError, fields: Mapping[str, Any]) -> BadRequest:
+    # Nobody else is answered while mistakes are told, and a body has room for 200,000 of them.
+    if (count := error.error_count()) > MAX_MISTAKES:
+        return BadRequest(f"{count:,} mistakes, too many to look for the one to name")
+
     # Of the types that a field may have, the one that was meant is the one that fits furthest down.
     problem = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
     message = str(problem["msg"]).removeprefix("Value error, ")
