@@ -205,6 +205,17 @@ def test_a_disk_is_never_filled(tmp_path, monkeypatch):
     assert not list((setting.device.home / "runs").iterdir())
 
 
+def test_splits_without_end_fill_no_disk(tmp_path):
+    """A server says how text is split; each split has tokens of its own in the cache."""
+    setting = Setting(tmp_path)
+    for number in range(3):
+        config = told(setting, "data.train_share", 1 - number / 10)
+        head, _ = setting.ask(config=config, run=f"{number}-run-01234567")
+        assert head.kind == "answered"
+        assert len(list((setting.device.home / "cache").glob("*/tokens.bin"))) == 3
+    assert setting.ask(config=told(setting, "data.train_share", 1.0))[0].kind == "answered"
+
+
 @pytest.mark.parametrize("method", ["comigs", "fedavg", "fdlora", "flora"])
 def test_the_time_counts_every_step_and_token_of_a_request(tmp_path, method):
     """What is estimated is what the reply says was done, and what weighing takes besides."""

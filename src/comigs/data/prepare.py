@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from comigs.config import SPLITS, Config, Split
 from comigs.data.client_text import ClientText, Progress, SplitText, chat_lines
-from comigs.data.corpus import Encoder, TokenStore
+from comigs.data.corpus import META, Encoder, TokenStore
 from comigs.data.document import Document
 from comigs.data.leaks import check_disjoint, without_short_repeats
 from comigs.data.partition import Partition, partition
@@ -28,6 +30,14 @@ class ClientData:
     train: tuple[TokenStore, ...]
     valid: tuple[TokenStore, ...]
     test: tuple[TokenStore, ...]
+
+
+def keep_only(cache: Path, data: ClientData) -> None:
+    """Remove all token stores of a cache but those of this text, split as it is."""
+    kept = {store.folder for split in SPLITS for store in getattr(data, split)}
+    for meta in cache.glob(f"[!.]*/{META}"):
+        if meta.parent not in kept:
+            shutil.rmtree(meta.parent, ignore_errors=True)
 
 
 def pooled(everyone: Iterable[ClientData]) -> ClientData:

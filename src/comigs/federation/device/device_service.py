@@ -26,7 +26,7 @@ from comigs.client.client import Client
 from comigs.client.estimate import Throughput
 from comigs.client.workplace import workplace
 from comigs.config import NAMED_BASES, BaseSection, Config, Text, parse_config
-from comigs.data.prepare import ClientData, prepare_client
+from comigs.data.prepare import ClientData, keep_only, prepare_client
 from comigs.engines.client_task import run_task
 from comigs.federation import messages
 from comigs.federation.device.device_run import DeviceRun, Refused, open_folder, refusing
@@ -218,7 +218,9 @@ class Trainer:
     def _data_for(self, config: Config, base: Base) -> ClientData:
         """Return the text as tokens, kept likewise."""
         if self._data is None or self._data[0] != config:
-            self._data = config, prepare_client(config, self.device.name, base.encoder, self.say)
+            data = prepare_client(config, self.device.name, base.encoder, self.say)
+            keep_only(config.data.cache, data)  # a server may ask for splits without end
+            self._data = config, data
         return self._data[1]
 
     def _speed_for(self, work: Work) -> Throughput:
