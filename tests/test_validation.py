@@ -12,7 +12,14 @@ from comigs.config import UploadSection
 from comigs.methods.loading import load_method
 from comigs.runs.summary import summarize
 from comigs.server.protocol import Reply, Task
-from comigs.server.validation import check_lines, check_upload, common_start, step_length, too_long
+from comigs.server.validation import (
+    check_lines,
+    check_upload,
+    common_start,
+    most_figures,
+    step_length,
+    too_long,
+)
 from comigs.slots import Slot
 from tests.conftest import run_config, same, start_engine
 from tests.fake_engine import (
@@ -277,6 +284,24 @@ def test_lines_that_are_not_what_was_asked_for_are_refused(reply):
     assert why is not None and "\n" not in why and "/home" not in why
 
 
+@pytest.mark.parametrize(
+    ("number", "field", "value"),
+    [
+        (2, "train_nats_per_token_by_step", [1.0] * 500_000),
+        (1, "expert_share_by_layer", [[0.5] * 1000] * 500),
+        (1, "expert_share_by_layer", [[0.5]] * 500_000),
+        (2, "generalist_share_by_layer", [1] * 500_000),
+    ],
+)
+def test_lists_without_end_are_refused_for_they_would_stay_in_the_servers_memory(
+    tmp_path, number, field, value
+):
+    config = run_config(tmp_path)
+    most = most_figures(config, start_engine(config).engine.shapes["ada"])
+    assert check_lines(reply_of(), "ada", TASK, most=most) is None
+    assert "figures" in check_lines(changed(number, **{field: value}), "ada", TASK, most=most)
+
+
 def test_what_real_clients_write_is_accepted(tmp_path):
     for method in ("comigs", "fedavg", "centralized"):
         config = run_config(tmp_path, method=method)
@@ -288,7 +313,8 @@ def test_what_real_clients_write_is_accepted(tmp_path):
             for name, reply in engine.exchange(
                 dict.fromkeys(("ada", "bob"), task), {}
             ).replies.items():
-                assert check_lines(reply, name, task, keeps=not task.train) is None
+                most = most_figures(config, engine.shapes[name]) / 16  # far below
+                assert check_lines(reply, name, task, not task.train, most=most) is None
 
 
 def test_the_line_on_the_model_that_is_kept_says_one_round_of_this_run(tmp_path):

@@ -28,6 +28,7 @@ from comigs.server.validation import (
     check_lines,
     check_upload,
     expected_upload,
+    most_figures,
     read_reply,
     step_length,
     too_long,
@@ -216,7 +217,8 @@ class RoundCollector:
         return refused
 
     def _fault(self, name: str, reply: Reply, task: Task | None) -> str | None:
-        fault = check_lines(reply, name, task, private=self.private)
+        most = most_figures(self.config, self.server.shapes[name])
+        fault = check_lines(reply, name, task, private=self.private, most=most)
         if fault is None and reply.upload is None:
             return None if self.server.method.centralized else "no upload"
         return fault or check_upload(reply.upload or {}, self._expect(name, reply.round))

@@ -33,7 +33,13 @@ from comigs.server.pending import next_downloads, pack_server, unpack_server, un
 from comigs.server.private_mean import PrivateMean, spent
 from comigs.server.protocol import Engine, Reply, Report, Task
 from comigs.server.routing_prior import latest_priors, priors_of_round
-from comigs.server.validation import check_lines, common_start, expected_upload, read_reply
+from comigs.server.validation import (
+    check_lines,
+    common_start,
+    expected_upload,
+    most_figures,
+    read_reply,
+)
 
 SHOWN = 4  # clients whose reason is told where a round is asked again
 
@@ -198,7 +204,9 @@ def _deliver_the_last_download(
     for name, task in tasks.items():
         if name not in answers.replies:
             absent[name] = answers.absent.get(name, NO_ANSWER)
-        elif fault := check_lines(answers.replies[name], name, task, keeps, private):
+            continue
+        most = most_figures(config, server.shapes[name])
+        if fault := check_lines(answers.replies[name], name, task, keeps, private, most):
             absent[name] = fault
         else:
             replies[name] = answers.replies[name]

@@ -23,6 +23,7 @@ from comigs.server.protocol import Reply, Task
 from comigs.slots import Shapes, Slot
 
 Start = Callable[[Slot, tuple[int, ...]], Tensor]
+SHARES = 16  # for each tensor of a client: one may have more specialists than the server knows of
 ENOUGH = 3  # uploads from which on their median says what is usual
 # A client writes every field but these: the server measures a device's messages itself.
 OTHERS = {"kind", "received_bytes", "sent_bytes", "sent_nats_per_token", "epsilon"}
@@ -135,24 +136,40 @@ def read_reply(reply: Reply, private: bool = False) -> tuple[list[ClientReport],
     return lines, timing
 
 
+def most_figures(config: Config, shapes: Shapes) -> int:
+    """Return how many figures the lists of one line of a client may have: they stay in memory."""
+    return config.client.steps + SHARES * len(shapes)
+
+
+def _figures(line: Record) -> int:
+    count = 0
+    for value in vars(line).values():
+        for each in value if isinstance(value, list) else ():
+            count += len(each) if isinstance(each, list) else 1
+    return count
+
+
 def check_lines(
     reply: Reply,
     client: str,
     task: Task | None = None,
     keeps: bool = False,
     private: bool = False,
+    most: float = math.inf,
 ) -> str | None:
     """Return what is wrong with the lines of a client's reply, or None.
 
     They are what a client writes, about itself and the round that it answers, and about an upload
     if there is one. task: what the client was asked, where that is known; then it has measured just
     that. keeps: it says which round's model it keeps, and what that comes to on test. private: what
-    it has measured may stay with it, all of it.
+    it has measured may stay with it, all of it. most: figures that a line's lists may have.
     """
     try:
         lines, timing = read_reply(reply, private)
     except ValueError:
         return "metrics that are not as they should be"
+    if any(_figures(line) > most for line in lines):
+        return "metrics with more figures than there can be"
 
     # A client speaks of itself and of this exchange only; it cannot report for another one.
     due = {"base": 0, "personal": reply.round - 1}
