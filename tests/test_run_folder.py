@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from itertools import count
 from unittest.mock import patch
 
@@ -307,6 +308,22 @@ def test_write_whole_leaves_the_old_file_when_writing_fails(tmp_path):
     with pytest.raises(OSError, match="No space"):
         write_whole(path, fail)
     assert files(tmp_path) == {"x.json": b"old"}
+
+
+def test_a_new_name_is_on_the_disk_before_anything_follows_from_it(tmp_path, monkeypatch):
+    """A loss of power must not take back what a ledger has counted, or bring back a checkpoint."""
+    done = []
+
+    def fsync(descriptor):
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+
+    def replace(old, new):
+        done.append("name")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    write_whole(tmp_path / "x.json", lambda p: p.write_text("new"))
+    assert done == ["file", "name", "folder"]
 
 
 def test_write_whole_is_there_or_not_after_a_kill(tmp_path):

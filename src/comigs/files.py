@@ -89,9 +89,9 @@ def writing(folder: Path, advice: str) -> Iterator[None]:
 def write_whole(path: Path, write: Callable[[Path], object], mode: int = 0o666) -> None:
     """Let `write` fill a file beside `path`, then put that file in the place of `path` in one step.
 
-    A kill at any moment leaves the old file or the new one, never a part; what it leaves beside it
-    is removed by who writes the same file a day later. mode: of the new file, as in os.open. Raises
-    OSError.
+    A kill at any moment leaves the old file or the new one, never a part, and once this returns, a
+    loss of power leaves the new one. What a kill leaves beside it is removed by who writes the same
+    file a day later. mode: of the new file, as in os.open. Raises OSError.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.{16 * '[0-9a-f]'}.unfinished"):
         with suppress(OSError):  # its owner has just finished it
@@ -108,6 +108,14 @@ def write_whole(path: Path, write: Callable[[Path], object], mode: int = 0o666) 
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+    # The file is on the disk; that it has this name now is the folder's to say.
+    folder = os.open(path.parent, FOLDER)
+    try:
+        with suppress(OSError):  # a file system may have no word for it
+            os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
