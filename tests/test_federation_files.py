@@ -242,6 +242,33 @@ def test_a_bundle_with_a_changed_character_is_damaged(bundle, field, tmp_path):
     assert "damaged bundle" in problem(read_bundle, tmp_path / "ann.toml")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"federation": "../private", "client": "."},
+        {"federation": "/home/ann/private", "client": ""},
+        {"client": "../../../private"},
+        {"federation": "a\x1b[2Jb"},
+        {"address": "nowhere"},
+        {"address": "host:port"},
+        {"address": "ho\0st:80"},
+        {"app": "x"},
+    ],
+)
+def test_a_bundle_leads_no_device_out_of_its_folder(bundle, changes, tmp_path, monkeypatch):
+    """Its name is made of what the bundle says; an operator who lies wrote over the owner's files.
+
+    Nor does a bundle end in a traceback.
+    """
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "private").mkdir(parents=True, mode=0o700)
+    lying = bundle.model_copy(update=changes)
+    write_bundle(tmp_path / "lying.toml", lying)
+    with pytest.raises(UserError, match="a damaged bundle, or none"):
+        join(tmp_path / "lying.toml", Owner(text=("anything",)), print)
+    assert [path.name for path in (tmp_path / "home").rglob("*")] == ["private"]
+
+
 def test_a_bundle_pins_the_base_of_its_federation(tmp_path):
     base = admin.pin(BaseSection(name="tiny-llama", dtype="bfloat16", device="cpu"))
     loaded = load_base(BaseSection(name="tiny-llama", dtype="bfloat16", device="cpu"))

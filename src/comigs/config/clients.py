@@ -19,6 +19,9 @@ class Text(Section):
     test: str = Field(description="The result is measured on this text, and nothing else is.")
 
 
+FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
 class ClientEntry(Section):
     """[[clients]] describes one client; [experts] says what is None here."""
 
@@ -61,7 +64,7 @@ class ClientEntry(Section):
     @field_validator("name")
     @classmethod
     def _name_is_a_file_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+        if not re.fullmatch(FILE_NAME, value):
             raise ValueError(
                 "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
             )

@@ -7,11 +7,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Annotated
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from comigs.config import Section, read_toml
+from comigs.config.clients import FILE_NAME
 from comigs.errors import UserError
 from comigs.federation.operator.folder import Settings
 from comigs.federation.pinned_base import PinnedBase
@@ -39,6 +41,10 @@ nothing else is installed.
 """
 
 
+# The device's folder is called by these two, wherever the bundle is from.
+Name = Annotated[str, Field(pattern=f"^{FILE_NAME}$")]
+
+
 class Bundle(Section):
     """A bundle is what the file says.
 
@@ -49,10 +55,10 @@ class Bundle(Section):
     """
 
     about: str = ""
-    federation: str
-    client: str
-    address: str
-    app: str
+    federation: Name
+    client: Name
+    address: str = Field(pattern=r"^[^\s/@[:cntrl:]]+:[0-9]{1,5}$")
+    app: str = Field(pattern="^[0-9a-f]{64}$")
     authority: str
     key: str
     base: PinnedBase | None = None
