@@ -13,7 +13,9 @@ import threading
 from hashlib import sha256
 from types import SimpleNamespace
 
+import httpx
 import pytest
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import (
@@ -27,6 +29,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from comigs.federation.device import trainer_socket
 from comigs.federation.flower import supernode
 from comigs.federation.flower.grid import WHOLE, envelope, opened
+from comigs.federation.security import pki
 from comigs.federation.security.gateway import PIECE, SMALL
 from tests.local_grid import everything
 
@@ -189,6 +192,29 @@ def test_of_an_error_only_the_type_leaves_the_device(tmp_path):
     assert b"secret" not in everything(reply)
     strange = Message(RecordDict(), NODE, "train")
     assert b"ValueError" in everything(supernode.reply_to(strange, tmp_path))
+
+
+def test_a_server_with_much_to_do_is_asked_again_to_give_up_the_place_of_who_was_killed(
+    tmp_path, monkeypatch
+):
+    """Else it keeps the place for a minute, and refuses the device that was started again."""
+    monkeypatch.chdir(tmp_path)
+    authority, _ = pki.new_authority("test")
+    (tmp_path / "ca.pem").write_text(authority)
+    (tmp_path / "online").write_text(str(NODE))
+    private = load_ssh_private_key(pki.new_device_key()[0].encode(), None)
+    left = []
+
+    def send(client, context):
+        left.append(context.message.node_id)
+        if len(left) == 1:
+            raise httpx.ReadTimeout("busy")
+        return httpx.Response(200, request=context.request)
+
+    monkeypatch.setattr(supernode.FleetHttpClient, "_send", send)
+    keys = (private, private.public_key())
+    supernode._leave(tmp_path / "online", "127.0.0.1:1", keys)
+    assert left == [NODE, NODE] and not (tmp_path / "online").exists()
 
 
 def test_a_supernode_needs_no_torch():

@@ -27,10 +27,10 @@ def main(grid: Grid, context: Context) -> None:
     """
     end_with_superexec()
     # They import torch and more, which nobody needs who only looks for the apps.
-    from comigs.federation.flower.grid import ask_soon_for_pieces
+    from comigs.federation.flower.pieces import take_answers_one_by_one
     from comigs.federation.flower.server import go_on
 
-    ask_soon_for_pieces()
+    take_answers_one_by_one()
     settings = context.run_config
     go_on(grid, Path(str(settings["run-folder"])), Path(str(settings["federation"])))
 

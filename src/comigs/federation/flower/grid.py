@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from functools import partial
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 from comigs.server.transport import GONE, Failure
 
@@ -57,17 +55,6 @@ def opened(content: RecordDict) -> bytes:
         if isinstance(value, bytes):
             return value
     raise ValueError("another kind of message")
-
-
-def ask_soon_for_pieces() -> None:
-    """Make Flower's grid ask for a missing piece after PIECE_SOON instead of a second, during which
-    nobody else's answer is taken. Flower 1.41 has no setting for it.
-    """
-    # Only the server has a use for it; a SuperNode, which imports this module, has none.
-    from flwr.superlink.grid import http_grid
-
-    soon = partial(pull_objects, initial_backoff=PIECE_SOON)
-    http_grid.pull_objects = soon  # type: ignore[attr-defined]
 
 
 class GridTransport:

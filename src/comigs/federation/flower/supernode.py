@@ -33,6 +33,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     pull_and_inflate_object_from_tree,
     push_objects,
 )
+from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
@@ -212,9 +213,14 @@ def _leave(mark: Path, address: str, keys: Keys) -> None:
     if not mark.exists():
         return
     client = FleetHttpClient.from_server_address(
-        address, False, AUTHORITY.read_bytes(), interceptors=[NodeAuthHttpInterceptor(*keys)]
+        address,
+        False,
+        AUTHORITY.read_bytes(),
+        interceptors=[NodeAuthHttpInterceptor(*keys)],
+        retry_invoker=make_simple_http_retry_invoker(),
     )
-    # Where the server refuses, the place was given up already, or we are refused in a moment.
+    # Where the server refuses, the place was given up already, or we are refused in a moment; one
+    # that does not answer in time is asked again.
     with client, suppress(httpx.HTTPError, ValueError):
         client.DeactivateNode(DeactivateNodeRequest(node_id=int(mark.read_text())))
     mark.unlink()
