@@ -341,6 +341,24 @@ def test_status_lists_clients_without_a_server_too(federation, bundle, tmp_path)
     assert row[0] == "ann" and row[2:] == ("at the next start", "?", "-", "1")
 
 
+def test_runs_that_begin_together_are_all_kept_note_of(federation, monkeypatch):
+    runs = Federation.runs
+
+    def slowly(self):
+        found = runs(self)
+        time.sleep(0.2)
+        return found
+
+    monkeypatch.setattr(Federation, "runs", slowly)
+    names = [Path(f"/runs/{number}") for number in range(3)]
+    threads = [threading.Thread(target=federation.note_run, args=(n, ["ann"])) for n in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert runs(federation).keys() == {str(name) for name in names}
+
+
 def test_commands_end_with_one_line_and_code_2(tmp_path, capsys):
     assert "no such folder" in refused(capsys, "federation", "status", tmp_path / "x")
     assert "no such bundle" in refused(

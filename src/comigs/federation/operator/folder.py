@@ -215,7 +215,8 @@ class Federation:
         """Keep note of a run that was submitted here."""
         began = datetime.now(UTC).isoformat(timespec="seconds")
         run = {"clients": clients, "began": began}
-        self._write_json("runs.json", {**self.runs(), str(folder): run})
+        with locked(self.path / ".runs.lock"):
+            self._write_json("runs.json", {**self.runs(), str(folder): run})
 
     def _json(self, name: str, default: Mapping[str, Any]) -> Mapping[str, Any]:
         if not (self.path / name).exists():
