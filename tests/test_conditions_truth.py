@@ -42,7 +42,7 @@ if any("trainer_main" in word for word in sys.orig_argv):
     link = own["links"][pathlib.Path.cwd().name.removeprefix("home-")]
     serve = trainer_socket.serve
 
-    def slowly(socket, key, answer):
+    def slowly(socket, key, answer, *most):
         def slow(raw):
             from comigs.federation import messages
             from comigs.server import wire
@@ -64,7 +64,7 @@ if any("trainer_main" in word for word in sys.orig_argv):
                 time.sleep(link["latency"] + len(said) / link["upload"])
             return said
 
-        serve(socket, key, slow)
+        serve(socket, key, slow, *most)
 
     trainer_socket.serve = slowly
 """

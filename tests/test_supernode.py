@@ -217,6 +217,17 @@ def test_a_server_with_much_to_do_is_asked_again_to_give_up_the_place_of_who_was
     assert left == [NODE, NODE] and not (tmp_path / "online").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system holds no process to it")
+def test_a_message_without_end_takes_no_more_memory_than_is_allowed():
+    takes = (
+        "from comigs.federation.flower.supernode import bound_memory; bound_memory(100 << 20);"
+        "few = bytearray(20 << 20); print('few');"
+        "many = bytearray(200 << 20); print('many')"
+    )
+    done = subprocess.run([sys.executable, "-c", takes], capture_output=True, text=True)
+    assert done.stdout == "few\n" and "MemoryError" in done.stderr
+
+
 def test_a_supernode_needs_no_torch():
     """It stays in the device's memory beside the trainer, which has it."""
     check = (

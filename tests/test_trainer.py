@@ -439,6 +439,29 @@ def test_a_socket_serves_one_after_the_other_and_only_who_has_the_key(setting, t
     assert (setting.device.home / "runs" / RUN / "checkpoint.json").exists()
 
 
+def test_of_a_request_that_is_too_large_nothing_is_read(tmp_path):
+    socket = tmp_path / "trainer"
+
+    def answer(raw):
+        return str(len(raw)).encode()
+
+    child = begin(
+        lambda: trainer_socket.serve(
+            socket, trainer_socket.key_beside(socket), answer, lambda: 1 << 20
+        )
+    )
+    try:
+        until = time.monotonic() + 30
+        while not socket.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        with pytest.raises(trainer_socket.LOST):
+            trainer_socket.ask(socket, bytes((1 << 20) + 1))
+        assert trainer_socket.ask(socket, bytes(1 << 20)) == b"1048576"
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+
+
 def test_a_socket_with_a_path_too_long_is_one_line(tmp_path):
     with pytest.raises(UserError, match="too long for a socket's path"):
         trainer_socket.serve(tmp_path / ("x" * 120), tmp_path / "key", lambda raw: raw)

@@ -12,6 +12,8 @@ from pathlib import Path
 from threading import Event
 from typing import NoReturn
 
+import psutil
+
 from comigs.config import DataSection, Text, folder_or_name
 from comigs.data.partition import list_text
 from comigs.data.sources import open_source
@@ -84,10 +86,10 @@ def join(file: Path, owner: Owner, say: Say) -> None:
 
         # A socket's path may have 107 bytes only, so it is not in the home.
         with tempfile.TemporaryDirectory(prefix="comigs-") as short:
-            _run(bundle, home, Path(short) / "trainer", say)
+            _run(bundle, home, Path(short) / "trainer", owner.memory, say)
 
 
-def _run(bundle: Bundle, home: Path, socket: Path, say: Say) -> NoReturn:
+def _run(bundle: Bundle, home: Path, socket: Path, memory: float | None, say: Say) -> NoReturn:
     environment = flwr_cli.environment(home / "flwr")
     with Supervisor(home / "log", environment, home) as programs:
         # The trainer is there before anybody can be asked anything.
@@ -102,8 +104,10 @@ def _run(bundle: Bundle, home: Path, socket: Path, say: Say) -> NoReturn:
             if "online as node" in line:
                 online.set()
 
-        words = ["comigs.federation.flower.supernode:main", bundle.app, "online"]
-        programs.start("supernode", [*words, str(socket), bundle.address], look)
+        # What it takes for messages is beside the trainer's, and may be no more than that.
+        most = int(memory or psutil.virtual_memory().available)
+        words = ["comigs.federation.flower.supernode:main", bundle.app, "online", str(socket)]
+        programs.start("supernode", [*words, bundle.address, str(most)], look)
         wait_until(online.is_set, "supernode", programs)
         say(f'"{bundle.client}" is online in federation {bundle.federation} at {bundle.address}')
         say(f"its own part stays in {home}; logs in {home / 'log'}; stop with Ctrl-C")

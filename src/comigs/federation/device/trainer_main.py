@@ -34,7 +34,8 @@ def main() -> None:
     make_private(scratch)
     os.environ["TMPDIR"], tempfile.tempdir = str(scratch), str(scratch)
     try:
-        serve(socket, key_beside(socket), Trainer(device, say=print, report=steps.show).answer)
+        answer = Trainer(device, say=print, report=steps.show).answer
+        serve(socket, key_beside(socket), answer, lambda: device.limits.message)
     except UserError as error:
         print(error, flush=True)
         sys.exit(os.EX_NOPERM)  # our last line is for people

@@ -18,7 +18,7 @@ from comigs.errors import UserError
 from comigs.files import write_whole, writing
 
 LONGEST = 100  # bytes in a socket's path; the system's limit is 104 or 108
-MOST = 1 << 33  # bytes of a message; what each message may have is checked where it is read
+MOST = 1 << 33  # bytes of a message
 LOST = (OSError, EOFError)  # the other end is gone
 
 
@@ -37,9 +37,14 @@ def ask(socket: Path, request: bytes) -> bytes:
         return connection.recv_bytes(MOST)
 
 
-def serve(socket: Path, key_path: Path, answer: Callable[[bytes], bytes]) -> None:
-    """Answer one request after the other, for ever. Raises UserError where there can be no
-    socket.
+def serve(
+    socket: Path,
+    key_path: Path,
+    answer: Callable[[bytes], bytes],
+    most: Callable[[], int] = lambda: MOST,
+) -> None:
+    """Answer one request after the other, for ever. most: bytes that one may have now; of a larger
+    one nothing is read. Raises UserError where there can be no socket.
     """
     # This process is a device's from now on: whatever file it makes is for its owner only.
     os.umask(0o077)
@@ -63,13 +68,21 @@ def serve(socket: Path, key_path: Path, answer: Callable[[bytes], bytes]) -> Non
             except (*LOST, AuthenticationError):
                 continue  # whoever came has left, or has no key
             with connection:
-                _answer_one(connection, answer)
+                _answer_one(connection, answer, most())
 
 
-def _answer_one(connection: Connection[bytes, bytes], answer: Callable[[bytes], bytes]) -> None:
+def _answer_one(
+    connection: Connection[bytes, bytes], answer: Callable[[bytes], bytes], most: int
+) -> None:
     try:
-        request = connection.recv_bytes(MOST)
-    except LOST:
+        request = connection.recv_bytes(most)
+    except LOST as lost:
+        # The system's errors have a number; this one is of what the other end wants to send.
+        if isinstance(lost, OSError) and lost.errno is None:
+            print(
+                f"the server sent more than the {most:,} bytes that are allowed (--max-memory)",
+                flush=True,
+            )
         return
     reply = answer(request)
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx
+import psutil
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Message, RecordDict
@@ -53,14 +55,15 @@ Keys = tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]
 
 
 def main() -> None:
-    """Run `APP_SHA256 MARK TRAINER ADDRESS` for ever.
+    """Run `APP_SHA256 MARK TRAINER ADDRESS MEMORY` for ever.
 
     MARK: a file that is there while the device is online. TRAINER: the trainer's socket. ADDRESS:
-    of the server.
+    of the server. MEMORY: bytes that messages may take here.
     """
     app, mark, trainer, address = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     if not version("flwr").startswith(KNOWN):
         _end(f"flwr {version('flwr')} has not been tried with this comigs; install flwr {KNOWN}*")
+    bound_memory(int(sys.argv[5]))
     # What Flower makes of a 401 is an interrupt of its own process, and nobody else sends one.
     signal.signal(signal.SIGINT, _revoked)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
@@ -175,6 +178,16 @@ class SuperNode:
         if (found := hashlib.sha256(fab.content).hexdigest()) != self._app:
             raise OtherApp(found)
         self._known.add(run)
+
+
+def bound_memory(more: int) -> None:
+    """Let this process have so many bytes more than it has now, where the system can hold it to
+    that: a server may send without end, and Flower's connection takes it all.
+    """
+    held = getattr(psutil.Process().memory_info(), "data", 0)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = held + more if hard == resource.RLIM_INFINITY else min(held + more, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def pause(quiet: float, asking: float) -> float:
