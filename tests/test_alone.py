@@ -4,6 +4,7 @@ alone, its attention alone, or the base.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 
 from comigs.app import api
+from comigs.client.evaluate import measure
 from comigs.data.batches import evaluation_windows
 from comigs.methods.alone import best_on_valid, candidates, most_candidates, with_every_expert
 from comigs.slots import Slot
@@ -126,3 +128,34 @@ def test_a_client_ends_with_the_part_of_its_own_model_that_is_best_on_valid(tmp_
             after[name].test.perplexity, rel=1e-6
         )
     assert any(ends.values())  # else nothing is shown here
+
+
+def test_a_model_that_gives_no_number_at_the_end_is_not_kept(tmp_path):
+    config = run_config(tmp_path, "ada", options=APART)
+    client = start_engine(config).clients["ada"]
+    for slot, tensor in client.train_state.tensors.items():
+        if slot.role in ("generalist", "specialist"):
+            tensor.fill_(1e30)
+    assert math.isnan(measured_nats(client))
+    client.finish()
+    base = client.evaluate("valid", untouched_base=True).nats_per_token
+    assert client.evaluate("valid").nats_per_token == pytest.approx(base, rel=1e-6)
+
+
+def test_a_download_that_gives_no_number_is_not_adopted(tmp_path):
+    options = {"specialists": "apart", "probe_windows": 2}
+    client = start_engine(run_config(tmp_path, "ada", options=options)).clients["ada"]
+    own = {slot: tensor.clone() for slot, tensor in client.train_state.tensors.items()}
+    download = {slot: t for slot, t in own.items() if client.method.receives(slot)}
+    for slot, tensor in own.items():
+        if slot.role == "generalist":
+            download[slot] = torch.full_like(tensor, 1e30)
+    client.receive(download)
+    assert client.adopted_share == 0 and same(client.train_state.tensors, own)
+
+
+def measured_nats(client):
+    """What the client's own model gives on its valid, where that may be no number."""
+    client.attachment.bind(client.train_state.tensors)
+    windows = evaluation_windows(client.data.valid, client.config.data.sequence_length, 8)
+    return measure(client.attachment, windows, client.base.dtype).nats_per_token

@@ -287,9 +287,9 @@ class Client:
         return not slot.is_frozen and self.method.trains(slot, round)
 
     def _nats(self, tensors: Tensors, windows: Iterable[Batch]) -> float:
-        """Return the nats per token of a model with these tensors on these windows."""
+        """Return a model's nats per token on these windows; what is no number is the worst."""
         self.attachment.bind(tensors, self.opening)
-        return measure(self.attachment, windows, self.base.dtype).nats_per_token
+        return min(math.inf, measure(self.attachment, windows, self.base.dtype).nats_per_token)
 
     def _next_batch(self, level: Level, number: int) -> Batch:
         settings, length = self.step_settings.client, self.config.data.sequence_length
