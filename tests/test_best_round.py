@@ -109,6 +109,22 @@ def test_it_is_the_model_that_was_measured_in_the_round_with_the_lowest_valid(tm
     assert summary.mean.test.perplexity == pytest.approx(sum(tests) / 2)
 
 
+def test_what_finishing_costs_never_makes_the_kept_model_worse_on_valid_than_the_last(tmp_path):
+    """fdlora gives up some of valid for smaller weights; here it would do that in each round."""
+    tree = {"method": "fdlora", "rounds": 3, "options": {"l1": 0.3}}
+    tree["client"] = {"lr": 0.005, "steps": 3}
+    best = api.run(run_config(tmp_path, **tree), tmp_path / "best")
+    tree["evaluation"] = {"keep": "last"}
+    last = api.run(run_config(tmp_path, **tree), tmp_path / "last")
+    kept, ended = (api.evaluate(folder.path, "valid") for folder in (best, last))
+    for name, client in best.summary().clients.items():
+        rounds = valid_by_round(best, name)
+        assert rounds[2] < rounds[3]  # as it was finished, the last one looks worse
+        assert kept[name]["personal"] == ended[name]["personal"]
+        assert (client.kept_round, client.last_test) == (3, None)
+        assert client.test == last.summary().clients[name].test
+
+
 @pytest.mark.slow  # two runs of six rounds
 def test_training_and_the_last_round_are_what_they_are_without_it(tmp_path):
     best = api.run(config_of(tmp_path), tmp_path / "best")

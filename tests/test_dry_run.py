@@ -91,11 +91,12 @@ def test_time_counts_every_step_and_every_token_evaluated(tmp_path):
         for split in ("valid", "test")
     )
     # the base: valid and test; after rounds 2, 4 and 6: valid; at the end: test, which may be
-    # measured again of the best round, and valid of each part alone; each download on a few windows
+    # measured again of the best round, and valid of each part alone, of both, which are compared;
+    # each download on a few windows
     weighed = 2 * 7 * method.looks * method.probe * config.data.sequence_length
     assert method.looks and method.last_looks
     assert dry_run.run_seconds(config, method, speed, outlines, 1.0) == pytest.approx(
-        (4 + method.last_looks) * valid + 3 * test + weighed
+        (5 + 2 * method.last_looks) * valid + 3 * test + weighed
     )
 
 

@@ -230,11 +230,15 @@ def tokens_read(
     read = sum(tokens[split] for split in asked)
     if method.mix is not None:
         read += method.looks * method.probe * config.data.sequence_length
-    if end and method.finish is not None:
-        read += method.last_looks * tokens["valid"]
-    # The round that is kept may be an earlier one than that which is measured anyway.
+    finishing = method.last_looks * tokens["valid"]
+    if end:
+        read += finishing
+    # The round that is kept may be an earlier one than that which is measured anyway; it is
+    # finished as well then, and both are compared.
     if end and config.evaluation.keep == "best":
-        read += tokens["test"]
+        read += tokens["test"] + finishing
+        if method.finish is not None:
+            read += tokens["valid"]
     return read
 
 

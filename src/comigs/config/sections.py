@@ -119,7 +119,7 @@ class ExpertsSection(Section):
         "together",
         description='"each": every expert has that scale, as in the paper. "together": the scale '
         "is corrected so that experts that share a token's weight act like one LoRA of all their "
-        "ranks. Without effect where specialists are on top.",
+        'ranks under scaling "rslora". Without effect where specialists are on top.',
     )
     top_k: int = Field(
         2,

@@ -62,7 +62,7 @@ def run_task(
             client.best.offer(task.round - 1, result.nats_per_token, tensors)
     metrics += measured.values()
     if client.best is not None and client.best.round and not task.train:
-        metrics.append(go_back(client, client.best, measured["test"]))
+        metrics.append(go_back(client, client.best, measured))
 
     # Where text is centralized, one client trains for all; the others come here, too.
     speed: float | None = None
@@ -119,20 +119,27 @@ def added_ranks(download: Download) -> dict[Slot, int]:
     return ranks
 
 
-def go_back(client: Client, best: BestRound, last: Evaluation) -> Kept:
-    """Make the model of its best round the client's own; return the "kept" line of metrics.jsonl.
+def go_back(client: Client, best: BestRound, last: Mapping[Split, Evaluation]) -> Kept:
+    """Make the model of its best round the client's own, where that is better once it is finished;
+    return the "kept" line of metrics.jsonl.
 
-    last: what the model of the last round came to on test.
+    last: what the model of the last round came to.
     """
-    line = last
-    if best.round != last.round:
+    line, of_last, method = last["test"], client.train_state, client.method
+    if best.round != line.round:
         # It may be of a round in which the client had fewer specialists.
         own = {Slot.parse(n): t.clone() for n, t in best.tensors().items()}
         own = {slot: tensor.to(client.base.device) for slot, tensor in own.items()}
         client.train_state = new_train_state(own, client.config.client)
-        # The model of the last round was finished before it was measured; this one was not.
+        # The model of the last round was finished before it was measured; this one was not, and
+        # valid may lose more by that (fdlora) than there was between the two.
         client.finish()
-        line = evaluated(client, "test", best.round, client.evaluate("test"), "personal")
+        limit = last["valid"].nats_per_token
+        assert limit is not None, "a client measures its own model itself"
+        if method.finish is None or client.evaluate("valid").nats_per_token < limit:
+            line = evaluated(client, "test", best.round, client.evaluate("test"), "personal")
+        else:
+            client.train_state = of_last
     return Kept(**line.model_dump(exclude={"kind", "adopted_share"}), adopted_share=None)
 
 
