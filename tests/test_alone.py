@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from comigs.app import api
+from comigs.client.client import Client
 from comigs.client.evaluate import measure
 from comigs.data.batches import evaluation_windows
 from comigs.methods.alone import best_on_valid, candidates, most_candidates, with_every_expert
@@ -152,6 +153,28 @@ def test_a_download_that_gives_no_number_is_not_adopted(tmp_path):
             download[slot] = torch.full_like(tensor, 1e30)
     client.receive(download)
     assert client.adopted_share == 0 and same(client.train_state.tensors, own)
+
+
+def test_at_the_end_a_batch_of_valid_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    config = run_config(tmp_path, "ada", evaluation={"batch_size": 1})
+    client = start_engine(config).clients["ada"]
+    drawn, measured = [], []
+
+    def windows(*of_what):
+        for batch in evaluation_windows(*of_what):
+            drawn.append(batch)
+            yield batch
+
+    def nats(client, tensors, of_valid):
+        assert not drawn  # nothing was read before it is measured
+        measured.append(sum(batch.num_learnt for batch in of_valid))
+        drawn.clear()
+        return 3.0
+
+    monkeypatch.setattr("comigs.client.client.evaluation_windows", windows)
+    monkeypatch.setattr(Client, "_nats", nats)
+    client.finish()
+    assert len(measured) > 3 and len(set(measured)) == 1 and measured[0] > 0
 
 
 def measured_nats(client):

@@ -23,6 +23,7 @@ from comigs.app import api
 from comigs.personal.routes import languages
 from comigs.personal.routes.coloured import GENERALIST, SPECIALIST, WHOLE, coloured
 from comigs.personal.routes.kinds import frequencies_of, kinds_of
+from comigs.runs.routes import Routes
 from tests import naive
 from tests.conftest import APART, run_config, tiny
 from tests.local_grid import Federation
@@ -123,6 +124,14 @@ def test_over_the_test_text_they_are_what_the_run_measured_itself(capsys):
     ]
     (found,) = routes_of(capsys, run, "--client", "ada")
     assert found["every"]["mean"] == pytest.approx(measured[-1], abs=1e-4)
+
+
+def test_a_router_that_is_closed_to_what_all_know_is_named(capsys):
+    (found,) = routes_of(capsys, run_of("token"), "--client", "ada")
+    routes = Routes.model_validate(found)
+    closed = routes.every.model_copy(update={"mean": [0.0] * routes.blocks})
+    assert "what all know" not in routes.who
+    assert routes.model_copy(update={"every": closed}).who.endswith(", no token to what all know")
 
 
 @pytest.mark.parametrize("text", ["", "evil"])

@@ -241,9 +241,9 @@ class Client:
         if self.method.finish is None:
             return
         length, batch_size = self.config.data.sequence_length, self.config.evaluation.batch_size
-        windows = list(evaluation_windows(self.data.valid, length, batch_size))
+        windows = partial(evaluation_windows, self.data.valid, length, batch_size)  # from the disk
         own = self.train_state.tensors
-        finished = self.method.finish(dict(own), lambda tensors: self._nats(tensors, windows))
+        finished = self.method.finish(dict(own), lambda tensors: self._nats(tensors, windows()))
         for slot, tensor in finished.items():
             own[slot].copy_(tensor)
 

@@ -102,7 +102,9 @@ class Routes(Record):
 
     @property
     def who(self) -> str:
-        """Which model this is, in words."""
+        """Which model this is, in words, and whether it gives no token what all know."""
+        closed = "" if any(self.every.mean) else ", no token to what all know"
         return (
-            f"{self.client} of {self.run} ({self.method} on {self.base}), routed by {self.routing}"
+            f"{self.client} of {self.run} ({self.method} on {self.base}), "
+            f"routed by {self.routing}{closed}"
         )
