@@ -318,3 +318,24 @@ def test_a_share_of_a_split_is_its_beginning_and_nothing_else_changes(tmp_path, 
         assert cut.num_bytes == round(share * full.num_bytes)
         assert cut.num_tokens < full.num_tokens
         assert np.array_equal(cut.tokens[:-1], full.tokens[: cut.num_tokens - 1])
+
+
+@pytest.mark.parametrize(
+    ("client", "reads_all"),
+    [({"router_every": 5}, True), ({"router_steps": 0}, True), ({"router_every": 4}, False)],
+)
+def test_experts_read_all_of_train_where_no_phase_of_a_router_would_read_a_fold(
+    tmp_path, monkeypatch, client, reads_all
+):
+    settings = {"steps": 2, "router_every": 2, "router_data": "crossfit", **client}
+    config, left_out = run_config(tmp_path, "ada", rounds=2, client=settings), []
+
+    def noting(*of_what):
+        left_out.append(of_what[-1].number)
+        return fold_windows(*of_what)
+
+    monkeypatch.setattr("comigs.data.sampling.fold_windows", noting)
+    ada = start_engine(config).clients["ada"]
+    ada.train(1, QUIET)
+    ada.train(2, QUIET)
+    assert left_out == ([] if reads_all else [0] * 4 + [0] * 2)

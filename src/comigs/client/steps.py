@@ -67,11 +67,13 @@ def settings_of(
 ) -> ClientSection:
     """Return [client] as the client of that name, which has these slots, trains by it.
 
-    Without phases of the router there is nothing to set a fold of train aside for.
+    Where no phase of a router ever comes there is nothing to set a fold of train aside for.
     """
     has_router = any(slot.role == "router" for slot in slots)
+    steps = config.rounds * config.client.steps
+    phases = config.client.router_steps and config.client.router_every <= steps
     router_data: RouterData = "valid"
-    if method.schedule != "joint" and has_router:
+    if method.schedule != "joint" and has_router and phases:
         router_data = config.router_data_of(config.client_named(client))
     return config.client.model_copy(update={"router_data": router_data})
 
