@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,48 @@ def test_a_baseline_on_one_of_several_axes_is_each_setting_s_own(tmp_path: Path)
         assert means == pytest.approx([-0.1, -1.1])
     one_for_all = compare_runs([tmp_path], baseline="r4/local")
     assert [bool(r.difference) for r in only(one_for_all).rows] == [False, True, True, True]
+
+
+def test_without_all_else_the_same_the_baseline_is_the_one_that_shares_most(
+    tmp_path: Path,
+) -> None:
+    made = (("local", "none", 4), ("comigs", "none", 4), ("comigs", "eps8", 4))
+    made += (("local", "none", 8), ("comigs", "eps8", 8))
+    for number, (method, noise, rank) in enumerate(made):
+        tree: dict[str, Any] = {"method": method, "experts": {"rank": rank}}
+        if noise == "eps8":
+            tree["privacy"] = {"level": "document", "epsilon": 8}
+        where = tmp_path / "runs" / f"r{rank}" / method / noise / "seed-1"
+        measured(where, moved(number / 10), 1, **tree)
+    axes = {"rank": ["r4", "r8"], "method": ["local", "comigs"], "noise": ["none", "eps8"]}
+    write_sweep(tmp_path / "runs", "local", **axes)
+    compared = compare_runs([tmp_path / "runs"])
+    found = {r.setting.name: (r.baseline and r.baseline.name) for r in only(compared).rows}
+    assert found == {
+        "r4, local, none": None,
+        "r4, comigs, none": "r4, local, none",
+        "r4, comigs, eps8": "r4, local, none",
+        "r8, local, none": None,
+        "r8, comigs, eps8": "r8, local, none",
+    }
+    means = [r.difference.difference.mean for r in only(compared).rows if r.difference]
+    assert means == pytest.approx([0.1, 0.2, 0.1])
+    said = [note for note in compared.notes if "compared against" in note]
+    name = only(compared).name
+    assert said == [
+        f"{name}: r4, comigs, eps8: compared against r4, local, none, which differs in noise, too",
+        f"{name}: r8, comigs, eps8: compared against r8, local, none, which differs in noise, too",
+    ]
+
+    # Of two that share as much neither is taken.
+    shutil.rmtree(tmp_path / "runs" / "r4" / "comigs")
+    measured(tmp_path / "runs" / "r2" / "comigs" / "none" / "seed-1", NATS, 1, experts={"rank": 2})
+    write_sweep(tmp_path / "runs", "local", **axes | {"rank": ["r2", "r4", "r8"]})
+    compared = compare_runs([tmp_path / "runs"])
+    assert row(compared, "r2, comigs, none").baseline is None
+    assert f"{name}: no baseline (local with most else the same) for r2, comigs, none" in (
+        compared.notes
+    )
 
 
 def test_a_sweep_s_baseline_that_has_not_run_is_said_and_not_replaced(tmp_path: Path) -> None:
@@ -521,6 +564,18 @@ def test_one_pooled_model_counts_the_client_that_trains(tmp_path: Path) -> None:
     shown = (costs["trained_parameters"], costs["training_clients"], costs["clients"])
     assert shown == (590_592, 1, 2)
     assert "590,592, 1 of 2 clients" in cost_table(only(compare_runs([tmp_path]))).rows[0]
+
+
+def test_a_client_that_was_never_asked_with_one_seed_counts_with_the_others(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        folder = measured(tmp_path / str(seed), NATS, seed)
+        summary = json.loads((folder / "summary.json").read_text())
+        if seed == 2:
+            summary["clients"]["bob"]["trained_parameters"] = 0
+        (folder / "summary.json").write_text(json.dumps(summary))
+    compared = compare_runs([tmp_path])
+    assert row(compared, "comigs").costs["training_clients"] == 1.5
+    assert "590,592, 1.5 of 2 clients" in cost_table(only(compared)).rows[0]
 
 
 def test_clients_that_differ_in_cost_show_mean_least_and_most(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """This module says what settings are compared against: one of them for all, or for each the one
-that differs from it in one axis.
+of a name that is most like it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from comigs.experiments.compare.settings import Dataset, Setting
 @dataclass(frozen=True)
 class Baseline:
     """A baseline is the setting called `name` where axis is None. Else each setting has its own:
-    `name` on this axis, and all other axes as in it.
+    `name` on this axis, and on all others as it is, or on most of them.
     """
 
     name: str
@@ -27,21 +27,30 @@ class Baseline:
         return setting.place.get(self.axis) == self.name
 
     def among(self, settings: Sequence[Setting], setting: Setting) -> Setting | None:
-        """Return the baseline of a setting; None where it is not there, and for a baseline
-        itself.
+        """Return the baseline of a setting: of those there are, the one that shares most with it.
+
+        None where two share as many, where there is none, and for a baseline itself.
         """
         if self.is_baseline(setting):
             return None
-        known = [s for s in settings if self.is_baseline(s)]
-        if self.axis is not None:
-            wanted = {**setting.place, self.axis: self.name}
-            known = [s for s in known if s.place == wanted]
-        return known[0] if known else None
+        alike: dict[int, list[Setting]] = {}  # by how many axes they share
+        for known in filter(self.is_baseline, settings):
+            shared = len(known.place.items() & setting.place.items())
+            alike.setdefault(shared, []).append(known)
+        nearest = alike[max(alike)] if alike else []
+        return nearest[0] if len(nearest) == 1 else None
+
+    def also_different(self, setting: Setting, baseline: Setting) -> list[str]:
+        """Return the axes in which a setting differs from its own baseline beside this one."""
+        if self.axis is None:
+            return []
+        others = {**setting.place, self.axis: self.name}
+        return [axis for axis, value in others.items() if baseline.place[axis] != value]
 
     @property
     def words(self) -> str:
         """What stands after "compared against"."""
-        return self.name if self.axis is None else f"{self.name} with all else the same"
+        return self.name if self.axis is None else f"{self.name} with most else the same"
 
 
 def baseline_named(name: str, datasets: Sequence[Dataset]) -> Baseline:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comigs import text as f
+from comigs.experiments.compare.baseline import Baseline
 from comigs.experiments.compare.fields import taken_as_equal
 from comigs.experiments.compare.settings import Dataset, text_of
 from comigs.experiments.compare.statistics import Comparison, Results
@@ -145,9 +146,25 @@ def _baseline(comparison: Comparison) -> list[str]:
         alone = [r.setting.name for r in results.rows if r.baseline is None and not r.is_baseline]
         if alone and results.has_baseline:
             lines.append(f"{results.name}: no baseline ({name}) for {f.listed(alone)}")
+        lines += _unlike(comparison.baseline, results)
         apart = [r.setting.name for r in results.rows if r.baseline and not r.difference]
         if apart:
             lines.append(f"{results.name}: no seed in common with the baseline: {f.listed(apart)}")
+    return lines
+
+
+def _unlike(baseline: Baseline, results: Results) -> list[str]:
+    """Return which settings differ from their baselines in more than they are compared by."""
+    named: dict[tuple[str, str], list[str]] = {}
+    for row in results.rows:
+        if row.baseline and (axes := baseline.also_different(row.setting, row.baseline)):
+            named.setdefault((row.baseline.name, f.listed(axes)), []).append(row.setting.name)
+    lines = []
+    for (against, different), settings in named.items():
+        lines.append(
+            f"{results.name}: {f.listed(settings)}: compared against {against}, "
+            f"which differs in {different}, too"
+        )
     return lines
 
 

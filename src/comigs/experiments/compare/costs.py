@@ -37,7 +37,7 @@ def costs(setting: Setting, own: pd.DataFrame) -> Costs:
     return {
         **_range("trained_parameters", trained or parameters),
         "trained_parameters_ratio": None,
-        "training_clients": len(trained) // len(runs),
+        "training_clients": len(trained) / len(runs),
         "clients": len(own) // len(runs),
         "trained_tokens": sum(own["trained_tokens"]) / len(own),
         "trained_tokens_ratio": None,

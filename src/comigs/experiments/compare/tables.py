@@ -215,7 +215,7 @@ def _costs(results: Results) -> list[Column]:
         said = _range(costs, "trained_parameters", f.count)
         said += _times(costs["trained_parameters_ratio"])
         if 0 < costs["training_clients"] < costs["clients"]:
-            said += f", {costs['training_clients']} of {costs['clients']} clients"
+            said += f", {round(costs['training_clients'], 1):g} of {costs['clients']} clients"
         parameters.append(said)
         times = _times(costs["trained_tokens_ratio"])
         tokens.append(f.count(costs["trained_tokens"]) + times)
