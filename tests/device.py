@@ -21,7 +21,7 @@ DEPENDS_ON_TEXT = (  # figures of a line that a device keeps to itself
     "train_nats_per_token", "train_nats_per_token_by_step", "router_nats_per_token", "balance_loss",
     "trained_tokens", "generalist_share_by_layer", "expert_share_by_layer", "nats_per_token",
     "perplexity", "bits_per_byte", "tokens", "bytes", "seconds", "tokens_per_second",
-    "peak_memory_bytes", "sent_nats_per_token",
+    "peak_memory_bytes", "sent_nats_per_token", "sent_tokens",
 )  # fmt: skip
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 import weakref
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
+from comigs.app import api
 from comigs.errors import UserError
 from comigs.methods.loading import list_methods, load_method
 from comigs.methods.merging import mean, mean_of_uploads
 from comigs.methods.method import RoundContext
+from comigs.runs.metrics import Evaluation
 from comigs.slots import Slot
 from tests.conftest import bits, run_config, start_engine
 
@@ -246,11 +249,29 @@ def test_someones_own_module_is_a_method_too(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "their", ModuleType("their"))
     monkeypatch.setitem(sys.modules, "their.method", module)
     assert load_method(run_config(tmp_path, method="their.method")).name == "fedavg"
+    module.method = lambda config: 3
+    with pytest.raises(UserError, match=r"method\(config\) returned int"):
+        load_method(run_config(tmp_path, method="their.method"))
     del module.method
     with pytest.raises(UserError, match="expected a module with method"):
         load_method(run_config(tmp_path, method="their.method"))
-    with pytest.raises(UserError, match="cannot be used"):
+    with pytest.raises(UserError, match=r"cannot be used: .*PYTHONPATH"):
         load_method(run_config(tmp_path, method="no.such.module"))
+
+
+def test_a_method_that_weighs_a_download_need_not_measure_anything(tmp_path, monkeypatch):
+    def mix(own, download, nats):
+        return {slot: (own[slot] + new) / 2 for slot, new in download.items()}, 0.5
+
+    module = ModuleType("their.method")
+    module.method = lambda config: replace(
+        load_method(config.model_copy(update={"method": "fedavg"})), mix=mix
+    )
+    monkeypatch.setitem(sys.modules, "their", ModuleType("their"))
+    monkeypatch.setitem(sys.modules, "their.method", module)
+    folder = api.run(run_config(tmp_path, method="their.method"), tmp_path / "run")
+    shares = [line.adopted_share for line in folder.metrics() if isinstance(line, Evaluation)]
+    assert 0.5 in shares
 
 
 def test_every_method_says_its_name_what_it_does_and_its_paper(tmp_path):

@@ -10,8 +10,11 @@ from comigs.app import api
 from comigs.app.dry_run import dry_run
 from comigs.config import parse_config
 from comigs.errors import UserError
+from comigs.experiments.run_data import read_run_folder
 from comigs.methods.loading import list_methods, load_method
 from comigs.runs.metrics import Absent, Evaluation, Step, Train, Warned
+from comigs.runs.report.read import read_run
+from comigs.runs.simulated import Attempt
 from tests.chats import write_lines
 from tests.conftest import run_config
 
@@ -119,6 +122,24 @@ def test_every_private_method_runs(root, tmp_path, method):
     folder = api.run(config, tmp_path / "run")
     assert spent(folder) == [None, None]  # who knows the seed can take the noise away
     assert folder.summary().clients["ada"].test.perplexity
+
+
+def test_steps_of_what_is_sent_count_as_work_and_as_budget(root, tmp_path, monkeypatch):
+    """Naive: every document is drawn in every noised step, and has a window of 12 tokens."""
+    everybody = "comigs.client.private_steps.poisson_sample"
+    monkeypatch.setattr(everybody, lambda random, population, rate: range(population))
+    conditions = {"tokens_per_second": 50.0, "upload": 1e12, "download": 1e12, "latency": 0.0}
+    privacy = {"noise_multiplier": 0.5, "noise_seed": 1}
+    config = config_of(root, "ada bob", privacy, conditions=conditions, rounds=1)
+    folder = api.run(config, tmp_path / "run")
+    documents = read_run(folder.path).environment["data"]["ada"]["train"]["documents"]
+    own, router, sent = 2 * 4 * 12, 2 * 4 * 12, 2 * documents * 12
+    (line,) = [x for x in folder.metrics() if isinstance(x, Train) and x.client == "ada"]
+    assert (line.trained_tokens, line.router_tokens, line.sent_tokens) == (own, router, sent)
+    (tried,) = [x for x in folder.metrics() if isinstance(x, Attempt) and x.client == "ada"][:1]
+    assert tried.tokens == own + router + sent
+    (row,) = [row for row in read_run_folder(folder.path).clients if row["client"] == "ada"]
+    assert row["trained_tokens"] == own + sent
 
 
 @pytest.mark.slow

@@ -205,7 +205,7 @@ class Client:
         if method.after_training is not None:
             replace_tensors(self.train_state, method.after_training(own, anchor))
         if sent is not None:
-            log.sent_losses, log.epsilon = sent.train_losses, sent.epsilon
+            log.note_sent(sent)
         return log
 
     def send(self, round: int) -> dict[Slot, Tensor]:

@@ -29,8 +29,8 @@ class RoundLog:
     """The log is what a client's round measured.
 
     train_losses, router_losses: nats per token of each step. share_sum_LE: the experts' routing
-    weights, summed over trained_tokens tokens; None without a router. sent_losses, epsilon: of what
-    is sent by itself and privately, and what the run has spent so far.
+    weights, summed over trained_tokens tokens; None without a router. sent_losses, sent_tokens,
+    epsilon: of what is sent by itself and privately, and what the run has spent so far.
     """
 
     train_losses: list[float] = field(default_factory=list)
@@ -41,7 +41,13 @@ class RoundLog:
     trained_tokens: int = 0
     local_steps: int = 0
     sent_losses: list[float] = field(default_factory=list)
+    sent_tokens: int = 0
     epsilon: float | None = None
+
+    def note_sent(self, sent: RoundLog) -> None:
+        """Add what the noised steps of what is sent measured."""
+        self.sent_losses, self.sent_tokens = sent.train_losses, sent.trained_tokens
+        self.epsilon = sent.epsilon
 
     def note(self, outcome: Outcome) -> None:
         """Add a local step."""

@@ -61,7 +61,9 @@ def router_split(settings: ClientSection) -> RouterSplit:
 def probe_windows(
     config: Config, client: str, data: ClientData, round: int, num_windows: int
 ) -> list[Batch]:
-    """Return the sample of valid on which a client compares all models in a round."""
+    """Return the sample of valid on which a client compares all models in a round, if any."""
+    if not num_windows:
+        return []
     random = generator(config.seed, "probe", client, round)
     return [sample_windows(data.valid, random, num_windows, config.data.sequence_length)]
 

@@ -81,7 +81,7 @@ def run_task(
         log = client.train(task.round, on_step, task.prior)
         upload = client.send(task.round)
         metrics.append(trained(client, task.round, log))
-        speed = log.trained_tokens / (time.perf_counter() - began)
+        speed = (log.trained_tokens + log.sent_tokens) / (time.perf_counter() - began)
     timing = Timing(
         round=task.round,
         client=client.name,
@@ -161,6 +161,7 @@ def trained(client: Client, round: int, log: RoundLog) -> TrainReport:
         balance_loss=_mean(log.balance_losses),
         trained_tokens=log.trained_tokens,
         sent_nats_per_token=_mean(log.sent_losses),
+        sent_tokens=log.sent_tokens if log.sent_losses else None,
         epsilon=log.epsilon,
         trained_parameters=client.trained_parameters([round]),
         **_shares(client, shares_LE, client.adopted_share),

@@ -103,7 +103,7 @@ def _client(run: Run, name: str, result: ClientSummary) -> Row:
     return row | {
         "test_tokens": result.test.tokens,
         **{column: getattr(result, column) for column in (*WHOLE, *SHAPE)},
-        "trained_tokens": sum(line.trained_tokens for line in trained),
+        "trained_tokens": sum(line.local_tokens for line in trained),
         "router_tokens": sum(line.router_tokens for line in trained),
         "peak_memory_bytes": max((p for p in peaks if p is not None), default=None),
         "weights": run.summary.weights if run.summary else None,

@@ -45,7 +45,8 @@ def method_module(name: str) -> ModuleType:
         return importlib.import_module(path)
     except ImportError as error:
         raise UserError(
-            f'method: "{name}" cannot be used: {error}; expected a module with method(config)'
+            f'method: "{name}" cannot be used: {error}; expected a module with method(config) that '
+            "Python finds (set PYTHONPATH to the folder that it is in)"
         ) from None
 
 
@@ -68,6 +69,9 @@ def load_method(config: Config) -> Method:
         )
     options(config, kind)
     method = build(config)
+    if not isinstance(method, Method):
+        kind = type(method).__name__
+        raise UserError(f'method: "{name}" cannot be used: method(config) returned {kind}')
     _require_possible(config, method)
     return method
 

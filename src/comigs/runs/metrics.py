@@ -16,18 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_serializer
 
 from comigs.config import Split
 
-
-def _is_none(value: object) -> bool:
-    return value is None
-
-
 Figure = Annotated[float, Field(ge=-1e100, le=1e100)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Weight = Annotated[float, Field(ge=-0.01, le=1.01)]  # a mean of routing weights, as it is rounded
 Weights = Annotated[list[Weight], Field(min_length=1)]
 SumOfWeights = Annotated[int | float, Field(ge=-0.01, le=1.01)]  # of none: 0, which stays an int
 Perplexity = Annotated[float, Field(ge=0, le=1.1e304)]  # exp(700) is the most that is ever said
-OrLeftOut = Field(default=None, exclude_if=_is_none)  # of a field that is not written without value
+# Of a field that is not written without value.
+OrLeftOut = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Record(BaseModel):
@@ -58,7 +54,7 @@ class TrainReport(ClientLine):
 
     A share by layer is a mean of routing weights per block, None without a router. adopted_share is
     None where no download was weighed. A loss is None where nothing of the kind was trained; that
-    of what is sent is told where it learns by itself. epsilon: of the run so far.
+    of what is sent, and its tokens, are told where it learns by itself. epsilon: of the run so far.
     """
 
     kind: Literal["train"] = "train"
@@ -75,12 +71,18 @@ class TrainReport(ClientLine):
     expert_share_by_layer: list[Weights] | None = None
     adopted_share: Weight | None = None
     sent_nats_per_token: Annotated[Figure | None, OrLeftOut] = None
+    sent_tokens: Annotated[Count | None, OrLeftOut] = None
     epsilon: Annotated[Figure | None, OrLeftOut] = None
 
     @property
     def router_tokens(self) -> int:
         """The tokens the router learnt from; batches of both levels are of one size."""
         return self.router_steps * self.trained_tokens // max(1, self.local_steps)
+
+    @property
+    def local_tokens(self) -> int:
+        """The tokens of local steps, those of what is sent and learns by itself as well."""
+        return self.trained_tokens + (self.sent_tokens or 0)
 
 
 class Amount(Record):
@@ -280,10 +282,7 @@ class MeanSummary(Record):
 
 
 class Summary(Record):
-    """The result of a finished run: summary.json.
-
-    weights: how much each client counts in the server's merge, in words.
-    """
+    """The result of a finished run: summary.json. weights: each client's in the merge, in words."""
 
     method: str
     weights: str | None = None

@@ -26,7 +26,7 @@ Start = Callable[[Slot, tuple[int, ...]], Tensor]
 SHARES = 16  # for each tensor of a client: one may have more specialists than the server knows of
 ENOUGH = 3  # uploads from which on their median says what is usual
 # A client writes every field but these: the server measures a device's messages itself.
-OTHERS = {"kind", "received_bytes", "sent_bytes", "sent_nats_per_token", "epsilon"}
+OTHERS = {"kind", "received_bytes", "sent_bytes", "sent_nats_per_token", "sent_tokens", "epsilon"}
 SCORES = ("nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes")
 MEASURED = (*SCORES, "seconds", "peak_memory_bytes")
 

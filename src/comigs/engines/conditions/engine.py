@@ -132,7 +132,7 @@ class Conditions:
         tokens, read = 0, 0
         for line in read_reply(reply)[0]:
             if isinstance(line, TrainReport):
-                tokens += line.trained_tokens + line.router_tokens
+                tokens += line.local_tokens + line.router_tokens
             elif isinstance(line, Evaluation):
                 read += line.tokens or 0
         # A method that weighs its download measures it a few times.

@@ -127,7 +127,7 @@ def _client(run: Run, name: str) -> ClientResult:
         text=text,
         base=base,
         personal=personal,
-        trained_tokens=sum(line.trained_tokens for line in lines),
+        trained_tokens=sum(line.local_tokens for line in lines),
         **shape,
         **amounts,
     )

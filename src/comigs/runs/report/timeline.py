@@ -90,6 +90,6 @@ def worked_tokens(run: Run) -> tuple[dict[int, int], dict[int, int]]:
     # An upload that was lost and sent again counts, though the attempt that did the work did not.
     counted: dict[int, int] = {}
     for train in run.train:
-        tokens = train.trained_tokens + train.router_tokens
+        tokens = train.local_tokens + train.router_tokens
         counted[train.round] = counted.get(train.round, 0) + tokens
     return worked, counted
