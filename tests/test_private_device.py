@@ -96,7 +96,7 @@ def test_the_owners_budget_holds_over_runs_and_the_server_learns_a_code(tmp_path
     setting.trainer = setting.restarted()
     assert setting.refused(1, run="a-third-run-of-the-operator") == "budget"
     loud = limited(tmp_path, "device", 5.0)
-    assert loud.refused(1, run="a-run-without-any-privacy") == "budget"
+    assert loud.refused(1, run="a-run-without-any-privacy") == "unbounded"
     assert 'allows "document" only' in loud.said[-1]
 
 

@@ -142,7 +142,7 @@ def _require_private(told: Config, limits: Limits) -> None:
     """Raise Refused where the owner has set a budget and a run would spend without counting."""
     if limits.epsilon is not None and told.privacy.level != "document":
         raise Refused(
-            "budget",
+            "unbounded",
             f'the server\'s config: privacy.level: given "{told.privacy.level}", which bounds '
             f'nothing by itself; this device allows "document" only (--max-epsilon '
             f"{limits.epsilon:g})",
