@@ -246,6 +246,14 @@ def test_a_round_in_which_nothing_was_trained():
     assert "round 1/3  ann  nothing trained\n" in screen.text
 
 
+def test_a_private_device_that_says_nothing_of_its_loss_has_trained():
+    screen = Screen(["ann"])
+    line = trained_line(1, "ann", None).model_copy(update={"epsilon": 2.9})
+    screen.report(line)
+    screen.report(RoundEnd(round=1))
+    assert "round 1/3  ann  trained, epsilon 2.9; its figures stay with it\n" in screen.text
+
+
 def test_warnings_are_whole_lines():
     screen = Screen(["ann"])
     message = "one expert takes over 97% of the weight " * 5

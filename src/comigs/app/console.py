@@ -181,9 +181,16 @@ class Console:
 
         # a client is measured when it is asked, and so as the round before has left it
         for name, members in groups.items():
-            losses = [t.train_nats_per_token for t in self.trained if t.client in members]
-            nats = _mean(losses)
-            parts = ["nothing trained" if nats is None else f"train {nats:.3f} nats/token"]
+            trained = [line for line in self.trained if line.client in members]
+            nats = _mean([line.train_nats_per_token for line in trained])
+            # A private device says what it spent, and nothing of its loss.
+            epsilons = [line.epsilon for line in trained if line.epsilon is not None]
+            if nats is not None:
+                parts = [f"train {nats:.3f} nats/token"]
+            elif epsilons:
+                parts = [f"trained, epsilon {max(epsilons):.1f}; its figures stay with it"]
+            else:
+                parts = ["nothing trained"]
             if personal := _measured(self.measured["personal"], members):
                 parts.append(f"{personal} after round {end.round - 1}")
             self.say(f"{start}  {name:{width}}  {', '.join(parts)}")
