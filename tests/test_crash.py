@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from unittest.mock import patch
@@ -253,3 +254,16 @@ def test_stdout_closed_by_its_reader_is_no_traceback(capsys):
     with patch("comigs.app.cli.app", side_effect=BrokenPipeError), patch("os.dup2"):
         done = comigs(capsys, "list")
     assert (done.code, done.err) == (1, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+@pytest.mark.parametrize("words", [["list", "bases"], ["--version"]])
+def test_stdout_on_a_full_disk_is_one_line(words):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "comigs", *words], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: no space left on the disk that this is written to\n",
+    )

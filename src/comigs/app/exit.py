@@ -5,6 +5,7 @@ A user's mistake is exit code 2, Ctrl-C is 130, and a bug of ours is a traceback
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -66,9 +67,12 @@ def exit_code(command: Callable[[], object]) -> int:
     except (KeyboardInterrupt, click.Abort):
         code = Stopped.exit_code
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output()
         return 1
     except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _drop_output()
+            return _say("error: no space left on the disk that this is written to", 2)
         if error.filename is None:
             raise
         return _say(f"error: {error.filename}: {error.strerror}", 2)
@@ -77,6 +81,11 @@ def exit_code(command: Callable[[], object]) -> int:
     if code == Stopped.exit_code:
         return _say("stopped", Stopped.exit_code)
     return code if isinstance(code, int) else 0
+
+
+def _drop_output() -> None:
+    """Let what is still to be written out fail no more when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _say(message: str, code: int) -> int:
