@@ -210,3 +210,8 @@ def test_a_token_that_the_base_has_no_row_for_is_refused_and_harms_nobody_else()
             client.chat.completions.create(model="run/ann", messages=picture)
         again = client.completions.create(model="run/bob", prompt="hello", temperature=0)
     assert again.choices[0].text == alone.choices[0].text
+
+
+def test_ids_that_no_token_has_are_told_with_the_range(client):
+    with pytest.raises(openai.BadRequestError, match="token ids from 0 to 256"):
+        client.completions.create(model="run/ann", prompt=[257])

@@ -63,10 +63,10 @@ def prompts_of(
     # Ids may come from the request itself, and an embedding has no row for others.
     last = len(tokenizer) - 1
     for prompt in prompts:
-        if token := unread(base.model, tokenizer, prompt):
-            raise BadRequest(f'{field}: holds "{token}", which this base does not read', field)
         if not prompt or min(prompt) < 0 or max(prompt) > last:
             raise BadRequest(f"{field}: needs token ids from 0 to {last}, at least one", field)
+        if token := unread(base.model, tokenizer, prompt):
+            raise BadRequest(f'{field}: holds "{token}", which this base does not read', field)
         if len(prompt) >= bounds.context:
             raise BadRequest(
                 f"{field}: {len(prompt)} tokens, and a prompt and its answer have room for "
