@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from comigs.config import ClientSection, parse_config
 from comigs.data.batches import Batch
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
+from comigs.experts.mixture import Mixture
 from comigs.methods.loading import load_method
 from comigs.server.validation import shapes_of_clients
 from comigs.text import parsed_size
@@ -52,6 +55,30 @@ def test_gradients_are_the_same_however_little_is_in_memory(name, packed, routin
             assert (found[slot] - gradient).norm() <= 1e-6 * gradient.norm() + 1e-9, slot
     # And the blocks are the base's own again.
     assert set(vars(base.model.get_submodule(base.architecture.blocks)[0])) == before
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
+def test_after_a_step_nothing_is_left_of_blocks_that_were_computed_again(name, monkeypatch):
+    """A mixture remembers its decision, which came of what the block read."""
+    base, read, own = tiny(name), [], Mixture.forward
+
+    def forward(mixture, x):
+        read.append(weakref.ref(x.untyped_storage()))
+        return own(mixture, x)
+
+    monkeypatch.setattr(Mixture, "forward", forward)
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(256, (4, 21), generator=random).numpy()
+    with Attachment(base.model, base.architecture, run_settings("token"), recompute=True) as at:
+        client = ClientSection()
+        state = new_train_state(random_tensors(at, shape_of(1, 1), True), client)
+        at.bind(state.tensors)
+        plan = StepSettings(client, lr=1.0, router_lr=1.0, total_steps=1, dtype=torch.float32)
+        with gradients_for(state, ("experts", "router"), lambda slot: True):
+            accumulate(at, plan, Batch(tokens[:, :-1], tokens[:, 1:]))
+            assert all(mixture.routing is not None for mixture in at.mixtures)
+            assert len(read) == 2 * len(at.mixtures)
+            assert [of() for of in read] == [None] * len(read)
 
 
 def run_settings(routing):

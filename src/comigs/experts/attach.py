@@ -78,9 +78,10 @@ class Attachment:
         for module, compute in quicker_modules(model, self.attention, architecture.blocks):
             self._quickened.append(module)
             module.forward = compute
-        for block in model.get_submodule(architecture.blocks) if recompute else ():
+        blocks = model.get_submodule(architecture.blocks) if recompute else ()
+        for block, mixture in zip(blocks, self.mixtures, strict=False):
             self._quickened.append(block)
-            block.forward = partial(recomputed, block.forward)
+            block.forward = partial(recomputed, block.forward, mixture)
 
     def _replace(self, block: nn.Module, path: str, new: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
