@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 
 import pytest
 import torch
 
-from comigs.app import api
+from comigs.app import api, dry_run
 from comigs.client import memory
 from comigs.client.memory import all_ways, windows_at_once, within_memory
 from comigs.client.state import new_train_state
@@ -153,6 +154,21 @@ def test_a_dry_run_shows_what_less_memory_costs(tmp_path, capsys):
     for words in ("base.memory", "relative speed", "1 window at once", "1.00"):
         assert words in done.out
     assert "of the 9GB allowed" in done.err + done.out
+
+
+def test_a_dry_run_names_budgets_by_which_a_run_chooses(tmp_path, capsys, monkeypatch):
+    """What the dry run itself leaves in memory is none of the run's."""
+    left, timed = [], dry_run.measured_throughput
+
+    def heavy(*place):
+        left.append(torch.ones(1 << 27))  # half a gigabyte
+        return timed(*place)
+
+    monkeypatch.setattr(dry_run, "measured_throughput", heavy)
+    done = comigs(capsys, "run", write_config(tmp_path), "--dry-run", "--set", "base.memory=9GB")
+    chosen = re.search(r"about ([\d.]+ [MG]B) of the 9GB allowed", done.err + done.out)
+    named = re.search(r"([\d.]+GB) +\d+ windows? at once", done.out)
+    assert parsed_size(named[1]) == pytest.approx(parsed_size(chosen[1]), abs=1e8)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,8 @@ class Attachment:
         self._quickened: list[nn.Module] = []
         self._is_laid_out = False
         # Modules are replaced on the model itself, and remembered, so that `detach` can undo it.
-        for block in model.get_submodule(architecture.blocks):
+        blocks = model.get_submodule(architecture.blocks)
+        for block in blocks:
             mixture = Mixture(block.get_submodule(architecture.mlp), architecture)
             self._replace(block, architecture.mlp, mixture)
             self.mixtures.append(mixture)
@@ -78,10 +79,10 @@ class Attachment:
         for module, compute in quicker_modules(model, self.attention, architecture.blocks):
             self._quickened.append(module)
             module.forward = compute
-        blocks = model.get_submodule(architecture.blocks) if recompute else ()
-        for block, mixture in zip(blocks, self.mixtures, strict=False):
-            self._quickened.append(block)
-            block.forward = partial(recomputed, block.forward, mixture)
+        if recompute:
+            for block, mixture in zip(blocks, self.mixtures, strict=True):
+                self._quickened.append(block)
+                block.forward = partial(recomputed, block.forward, mixture)
 
     def _replace(self, block: nn.Module, path: str, new: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
