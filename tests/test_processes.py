@@ -1,11 +1,14 @@
 """Ctrl-C is Ctrl-C, also where a library makes another error of it; a lock has one holder; a child
-ends with its parent.
+ends with its parent; memory that is freed goes back to the system.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -120,3 +123,27 @@ def test_a_child_goes_on_without_its_parent_only_where_it_is_told_to(tmp_path):
         assert child.is_running() is stays
         if stays:
             child.kill()
+
+
+HOLES = """
+import numpy, psutil
+from comigs.processes import LARGE, SMALLER, free_at_once
+
+free_at_once({size})
+kept, freed = [], []
+for _ in range(200):
+    freed.append(numpy.ones(150_000, dtype=numpy.float32))
+    kept.append(numpy.ones(10_000, dtype=numpy.float32))
+before = psutil.Process().memory_info().rss
+del freed
+print(before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap is what it is about")
+@pytest.mark.parametrize(("size", "freed"), [("SMALLER", 1.0), ("LARGE", 0.0)])
+def test_what_is_freed_between_what_is_kept_goes_back_to_the_system(size, freed):
+    """200 blocks of 600 kB are freed, between blocks of 40 kB that stay."""
+    script = HOLES.format(size=size)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert int(done.stdout) == pytest.approx(freed * 200 * 600e3, abs=10e6)

@@ -32,7 +32,8 @@ from comigs.errors import UserError
 
 GRACE = 5.0  # seconds for a program's clean end, once its parent has ended
 PATIENCE = 10.0  # seconds for a child's clean end, once it was asked to
-M_MMAP_THRESHOLD, LARGE = -3, 1 << 20  # of glibc, and the bytes of a large block
+M_MMAP_THRESHOLD = -3  # of glibc
+LARGE, SMALLER = 1 << 20, 1 << 18  # bytes of a block of memory
 LOOK = 0.1  # seconds between looks at whether the parent is still there
 
 
@@ -88,14 +89,15 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def free_at_once() -> None:
-    """Give large blocks of memory back to the system as soon as they are freed, where glibc is.
+def free_at_once(size: int = LARGE) -> None:
+    """Give blocks of memory of this size back to the system as soon as they are freed.
 
     By itself glibc keeps them for what comes, in a heap that grows by a half beyond what is used.
+    Where another library is, nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE)
+        mallopt(M_MMAP_THRESHOLD, size)
 
 
 @contextmanager

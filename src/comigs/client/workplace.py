@@ -8,6 +8,7 @@ from comigs.bases.load import Base
 from comigs.config import Config
 from comigs.experts.attach import Attachment, Layout
 from comigs.methods.method import Method
+from comigs.processes import SMALLER, free_at_once
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Workplace:
 
 def workplace(config: Config, method: Method, base: Base) -> Workplace:
     """Attach the experts that clients of a config have to a base; return where clients can work."""
+    # What a block is computed from again lies between what it was made of, and is held longer: the
+    # heap would have holes of megabytes a block.
+    if config.base.memory and config.base.recompute:
+        free_at_once(SMALLER)
     return Workplace(config, method, base, attach(config, method, base, config.base.recompute))
 
 
