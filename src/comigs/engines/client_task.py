@@ -80,8 +80,9 @@ def run_task(
 
         log = client.train(task.round, on_step, task.prior)
         upload = client.send(task.round)
-        metrics.append(trained(client, task.round, log))
-        speed = (log.trained_tokens + log.sent_tokens) / (time.perf_counter() - began)
+        training = trained(client, task.round, log)
+        metrics.append(training)
+        speed = training.local_tokens / (time.perf_counter() - began)
     timing = Timing(
         round=task.round,
         client=client.name,

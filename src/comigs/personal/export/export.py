@@ -27,6 +27,7 @@ from comigs.personal.export.form import LOGITS, PERPLEXITY, Format, Written
 from comigs.personal.export.outputs import Outputs, num_learnt, outputs
 from comigs.personal.export.source import Source
 from comigs.runs.checkpoint import as_os_error
+from comigs.runs.json_lines import parse_json
 
 MANIFEST = "comigs.json"
 ADVICE = "choose another place with --out"
@@ -204,10 +205,10 @@ def manifest_of(source: Source, exported: Exported) -> dict[str, Any]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of an export. Raises UserError where it is none."""
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = parse_json((folder / MANIFEST).read_bytes())
         if isinstance(content, dict) and "format" in content and "client" in content:
             return content
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         pass
     if folder.is_file():
         raise UserError(

@@ -5,7 +5,6 @@ No tensor is loaded.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from fnmatch import fnmatch
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from comigs.errors import UserError
 from comigs.files import ClosedFolder
+from comigs.runs.json_lines import parse_json
 from comigs.runs.metrics import Amount
 from comigs.slots import Slot
 
@@ -50,7 +50,7 @@ def _header(folder: ClosedFolder, name: str) -> dict[str, Amount]:
             length = int.from_bytes(file.read(8), "little")
             if length > os.fstat(file.fileno()).st_size:
                 raise ValueError("header longer than the file")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         amounts = {}
         for key, tensor in header.items():
             if key != "__metadata__":
@@ -61,5 +61,5 @@ def _header(folder: ClosedFolder, name: str) -> dict[str, Amount]:
         raise
     except FileNotFoundError:
         return {}  # a live run has just replaced it by the next round's
-    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder.path / name}: cannot be read as safetensors: {error}") from None
