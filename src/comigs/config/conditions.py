@@ -260,7 +260,7 @@ def read_trace(text: str) -> Mapping[str, Switches]:
 
     A text is read once, however many clients ask for it.
     """
-    rows = csv.DictReader(io.StringIO(text))
+    rows = csv.DictReader(io.StringIO(text), strict=True)
     try:
         return _switches(rows)
     except csv.Error as error:
