@@ -180,9 +180,9 @@ def test_a_device_with_too_little_text_is_told_at_the_start(tmp_path, monkeypatc
         ("a.jsonl", '[\n {"text": "x"}\n]', "one JSON text over the whole file, not JSON lines"),
         ("a.jsonl", '{\n "text": "x"\n}', "one JSON text over the whole file, not JSON lines"),
         ("a.jsonl", '{"text": null}', "the field `text` is null; leave the line out"),
-        ("a.arrow", "ARROW1", 'its folder may be a dataset: text = "hub:FOLDER:train"'),
-        ("a.tsv", "text\nx", "its folder may be a dataset"),
-        ("a.json", "[]", "its folder may be a dataset"),
+        ("a.arrow", "ARROW1", 'the folder may be a dataset: text = "hub:FOLDER:train"'),
+        ("a.tsv", "text\nx", "the folder may be a dataset"),
+        ("a.json", "[]", "the folder may be a dataset"),
         ("a.txt.gz", "x", "unpack it"),
         ("a.docx", "x", "save it as plain text"),
     ],
@@ -192,6 +192,15 @@ def test_what_is_no_text_is_said_in_our_words(tmp_path, name, text, says):
     with pytest.raises(UserError, match=says) as raised:
         list(open_source(name, tmp_path))
     assert "\n" not in str(raised.value) and name in str(raised.value)
+
+
+def test_a_folder_that_datasets_wrote_is_told_how_to_be_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["a"]})
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match='in this folder; .* text = "hub:FOLDER:train"'):
+        list(open_source("saved", tmp_path))
+    assert len(list(open_source("hub:saved:train", tmp_path))) == 1
 
 
 def test_utf_16_is_named(tmp_path):

@@ -26,8 +26,9 @@ CARD = re.compile(
     r"|DATA_?(SET)?[_-]?CARD)",
     re.IGNORECASE,
 )
+DATASET = 'the folder may be a dataset: text = "hub:FOLDER:train"'
 CURES = {  # how a file ends that is no text -> what to do
-    ROWS[2:] + TABLES: 'its folder may be a dataset: text = "hub:FOLDER:train"',
+    ROWS[2:] + TABLES: DATASET,
     COMPRESSED: "unpack it",
     (".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".html", ".htm"): "save it as plain text",
 }
@@ -48,7 +49,9 @@ def load(argument: str, root: Path) -> Iterator[Document]:
             raw = file.read_bytes()
         yield Document(decode(raw, str(file)), name, key=name)
     if not found:
-        raise UserError(f"{path}: no .txt or .md file in this folder")
+        kinds = {kind.removesuffix(" files") for kind in left_out(argument, root)}
+        hint = f"; {DATASET}" if kinds & {*ROWS, *TABLES} else ""
+        raise UserError(f"{path}: no .txt or .md file in this folder{hint}")
 
 
 def _files(path: Path) -> Iterator[tuple[Path, str]]:
