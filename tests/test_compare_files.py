@@ -330,13 +330,17 @@ def test_what_is_wrong_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "content", ["name = ", "[axes]\nmethod = 3", '[axes.method]\nlocal = {}\n"\xff']
+    ("content", "said"),
+    [
+        ("name = ", "cannot be read as TOML: "),
+        ("[axes]\nmethod = 3", "axes.method: must be a section with a line for each value"),
+        ('[axes.method]\nlocal = {}\n"\xff', "cannot be read as TOML: "),
+        ("a = " + "[" * 9999, "sections or lists are nested too deeply"),
+    ],
 )
-def test_a_damaged_sweep_file_is_named(tmp_path: Path, capsys, content: str) -> None:
+def test_a_damaged_sweep_file_is_named(tmp_path: Path, capsys, content: str, said: str) -> None:
     (three_methods(tmp_path) / "sweep.toml").write_bytes(content.encode("latin-1"))
-    assert f"{tmp_path / 'sweep.toml'}: cannot be read as a sweep: " in refused(
-        capsys, "compare", tmp_path
-    )
+    assert f"{tmp_path / 'sweep.toml'}: {said}" in refused(capsys, "compare", tmp_path)
 
 
 def test_a_damaged_run_is_named(tmp_path: Path, capsys) -> None:

@@ -198,7 +198,7 @@ def test_a_folder_that_datasets_wrote_is_told_how_to_be_named(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"text": ["a"]})
     datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(UserError, match='in this folder; .* text = "hub:FOLDER:train"'):
+    with pytest.raises(UserError, match=r'in this folder; .* text = "hub:FOLDER:train"'):
         list(open_source("saved", tmp_path))
     assert len(list(open_source("hub:saved:train", tmp_path))) == 1
 

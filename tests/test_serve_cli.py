@@ -57,7 +57,7 @@ def both(first=KEY + "1", second=KEY + "2"):
         (("--queue", "0"), "--queue"),
         (("--context", "1"), "--context"),
         (("--seconds", "nan"), "--seconds"),
-        (("--keys", "none.toml"), "none.toml cannot be read"),
+        (("--keys", "none.toml"), "none.toml: no such keys file"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, run, words, said):

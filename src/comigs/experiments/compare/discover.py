@@ -5,11 +5,11 @@ sweep has put each of them.
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from comigs.config import read_toml
 from comigs.errors import UserError
 from comigs.experiments.packed import is_packed, read_packed
 from comigs.experiments.run_data import RunData, read_run_folder
@@ -116,17 +116,15 @@ def _read_sweep(folder: Path) -> Sweep | None:
     path = folder / SWEEP
     if not path.is_file():
         return None
-    problems = (OSError, ValueError, RecursionError, AttributeError, TypeError)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(tree.get("axes", {}), dict):
-            return None  # some other tool's
-        axes = {str(axis): tuple(values) for axis, values in tree.get("axes", {}).items()}
-        baseline = tree.get("baseline")
-        name = str(tree.get("name", folder.name))
-        return Sweep(folder, name, baseline and str(baseline), axes)
-    except problems as error:
-        raise UserError(f"{path}: cannot be read as a sweep: {error}") from None
+    tree = read_toml(path, "sweep")
+    axes, baseline = tree.get("axes", {}), tree.get("baseline")
+    if not isinstance(axes, dict):
+        return None  # some other tool's
+    for axis, values in axes.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: axes.{axis}: must be a section with a line for each value")
+    values_of = {axis: tuple(values) for axis, values in axes.items()}
+    return Sweep(folder, str(tree.get("name", folder.name)), baseline and str(baseline), values_of)
 
 
 def _placed(run: RunData, folder: Path, sweeps: Mapping[Path, Sweep | None]) -> Found:

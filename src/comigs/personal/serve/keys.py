@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
+from comigs.config import read_toml
 from comigs.errors import UserError, nearest
 
 SHORTEST = 20  # characters of a key; `secrets.token_urlsafe(32)` has 43
@@ -47,10 +47,10 @@ def is_loopback(host: str) -> bool:
 def read_keys(path: Path, models: Iterable[str]) -> Keys:
     """Read a TOML file with one key for each model: "run/ann" = "...". Raises UserError."""
     try:
-        mode, content = path.stat().st_mode, tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--keys: {path} cannot be read: {error}") from None
-    if mode & 0o077:
+        content = read_toml(path, "keys")
+    except UserError as error:
+        raise UserError(f"--keys: {error}") from None
+    if path.stat().st_mode & 0o077:
         raise UserError(
             f"--keys: {path} can be read by other users of this machine; close it with: "
             f"chmod 600 {path}"
