@@ -12,6 +12,7 @@ from comigs import load_config
 from comigs.app import dry_run
 from comigs.bases.load import load_base
 from comigs.client import estimate
+from comigs.config import SPLITS
 from comigs.data.prepare import prepare
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
@@ -22,6 +23,7 @@ from tests.runs import ENVIRONMENT, comigs, files, refused, write_config
 MEASURE = """
 import sys
 from comigs.client import estimate
+from comigs.config import SPLITS
 from comigs.bases.load import load_base
 from comigs.config import parse_config
 from comigs.server.validation import shapes_of_clients
@@ -82,20 +84,19 @@ def test_time_counts_every_step_and_every_token_evaluated(tmp_path):
     base, method = load_base(config.base), load_method(config)
     texts = prepare(config, base.encoder)
     speed = estimate.Throughput(step_seconds=1.0, evaluation_seconds=0.0)
-    outlines = texts.outlines()
+    tokens = {}
+    for name, outline in texts.outlines().items():
+        tokens[name] = {split: getattr(outline, split)[0].num_bytes for split in SPLITS}
     # 6 rounds of 2 steps, a router step after every 3 steps, two clients
-    assert dry_run.run_seconds(config, method, speed, outlines, 1.0) == 2 * (12 + 4)
+    assert dry_run.run_seconds(config, method, speed, tokens) == 2 * (12 + 4)
     speed = estimate.Throughput(step_seconds=0.0, evaluation_seconds=1.0)
-    valid, test = (
-        sum(getattr(outline, split)[0].num_bytes for outline in outlines.values())
-        for split in ("valid", "test")
-    )
+    valid, test = (sum(own[split] for own in tokens.values()) for split in ("valid", "test"))
     # the base: valid and test; after rounds 2, 4 and 6: valid; at the end: test, which may be
     # measured again of the best round, and valid of each part alone, of both, which are compared;
     # each download on a few windows
     weighed = 2 * 7 * method.looks * method.probe * config.data.sequence_length
     assert method.looks and method.last_looks
-    assert dry_run.run_seconds(config, method, speed, outlines, 1.0) == pytest.approx(
+    assert dry_run.run_seconds(config, method, speed, tokens) == pytest.approx(
         (5 + 2 * method.last_looks) * valid + 3 * test + weighed
     )
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 
+from comigs.app.forecast import forecast_lines
 from comigs.app.setup import attached, ignore, load, read_texts, say_unread
 from comigs.bases.load import Base
 from comigs.client.estimate import (
@@ -25,7 +27,7 @@ from comigs.client.estimate import (
     tokens_read,
 )
 from comigs.client.memory import Way, all_ways, speed, within_memory
-from comigs.config import Config, Split
+from comigs.config import SPLITS, Config, Split
 from comigs.data.prepare import Outline, require_text
 from comigs.engines.conditions.engine import with_machine
 from comigs.errors import UserError
@@ -79,22 +81,28 @@ def dry_run(
         ways = all_ways(config, base, shapes, attachment)
         report(Note(message="timing two steps"))
         throughput = measured_throughput(config, base, shapes, attachment)
+        config = with_machine(config, base, shapes, attachment)
 
     # the first text stands for all: reading the others would take as long as preparing them
     store = data.load(data.names[0]).train[0]
     tokens_per_byte = store.num_tokens / store.num_bytes
-    seconds = run_seconds(config, method, throughput, data.outlines(), tokens_per_byte)
+    expected = _tokens(data.outlines(), tokens_per_byte)
+    seconds = run_seconds(config, method, throughput, expected)
     tokens = config.client.batch_size * config.data.sequence_length
     tables = [_client_table(config, method, base)]
     if base.device.type == "cpu":
         report(Note(message="timing ways to take less memory"))
         tables.append(_memory_table(ways, base))
-    return tables, [
+    lines = [
         f"a local step of {tokens:,} tokens takes {throughput.step_seconds:.2g} s here, "
         f"the run about {duration(seconds)}",
         f"memory: about {size(needed)} at its peak, "
         f"{size(available_memory(base.device))} free on {base.device}",
     ]
+    if config.conditions.given:
+        report(Note(message="letting the rounds go by without training"))
+        lines += forecast_lines(config, method, shapes, expected)
+    return tables, lines
 
 
 def fitted(config: Config, base: Base, say: Say) -> Config:
@@ -214,10 +222,12 @@ def run_seconds(
     config: Config,
     method: Method,
     throughput: Throughput,
-    outlines: Mapping[str, Outline],
-    tokens_per_byte: float,
+    tokens: Mapping[str, Mapping[Split, int]],
 ) -> float:
-    """Return the seconds of a run at that speed, with a client at a time in each worker."""
+    """Return the seconds of a run at that speed, with a client at a time in each worker.
+
+    tokens: of each client's splits.
+    """
     # a round trains those that are asked, and a router phase comes after every so many steps
     asked = config.asked
     local = config.rounds * config.client.steps
@@ -225,21 +235,24 @@ def run_seconds(
     total = asked * (steps + shared_phase_steps(config, local)) * throughput.step_seconds
 
     # the exchange after the last round only measures, and measures everybody
-    tokens = _mean_tokens(outlines, tokens_per_byte)
+    mean: dict[Split, float] = {}
+    for split in SPLITS:
+        mean[split] = fmean(own[split] for own in tokens.values())
     for number in range(1, config.rounds + 2):
         task = task_of(config, number, base_known=number > 1)
         clients = asked if number <= config.rounds else len(config.clients)
         measured = (*task.evaluate, *task.evaluate_base)
-        read = tokens_read(config, method, measured, tokens, end=not task.train)
+        read = tokens_read(config, method, measured, mean, end=not task.train)
         total += clients * read * throughput.evaluation_seconds
     return total / min(config.workers, asked)
 
 
-def _mean_tokens(outlines: Mapping[str, Outline], tokens_per_byte: float) -> dict[Split, float]:
-    """Return how many tokens a client's split has on average, by split."""
-    tokens: dict[Split, float] = {"train": 0.0, "valid": 0.0, "test": 0.0}
-    for split in tokens:
-        for outline in outlines.values():
+def _tokens(outlines: Mapping[str, Outline], tokens_per_byte: float) -> dict[str, dict[Split, int]]:
+    """Return about how many tokens each client's splits have."""
+    tokens: dict[str, dict[Split, int]] = {}
+    for name, outline in outlines.items():
+        tokens[name] = {}
+        for split in SPLITS:
             num_bytes = sum(text.num_bytes for text in getattr(outline, split))
-            tokens[split] += num_bytes * tokens_per_byte / len(outlines)
+            tokens[name][split] = round(num_bytes * tokens_per_byte)
     return tokens

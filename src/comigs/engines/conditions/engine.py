@@ -8,6 +8,7 @@ what it does.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from comigs.bases.load import Base
 from comigs.client.estimate import measured_throughput
@@ -24,13 +25,20 @@ from comigs.runs.metrics import Evaluation, TrainReport
 from comigs.runs.simulated import Exchange
 from comigs.server.communication import traffic
 from comigs.server.dispatch import Dispatcher, Polling, Question
-from comigs.server.protocol import Answers, Reply, Report, Task
+from comigs.server.protocol import Answers, Engine, Reply, Report, Task
 from comigs.server.validation import read_reply
 from comigs.server.wire import download_bytes
 from comigs.slots import Shapes
 
 STATE = "server/conditions"  # path in the run: the clock, and what is on its way
 READ = 0.45  # of a trained token's work is that of one that is only measured (docs/conditions.md)
+
+
+class Clients(Engine, Protocol):
+    """Clients that are all here, for simulated devices to stand before."""
+
+    def close(self) -> None:
+        """Give back what they hold."""
 
 
 class Conditions:
@@ -43,7 +51,7 @@ class Conditions:
         self,
         config: Config,
         method: Method,
-        clients: InProcess,
+        clients: Clients,
         folder: RunFolder,
         report: Report,
     ) -> None:
