@@ -457,6 +457,36 @@ def test_work_whose_upload_was_lost_and_sent_again_is_not_lost(runs):
     assert [s.outcome for s in timeline(refused).spans if s.client == "bob"] == ["refused"]
 
 
+def test_what_is_sent_in_a_later_round_is_counted_once_and_drawn_as_late(runs):
+    from comigs.runs.report.read import read_run
+    from comigs.runs.report.timeline import timeline
+
+    # ada is lost while it sends its answers to rounds 2 and 3, and sends each when it is asked next
+    switches = "ada,0,1\nada,65,0\nada,169.5,1\nada,180,0\nada,281,1\nada,1e6,1\n"
+    trace = f"client,seconds,available\n{switches}bob,0,1\nbob,1e6,1\n"
+    conditions = {"tokens_per_second": 100, "upload": 1000, "trace": trace, "patience": 1}
+    folder = runs(
+        "resent",
+        "ada bob",
+        conditions=conditions | {"clients": {"bob": {"tokens_per_second": 5}}},
+        participation={"deadline": 200, "late": "discount", "max_failures": 9},
+        evaluation={"every": 0, "keep": "last"},
+        rounds=4,
+    )
+    read = read_run(folder.path)
+    resent = [a for a in read.attempts if a.answers is not None]
+    assert [(a.client, a.round, a.answers) for a in resent] == [("ada", 3, 2), ("ada", 4, 3)]
+    assert ("ada", 2) in {(line.client, line.round) for line in read.train}
+    drawn = {s.begins: s.outcome for s in timeline(read).spans if s.client == "ada"}
+    assert [drawn[a.asked] for a in resent] == ["late", "late"]
+    last = {line["client"]: line["downloaded_bytes"] for line in lines(folder, "download")}
+    for name, result in folder.summary().clients.items():
+        own = [a for a in read.attempts if a.client == name]
+        assert result.uploaded_bytes == sum(a.uploaded_bytes for a in own)
+        received = sum(a.downloaded_bytes for a in own)
+        assert result.downloaded_bytes - last[name] == received
+
+
 def test_a_client_that_is_away_counts_as_it_was_last_measured_and_at_first_as_the_base():
     config = parse_config({"clients": [{"name": name, "text": name} for name in ("ada", "bob")]})
     rounds = [{"round": 0, "client": name, "valid_perplexity": 100.0} for name in ("ada", "bob")]

@@ -1,4 +1,6 @@
-"""What a run with simulated devices and links writes down beside all else (docs/conditions.md)."""
+"""These are the lines of a run with simulated devices and links, beside all others
+(docs/conditions.md).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class Attempt(ClientLine):
 
     ended: when its answer is in, or what it did is lost. tokens: that it trained on until then.
     uploaded_bytes, downloaded_bytes: of the numbers that travelled until then. lost: why no answer
-    comes of it; None where one does, however late.
+    comes of it; None where one does, however late. answers: the round of the answer that was sent,
+    where that is an earlier one, which nobody had waited for.
     """
 
     kind: Literal["attempt"] = "attempt"
@@ -31,6 +34,12 @@ class Attempt(ClientLine):
     uploaded_bytes: Count
     downloaded_bytes: Count
     lost: Annotated[str | None, OrLeftOut] = None
+    answers: Annotated[Count | None, OrLeftOut] = None
+
+    @property
+    def answered_round(self) -> int:
+        """The round that what was sent belongs to."""
+        return self.round if self.answers is None else self.answers
 
 
 def wasted_bytes(attempts: Iterable[Attempt], rounds: Iterable[int]) -> tuple[int, int]:
@@ -40,8 +49,8 @@ def wasted_bytes(attempts: Iterable[Attempt], rounds: Iterable[int]) -> tuple[in
     """
     uploaded, downloaded, counted = 0, 0, set(rounds)
     for attempt in attempts:
-        if attempt.lost is None and attempt.round in counted:
-            counted.remove(attempt.round)
+        if attempt.lost is None and attempt.answered_round in counted:
+            counted.remove(attempt.answered_round)
             continue
         uploaded += attempt.uploaded_bytes
         downloaded += attempt.downloaded_bytes

@@ -78,6 +78,18 @@ class Loss:
     why: str
 
 
+@dataclass(frozen=True)
+class Done:
+    """An attempt has come to this: tokens that were trained on, bytes that travelled, and the round
+    of the answer that was sent; 0 where none was ready.
+    """
+
+    tokens: int = 0
+    sent: int = 0
+    received: int = 0
+    answers: int = 0
+
+
 class Network:
     """A network has a node for each client, by its place in the config.
 
@@ -170,7 +182,7 @@ class Network:
                 self._carry(id, message, works[client])
                 continue
             # Whoever has no privacy left says so at once.
-            self._note(message, self.time, 0, (0, len(message)), SPENT)
+            self._note(message, self.time, Done(received=len(message)), SPENT)
             self.trips[client] = Trip(id, client, self.time, answer=None, lost=SPENT)
         return [self.trips[client] for client in pushed]
 
@@ -189,7 +201,7 @@ class Network:
         self._undo(message.client)
         done = max(0.0, loss.at - received) / max(ready - received, 1e-12)
         came = _moved(len(message), link.download, loss.at - self.time - link.latency)
-        self._lose(id, message, loss, int(done * work.tokens), (0, came))
+        self._lose(id, message, loss, Done(int(done * work.tokens), 0, came))
 
     def _send(self, id: str, message: Message, answer: Answer, link: Link, tokens: int) -> None:
         """Take an answer that is ready to the server, or leave it on its device."""
@@ -201,9 +213,10 @@ class Network:
             self.held[message.client] = answer
             sent = _moved(answer.uploaded_bytes, link.upload, loss.at - begins)
             came = _moved(len(message), link.download, loss.at - self.time - link.latency)
-            self._lose(id, message, loss, tokens, (sent, came))
+            self._lose(id, message, loss, Done(tokens, sent, came, answer.reply.round))
             return
-        self._note(message, arrives, tokens, (answer.uploaded_bytes, len(message)))
+        done = Done(tokens, answer.uploaded_bytes, len(message), answer.reply.round)
+        self._note(message, arrives, done)
         self.trips[message.client] = Trip(id, message.client, arrives, answer)
 
     def _received(self, message: Message, link: Link) -> float:
@@ -225,34 +238,26 @@ class Network:
             drops = self.time + link.drops_at * (arrives - self.time)
         return Loss(drops, DROPPED) if drops < goes else Loss(goes, GONE)
 
-    def _lose(
-        self, id: str, message: Message, loss: Loss, tokens: int, moved: tuple[int, int]
-    ) -> None:
-        self._note(message, loss.at, tokens, moved, loss.why)
+    def _lose(self, id: str, message: Message, loss: Loss, done: Done) -> None:
+        self._note(message, loss.at, done, loss.why)
         self.trips[message.client] = Trip(
             id, message.client, loss.at + self._noticed, answer=None, lost=loss.why
         )
 
-    def _note(
-        self,
-        message: Message,
-        ended: float,
-        tokens: int,
-        moved: tuple[int, int],
-        why: str | None = None,
-    ) -> None:
-        """Keep the line of an attempt. moved: the bytes that were sent and received until then."""
-        sent, received = moved
+    def _note(self, message: Message, ended: float, done: Done, why: str | None = None) -> None:
+        """Keep the line of an attempt."""
+        round = message.task.round
         self.attempts.append(
             Attempt(
-                round=message.task.round,
+                round=round,
                 client=message.client,
                 asked=self.time,
                 ended=ended,
-                tokens=tokens,
-                uploaded_bytes=sent,
-                downloaded_bytes=received,
+                tokens=done.tokens,
+                uploaded_bytes=done.sent,
+                downloaded_bytes=done.received,
                 lost=why,
+                answers=done.answers if done.answers not in (0, round) else None,
             )
         )
 

@@ -1,4 +1,7 @@
-"""Who worked when in a run with simulated devices, and what came of it. Nothing is drawn here."""
+"""This module says who worked when in a run with simulated devices, and what came of it.
+
+Nothing is drawn here.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def timeline(run: Run) -> Timeline | None:
         outcome: Outcome = "counted"
         if line.lost is not None:
             outcome = "lost"
-        elif line.ended > ended[line.round]:
+        elif line.ended > ended[line.round] or line.answered_round < line.round:
             outcome = "late"
         elif (line.client, line.round) not in counted:
             outcome = "refused"
