@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,11 @@ def lines(folder, *kinds):
         ({"trace": TRACE.replace("90", "20")}, "line 4: not sorted"),
         ({"trace": TRACE.replace("ada", "bob")}, "no line of client ada; it must cover the run"),
         ({"trace": TRACE.replace("ada,0,", "ada,3,")}, "first line must be of second 0"),
+        ({"trace": TRACE.replace("50,0", "50,0,7")}, "line 3: has more cells than the first line"),
+        (
+            {"clients": {"ada": {"trace": TRACE.replace("ada", "bob")}}},
+            "conditions.clients.ada.trace: has no line of client ada",
+        ),
         ({"trace": "a,b\n1,2\n"}, "begins with the line client,seconds,available"),
         ({"latency": 1e200}, "conditions.latency: given 1e+200; must be 1000000.0 or less"),
         ({"upload": 1e-150}, "conditions.upload: given 1e-150; must be 1.0 or more"),
@@ -118,6 +124,24 @@ def test_figures_of_a_client_count_before_its_groups_and_those_before_the_genera
         1,
     )
     assert (bob.speed, bob.tokens_per_second, bob.upload, bob.on) == (None, 10, 7, None)
+
+
+def test_a_trace_for_all_needs_no_line_of_who_has_another_one():
+    trace, own = TRACE.replace("ada", "bob"), {"ada": {"on": 5, "off": 5}}
+    both = weather(trace=trace, clients=own)
+    assert both.of("ada").trace is None and both.of("bob").trace == trace
+    with pytest.raises(UserError, match=r"conditions\.trace: has no line of client ada"):
+        weather(trace=trace)
+
+
+def test_power_changes_by_one_and_stays_at_the_ends_of_its_range():
+    for number, reached in ((5, {5, 4, 3, 2, 1}), (0, {0, 1, 2, 3})):
+        clients = [{"name": "ada", "text": "a", "specialists": number}]
+        rates = {"specialists_rate": 1}
+        drawn = Weather(parse_config({"seed": 7, "clients": clients, "conditions": rates}))
+        power = [drawn.specialists("ada", round) for round in range(1, 80)]
+        assert {abs(b - a) for a, b in pairwise(power)} == {0, 1}
+        assert power[0] == number and set(power) == reached
 
 
 def test_a_changing_power_of_one_level_replaces_that_of_a_more_general_one():
@@ -295,17 +319,17 @@ def runs(tmp_path_factory):
 
 
 def test_with_every_condition_off_a_run_is_the_same_to_the_bit(runs):
-    files = [file for file in sorted(runs.off.path.rglob("*")) if file.is_file()]
-    for file in files:
-        if file.name not in ("timings.jsonl", "checkpoint.json", "config.toml", "env.json"):
-            other = runs.empty.path / file.relative_to(runs.off.path)
-            assert file.read_bytes() == other.read_bytes(), file
-    assert runs.off.checkpoint().files == runs.empty.checkpoint().files
+    assert runs.off.config().conditions == runs.empty.config().conditions
+    assert lines(runs.empty) == lines(runs.off)
 
     # A clock alone changes nothing, and takes no time where nothing does.
     told = [line for line in lines(runs.free) if line["kind"] not in ("exchange", "attempt")]
     assert told == lines(runs.off)
     assert {line["ended"] for line in lines(runs.free, "exchange")} == {0.0}
+    tensors = {f.relative_to(runs.off.path) for f in runs.off.path.rglob("*.safetensors")}
+    assert {file.parts[0] for file in tensors} == {"clients"}
+    for file in (*tensors, "summary.json"):
+        assert (runs.off.path / file).read_bytes() == (runs.free.path / file).read_bytes(), file
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(runs):

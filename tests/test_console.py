@@ -30,7 +30,7 @@ def test_absences_and_who_is_left_out_are_said(tmp_path):
     for round in (1, 2, 3):
         assert f"round {round}/4  bob  absent: {GONE}\n" in out
     assert (
-        out.count("left-out: client bob: asked 3 times in a row") == 1
+        out.count("left-out: client bob: nothing usable came from it 3 times in a row") == 1
         and "round 4/4  bob" not in out
     )
 

@@ -101,7 +101,7 @@ class Condition(Section):
         gt=0,
         le=1,
         description="Before each round from the second on, a client gains or loses a specialist "
-        "with this probability.",
+        "with this probability; at the end of specialists_range it stays as it is instead.",
     )
     specialists_range: tuple[int, int] | None = Field(
         None,
@@ -229,17 +229,21 @@ class ConditionsSection(Condition):
                 raise ValueError(
                     f"conditions.clients.{name}: no such client; there are: {', '.join(known)}"
                 )
-        for one in (None, *self.clients):
-            self.possible(one)
-        for condition in self.everyone():
-            if condition.trace is None:
-                continue
-            only = [name for name, own in self.clients.items() if own is condition]
-            missing = sorted(set(only or known) - read_trace(condition.trace).keys())
-            if missing:
-                raise ValueError(
-                    f"conditions.trace: has no line of client {missing[0]}; it must cover the run"
-                )
+        usual = self.possible(None)
+        for name in known:
+            for figures in self.possible(name) if name in self.clients else usual:
+                if figures.trace is not None and name not in read_trace(figures.trace):
+                    raise ValueError(
+                        f"{self._place_of(figures.trace)}: has no line of client {name}; it must "
+                        "cover the run"
+                    )
+
+    def _place_of(self, trace: str) -> str:
+        """Return the address of the first level that gives a trace."""
+        places = ["conditions", *(f"conditions.groups.{name}" for name in self.groups)]
+        places += [f"conditions.clients.{name}" for name in self.clients]
+        levels = zip(places, self.everyone(), strict=True)
+        return next(f"{place}.trace" for place, level in levels if level.trace == trace)
 
 
 def merged(conditions: Iterable[Condition]) -> Condition:
@@ -275,6 +279,8 @@ def _switches(rows: csv.DictReader[str]) -> Mapping[str, Switches]:
     switches: dict[str, list[tuple[float, bool]]] = {}
     for row in rows:
         line = f"line {rows.line_num}"
+        if None in row:
+            raise ValueError(f"{line}: has more cells than the first line")
         try:
             seconds, available = float(row["seconds"]), bool(("0", "1").index(row["available"]))
         except (TypeError, ValueError):

@@ -186,7 +186,10 @@ def private(choice: Choice) -> Reason:
 
 def simulated(choice: Choice) -> Reason:
     """Say of simulated conditions whether this run simulates any."""
-    return "devices have conditions of their own" if choice.engine == "flower" else ""
+    if choice.engine == "flower":
+        return "devices have conditions of their own"
+    given = choice.config.conditions.given
+    return "" if given else "no device or link in it has a figure"
 
 
 def summed(choice: Choice) -> Reason:

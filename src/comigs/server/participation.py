@@ -41,7 +41,7 @@ def left_out_line(round: int, client: str, failures: int, reason: str) -> Warned
         round=round,
         client=client,
         sign="left-out",
-        message=f"asked {times} and nothing usable came (last: {reason}); "
+        message=f"nothing usable came from it {times} (last: {reason}); "
         "it is left out of the rest of the run",
     )
 

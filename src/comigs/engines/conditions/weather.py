@@ -103,8 +103,10 @@ class Weather:
         least, most = own.specialists_range or SPECIALISTS_RANGE
         for before in range(2, round + 1):
             changes, gains = self._random("specialists", client, before).random(size=2)
-            if changes < own.specialists_rate:
-                number = min(most, max(least, number + (1 if gains < 0.5 else -1)))
+            if changes < own.specialists_rate and gains < 0.5:
+                number += number < most
+            elif changes < own.specialists_rate:
+                number -= number > least
         return number
 
     def _random(self, *names: str | int) -> Generator:

@@ -103,7 +103,7 @@ def cost_table(results: Results) -> Table:
         ("work lost", "work_lost", f.percent),
     ):
         values = [r.costs[name] for r in results.rows]
-        if any(values):
+        if any(value not in (None, "") for value in values):
             columns.append(Column(header, list(map(said, values))))
 
     # A setting that is better in the end may have taken longer to be as good as the baseline.

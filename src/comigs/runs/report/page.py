@@ -148,7 +148,8 @@ def _pictures(run: Run) -> dict[str, Any]:
         pictures["share_clients"] = [curve.client for curve in shares]
     if (shown := timeline(run)) is not None:
         pictures["timeline"] = Markup(plots.timeline_plot(shown))
-        pictures["work_lost"] = shown.work_lost and f.percent(shown.work_lost)
+        if shown.work_lost is not None:
+            pictures["work_lost"] = f.percent(shown.work_lost)
     if drift:
         drawn = Markup(plots.curves_plot([Curve("Drift", drift)], end, "drift"))
         pictures["drift_plot"] = drawn
