@@ -20,8 +20,10 @@ from comigs.experiments.compare.simulated import final_valid, hours_to, mean_by_
 from comigs.experiments.run_data import RunData, read_run_folder
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import RoundEnd
+from comigs.runs.simulated import Exchange, round_times
 from comigs.server.dispatch import Dispatcher, Polling, Question
 from comigs.server.protocol import Reply, Task
+from comigs.text import duration
 from tests.conftest import run_config
 from tests.test_missing_clients import run as run_losing
 
@@ -420,7 +422,7 @@ def test_the_report_has_a_timeline_and_a_comparison_hours_and_work_lost(runs, tm
     from comigs.experiments.compare.write import write_comparison
     from comigs.runs.report.page import report_page
     from comigs.runs.report.read import read_run
-    from comigs.runs.report.timeline import timeline, worked_tokens
+    from comigs.runs.report.timeline import timeline, took, worked_tokens
 
     read = read_run(runs.rough.path)
     shown = timeline(read)
@@ -442,6 +444,9 @@ def test_the_report_has_a_timeline_and_a_comparison_hours_and_work_lost(runs, tm
         line.uploaded_bytes for line in read.train
     )
     page = report_page(read)
+    assert f"All rounds took {took(read)}. " in page and took(read).startswith(
+        duration(read.exchanges[-1].ended)
+    )
     assert (
         "<h2>Timeline</h2>" in page and "of the tokens that were trained on came to nothing" in page
     )
@@ -462,6 +467,17 @@ def test_the_report_has_a_timeline_and_a_comparison_hours_and_work_lost(runs, tm
     written = write_comparison(compared, tmp_path / "out")
     assert any(path.name == "by-hours.svg" for path in written)
     assert "Against simulated hours" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_a_round_that_was_asked_again_is_one_round_and_the_console_says_its_time(capsys):
+    from comigs.app.console import Console
+
+    parts = [(1, 0.0, 60.0), (2, 60.0, 70.0), (2, 70.0, 3720.0)]
+    exchanges = [Exchange(round=r, began=began, ended=ended) for r, began, ended in parts]
+    assert round_times(exchanges) == {1: (0.0, 60.0), 2: (60.0, 3720.0)}
+    Console(load_config("configs/quickstart.toml")).report(exchanges[2])
+    said = "round 2/6  took 60.8 min of simulated time; 62.0 min since the run began"
+    assert capsys.readouterr().out.strip() == said
 
 
 def test_work_whose_upload_was_lost_and_sent_again_is_not_lost(runs):

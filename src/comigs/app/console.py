@@ -18,6 +18,7 @@ from rich.text import Text
 from comigs import text as f
 from comigs.app.tables import show_table
 from comigs.runs.metrics import Absent, Evaluation, Event, Note, RoundEnd, Step, Train, Warned
+from comigs.runs.simulated import Exchange
 
 if TYPE_CHECKING:
     from comigs.config import Config
@@ -84,6 +85,7 @@ class Console:
             Train: self.trained.append,
             Evaluation: self._evaluation,
             Absent: self._absent,
+            Exchange: self._exchange,
             RoundEnd: self._round_end,
             Warned: self._warning,
         }
@@ -164,6 +166,11 @@ class Console:
         if line.round > self._run.rounds:
             where = "last exchange"
         self.say(f"{where}  {line.client}  absent: {line.reason}", style="yellow")
+
+    def _exchange(self, line: Exchange) -> None:
+        took, since = f.duration(line.ended - line.began), f.duration(line.ended)
+        where = f"round {line.round}/{self._run.rounds}"
+        self.say(f"{where}  took {took} of simulated time; {since} since the run began")
 
     def _round_end(self, end: RoundEnd) -> None:
         """Show a whole round: a line for each client, or one of their means if there are many."""

@@ -19,10 +19,10 @@ from comigs.errors import UserError
 from comigs.methods.method import Method
 from comigs.runs.folder import RunFolder
 from comigs.runs.report.read import Run, read_run
-from comigs.runs.report.timeline import work_lost
+from comigs.runs.report.timeline import took, work_lost
 from comigs.server.rounds import run_rounds
 from comigs.slots import Shapes
-from comigs.text import duration, listed, plural
+from comigs.text import listed, plural
 
 
 def forecast(
@@ -58,21 +58,12 @@ def forecast_lines(
         reason, *_ = str(error).split("; every whole round is kept")
         return [f"behind these conditions the run stops: {reason}"]
 
-    # a round that was asked again has several exchanges, one after the other
-    began: dict[int, float] = {}
-    ended: dict[int, float] = {}
-    for exchange in run.exchanges:
-        began.setdefault(exchange.round, exchange.began)
-        ended[exchange.round] = exchange.ended
-    seconds = [ended[round] - began[round] for round in ended]
-    lengths = duration(median(seconds))
-    if max(seconds) > 1.01 * min(seconds):
-        lengths += f" at the median, {duration(min(seconds))} to {duration(max(seconds))}"
-
     # what was late and counts in a later round has trained, too
     counted = {(line.client, line.round) for line in run.train}
     tried = {(line.client, line.round) for line in run.attempts}
-    missed = {(line.client, line.round) for line in run.absent if line.round in ended} - counted
+    missed = {
+        (line.client, line.round) for line in run.absent if line.round <= config.rounds
+    } - counted
     times = Counter(client for client, _ in counted)
     rounds = [times[name] for name in config.names]
     lost = work_lost(run) or 0.0
@@ -83,8 +74,7 @@ def forecast_lines(
             members.setdefault(group, []).append(name)
     return [
         *(f"group {group}: {listed(names)}" for group, names in members.items()),
-        f"behind these conditions {plural(len(ended), 'round')} take "
-        f"{duration(sum(seconds))}: {lengths} each",
+        f"behind these conditions {plural(config.rounds, 'round')} take {took(run)}",
         f"clients are asked {len(counted | missed):,} times: {len(counted):,} answers count, "
         f"{len(missed & tried):,} are late or lost, {len(missed - tried):,} times the client is "
         f"away; {lost:.0%} of the work is lost",

@@ -42,6 +42,18 @@ class Attempt(ClientLine):
         return self.round if self.answers is None else self.answers
 
 
+def round_times(exchanges: Iterable[Exchange]) -> dict[int, tuple[float, float]]:
+    """Return round -> the simulated seconds at which it began and ended.
+
+    A round that was asked again has several exchanges.
+    """
+    times: dict[int, tuple[float, float]] = {}
+    for exchange in exchanges:
+        began, _ = times.get(exchange.round, (exchange.began, exchange.ended))
+        times[exchange.round] = began, exchange.ended
+    return times
+
+
 def wasted_bytes(attempts: Iterable[Attempt], rounds: Iterable[int]) -> tuple[int, int]:
     """Return the bytes that a client sent and received in attempts that did not count.
 

@@ -132,6 +132,7 @@ def _pictures(run: Run) -> dict[str, Any]:
         "share_clients": [],
         "drift_plot": None,
         "timeline": None,
+        "took": "",
         "work_lost": None,
     }
     # Clients are compared with each other, so their plots have the same axes.
@@ -148,6 +149,7 @@ def _pictures(run: Run) -> dict[str, Any]:
         pictures["share_clients"] = [curve.client for curve in shares]
     if (shown := timeline(run)) is not None:
         pictures["timeline"] = Markup(plots.timeline_plot(shown))
+        pictures["took"] = shown.took
         if shown.work_lost is not None:
             pictures["work_lost"] = f.percent(shown.work_lost)
     if drift:

@@ -6,9 +6,12 @@ Nothing is drawn here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean, median
 from typing import Literal
 
 from comigs.runs.report.read import Run
+from comigs.runs.simulated import round_times
+from comigs.text import duration
 
 Outcome = Literal["counted", "late", "refused", "lost"]
 MAX_CLIENTS = 40  # that are shown: those that were lost most often first
@@ -28,12 +31,15 @@ class Span:
 class Timeline:
     """A timeline has the clients that are shown, their spans, the seconds at which rounds end, and
     who was away for a whole round: (client, the seconds in the middle of the round).
+
+    took: how long rounds lasted, in words.
     """
 
     clients: tuple[str, ...]
     spans: tuple[Span, ...]
     ends: tuple[float, ...]
     away: tuple[tuple[str, float], ...]
+    took: str
     work_lost: float | None
 
 
@@ -42,11 +48,7 @@ def timeline(run: Run) -> Timeline | None:
     if not run.exchanges:
         return None
     counted = {(line.client, line.round) for line in run.train}
-    began: dict[int, float] = {}
-    ended: dict[int, float] = {}
-    for exchange in run.exchanges:
-        began.setdefault(exchange.round, exchange.began)
-        ended[exchange.round] = exchange.ended
+    times = round_times(run.exchanges)
 
     # An answer that came after its round may count in a later one, or not at all.
     spans, lost = [], dict.fromkeys(run.clients, 0)
@@ -54,7 +56,7 @@ def timeline(run: Run) -> Timeline | None:
         outcome: Outcome = "counted"
         if line.lost is not None:
             outcome = "lost"
-        elif line.ended > ended[line.round] or line.answered_round < line.round:
+        elif line.ended > times[line.round][1] or line.answered_round < line.round:
             outcome = "late"
         elif (line.client, line.round) not in counted:
             outcome = "refused"
@@ -65,17 +67,28 @@ def timeline(run: Run) -> Timeline | None:
     away = []
     for absent in run.absent:
         key = absent.client, absent.round
-        if key not in tried and absent.round in ended and not absent.reason.startswith("busy"):
-            away.append((absent.client, (began[absent.round] + ended[absent.round]) / 2))
+        if key not in tried and absent.round in times and not absent.reason.startswith("busy"):
+            away.append((absent.client, fmean(times[absent.round])))
             lost[absent.client] += 1
     shown = sorted(run.clients, key=lambda name: -lost[name])[:MAX_CLIENTS]
     return Timeline(
         clients=tuple(name for name in run.clients if name in shown),
         spans=tuple(span for span in spans if span.client in shown),
-        ends=tuple(ended.values()),
+        ends=tuple(end for _, end in times.values()),
+        took=took(run),
         away=tuple(each for each in away if each[0] in shown),
         work_lost=work_lost(run),
     )
+
+
+def took(run: Run) -> str:
+    """Return how long the rounds lasted, as 24.5 h: 60.0 min at the median, 60.0 min to 3.4 h."""
+    seconds = [ended - began for began, ended in round_times(run.exchanges).values()]
+    words = f"{duration(sum(seconds))}: {duration(median(seconds))} each"
+    if max(seconds) > 1.01 * min(seconds):
+        words = words.replace(" each", " at the median")
+        words += f", {duration(min(seconds))} to {duration(max(seconds))}"
+    return words
 
 
 def work_lost(run: Run) -> float | None:
