@@ -342,6 +342,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(runs):
     assert lines(stopped) == lines(runs.rough)
 
 
+def test_what_another_version_left_on_its_way_is_refused(runs, monkeypatch):
+    monkeypatch.setattr("comigs.engines.conditions.saved.FORMAT", 1)
+    stopped = stopped_after(2, runs.root, "other", **ROUGH)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="written by another version of comigs"):
+        api.resume(stopped.path)
+
+
 def stopped_after(round, root, name, names=NAMES, **tree):
     """The folder of a run that was stopped at the end of that round."""
 

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from comigs.engines.conditions.merged import Merged
 from comigs.engines.conditions.network import Answer, Network, Trip
+from comigs.errors import UserError
+from comigs.methods.method import Upload
 from comigs.server.dispatch import Dispatcher, Out, Question
 from comigs.server.protocol import Reply
 from comigs.server.validation import read_reply
 from comigs.slots import Slot
 
 TABLE = "network"
+FORMAT = 2  # of the table; the first had positions instead of names
 
 
 def saved(network: Network, dispatcher: Dispatcher[Reply], merged: Merged) -> dict[str, Tensor]:
@@ -31,19 +34,24 @@ def saved(network: Network, dispatcher: Dispatcher[Reply], merged: Merged) -> di
     tensors: dict[str, Tensor] = {}
     trips: dict[str, Any] = {}
     for client, trip in network.trips.items():
-        trips[client] = [trip.id, trip.known, None, trip.lost]
+        told: dict[str, Any] = {"id": trip.id, "known": trip.known, "lost": trip.lost}
+        told["answer"] = None
         if trip.answer is not None:
-            trips[client][2] = _packed(f"trip/{client}", trip.answer, tensors)
+            told["answer"] = _packed(f"trip/{client}", trip.answer, tensors)
+        trips[client] = told
     held: dict[str, Any] = {}
     for client, answer in network.held.items():
         held[client] = _packed(f"held/{client}", answer, tensors)
+
+    # A question is asked again in its own words; here it is enough to know whose it is.
     out: dict[str, Any] = {}
     for id, message in dispatcher.out.items():
-        question = message.question
-        out[id] = [question.client, question.round, message.size, message.started, message.ends]
-    told = {"time": network.time, "trips": trips, "held": held, "out": out}
-    told["merged"] = merged.saved()
-    raw = json.dumps(told, allow_nan=False).encode()
+        question = {"client": message.question.client, "round": message.question.round}
+        sent = {"size": message.size, "started": message.started, "ends": message.ends}
+        out[id] = question | sent
+    whole = {"format": FORMAT, "time": network.time, "trips": trips, "held": held, "out": out}
+    whole["merged"] = merged.saved()
+    raw = json.dumps(whole, allow_nan=False).encode()
     return tensors | {TABLE: torch.tensor(list(raw), dtype=torch.uint8)}
 
 
@@ -53,18 +61,30 @@ def unsaved(
     dispatcher: Dispatcher[Reply],
     merged: Merged,
 ) -> None:
-    """Put network, dispatcher and what was merged where they were when `saved` was called."""
+    """Put network, dispatcher and what was merged where they were when `saved` was called.
+
+    Raises UserError where another version of comigs has written it.
+    """
     told = json.loads(bytes(tensors[TABLE].tolist()))
+    if told.get("format") != FORMAT:
+        raise UserError(
+            "conditions: what is on its way in this run was written by another version of comigs; "
+            "go on with that one, or start a new run"
+        )
+
+    # the clock and what clients have, then what is on its way to the server, then to clients
     network.time = told["time"]
-    merged.restore(told.get("merged", {}))  # older runs have none
-    for client, (id, known, answer, lost) in told["trips"].items():
-        kept = None if answer is None else _unpacked(f"trip/{client}", answer, tensors)
-        network.trips[client] = Trip(id, client, known, kept, lost)
+    merged.restore(told["merged"])
+    for client, trip in told["trips"].items():
+        answer = None
+        if trip["answer"] is not None:
+            answer = _unpacked(f"trip/{client}", trip["answer"], tensors)
+        network.trips[client] = Trip(trip["id"], client, trip["known"], answer, trip["lost"])
     for client, answer in told["held"].items():
         network.held[client] = _unpacked(f"held/{client}", answer, tensors)
-    for id, (client, round, size, started, ends) in told["out"].items():
-        asked = Question[Reply](client, round, lambda: None, lambda reply, _: reply)
-        dispatcher.out[id] = Out(asked, size, started, ends)
+    for id, sent in told["out"].items():
+        asked = Question[Reply](sent["client"], sent["round"], lambda: None, lambda reply, _: reply)
+        dispatcher.out[id] = Out(asked, sent["size"], sent["started"], sent["ends"])
 
 
 def _in_memory(answer: Answer) -> Answer:
@@ -73,22 +93,30 @@ def _in_memory(answer: Answer) -> Answer:
     return replace(answer, reply=kept)
 
 
-def _packed(name: str, answer: Answer, tensors: dict[str, Tensor]) -> list[Any]:
+def _packed(name: str, answer: Answer, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return an answer as JSON has it, with its tensors added to `tensors`."""
     reply, (lines, timing) = answer.reply, read_reply(answer.reply)
     for number, (slot, tensor) in enumerate((reply.upload or {}).items()):
         tensors[f"{name}/{number}/{slot}"] = tensor
-    metrics = [line.as_json() for line in lines]
-    told = [metrics, timing.as_json(), reply.train_tokens, reply.round, reply.upload is not None]
-    return [*told, answer.uploaded_bytes, answer.ready]
+    return {
+        "metrics": [line.as_json() for line in lines],
+        "timing": timing.as_json(),
+        "train_tokens": reply.train_tokens,
+        "round": reply.round,
+        "has_upload": reply.upload is not None,
+        "uploaded_bytes": answer.uploaded_bytes,
+        "ready": answer.ready,
+    }
 
 
-def _unpacked(name: str, told: list[Any], tensors: Mapping[str, Tensor]) -> Answer:
-    metrics, timing, tokens, round, has_upload, uploaded, ready = told
+def _unpacked(name: str, told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Answer:
     numbered = {}
     for key, tensor in tensors.items():
         if key.startswith(f"{name}/"):
             number, _, slot = key.removeprefix(f"{name}/").partition("/")
             numbered[int(number)] = Slot.parse(slot), tensor.clone()
-    upload = dict(numbered[number] for number in sorted(numbered)) if has_upload else None
-    return Answer(Reply(upload, metrics, timing, tokens, round), uploaded, ready)
+    upload: Upload | None = None
+    if told["has_upload"]:
+        upload = dict(numbered[number] for number in sorted(numbered))
+    reply = Reply(upload, told["metrics"], told["timing"], told["train_tokens"], told["round"])
+    return Answer(reply, told["uploaded_bytes"], told["ready"])
