@@ -26,6 +26,7 @@ from comigs.server import wire
 from comigs.slots import Slot
 from comigs.text import CONTROL
 from tests.device import Setting, lying, opened
+from tests.exports import base_of
 
 GRACE = 150e6  # bytes beside what the process has
 
@@ -282,6 +283,18 @@ def test_a_method_looks_no_more_often_than_it_says(tmp_path, method):
 def pinned(tmp_path):
     base = BaseSection(name="tiny-gpt2", dtype="float32", device="cpu")
     return Setting(tmp_path, device={"pinned": pin(base)})
+
+
+def test_a_device_whose_bundle_pins_packed_weights_holds_them_so(tmp_path):
+    base = {"name": str(base_of("llama")), "weights": "int4"}
+    setting = Setting(tmp_path, base=base)
+    setting.device = replace(setting.device, base=base["name"], pinned=pin(setting.config.base))
+    setting.trainer = setting.restarted()
+    assert isinstance(setting.ask(1)[0], Answered)
+    tree = config_for(setting.config, "ada")
+    tree["base"]["weights"] = "int8"
+    assert setting.refused(config=tree) == "base"
+    assert 'base.weights: given "int8", but pinned is "int4"' in setting.said[-1]
 
 
 def test_a_pinned_base_is_used_and_no_other_is_looked_for(pinned, monkeypatch):

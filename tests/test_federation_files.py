@@ -44,6 +44,7 @@ from comigs.federation.supervisor import Supervisor, keep, wait_until
 from comigs.processes import is_locked, locked
 from comigs.runs.folder import RunFolder
 from comigs.text import CONTROL
+from tests.exports import base_of
 from tests.runs import TINY, copied_run, finished, refused, write_text
 
 APP = "0" * 64
@@ -284,6 +285,23 @@ def test_a_bundle_pins_the_base_of_its_federation(tmp_path):
     text = (tmp_path / "ann.toml").read_text()
     (tmp_path / "ann.toml").write_text(text.replace("tiny-llama", "tiny-gpt2"))
     assert "damaged bundle" in problem(read_bundle, tmp_path / "ann.toml")
+
+
+def test_a_bundle_pins_how_weights_are_held(tmp_path):
+    """And says nothing of it where they are whole, as bundles did before that was a choice."""
+    section = BaseSection(name=str(base_of("llama")), dtype="float32", device="cpu")
+    for weights in ("whole", "int4"):
+        asked = section.model_copy(update={"weights": weights})
+        federation = Federation.create(tmp_path / weights, (), 8443, APP, admin.pin(asked))
+        file = admin.invite(federation.path, "ann", tmp_path / f"{weights}.toml")
+        made = read_bundle(file).base
+        assert made == Federation.open(federation.path).settings.base
+        assert (made.weights, made.fingerprint) == (weights, load_base(asked).fingerprint)
+        assert ("weights =" in file.read_text()) == (weights != "whole")
+    config = load_config(config_file(tmp_path)).model_copy(update={"base": section})
+    said = problem(run, config, load_base(section), tmp_path / "run", federation, print, print)
+    assert said.startswith('base.weights: given "whole", but pinned is "int4"')
+    assert "--weights" in said and not (tmp_path / "run").exists()
 
 
 def test_a_bundle_from_before_there_were_pins_is_read(bundle, tmp_path):

@@ -57,6 +57,9 @@ def init(
     dtype: Annotated[
         str, typer.Option(help="The type of its weights: auto, float32, bfloat16 or float64.")
     ] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="How devices hold them in memory: whole, int8 or int4.")
+    ] = "whole",
 ) -> None:
     """Found a federation: its own certificate authority, a server certificate, settings, a base."""
     from comigs.config import folder_or_name, parse_config
@@ -64,7 +67,7 @@ def init(
     from comigs.federation.security import pki
 
     # what is made is said first, then for how long it is good, then what comes next
-    section = {"name": folder_or_name(base, Path()), "dtype": dtype}
+    section = {"name": folder_or_name(base, Path()), "dtype": dtype, "weights": weights}
     tree = {"base": section, "clients": [{"name": "any"}]}
     federation = found(folder, tuple(host or ()), port, parse_config(tree, "init").base)
     _say(
@@ -73,8 +76,8 @@ def init(
     )
     if (pinned := federation.settings.base) is not None:
         _say(
-            f"base {pinned.name}, {pinned.dtype}, sha256 {pinned.fingerprint[:12]}...: "
-            "bundles pin it, and devices load no other"
+            f"base {pinned.name}, {pinned.dtype}, weights {pinned.weights}, "
+            f"sha256 {pinned.fingerprint[:12]}...: bundles pin it, and devices load no other"
         )
     _say(
         f"certificates: authority {pki.AUTHORITY_DAYS} days; server {pki.SERVER_DAYS} days, "

@@ -43,6 +43,7 @@ def pin(section: BaseSection) -> PinnedBase:
         name=base.title,
         dtype=str(base.dtype).removeprefix("torch."),
         tokenizer=section.tokenizer,
+        weights=section.weights,
         fingerprint=base.fingerprint,
     )
 

@@ -84,7 +84,8 @@ def _require_pinned(config: Config, base: Base, federation: Federation) -> None:
     if pinned is not None and (difference := pinned.differs(told, base.fingerprint)):
         raise UserError(
             f"{difference} in the bundles of this federation, and devices load no other; "
-            "found another federation for it, with: comigs federation init DIR --base NAME"
+            "found another federation for it, with: comigs federation init DIR --base NAME "
+            "(--dtype, --weights)"
         )
 
 
