@@ -201,8 +201,12 @@ def test_the_note_is_one_line_and_names_field_and_reason(tmp_path):
 
 
 def test_over_a_network_other_settings_are_read(tmp_path):
-    config = config_with(tmp_path, **{"participation.late": "discount", "data.cache": "x"})
+    config = config_with(
+        tmp_path, **{"participation.late": "discount", "data.cache": "x", "base.memory": "9GB"}
+    )
     flower = unread(config, load_method(config), "flower")
     here = unread(config, load_method(config), "in-process")
     assert "data.cache (the text is on the clients' devices)" in flower
+    assert "base.memory (the owners of devices say how much, with --max-memory)" in flower
+    assert "base.memory" not in here
     assert "participation.late" not in flower and "participation.late" in here

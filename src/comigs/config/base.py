@@ -51,7 +51,8 @@ class BaseSection(Section):
         description='A process of the run stays below so much memory, as "1.5GB" or "900MB": '
         "client.micro_batch_size and evaluation.batch_size become as small as that takes, and "
         "then recompute true. What is learnt is the same; --dry-run shows what each budget costs. "
-        "Only on a CPU. None: nothing is chosen.",
+        "Only on a CPU, and not in a federation, where each device's owner says how much "
+        "(--max-memory). None: nothing is chosen.",
     )
     device: str = Field(
         "auto",
@@ -90,7 +91,9 @@ class BaseSection(Section):
     @classmethod
     def _memory_is_a_size(cls, value: str | None) -> str | None:
         if value is not None and not parsed_size(value):
-            raise ValueError('is no size, as "1.5GB" or "900MB"')
+            raise ValueError(
+                "is no size; allowed: a number of kB, MB, GB, KiB, MiB or GiB, as 1.5GB"
+            )
         return value
 
     @field_validator("chat_template")

@@ -179,6 +179,13 @@ def own_machine(choice: Choice) -> Reason:
     return ""
 
 
+def owners(choice: Choice) -> Reason:
+    """Say of the memory that a process may have whether the config decides that."""
+    if choice.engine == "flower":
+        return "the owners of devices say how much, with --max-memory"
+    return ""
+
+
 def private(choice: Choice) -> Reason:
     """Say of a setting of privacy whether there is any."""
     return "" if choice.config.privacy.is_on else 'privacy.level is "none"'
@@ -207,7 +214,8 @@ def tracked(choice: Choice) -> Reason:
 READERS: Mapping[str, Reader] = {
     **dict.fromkeys(("version", "name", "seed", "method", "rounds", "workers", "options"), always),
     **dict.fromkeys(("base.name", "base.dtype", "base.weights", "base.attention"), always),
-    **dict.fromkeys(("base.device", "base.recompute", "base.memory"), always),
+    **dict.fromkeys(("base.device", "base.recompute"), always),
+    "base.memory": owners,
     **dict.fromkeys(("base.tokenizer", "base.chat_template", "base.threads"), always),
     "data.root": always,  # it is always given: the folder of the config file
     "data.cache": own_machine,
