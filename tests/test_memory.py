@@ -143,7 +143,7 @@ def test_a_budget_below_what_is_possible_is_refused_in_one_line(tmp_path, capsys
     line = refused(capsys, "run", config, "--set", "base.memory=90MB", "--out", tmp_path / "run")
     assert 'base.memory: given "90MB"' in line and 'the smallest that would do is "' in line
     assert not (tmp_path / "run").exists()
-    assert 'is no size, as "1.5GB"' in refused(
+    assert "is no size; allowed: a number of kB, MB, GB, KiB, MiB or GiB" in refused(
         capsys, "run", config, "--set", "base.memory=much", "--out", tmp_path / "run"
     )
 
@@ -173,6 +173,7 @@ def test_a_dry_run_names_budgets_by_which_a_run_chooses(tmp_path, capsys, monkey
 
 @pytest.mark.parametrize(
     ("text", "bytes"), [("1.5GB", 1.5e9), ("900 MB", 9e8), ("64kB", 64e3), ("1.5", None),
+                        ("1gb", 1e9), ("1.5GiB", 1.5 * 2**30), ("2 mib", 2**21),
                         ("GB", None), ("-1GB", None), ("1TB", None)],
 )  # fmt: skip
 def test_sizes_are_read(text, bytes):

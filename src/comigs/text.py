@@ -114,9 +114,13 @@ def size(value: float | None) -> str:
 
 
 def parsed_size(text: str) -> float | None:
-    """Return how many bytes a text as 1.5GB or 900 MB says; None where it says no size."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMG])B", text)
-    return float(found[1]) * 1000 ** (1 + "kMG".index(found[2])) if found else None
+    """Return how many bytes a text as 1.5GB, 900 mb or 2 GiB says; None where it says no size."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg])(i?)b", text, re.ASCII | re.IGNORECASE)
+    if found is None:
+        return None
+    number, unit, binary = found.groups()
+    thousand = 1024.0 if binary else 1000.0
+    return float(number) * thousand ** (1 + "kmg".index(unit.lower()))
 
 
 def duration(value: float | None, style: Literal["decimal", "clock", "about"] = "decimal") -> str:
