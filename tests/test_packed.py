@@ -18,6 +18,7 @@ from torch import nn
 from comigs import csrc
 from comigs.app import api
 from comigs.app.export import export
+from comigs.bases import from_gguf
 from comigs.bases.load import load_base
 from comigs.bases.packed import TYPES, Buffer, PackedLinear, forget, num_parameters, unpack
 from comigs.client.loss import Windows, sum_cross_entropy
@@ -130,6 +131,7 @@ def test_a_packed_base_is_smaller_has_its_own_fingerprint_and_as_many_numbers():
 
 def test_a_quantised_gguf_is_packed_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setenv("COMIGS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(from_gguf, "unpack", from_gguf.unpack_here)
     base, file = load(base_of("llama")), tmp_path / "small.gguf"
     write_gguf(file, base.model, base.tokenizer, "q8_0", "small")
     whole, packed = load(file), load(file, "int8")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,11 @@ from transformers import AutoTokenizer, GgufConfig
 
 from comigs.bases.pretrained import cannot_load, load_model, load_pretrained, read_config
 from comigs.bases.text_rules import RULES
+from comigs.errors import UserError
 from comigs.files import cache_folder
+from comigs.processes import Child
+
+REFUSED = 2  # the code with which the process that unpacks ends after a UserError
 
 
 def is_gguf(file: Path) -> bool:
@@ -55,7 +61,36 @@ def load_gguf(file: Path, require_family: Callable[[str], object]) -> tuple[Any,
 
 
 def unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write the model and the tokenizer of a GGUF as transformers keeps them. Raises UserError."""
+    """Write the model and the tokenizer of a GGUF as transformers keeps them, in a process of its
+    own: the whole model is in its memory, and a run stays below base.memory. Raises UserError.
+    """
+    words = (str(file), str(folder), str(dtype).removeprefix("torch."))
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with Child(f"{__name__}:main", words, 0, **pipes) as child:
+        try:
+            _, said = child.communicate()
+        finally:
+            child.stop()
+    # Anything but its own refusal is a fault, of which the last line says most.
+    last = (said.strip() or f"it ended with code {child.returncode}").splitlines()[-1]
+    if child.returncode == REFUSED:
+        raise UserError(last)
+    if child.returncode:
+        raise cannot_load(file, f"the process that unpacks it failed ({last})")
+
+
+def main() -> None:
+    """Be the process that unpacks FILE into FOLDER as DTYPE."""
+    file, folder, dtype = sys.argv[1:]
+    try:
+        unpack_here(Path(file), Path(folder), getattr(torch, dtype))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(REFUSED)
+
+
+def unpack_here(file: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Do what `unpack` does in this process. Raises UserError."""
     # Without dequantize, transformers 5 keeps the weights packed, which is slow and not trainable
     # through.
     config = GgufConfig(dequantize=True)
