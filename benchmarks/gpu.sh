@@ -4,9 +4,11 @@
 # and comigs need not be installed; weights are random, at the shapes of SmolLM2-135M and
 # Llama 3.2 1B.
 #
-#     bash benchmarks/gpu.sh [FOLDER]          # FOLDER: where the table and gpu.json go
+#     bash benchmarks/gpu.sh [FOLDER]          # FOLDER: where gpu.json, gpu.txt and gpu.log go
 #
-# PYTHON is the interpreter; WHEELS a folder of wheels that it lacks (pydantic, tomli-w, gguf);
+# PYTHON is an interpreter with torch, transformers, peft and pytest; WHEELS a folder of wheels that
+# it lacks: pydantic with pydantic_core, annotated_types, typing_inspection and typing_extensions;
+# tomli_w; gguf. Without matplotlib runs have no report and end as failed; their figures count.
 # DEVICE, BASES, LARGE and SLOWER (times the time that a stage may take) may name another setting, to
 # try the script where there is no GPU.
 set -u
@@ -18,31 +20,50 @@ bases=${BASES:-random-smollm2-135m random-llama-3.2-1b}
 large=${LARGE:-64}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+measured=$scratch/measured
+mkdir "$measured"
+: >"$out/gpu.log"
 began=$SECONDS
 
 if [ -n "${WHEELS:-}" ]; then
-  site=$(mktemp -d)
-  "$python" -m pip install -q --no-index --no-deps --target "$site" "$WHEELS"/*.whl || exit 1
-  export PYTHONPATH=$site
+  "$python" -m pip install -q --no-index --no-deps --target "$scratch/site" "$WHEELS"/*.whl || exit 1
+  export PYTHONPATH=$scratch/site
 fi
-export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 # A stage that fails or takes too long must not cost the others: each says so, and the next begins.
+# What is measured by then is written at once, for nobody knows when the time is over.
 stage() {
-  local name=$1 seconds=$2
+  local name=$1 seconds=$2 log=$measured/$1.log
   shift 2
   echo "== $name, at $((SECONDS - began)) s"
-  timeout $((seconds * ${SLOWER:-1})) "$@" >"$out/$name.log" 2>&1 || echo "$name: failed ($?), see $name.log"
+  timeout $((seconds * ${SLOWER:-1})) "$@" >"$log" 2>&1 || echo "$name: failed ($?), see gpu.log"
+  { echo "== $name"; cat "$log"; } >>"$out/gpu.log"
+  "$python" benchmarks/gpu_table.py "$measured" "$out" >"$out/gpu.txt"
 }
 
-stage tests 90 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py
+# Making random weights takes longer than loading them, and is one core's work: beside the tests.
 for base in $bases; do
-  # the naive mixture and logits of large vocabularies fill a GPU at the larger batch, if all sit at once
-  stage "step-$base-8" 80 "$python" benchmarks/step.py --base "$base" --device "$device" --together \
-    --batch 8 --only A B C D --out "$out/step-$base-8.json"
-  stage "step-$base-$large" 80 "$python" benchmarks/step.py --base "$base" --device "$device" \
-    --batch "$large" --only "A rank 16" "C E=2" "C E=8 K=2" D --out "$out/step-$base-$large.json"
-  stage "run-$base" 60 "$python" -m comigs run benchmarks/gpu.toml --out "$out/run-$base" \
-    --set base.name="$base" --set base.device="$device"
+  timeout $((70 * ${SLOWER:-1})) "$python" - "$base" "$scratch/$base" <<'MAKE' >>"$out/gpu.log" 2>&1 &
+import sys
+from comigs.bases.load import loaders
+for part in loaders()[sys.argv[1]].load():
+    part.save_pretrained(sys.argv[2])
+MAKE
 done
-"$python" benchmarks/gpu_table.py "$out"
+stage tests 75 "$python" -m pytest -p no:cacheprovider -k "${device%%:*}" tests/test_gpu.py
+wait
+for base in $bases; do
+  step=("$python" benchmarks/step.py --base "$scratch/$base" --device "$device" --together --repeats 5)
+  ours=("C E=1 K=1" "C E=2 K=2" "C E=4 K=2" "C E=8 K=2")
+  others=("A rank 16" "A rank 64" "B E=2" "D forward and backward")
+  stage "step-$base-8" 60 "${step[@]}" --batch 8 --only "${others[@]}" "${ours[@]}" "B E=8" \
+    --out "$measured/step-$base-8.json"
+  stage "step-$base-$large" 80 "${step[@]}" --batch "$large" --only "${others[@]}" "${ours[@]}" \
+    --out "$measured/step-$base-$large.json"
+  stage "run-$base" 50 "$python" -m comigs run benchmarks/gpu.toml --out "$measured/run-$base" \
+    --set base.name="$scratch/$base" --set base.device="$device" --set data.cache="$scratch/cache"
+done
+cat "$out/gpu.txt"

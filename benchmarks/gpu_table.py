@@ -1,6 +1,6 @@
-"""What benchmarks/gpu.sh left in a folder becomes one table and one file, gpu.json.
+"""What benchmarks/gpu.sh has measured so far becomes one table and one file, gpu.json.
 
-python benchmarks/gpu_table.py FOLDER
+python benchmarks/gpu_table.py MEASURED OUT
 """
 
 from __future__ import annotations
@@ -24,30 +24,48 @@ def steps(folder: Path) -> dict[str, Any]:
     return found
 
 
-def rounds(folder: Path) -> dict[str, Any]:
-    """Return of each run the speed of its clients, one after the other, and their peak memory.
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's file, of which the last may be cut short."""
+    if not file.exists():
+        return []
+    whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
 
-    The first round is left out: a GPU chooses its kernels there.
+
+def rounds(folder: Path) -> dict[str, Any]:
+    """Return of each run the speed of its rounds, whose clients train one after the other, and
+    their peak memory.
+
+    The first round is left out, as a GPU chooses its kernels there, and the exchange at the end,
+    which only measures.
     """
     found = {}
-    for run in sorted(folder.glob("run-*/timings.jsonl")):
-        lines = [json.loads(line) for line in run.read_text(encoding="utf-8").splitlines()]
-        trained = [line for line in lines if line["client"] and line["round"] > 1]
-        seconds = sum(line["seconds"] for line in trained)
-        tokens = sum(line["seconds"] * line["tokens_per_second"] for line in trained)
-        found[run.parent.name] = {
-            "clients": len(trained),
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "peak_bytes": max(line["peak_memory_bytes"] for line in trained),
+    for run in sorted(folder.glob("run-*")):
+        tokens = {}
+        for line in lines_of(run / "metrics.jsonl"):
+            if line["kind"] == "train" and line["round"] > 1:
+                tokens[line["round"], line["client"]] = line["trained_tokens"]
+        timings = [
+            line
+            for line in lines_of(run / "timings.jsonl")
+            if (line["round"], line["client"]) in tokens
+        ]
+        if not timings:
+            continue
+        seconds, number = sum(line["seconds"] for line in timings), len({r for r, _ in tokens})
+        found[run.name] = {
+            "clients": len(timings) // number,
+            "seconds": seconds / number,
+            "tokens_per_second": sum(tokens.values()) / seconds,
+            "peak_bytes": max(line["peak_memory_bytes"] for line in timings),
         }
     return found
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    content = {"steps": steps(folder), "rounds": rounds(folder)}
-    tests = folder / "tests.log"
+    measured, out = map(Path, sys.argv[1:])
+    content = {"steps": steps(measured), "rounds": rounds(measured)}
+    tests = measured / "tests.log"
     if tests.exists():
         said = re.findall(r"\d+ (?:passed|failed|error|skipped)[^\n]*", tests.read_text())
         content["tests"] = said[-1] if said else "no result"
@@ -65,6 +83,9 @@ def main() -> None:
                 f"  {name}", f"{row['tokens_per_second']:,.0f}", f"{over:.2f}",
                 f"{row['share_of_limit']:.0%}", f"{row['peak_bytes'] / 1e6:,.0f}",
             )  # fmt: skip
+        for goal in sitting["goals"]:
+            met = "met" if goal["ratio"] >= goal["goal"] else "missed"
+            table.add_row(f"  {goal['variant']} over {goal['over']}, goal {goal['goal']}", met)
     table.add_section()
     for name, row in content["rounds"].items():
         table.add_row(
@@ -72,7 +93,7 @@ def main() -> None:
             f"{row['tokens_per_second']:,.0f}", "", "", f"{row['peak_bytes'] / 1e6:,.0f}",
         )  # fmt: skip
     Console(width=110).print(table)
-    (folder / "gpu.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (out / "gpu.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ the frozen base alone.
 
     python benchmarks/step.py [--base mini] [--batch 8] [--length 128] [--repeats 7]
                               [--dtype bfloat16] [--device cuda] [--together]
-                              [--only TEXT...] [--out FILE]
+                              [--only NAME...] [--out FILE]
 
 A  peft LoRA of rank 8E on all attention and MLP linears: as many trained parameters as E experts
    of rank 8
@@ -16,7 +16,8 @@ Every variant runs in its own process, so that its peak memory is its own. The p
 step by step, so that noise of the machine meets all alike. As many take turns at once as fit into
 the free memory: where not all fit, variants of equal E sit together, the reference (the first
 variant) sits in every sitting, and ratios across sittings are taken through it. Only ratios travel
-between machines; each is a median of ratios within a turn.
+between machines; each is a median of ratios within a turn. The file of figures is written after
+every turn.
 
 The machine's limit is what a large matrix product reaches, here and now; a variant's share of it
 counts only the operations that a step of the frozen base needs.
@@ -30,7 +31,8 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -57,15 +59,20 @@ from comigs.runs.environment import environment
 RANK = 8
 MARGIN = 1.15  # free memory that a new variant must leave beyond the largest one's peak
 Run = Callable[[Any, Any], object]
-GOALS = [  # train tokens per second of one over those of another, at least
-    ("C E=2 K=2", "A rank 16", 1.0),
-    ("C E=4 K=2", "A rank 32", 0.9),
-    ("C E=8 K=2", "A rank 64", 0.8),
-    ("C E=2 K=2", "B E=2", 1.35),
-    ("C E=4 K=2", "B E=4", 2.0),
-    ("C E=8 K=8", "B E=8", 3.0),
-    ("evaluate: C E=2 K=2", "evaluate: D", 0.95),
-]
+Seen = dict[str, list[float]]  # of each process of a sitting, what it measured in turns
+LIMIT = "limit"  # the process that times a large product, and tells what others need to know
+GOALS = {  # by device, base and dtype: of 8 x 128, one's tokens a second over another's, at least
+    ("cpu", "smollm2-135m", "bfloat16"): [
+        ("C E=2 K=2", "A rank 16", 1.8),
+        ("C E=8 K=2", "A rank 64", 1.7),
+        ("C E=2 K=2", "B E=2", 2.0),
+        ("C E=2 K=2", LIMIT, 0.4),
+        ("evaluate: C E=2 K=2", "evaluate: D", 1.4),
+    ],
+    ("cpu", "smollm2-135m", "float32"): [("C E=2 K=2", "A rank 16", 1.1)],
+    ("cpu", "mini", "bfloat16"): [("C E=2 K=2", "A rank 16", 2.0)],
+    ("cuda", "", ""): [("C E=2 K=2", "A rank 16", 1.0), ("C E=8 K=2", "A rank 64", 0.8)],
+}
 
 
 def forward(base: Base) -> Run:
@@ -231,42 +238,82 @@ def finish(base: Base) -> None:
         torch.cuda.synchronize()
 
 
+@dataclass(frozen=True)
+class Facts:
+    """Facts are what a process that has the base tells the one that has not."""
+
+    title: str
+    dtype: str
+    device: str
+    train_operations: float
+    evaluation_operations: float
+    environment: dict[str, Any]
+
+
+def facts_of(options: argparse.Namespace, base: Base) -> Facts:
+    """Return what the table and the goals need to know of the base."""
+    tokens = options.batch * options.length
+    made_with = environment(base, {})
+    return Facts(
+        title=base.title,
+        dtype=str(base.dtype).removeprefix("torch."),
+        device=str(base.device),
+        train_operations=operations(base, tokens, options.length, train=True),
+        evaluation_operations=operations(base, tokens, options.length, train=False),
+        environment={k: v for k, v in made_with.items() if k not in ("command", "data")},
+    )
+
+
 def worker(name: str, options: argparse.Namespace, pipe: Any) -> None:
-    """Tell the peak memory after a warm-up, time one step whenever asked, and end with the peak."""
+    """Measure once whenever asked, the first time to warm up, and send the value and the peak
+    memory: seconds of a step or, of the limit, operations a second.
+
+    The limit begins with `Facts`. None instead of a value says that the memory is too small.
+    """
     if options.threads:
         torch.set_num_threads(options.threads)
-    base = load(options) if "C E" in name else as_others_have_it(options)
-    run = VARIANTS[name](base)
-    x, y = sample(options, base)
-    run(x, y)
-    finish(base)
-    pipe.send(peak(base))
+    own = name == LIMIT or "C E" in name
+    base = load(options) if own else as_others_have_it(options)
+    measured: Callable[[], float]
+    if name == LIMIT:
+        pipe.send(facts_of(options, base))
+        measured = large_product(base)
+    else:
+        measured = timed_step(VARIANTS[name](base), *sample(options, base), base)
     while pipe.recv():
+        try:
+            pipe.send((measured(), peak(base)))
+        except torch.OutOfMemoryError:
+            pipe.send((None, peak(base)))
+
+
+def timed_step(run: Run, x: torch.Tensor, y: torch.Tensor, base: Base) -> Callable[[], float]:
+    """Return a function that runs a step and returns its seconds."""
+
+    def measured() -> float:
         start = time.perf_counter()
         run(x, y)
         finish(base)
-        pipe.send(time.perf_counter() - start)
-    pipe.send(peak(base))
+        return time.perf_counter() - start
+
+    return measured
 
 
-def limit(name: str, options: argparse.Namespace, pipe: Any) -> None:
-    """Time a large matrix product whenever asked, and send operations per second."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    base = load(options)
-    size = 2048 if options.device == "cpu" else 8192
+def large_product(base: Base) -> Callable[[], float]:
+    """Return a function that times a large matrix product and returns operations a second."""
+    size = 2048 if base.device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=base.device).to(base.dtype) for _ in range(2))
-    a @ b
-    pipe.send(peak(base))
-    while pipe.recv():
+
+    def measured() -> float:
         times = []
         for _ in range(3):
             start = time.perf_counter()
             a @ b
             finish(base)
             times.append(time.perf_counter() - start)
-        pipe.send(2 * size**3 / min(times))
-    pipe.send(0)
+        return 2 * size**3 / min(times)
+
+    return measured
 
 
 def peak(base: Base) -> int:
@@ -291,27 +338,59 @@ def experts_of(name: str) -> int:
     return int(experts[1]) if experts else 0
 
 
+class Processes:
+    """Processes are started here, all at once or when they are wanted, and tell of the base."""
+
+    def __init__(self, options: argparse.Namespace, names: list[str]) -> None:
+        self.options, self._pipes = options, dict[str, Any]()
+        # On two cores two that load at once would be slower than one after the other.
+        if options.together:
+            for name in (LIMIT, *names):
+                self._pipes[name] = self._start(name)
+        else:
+            self._pipes[LIMIT] = self._start(LIMIT)
+        self.facts: Facts = self._pipes[LIMIT].recv()
+
+    def _start(self, name: str) -> Any:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        context.Process(target=worker, args=(name, self.options, theirs), daemon=True).start()
+        theirs.close()  # else nobody would notice the end of the process
+        return ours
+
+    def take(self, name: str) -> Any:
+        """Return the pipe to a process, which is started where it is not there."""
+        return self._pipes.pop(name, None) or self._start(name)
+
+    def keep(self, name: str, pipe: Any) -> None:
+        """Take back a process that the next sitting wants, too."""
+        self._pipes[name] = pipe
+
+
 class Sitting:
     """A sitting is the processes that take turns at one time: the limit, and some variants."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
         self.pipes: dict[str, Any] = {}
-        self.largest = 0
-        self._seat({"limit": limit})
+        self.peaks: dict[str, int] = {}
+        self.seen: dict[str, list[float]] = {}
+        self._seat([LIMIT])
 
-    def _seat(self, targets: dict[str, Callable[..., None]]) -> None:
-        """Start these processes together, and wait until each has warmed up."""
-        context = multiprocessing.get_context("spawn")
-        for name, target in targets.items():
-            self.pipes[name], theirs = context.Pipe()
-            context.Process(target=target, args=(name, self.options, theirs), daemon=True).start()
-            # On two cores two that warm up at once would be slower than one after the other.
-            if not self.options.together:
-                self.largest = max(self.largest, self.pipes[name].recv())
-        if self.options.together:
-            peaks = [self.pipes[name].recv() for name in targets]
-            self.largest = max(self.largest, *peaks)
+    def _seat(self, names: list[str]) -> None:
+        """Let these processes warm up one after the other; one that has no room is left out."""
+        for name in names:
+            pipe = self.processes.take(name)
+            if self._ask(name, pipe) is None:
+                Console(stderr=True).print(f"{name}: out of memory", style="red")
+                pipe.send(False)
+            else:
+                self.pipes[name], self.seen[name] = pipe, []
+
+    def _ask(self, name: str, pipe: Any) -> float | None:
+        pipe.send(True)
+        value, self.peaks[name] = pipe.recv()
+        return value
 
     def takes(self, names: list[str]) -> bool:
         """Return whether these variants were seated, or there was no memory for all of them.
@@ -319,28 +398,27 @@ class Sitting:
         Variants come from the largest on, so no new one is larger than the largest seated so far.
         """
         new = [name for name in dict.fromkeys(names) if name not in self.pipes]
-        has_room = free_memory(self.options) > MARGIN * self.largest * len(new)
-        if len(self.pipes) > 1 and not has_room:
+        needed = MARGIN * max(self.peaks.values()) * len(new)
+        if len(self.pipes) > 1 and free_memory(self.processes.options) < needed:
             return False
-        self._seat(dict.fromkeys(new, worker))
+        self._seat(new)
         return True
 
-    def times(self, repeats: int) -> dict[str, list[float]]:
-        """Let all take turns, and return each one's seconds; of the limit, operations a second."""
-        seen: dict[str, list[float]] = {name: [] for name in self.pipes}
-        for _ in range(repeats):
-            for name, pipe in self.pipes.items():
-                pipe.send(True)
-                seen[name].append(pipe.recv())
-        return seen
-
-    def end(self) -> dict[str, int]:
-        """End all processes, and return each one's peak memory in bytes."""
-        peaks = {}
+    def turn(self) -> None:
+        """Let each measure once."""
         for name, pipe in self.pipes.items():
-            pipe.send(False)
-            peaks[name] = pipe.recv()
-        return peaks
+            value = self._ask(name, pipe)
+            # a GPU whose memory is nearly full may fail later; what it did before counts
+            if value is not None:
+                self.seen[name].append(value)
+
+    def end(self, but: tuple[str, ...]) -> None:
+        """End all processes but those that go on to the next sitting."""
+        for name, pipe in self.pipes.items():
+            if name in but:
+                self.processes.keep(name, pipe)
+            else:
+                pipe.send(False)
 
 
 def operations(base: Base, tokens: int, length: int, train: bool) -> float:
@@ -373,100 +451,130 @@ def main() -> None:
     parser.add_argument(
         "--together",
         action="store_true",
-        help="start all variants at once, without asking whether memory is there for all of them",
+        help="load the base in all processes at once, each on a core of its own",
     )
-    parser.add_argument(
-        "--only", nargs="+", metavar="TEXT", help="variants whose name holds one of these"
-    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants, by their names")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
-    names = [n for n in VARIANTS if not options.only or any(text in n for text in options.only)]
-    if not names:
-        parser.error(f"--only: no variant holds {options.only}; there are: {', '.join(VARIANTS)}")
-    sittings, peaks = [], {}
+    unknown = set(options.only or ()) - set(VARIANTS)
+    if unknown:
+        parser.error(f"--only: no variant is called {unknown}; there are: {', '.join(VARIANTS)}")
+
+    # groups are of equal E, the largest first, so that later ones need no more memory
+    names = [name for name in VARIANTS if not options.only or name in options.only]
     waiting = sorted(names, key=experts_of, reverse=True)
     groups = [list(group) for _, group in groupby(waiting, key=experts_of)]
-    if options.together:
-        groups = [waiting]
+    processes, sittings, peaks = Processes(options, waiting), list[Seen](), dict[str, int]()
     while groups:
         # The reference comes last: it is none of the largest, after which others are not larger.
-        sitting = Sitting(options)
+        sitting = Sitting(processes)
         while groups and sitting.takes([*groups[0], names[0]]):
             groups.pop(0)
-        seated = [name for name in sitting.pipes if name != "limit"]
+        seated = [name for name in sitting.pipes if name != LIMIT]
         Console(stderr=True).print(
             f"{len(seated)} of {len(names)} variants take turns: {', '.join(seated)}", style="dim"
         )
-        sittings.append(sitting.times(options.repeats))
-        peaks |= sitting.end()
-    write(options, sittings, peaks, names)
+        sittings.append(sitting.seen)
+        # Whoever ends this early has the figures of every turn that was whole.
+        for _ in range(options.repeats):
+            sitting.turn()
+            peaks |= sitting.peaks
+            content = content_of(options, processes.facts, sittings, peaks)
+            if options.out:
+                write(options.out, content)
+        sitting.end(but=(LIMIT, names[0]) if groups else ())
+    show(content, len(sittings))
 
 
-def ratio(sittings: list[dict[str, list[float]]], one: str, other: str, reference: str) -> float:
+def ratio(sittings: list[Seen], one: str, other: str, reference: str) -> float:
     """Return how many times as fast one variant is as another: the median over turns.
 
     Where the two never sat together, the reference that sat with each stands between them.
     """
     for seen in sittings:
         if one in seen and other in seen:
-            return statistics.median(b / a for a, b in zip(seen[one], seen[other], strict=True))
+            return statistics.median(b / a for a, b in zip(seen[one], seen[other], strict=False))
     over_reference = ratio(sittings, one, reference, reference)
     return over_reference / ratio(sittings, other, reference, reference)
 
 
-def write(
-    options: argparse.Namespace,
-    sittings: list[dict[str, list[float]]],
-    peaks: dict[str, int],
-    names: list[str],
-) -> None:
-    """Print the table of variants and the goals, and write the JSON file."""
-    base, tokens, first = load(options), options.batch * options.length, names[0]
-    dtype = str(base.dtype).removeprefix("torch.")
-    size = f"{options.base}, {options.batch} x {options.length} tokens, {dtype}, {base.device}"
-    top = statistics.median(limit for seen in sittings for limit in seen["limit"])
-    together = "all at once" if len(sittings) == 1 else f"{len(sittings)} sittings"
-    table = Table(title=f"{size}; limit {top / 1e9:,.0f} GFLOP/s; {together}")
-    for column in ("variant", "s", "tokens/s", f"over {first}", "share of limit", "peak MB"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
-
-    rows: dict[str, dict[str, float]] = {}
+def content_of(
+    options: argparse.Namespace, facts: Facts, sittings: list[Seen], peaks: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return the figures of all turns so far, as the file has them."""
+    # a variant that had no room has none
+    measured = {name for seen in sittings for name, values in seen.items() if values}
+    names, rows = [name for name in VARIANTS if name in measured], dict[str, dict[str, float]]()
+    first = names[0]
     for name in names:
-        seen = next(seen for seen in sittings if name in seen)
-        needed = operations(base, tokens, options.length, train=not name.startswith("evaluate"))
-        turns = zip(seen[name], seen["limit"], strict=True)
-        seconds, over = statistics.median(seen[name]), ratio(sittings, name, first, first)
-        share = statistics.median(needed / s / limit for s, limit in turns)
+        seen = next(seen for seen in sittings if seen.get(name))
+        evaluates = name.startswith("evaluate")
+        needed = facts.evaluation_operations if evaluates else facts.train_operations
+        turns = zip(seen[name], seen[LIMIT], strict=False)
+        seconds = statistics.median(seen[name])
         rows[name] = {
             "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            f"over {first}": over,
-            "share_of_limit": share,
+            "tokens_per_second": options.batch * options.length / seconds,
+            f"over {first}": ratio(sittings, name, first, first),
+            "share_of_limit": statistics.median(needed / s / limit for s, limit in turns),
             "peak_bytes": peaks[name],
         }
-        table.add_row(
-            name, f"{seconds:.3f}", f"{tokens / seconds:,.0f}", f"{over:.2f}", f"{share:.0%}",
-            f"{peaks[name] / 1e6:,.0f}",
-        )  # fmt: skip
-    console, goals = Console(width=100), []
-    console.print(table)
-    for one, other, least in GOALS:
-        if one in names and other in names:
-            got = ratio(sittings, one, other, first)
+    goals = []
+    for one, other, least in goals_of(facts):
+        if one in rows and other in {*rows, LIMIT}:
+            got = rows[one]["share_of_limit"]
+            if other != LIMIT:
+                got = ratio(sittings, one, other, first)
             goals.append({"variant": one, "over": other, "goal": least, "ratio": got})
-            verdict = "" if got >= least else ": missed"
-            console.print(f"{one} over {other}: {got:.2f}, goal {least}{verdict}")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        made_with = {k: v for k, v in environment(base, {}).items() if k not in ("command", "data")}
-        content = {
-            "setting": size,
-            "variants": rows,
-            "goals": goals,
-            "sittings": sittings,
-            "environment": made_with,
-        }
-        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    size = f"{options.batch} x {options.length} tokens"
+    return {
+        "setting": f"{facts.title}, {size}, {facts.dtype}, {facts.device}",
+        "variants": rows,
+        "goals": goals,
+        "sittings": sittings,
+        "environment": facts.environment,
+    }
+
+
+def goals_of(facts: Facts) -> list[tuple[str, str, float]]:
+    """Return what is asked of this base on this device."""
+    for (device, base, dtype), goals in GOALS.items():
+        if facts.device.startswith(device) and base in facts.title and dtype in facts.dtype:
+            return goals
+    return []
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    """Write the figures in place of those of the turn before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    new.replace(file)
+
+
+def show(content: dict[str, Any], sittings: int) -> None:
+    """Print the table of variants and the goals."""
+    top = statistics.median(limit for seen in content["sittings"] for limit in seen[LIMIT])
+    first, together = next(iter(content["variants"])), "all at once"
+    if sittings > 1:
+        together = f"{sittings} sittings"
+    table = Table(title=f"{content['setting']}; limit {top / 1e9:,.0f} GFLOP/s; {together}")
+    for column in ("variant", "s", "tokens/s", f"over {first}", "share of limit", "peak MB"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for name, row in content["variants"].items():
+        table.add_row(
+            name, f"{row['seconds']:.3f}", f"{row['tokens_per_second']:,.0f}",
+            f"{row[f'over {first}']:.2f}", f"{row['share_of_limit']:.0%}",
+            f"{row['peak_bytes'] / 1e6:,.0f}",
+        )  # fmt: skip
+    console = Console(width=100)
+    console.print(table)
+    for goal in content["goals"]:
+        verdict = "" if goal["ratio"] >= goal["goal"] else ": missed"
+        console.print(
+            f"{goal['variant']} over {goal['over']}: {goal['ratio']:.2f}, "
+            f"goal {goal['goal']}{verdict}"
+        )
 
 
 if __name__ == "__main__":
