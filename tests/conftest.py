@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from comigs import csrc
 from comigs.bases.base import Architecture
 from comigs.bases.load import Base, load_base
 from comigs.client.client import Client
@@ -46,6 +47,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             seen[name] += 1
             if seen[name] > few.args[0]:
                 item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(params=["C", "PyTorch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to compute experts, frozen blocks and losses, whatever there is on this machine."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(csrc, "library", lambda: None)
+    elif csrc.library() is None:
+        pytest.skip("no C compiler")
 
 
 WORDS = {  # what each client writes about; no word is anybody else's

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from comigs.experts.router import balance_loss, route
 from tests.golden import load
 
+pytestmark = pytest.mark.usefixtures("way")
 CASES = ["case1_E2_k2", "case2_E3_k2", "case3_E2_k1", "case4_E1", "case6_E2_norouter"]
 
 

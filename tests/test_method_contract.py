@@ -35,7 +35,12 @@ QUIET = lambda level, nats: None  # noqa: E731
 
 METHODS = os.environ.get("COMIGS_METHOD", "").split() or list_methods()
 
-pytestmark = pytest.mark.parametrize("name", METHODS)
+WAYS = ["C", pytest.param("PyTorch", marks=pytest.mark.slow)]
+pytestmark = [
+    pytest.mark.parametrize("name", METHODS),
+    pytest.mark.parametrize("way", WAYS, indirect=True),
+    pytest.mark.usefixtures("way"),
+]
 
 
 class Setting:

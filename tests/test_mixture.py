@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from comigs import csrc
 from comigs.bases import llama
 from comigs.bases.load import architecture_of
 from comigs.config import ExpertsSection
@@ -23,6 +22,7 @@ from tests import naive
 from tests.conftest import attach, copy_of, random_tensors, shape_of, tiny
 from tests.families import CONFIGS, built, randomised
 
+pytestmark = pytest.mark.usefixtures("way")  # of conftest.py: the hidden layer, too
 EXPERTS_AND_TOP_K = [(E, K) for E in (1, 2, 3, 4) for K in range(1, E + 1)]
 
 
@@ -230,15 +230,6 @@ def test_what_is_merged_equals_a_base_whose_weights_are_changed_by_it(
         torch.testing.assert_close(
             gradients[name], gradient, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
-
-
-@pytest.fixture(autouse=True, params=["C", "PyTorch"])
-def way(request, monkeypatch):
-    """Both ways through the hidden layer."""
-    if request.param == "PyTorch":
-        monkeypatch.setattr(csrc, "library", lambda: None)
-    elif csrc.library() is None:
-        pytest.skip("no C compiler")
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 4])

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from comigs import csrc
 from comigs.app import api
 from comigs.app.export import export
 from comigs.bases import from_gguf
@@ -30,16 +29,6 @@ from tests.exports import base_of
 from tests.runs import refused, write_config
 
 KINDS = ["int8", "int4"]
-WAYS = ["C", "PyTorch"]
-
-
-@pytest.fixture(params=WAYS)
-def way(request, monkeypatch):
-    """Both ways to unpack, whatever there is on this machine."""
-    if request.param == "PyTorch":
-        monkeypatch.setattr(csrc, "takes", lambda tensor: False)
-    elif csrc.library() is None:
-        pytest.skip("no C compiler")
 
 
 def load(path, weights="whole", dtype="float32"):
