@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -22,7 +24,8 @@ from comigs.methods.loading import load_method
 from comigs.server.validation import shapes_of_clients
 from comigs.text import parsed_size
 from tests.conftest import random_tensors, run_config, shape_of, tiny
-from tests.runs import comigs, refused, write_config
+from tests.exports import base_of
+from tests.runs import ENVIRONMENT, comigs, refused, write_config
 
 
 def gradients(base, batch, settings, recompute=False, micro=None):
@@ -100,7 +103,8 @@ def prepared(**tree):
     return config, found, shapes_of_clients(config, load_method(config), attachment), attachment
 
 
-def test_each_choice_needs_less_than_the_one_before_it():
+def test_each_choice_needs_less_than_the_one_before_it(monkeypatch):
+    monkeypatch.setattr(memory, "peak_memory", lambda: 0)
     config, *place = prepared(client={"batch_size": 12, "micro_batch_size": 8})
     ways = all_ways(config, *place)
     assert windows_at_once(ways[0].config) == 8 and not ways[0].config.base.recompute
@@ -129,13 +133,54 @@ def test_the_first_choice_below_the_budget_is_taken_and_the_smallest_named(monke
 
 
 def test_a_run_within_a_budget_makes_the_same_model(tmp_path, monkeypatch):
+    """The last one's budget leaves it nothing but one window at once."""
+    monkeypatch.setattr(memory, "peak_memory", lambda: 0)
     texts, models = tmp_path / "texts", []
-    for sections in ({}, {"base": {"name": "tiny-llama", "recompute": True}}):
-        tree = {"base": {"name": "tiny-llama"}, **sections}
+    for micro, base in (
+        (None, {}),
+        (None, {"recompute": True}),
+        (3, {}),
+        (None, {"memory": "9GB"}),
+    ):
+        if "memory" in base:
+            monkeypatch.setattr(dry_run, "within_memory", lambda *place: all_ways(*place)[-1])
+        tree = {"base": {"name": "tiny-llama", **base}, "client": {"micro_batch_size": micro}}
         folder = api.run(run_config(texts, "ada", **tree), tmp_path / f"run{len(models)}")
         models.append(folder.load("clients/ada/personal"))
-    for name, tensor in models[0].items():
-        torch.testing.assert_close(models[1][name], tensor, rtol=1e-5, atol=1e-6)
+    chosen = folder.config()
+    assert windows_at_once(chosen) == 1 and chosen.base.memory == "9GB"
+    for other in models[1:]:
+        for name, tensor in models[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+RUN = """
+import atexit
+from comigs.app.cli import main
+from comigs.processes import peak_memory
+atexit.register(lambda: print("peak", peak_memory()))
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["whole", "int4"])
+def test_a_whole_command_stays_below_the_smallest_budget_that_it_names(tmp_path, weights):
+    """With its report, which is drawn at the end."""
+    config, named = write_config(tmp_path), "50MB"
+    for code in (2, 0):
+        sets = [f"base.name={base_of('llama')}", f"base.weights={weights}", f"base.memory={named}",
+                "data.sequence_length=16"]  # fmt: skip
+        words = [word for text in sets for word in ("--set", text)]
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, "run", config, "--out", tmp_path / "run", *words],
+            capture_output=True, text=True, timeout=300, env=ENVIRONMENT,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        if code:
+            named = re.search(r'the smallest that would do is "([^"]+)"', done.stderr)[1]
+    peak = int(re.search(r"^peak (\d+)$", done.stdout, re.MULTILINE)[1])
+    assert (tmp_path / "run/report.html").exists() and peak <= parsed_size(named)
 
 
 def test_a_budget_below_what_is_possible_is_refused_in_one_line(tmp_path, capsys):
@@ -151,7 +196,7 @@ def test_a_budget_below_what_is_possible_is_refused_in_one_line(tmp_path, capsys
 def test_a_dry_run_shows_what_less_memory_costs(tmp_path, capsys):
     done = comigs(capsys, "run", write_config(tmp_path), "--dry-run", "--set", "base.memory=9GB")
     assert done.code == 0
-    for words in ("base.memory", "relative speed", "1 window at once", "1.00"):
+    for words in ("base.memory", "relative speed", "2 windows at once", "1.00"):
         assert words in done.out
     assert "of the 9GB allowed" in done.err + done.out
 
@@ -167,8 +212,10 @@ def test_a_dry_run_names_budgets_by_which_a_run_chooses(tmp_path, capsys, monkey
     monkeypatch.setattr(dry_run, "measured_throughput", heavy)
     done = comigs(capsys, "run", write_config(tmp_path), "--dry-run", "--set", "base.memory=9GB")
     chosen = re.search(r"about ([\d.]+ [MG]B) of the 9GB allowed", done.err + done.out)
-    named = re.search(r"([\d.]+GB) +\d+ windows? at once", done.out)
-    assert parsed_size(named[1]) == pytest.approx(parsed_size(chosen[1]), abs=1e8)
+    named = re.findall(r"([\d.]+GB) +\d+ windows? at once", done.out)
+    assert parsed_size(named[0]) == pytest.approx(parsed_size(chosen[1]), abs=1e8)
+    # A budget that is named twice, or a second figure for what was chosen, would tell nothing.
+    assert len(set(named)) == len(named) and "at its peak" not in done.out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from statistics import fmean
 from typing import Any
 
@@ -42,6 +43,9 @@ from comigs.server.rounds import task_of
 from comigs.server.validation import expected_upload, shapes_of_clients
 from comigs.text import Say, Table, duration, listed, size
 
+# A run ends with its report, whose libraries are then part of its process's memory as well.
+REPORT = "comigs.runs.report.page"
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -73,6 +77,7 @@ def dry_run(
     say_unread(config, "in-process", say)
     base, config = load(config, say)
     data = read_texts(config, base, report, say)
+    import_module(REPORT)
     config = _chosen(config, base, say)
     with attached(config, base) as (attachment, shapes):
         needed = memory_needed(config, base, shapes, attachment)
@@ -89,6 +94,9 @@ def dry_run(
     expected = _tokens(data.outlines(), tokens_per_byte)
     seconds = run_seconds(config, method, throughput, expected)
     tokens = config.client.batch_size * config.data.sequence_length
+    peak = f"about {size(needed)} at its peak, "
+    if config.base.memory is not None:
+        peak = ""  # it was said with what was chosen
     tables = [_client_table(config, method, base)]
     if base.device.type == "cpu":
         report(Note(message="timing ways to take less memory"))
@@ -96,8 +104,7 @@ def dry_run(
     lines = [
         f"a local step of {tokens:,} tokens takes {throughput.step_seconds:.2g} s here, "
         f"the run about {duration(seconds)}",
-        f"memory: about {size(needed)} at its peak, "
-        f"{size(available_memory(base.device))} free on {base.device}",
+        f"memory: {peak}{size(available_memory(base.device))} free on {base.device}",
     ]
     if config.conditions.given:
         report(Note(message="letting the rounds go by without training"))
@@ -109,6 +116,8 @@ def fitted(config: Config, base: Base, say: Say) -> Config:
     """Return the config as this machine runs it: below base.memory, and with the speed that it then
     has, where conditions ask for it. Raises UserError where there is too little memory.
     """
+    if config.base.memory is not None:
+        import_module(REPORT)
     config = _chosen(config, base, say)
     with attached(config, base) as (attachment, shapes):
         require_memory(memory_needed(config, base, shapes, attachment), base.device)
@@ -130,12 +139,16 @@ def _chosen(config: Config, base: Base, say: Say) -> Config:
 
 def _memory_table(ways: Sequence[Way], base: Base) -> Table:
     """Return the ways to train in less memory, with the speed of each."""
-    speeds = []
+    # Of those with one budget, a run takes the first.
+    first: dict[str, Way] = {}
     for way in ways:
+        first.setdefault(way.budget, way)
+    speeds = []
+    for way in first.values():
         with attached(way.config, base) as (attachment, shapes):
             speeds.append(speed(way, base, shapes, attachment))
     rows = []
-    for way, each in zip(ways, speeds, strict=True):
+    for way, each in zip(first.values(), speeds, strict=True):
         rows.append((way.budget, str(way), f"{each / speeds[0]:.2f}"))
     return Table(("base.memory", "chosen", "relative speed"), tuple(rows))
 

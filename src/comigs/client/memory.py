@@ -51,11 +51,13 @@ def all_ways(
     config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
 ) -> list[Way]:
     """Return what a run with a budget may choose, from what needs most, and is fastest, on."""
-    found: list[Way] = []
+    # What loading took is part of the process's peak, too, and no way makes it less.
+    found, before = list[Way](), float(peak_memory())
     for recompute in sorted({config.base.recompute, True}):
         for windows in _fewer(windows_at_once(config)):
             tried = _smaller(config, windows, recompute)
-            needed = MARGIN * memory_needed(tried, base, shapes, attachment) / config.workers
+            training = memory_needed(tried, base, shapes, attachment) / config.workers
+            needed = max(MARGIN * training, before)
             if not found or needed < found[-1].needed:
                 found.append(Way(tried, needed))
     return found
@@ -89,13 +91,11 @@ def within_memory(
     """
     if config.base.memory is None:
         return None
-    # What loading took is part of the process's peak, too.
-    allowed, before = parsed_size(config.base.memory) or 0.0, float(peak_memory())
-    possible = all_ways(config, base, shapes, attachment)
+    allowed, possible = parsed_size(config.base.memory), all_ways(config, base, shapes, attachment)
     for way in possible:
-        if max(way.needed, before) <= allowed:
+        if way.needed <= (allowed or 0.0):
             return way
-    least = Way(possible[-1].config, max(possible[-1].needed, before))
+    least = possible[-1]
     raise UserError(
         f'base.memory: given "{config.base.memory}", but with {least} this run needs about '
         f'{size(least.needed)}; the smallest that would do is "{least.budget}"'
