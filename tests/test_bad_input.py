@@ -589,6 +589,14 @@ def test_wrong_words_for_a_run(capsys, words, line):
         (["run"], "Missing argument 'CONFIG'. (try: comigs run --help)"),
         (["run", "x.toml", "--sed", "3"], "No such option '--sed'"),
         (["run", "x.toml", "--seed", "x"], "'x' is not a valid"),
+        (
+            ["federation", "client", "b", "--text", "t", "--max-epsilon", "nan"],
+            "--max-epsilon: given nan; must be a finite number",
+        ),
+        (
+            ["federation", "client", "b", "--text", "t", "--max-memory", "inf"],
+            "--max-memory: given inf; must be a finite number",
+        ),
         (["report"], "Missing argument 'RUN...'. (try: comigs report --help)"),
     ],
 )

@@ -4,6 +4,7 @@ and nothing outside its own folder.
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ from comigs.bases.load import load_base
 from comigs.client.estimate import Throughput
 from comigs.client.workplace import workplace
 from comigs.config import BaseSection, Config
+from comigs.errors import UserError
 from comigs.federation.device import device_service
 from comigs.federation.device.limits import DEFAULTS, REAL, SETTABLE, Limits, Work
 from comigs.federation.messages import LARGEST, UPLOADS, Answered, config_for
@@ -195,6 +197,13 @@ def test_by_default_a_device_allows_most_of_what_is_free_and_two_hours():
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     allowed = Limits().allowed_memory(torch.device("cpu"))
     assert 0.7 < allowed / free < 0.9 and Limits().minutes == 120
+
+
+@pytest.mark.parametrize("field", ["memory", "minutes", "epsilon"])
+@pytest.mark.parametrize("given", [math.nan, math.inf])
+def test_a_limit_that_limits_nothing_is_refused(field, given):
+    with pytest.raises(UserError, match=f"--max-{field}: given {given}; must be a finite number"):
+        Limits(**{field: given})
 
 
 def test_a_disk_is_never_filled(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ cli.py mounts it.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -205,6 +206,11 @@ def client(
     """Take part with this device until Ctrl-C."""
     from comigs.federation.device.join import Owner, join
 
+    # What is no number is above no limit and below none.
+    limits = {"memory": max_memory, "minutes": max_minutes, "epsilon": max_epsilon}
+    for name, limit in limits.items():
+        if limit is not None and not math.isfinite(limit):
+            raise UserError(f"--max-{name}: given {limit}; must be a finite number")
     memory = max_memory and max_memory * 1e9
     allowed = (memory, max_minutes, specialists, only_sums, max_epsilon)
     owner = Owner(tuple(text), home, base, device, threads, *allowed)

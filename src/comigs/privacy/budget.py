@@ -164,11 +164,11 @@ class Budget:
         )
         everything = [*before, entry]
         here = _epsilon([e for e in everything if e.run == self.run], plan.delta)
-        if self.most is not None and here > self.most:
+        if self.most is not None and not here <= self.most:
             raise BudgetSpent(_line(round, here, f"{self.most:g} (privacy.epsilon)"))
         if self.owner is not None:
             delta = min(plan.delta, OWNERS_DELTA)
-            if (total := _epsilon(everything, delta)) > self.owner:
+            if not (total := _epsilon(everything, delta)) <= self.owner:
                 allowed = f"{self.owner:g} in all runs, at delta {delta:g} (--max-epsilon),"
                 raise BudgetSpent(_line(round, total, allowed))
         self.ledger.add(entry)

@@ -33,6 +33,7 @@ from comigs.client.estimate import (
 from comigs.client.workplace import Workplace
 from comigs.config import SPLITS, ClientEntry, Config, Split, dotted
 from comigs.data.prepare import ClientData
+from comigs.errors import UserError
 from comigs.federation.device.device_run import Refused
 from comigs.federation.messages import LARGEST, Request
 from comigs.server.validation import shapes_of_clients
@@ -99,6 +100,13 @@ class Limits:
     only_sums: bool = False
     epsilon: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raise UserError for a limit that would limit nothing."""
+        for name in ("memory", "minutes", "epsilon"):
+            limit = getattr(self, name)
+            if limit is not None and not math.isfinite(limit):
+                raise UserError(f"--max-{name}: given {limit}; must be a finite number")
+
     @property
     def message(self) -> int:
         """The most bytes of a request, which is read before anything else is known of it."""
@@ -134,7 +142,7 @@ def require_settable(told: Config, limits: Limits) -> None:
             most = REAL
         for number in value if isinstance(value, tuple) else (value,):
             is_number = isinstance(number, int | float) and not isinstance(number, bool)
-            if is_number and most is not None and abs(number) > most:
+            if is_number and most is not None and not abs(number) <= most:
                 raise _refused(field, number, f"this device allows {most:.15g} at most")
 
 
@@ -201,7 +209,7 @@ class Work:
             self._require(needed, SHARE * available_memory(cpu), cpu)
 
     def _require(self, needed: float, allowed: float, device: torch.device) -> None:
-        if needed > allowed:
+        if not needed <= allowed:
             raise Refused(
                 "memory",
                 f"{self._named()} needs about {size(needed)} of memory on {device}, but "
@@ -215,7 +223,7 @@ class Work:
         (shapes,) = self.shapes.values()
         needed = ON_DISK * num_scalars(shapes) + self.message
         allowed = shutil.disk_usage(home).free / 2
-        if needed > allowed:
+        if not needed <= allowed:
             raise Refused(
                 "disk",
                 f"{self._named()} needs about {size(needed)} of disk, but {size(allowed)} are "
@@ -225,7 +233,7 @@ class Work:
     def require_time(self, limits: Limits, speed: Throughput, data: ClientData) -> None:
         """Raise Refused where it would take longer than is allowed."""
         seconds = self.seconds(speed, data)
-        if seconds > 60 * limits.minutes:
+        if not seconds <= 60 * limits.minutes:
             raise Refused(
                 "time",
                 f"{self._named()} would take {duration(seconds, 'about')}, but "
