@@ -25,8 +25,8 @@ from comigs.server.secure_sum import party
 from comigs.server.secure_sum.opening import unmasked
 from comigs.server.secure_sum.primitives import new_seed, private_key, public_name
 from comigs.server.secure_sum.session import Session
-from comigs.server.secure_sum.uploads import mean_of, origin, to_sum
-from comigs.server.validation import common_start
+from comigs.server.secure_sum.uploads import mean_of, to_sum
+from comigs.server.validation import common_start, origin_of
 from comigs.slots import Slot
 
 HEAD = 4000  # bytes of a config, of losses and the rest of a message's head, which are the same
@@ -79,7 +79,7 @@ def summed_round(
     names = [public_name(key) for key in identities]
     session = Session.new("benchmark", 1, names, 0.66)
     shapes = {slot: tuple(t.shape) for slot, t in download.items()}
-    begun = origin(download, shapes, common_start(1))
+    begun = origin_of(download, shapes, common_start(1))
     every = Said(keys=" ".join(names))
 
     # Seal.
