@@ -10,7 +10,14 @@ import pytest
 
 from comigs.errors import UserError
 from comigs.files import ClosedFolder
-from comigs.privacy.accountant import LEAST_NOISE, Steps, epsilon, noise_multiplier_for
+from comigs.privacy.accountant import (
+    LEAST_NOISE,
+    MOST_EPSILON,
+    MOST_STEPS,
+    Steps,
+    epsilon,
+    noise_multiplier_for,
+)
 from comigs.privacy.budget import OWNERS_DELTA, Budget, BudgetSpent, Ledger, Plan
 from comigs.privacy.noise import gaussian, poisson_sample, step_generator
 
@@ -79,9 +86,43 @@ def test_it_is_never_above_renyi(rate, sigma, count):
     assert epsilon([Steps(rate, sigma, count)], 1e-5) < renyi.get_epsilon(1e-5)
 
 
-def test_noise_for_an_epsilon_spends_no_more_and_hardly_less():
-    noise = noise_multiplier_for(3.0, 1e-5, 0.3, 20)
-    assert 2.98 < epsilon([Steps(0.3, noise, 20)], 1e-5) <= 3.0
+@pytest.mark.parametrize(
+    ("wanted", "delta", "rate", "count"),
+    [
+        (3.0, 1e-5, 0.3, 20),
+        (8.0, 1e-14, 0.1, 100),  # the least delta that a config may have
+        (8.0, 1e-20, 0.1, 100),  # beyond what tables of losses can tell
+        (0.01, 1e-5, 0.1, 100),
+        (100.0, 1e-5, 0.5, 100),
+        (8.0, 1e-5, 0.1, 10 * MOST_STEPS),
+        (1e6, 1e-5, 0.5, 10**12),
+    ],
+)
+def test_noise_for_an_epsilon_spends_no_more_and_hardly_less(wanted, delta, rate, count):
+    noise = noise_multiplier_for(wanted, delta, rate, count)
+    assert 0.99 * wanted < epsilon([Steps(rate, noise, count)], delta) <= wanted
+
+
+@pytest.mark.parametrize("sigma", [100.0, 20.0])
+def test_a_small_epsilon_is_as_exact_as_a_large_one(sigma):
+    """Without sampling the truth is a closed form: epsilon 0.03 and 0.2."""
+    found = epsilon([Steps(1.0, sigma, 1)], 1e-5)
+    assert delta_of_gaussian(0.99 * found, sigma) > 1e-5 >= delta_of_gaussian(found, sigma)
+
+
+def test_numbers_of_a_server_take_no_tables(monkeypatch):
+    """A table for these would have thousands of millions of rows."""
+    from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
+
+    monkeypatch.setattr(PLDAccountant, "__init__", None)
+    assert noise_multiplier_for(1e9, 1e-6, 0.3, 100_000) == LEAST_NOISE
+    assert noise_multiplier_for(1e30, 1e-6, 0.3, 10**12) == LEAST_NOISE
+    assert MOST_EPSILON < epsilon([Steps(0.3, 0.5, 10_000)], 1e-6) < 1e6
+    assert epsilon([Steps(0.01, 30.0, MOST_STEPS), Steps(0.01, 30.0, 1)], 1e-6) < 3
+    noise = noise_multiplier_for(3.0, 1e-6, 0.01, 10**12)
+    assert 2.9 < epsilon([Steps(0.01, noise, 10**12)], 1e-6) <= 3
+    with pytest.raises(UserError, match=r"privacy.epsilon: given 1e-09 .* must be larger"):
+        noise_multiplier_for(1e-9, 1e-6, 0.3, 10**12)
 
 
 def test_steps_alike_are_one_and_no_noise_is_no_privacy():
@@ -133,6 +174,9 @@ def test_the_owners_budget_is_over_all_runs(tmp_path):
     with pytest.raises(BudgetSpent, match=r"in all runs, at delta 1e-05 \(--max-epsilon\)"):
         Budget(PLAN, ledger, "c", owner=most).spend(1)
     assert Budget(PLAN, ledger, "c", most=PLAN.epsilon(1)).spend(1) == PLAN.epsilon(1)
+    for limit in ("most", "owner"):
+        with pytest.raises(BudgetSpent):
+            Budget(PLAN, ledger, "d", **{limit: math.nan}).spend(1)
 
 
 def test_a_ledger_that_was_lost_or_damaged_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from comigs.config.conditions import (
     read_trace,
 )
 from comigs.config.paths import folder_or_name, place, relative, resolve
-from comigs.config.privacy import PrivacySection
+from comigs.config.privacy import LEAST_NOISE, PrivacySection
 from comigs.config.rounds import (
     EvaluationSection,
     ParticipationSection,
@@ -35,10 +35,10 @@ from comigs.config.toml import load_config, parse_config, read_toml, to_toml
 from comigs.config.tree import SECTIONS, VERSION, Config, dotted
 
 __all__ = [
-    "NAMED_BASES", "SECTIONS", "SPECIALISTS_RANGE", "SPLITS", "VERSION", "BaseSection",
-    "ClientEntry", "ClientSection", "Condition", "ConditionsSection", "Config", "DataSection",
-    "EvaluationSection", "ExpertShape", "ExpertsSection", "Group", "ParticipationSection",
-    "PrivacySection", "RouterData", "Section", "Split", "Text", "TrackSection", "UploadSection",
-    "dotted", "folder_or_name", "load_config", "merged", "parse_config", "place", "read_toml",
-    "read_trace", "relative", "resolve", "to_toml",
+    "LEAST_NOISE", "NAMED_BASES", "SECTIONS", "SPECIALISTS_RANGE", "SPLITS", "VERSION",
+    "BaseSection", "ClientEntry", "ClientSection", "Condition", "ConditionsSection", "Config",
+    "DataSection", "EvaluationSection", "ExpertShape", "ExpertsSection", "Group",
+    "ParticipationSection", "PrivacySection", "RouterData", "Section", "Split", "Text",
+    "TrackSection", "UploadSection", "dotted", "folder_or_name", "load_config", "merged",
+    "parse_config", "place", "read_toml", "read_trace", "relative", "resolve", "to_toml",
 ]  # fmt: skip

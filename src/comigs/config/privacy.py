@@ -8,6 +8,9 @@ from pydantic import Field
 
 from comigs.config.sections import Section
 
+# Less noise counts as none: epsilon would be beyond any use.
+LEAST_NOISE = 0.1
+
 
 class PrivacySection(Section):
     """[privacy] bounds what may be learnt about a client's text from what leaves it.
@@ -32,12 +35,12 @@ class PrivacySection(Section):
         None,
         ge=0,
         description="The noise on a step's sum of gradients (by client: on a round's sum of steps) "
-        "has this standard deviation, times clip; epsilon follows from it. 0: no noise, which is "
-        "not private.",
+        f"has this standard deviation, times clip; epsilon follows from it. Below {LEAST_NOISE} it "
+        "counts as none, and the run as not private.",
     )
     delta: float = Field(
         1e-5,
-        gt=0,
+        ge=1e-14,
         lt=1,
         description="With this probability epsilon may not hold. It must be below 1 / documents "
         "of every client, or 1 / clients.",
@@ -97,8 +100,12 @@ class PrivacySection(Section):
         """What protected what of a run, in a few words."""
         whose = "what left clients" if self.by_document else "what the server gave back"
         said = "no differential privacy"
-        if self.noise_seed is not None or self.noise_multiplier == 0:
+        # Nothing is promised where noise can be drawn again, or where epsilon would be no bound.
+        if self.noise_seed is not None:
             said = "no differential privacy, as there was no noise that nobody knows"
+        elif self.noise_multiplier is not None and self.noise_multiplier < LEAST_NOISE:
+            said = f"no differential privacy, as noise of {self.noise_multiplier:g} times the clip "
+            said += "counts as none"
         elif self.epsilon is not None:
             said = f"differential privacy of {whose}, with epsilon {self.epsilon:g} for one "
             said += f"{self.level} (delta {self.delta:g})"
