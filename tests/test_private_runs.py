@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 
 from comigs.app import api
 from comigs.app.dry_run import dry_run
+from comigs.app.privacy import privacy_lines
 from comigs.config import parse_config
 from comigs.errors import UserError
 from comigs.experiments.run_data import read_run_folder
 from comigs.methods.loading import list_methods, load_method
 from comigs.runs.metrics import Absent, Evaluation, Step, Train, Warned
+from comigs.runs.report.privacy_part import privacy_note
 from comigs.runs.report.read import read_run
 from comigs.runs.simulated import Attempt
 from tests.chats import write_lines
@@ -101,8 +105,52 @@ def test_a_dry_run_says_epsilon_noise_and_documents(root, crashed, said):
     shown = []
     dry_run(config_of(root, "ada bob", {"epsilon": 8.0}, rounds=3), say=shown.append)
     (bound,) = (line for line in shown if line.startswith("private by document"))
-    assert bound in said and "epsilon 7.98, delta 0.001, noise 0.739" in bound
-    assert "a client needs 3 documents in train, and has: ada 7 and bob 7" in shown
+    assert bound in said and "epsilon 8, delta 0.001, noise 0.738" in bound
+    has = "documents in train, of which a step has 3 on average: ada 7 and bob 7"
+    noise = "noise on each number of a step's mean: 0.25 of privacy.clip for ada"
+    loud = (
+        "TOO MUCH NOISE to learn much of what is shared, above 0.1 of privacy.clip: ada and bob; "
+        "ada would have 0.1 with about 18 documents and privacy.expected_batch = 8"
+    )
+    at = shown.index(bound)
+    assert shown[at + 1 : at + 4] == [has, noise, loud]
+
+
+class Outlines:
+    """Texts with so many documents in train, as a dry run asks for them."""
+
+    def __init__(self, **documents):
+        self.documents = documents
+
+    def outlines(self):
+        train = {name: [SimpleNamespace(num_documents=n)] for name, n in self.documents.items()}
+        return {name: SimpleNamespace(train=of) for name, of in train.items()}
+
+
+def test_a_dry_run_names_the_clients_with_too_few_documents(root):
+    config = config_of(root, "ada", {"epsilon": 8.0, "expected_batch": 8}, rounds=10)
+    lines = list(privacy_lines(config, Outlines(cyd=800, ada=40, bob=20, dan=900)))
+    assert lines[1].endswith("8 on average: cyd 800, ada 40, bob 20 and dan 900")
+    assert (
+        lines[2].endswith(" for bob") and ": bob; bob would have 0.1 with about 27 doc" in lines[3]
+    )
+    # With as many documents, and that batch, nothing is said.
+    more, batch = re.search(r"about ([\d,]+) documents .* = ([\d,]+)$", lines[3]).groups()
+    config = config_of(root, "ada", {"epsilon": 8.0, "expected_batch": float(batch)}, rounds=10)
+    assert len(list(privacy_lines(config, Outlines(bob=int(more))))) == 3
+
+
+def test_noise_that_counts_as_none_is_promised_nothing_anywhere(root, tmp_path):
+    config = config_of(root, "ada", {"noise_multiplier": 0.05})
+    line = next(privacy_lines(config, Outlines(ada=9)))
+    assert line == "NOT PRIVATE: noise 0.05 times privacy.clip counts as none"
+    clients = {"level": "client", "noise_multiplier": 0.05, "delta": 0.1}
+    by_client = run_config(root, "ada bob", method="fedavg", privacy=clients)
+    assert next(privacy_lines(by_client, Outlines())) == line
+    for one in (config, by_client):
+        said = "no differential privacy, as noise of 0.05 times the clip counts as none"
+        assert one.privacy.promise.startswith(said)
+    assert "Not private." in privacy_note(read_run(api.run(config, tmp_path / "run").path))
 
 
 @pytest.mark.parametrize("method", list_methods())
