@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from comigs.federation.device.device_run import DeviceRun
+from comigs.federation.device.device_sum import DeviceSum
 from comigs.federation.device.limits import Limits
 from comigs.federation.messages import REQUESTS, Answered, Refusal
 from comigs.federation.sum_messages import OpenedRound, SealedRound, SumRequest, read_rows, rows
@@ -131,6 +133,32 @@ def test_of_the_next_round_on_nothing_of_the_last_is_answered(device):
     assert code == "lost"
     code, said = device.refusal("seal", device.about("3" * 32))
     assert code == "over" and "asked to seal round 1 again" in said
+
+
+def test_batches_are_the_runs_own_and_the_same_after_a_restart(tmp_path, monkeypatch):
+    """Killed before its answer is kept, a device trains as it would have; another device, or run,
+    with the same config does not.
+    """
+    learnt, mask = [], DeviceSum.mask
+
+    def watched(self, request, tensors, upload, download):
+        learnt.append({slot: tensor.clone() for slot, tensor in upload.items()})
+        return mask(self, request, tensors, upload, download)
+
+    def alike(one, other):
+        return all(torch.equal(one[slot], other[slot]) for slot in one)
+
+    monkeypatch.setattr(DeviceSum, "mask", watched)
+    device = InSum(tmp_path)
+    about, boxes = device.sealed()
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceRun, "keep", lambda *given: 1 / 0)
+        device.refusal("exchange", about, boxes)
+    head, _ = device.say("exchange", about, boxes, trainer=device.restarted())
+    assert isinstance(head, Answered) and len(learnt) == 2 and alike(*learnt)
+    another = InSum(tmp_path, home="another")
+    another.say("exchange", *another.sealed())
+    assert not alike(learnt[0], learnt[2])
 
 
 def test_where_nothing_is_summed_nothing_is_sealed_and_an_owner_may_want_sums_only(tmp_path):

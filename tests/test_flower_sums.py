@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from comigs.app import api
+from comigs.federation.device.device_sum import DeviceSum
 from comigs.federation.flower import round_sum
 from comigs.federation.messages import REQUESTS
 from comigs.runs.folder import RunFolder
@@ -25,6 +26,9 @@ from tests.local_grid import FIRST_NODE, Federation, TestTrainer, events
 NAMES = ("ada", "bob", "cyd", "dan")
 ROOM = 1 << 26
 CYD, DAN = FIRST_NODE + 2, FIRST_NODE + 3
+
+
+OWN_SEED = DeviceSum.batch_seed
 
 
 class Told(TestTrainer):
@@ -42,6 +46,19 @@ class Told(TestTrainer):
         return self.on.pop((request.kind, request.round), lambda raw: None)(raw)
 
 
+def of_the_config(patch):
+    """Let devices draw their batches from the config's seed, as clients in one process do."""
+    patch.setattr(DeviceSum, "batch_seed", None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def draws_as_in_one_process():
+    """What a run is apart from its draws can so be held against one process, to the bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        of_the_config(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     root = tmp_path_factory.mktemp("text")
@@ -54,10 +71,10 @@ def federation(tmp_path, text):
     return Federation(tmp_path / "federation", NAMES, text, Told)
 
 
-def configured(text, **tree):
+def configured(text, names=NAMES, **tree):
     quick = {"evaluation": {"every": 0, "keep": "last"}, "client": {"steps": 1, "router_steps": 0}}
     settings = {"rounds": 2, "method": "fedavg", "privacy": {"secure_aggregation": True}, **quick}
-    return run_config(text, " ".join(NAMES), **{**settings, **tree})
+    return run_config(text, " ".join(names), **{**settings, **tree})
 
 
 @pytest.fixture(scope="module")
@@ -284,3 +301,32 @@ def test_the_server_may_die_after_it_has_opened_a_sum(gone, federation, text, in
     assert gone or is_as_in_one_process(out, in_process)
     why = "not in the sum that was opened before the server stopped"
     assert absent(out) == ([(2, "dan", why)] if gone else [])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_run_that_is_repeated_without_one_client_does_not_tell_its_upload(
+    own, federation, text, tmp_path, monkeypatch
+):
+    """It would, where devices draw their batches from the config's seed, which the server has."""
+    if own:
+        monkeypatch.setattr(DeviceSum, "batch_seed", OWN_SEED)
+    sent, mask = {}, DeviceSum.mask
+
+    def watched(self, request, tensors, upload, download):
+        sent[self._run.name] = {str(slot): tensor.clone() for slot, tensor in upload.items()}
+        return mask(self, request, tensors, upload, download)
+
+    monkeypatch.setattr(DeviceSum, "mask", watched)
+    means = []
+    for names in (NAMES, NAMES[:3]):
+        tree = {"rounds": 1, "client": {"steps": 4, "router_steps": 0}}
+        federation.run(tmp_path / names[-1], configured(text, names=names, **tree))
+        means.append(federation.trainers["ada"].given[2])
+    four, three = means
+    off = among = 0.0
+    for slot, upload in sent["dan"].items():
+        guess = 4 * four[slot].double() - 3 * three[slot].double()
+        off += float((guess - upload).square().sum())
+        among += float((sent["ada"][slot] - upload).square().sum())
+    # No nearer to dan's than another client's is, or the whole of it.
+    assert off > among if own else off < 1e-6 * among

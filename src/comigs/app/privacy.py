@@ -13,8 +13,8 @@ from comigs.server.private_mean import plan_of_clients
 from comigs.text import listed
 
 SEEDED = "NOT PRIVATE: privacy.noise_seed is given, and whoever knows it can take noise away"
-# Of privacy.clip, on each number of a step's mean. At 0.12 all that was shared was worse than
-# training alone (results/README.md, "privacy").
+# Of privacy.clip, on each number of a step's mean. At 0.12 fedavg, which has nothing but what is
+# shared, was worse than training alone (results/README.md, "privacy").
 LOUD = 0.1
 
 

@@ -62,11 +62,12 @@ class Client:
         data: ClientData,
         state: ClientState | None = None,
         budget: Budget | None = None,
+        seed: int | None = None,
     ) -> None:
         """Begin from `state`, or from the client's start where `state` is None.
 
-        budget: of its privacy, where it is to train with any. Raises UserError where the state is
-        not this client's, or its text is too short to train on.
+        budget: of its privacy, to train with any. seed: of its batches; None: the config's. Raises
+        UserError where the state is not this client's, or its text is too short to train on.
         """
         self.name = name
         self.config, self.method = config, method = place.config, place.method
@@ -76,6 +77,7 @@ class Client:
         self.adopted_share: float | None = None
         self.opening: Tensor | None = None
         self.best = BestRound(state or {}) if config.evaluation.keep == "best" else None
+        self._random = partial(generator, config.seed if seed is None else seed, "batch", name)
 
         # The shapes follow from the client's own power and from what the method makes of it.
         self.shape = method.shape(config.shape_of(config.client_named(name)))
@@ -218,8 +220,7 @@ class Client:
             if not self.method.shares(slot) or not self._trains(slot, round):
                 continue
             if slot.role in PRIVATE:
-                tried = f'method "{self.method.name}" tried to share {slot}'
-                raise AssertionError(f"{tried}, which never leaves a client")
+                raise AssertionError(f"{slot} never leaves a client, whatever the method says")
             upload[slot] = tensor.detach().to("cpu", copy=True)
         return upload
 
@@ -295,6 +296,5 @@ class Client:
         settings, length = self.step_settings.client, self.config.data.sequence_length
         if self.opening is not None and level == "experts":
             self.opening.add_(1 / settings.steps).clamp_(max=1)  # 1 with the round's last step
-        random = partial(generator, self.config.seed, "batch", self.name)
-        source = BatchSource(self.text, settings, length, random)
+        source = BatchSource(self.text, settings, length, self._random)
         return source.batch(level, number, self.train_state.local_steps)

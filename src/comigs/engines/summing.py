@@ -1,7 +1,8 @@
 """This module sums the uploads of clients that are all in one process, as devices and a server do.
 
-The protocol is that of a federation, and so is its result, to the bit. It hides nothing here, where
-every upload is on one disk: it is for trying what a federation will do.
+The protocol is that of a federation, and so is its result, to the bit, for the same uploads. It
+hides nothing here, where every upload is on one disk: it is for trying what a federation will do.
+Devices draw their batches from random numbers of their own, clients here from the config's seed.
 """
 
 from __future__ import annotations

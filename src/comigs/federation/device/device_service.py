@@ -72,9 +72,7 @@ class Device:
 
 
 class Trainer:
-    """A trainer is one device at work. `answer` is all it does; `trainer_socket.serve` lets a
-    SuperNode ask it.
-    """
+    """A trainer is one device at work: `answer` is all it does, for a SuperNode that asks."""
 
     def __init__(
         self, device: Device, say: Say = print, report: Report = lambda event: None
@@ -144,7 +142,8 @@ class Trainer:
             if request.kind == "probe":
                 return probe(request, tensors, run, client(run.state()))
             budget = run.budget(data, self.device.home, self.device.limits.epsilon)
-            started = client(run.state(), budget)
+            seed = device_sum.batch_seed if device_sum else None
+            started = client(run.state(), budget, seed)
             return self._exchange(request, tensors, run, started, device_sum)
 
     def _plan(self, request: Request) -> tuple[Config, Method]:

@@ -6,11 +6,12 @@ a device masks its numbers for one set of others only, and opens the sum of one 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from comigs.federation.device.device_run import DeviceRun, Refused, refusing
@@ -42,19 +43,21 @@ from comigs.server.validation import common_start, origin_of, shapes_of
 
 KEY = "sum.key"  # in the device's folder: the seed of the key by which others know it
 REMEMBERED = ".sum.json"  # in the run's folder
+SEED_BITS = 128
 
 
 class Remembered(BaseModel):
     """A device remembers this of a run's sums.
 
     session: of the last one that it sealed. opened_in: the last round of which it helped to open a
-    sum; opened: whose sum that was.
+    sum; opened: whose sum that was. batch_seed: of the batches that it learns from in this run.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_bytes="hex", val_json_bytes="hex")
     session: party.Remembered | None = None
     opened_in: int = 0
     opened: tuple[str, ...] = ()
+    batch_seed: int = Field(default_factory=lambda: secrets.randbits(SEED_BITS))
 
 
 class DeviceSum:
@@ -72,6 +75,15 @@ class DeviceSum:
         self._remembered = Remembered()
         if files.has(REMEMBERED):
             self._remembered = Remembered.model_validate_json(files.read(REMEMBERED))
+
+    @property
+    def batch_seed(self) -> int:
+        """The seed of this device's batches in the run, which nobody else knows.
+
+        With the config's seed, a run that is repeated without one client would be the same training
+        of all others, and the difference of two sums that client's upload.
+        """
+        return self._remembered.batch_seed
 
     def answer(self, request: Request) -> bytes:
         """Answer a request that is of a sum alone. Raises Refused."""
