@@ -51,7 +51,12 @@ class Config(Section):
         description="The run is called so, and its folder in `runs`. Default: the name of the "
         "config file, without .toml.",
     )
-    seed: int = Field(42, ge=0, description="Everything random comes from this one seed.")
+    seed: int = Field(
+        42,
+        ge=0,
+        description="Everything random comes from this one seed, but for "
+        "privacy's noise and, on devices, the batches of runs with secure aggregation.",
+    )
     method: str = Field(
         "comigs",
         description="The method is a file of comigs/methods, or package.module of your own.",
