@@ -17,7 +17,8 @@ from comigs.data.canaries import COPIES, Canary, PlantedTexts, make_up
 from comigs.data.prepare import prepare
 from comigs.errors import UserError
 from comigs.experiments.audit.bound import epsilon_at_least, p_value
-from comigs.experiments.audit.figures import Score, rows
+from comigs.experiments.audit.figures import Promise, Score, rows
+from comigs.experiments.audit.page import table
 from tests.conftest import run_config
 
 
@@ -94,6 +95,26 @@ def test_figures_by_hand():
     assert 0.4 < row.told_apart < 0.6 and row.epsilon < 0.3
 
 
+def test_a_promise_of_one_document_is_held_against_several_copies_by_group_privacy():
+    """k epsilon, at the sum of the deltas on the way; nothing where that is no probability."""
+    one = Promise(0.5, 1e-5)
+    assert one.of_copies(1) == one
+    four = one.of_copies(4)
+    assert four.epsilon == 2.0
+    assert four.delta == pytest.approx(1e-5 * (math.exp(2) - 1) / (math.exp(0.5) - 1))
+    assert one.of_copies(16).delta < 0.1
+    assert Promise(8.0, 1e-5).of_copies(4) is None and Promise(900.0, 1e-5).of_copies(16) is None
+
+    # Both figures are at one delta, and the table says which promise does not hold.
+    scores = scores_of([-1.0 - x for x in range(64)], [1.0 + x for x in range(64)], copies=4)
+    for epsilon, exceeds in ((0.1, True), (2.0, False)):
+        promise = Promise(epsilon, 1e-7).of_copies
+        (row,) = rows("it", scores, 1e-7, promise)
+        assert row.exceeds == exceeds == row.as_json()["exceeds"]
+        assert row.delta == promise(4).delta > 4e-7
+        assert ("EXCEEDED" in table([row]).rows[0][-1]) == exceeds
+
+
 def test_models_that_are_all_the_same_are_guessed_by_chance():
     """Ties are not broken by the truth: half of the guesses are right, not all and not none."""
     random = np.random.default_rng(1)
@@ -119,6 +140,7 @@ def test_a_row_says_what_the_run_promises_of_it(privacy, promised, text, tmp_pat
     names = {"a client's last upload": "upload", "what everybody gets": "shared"}
     told: dict[str, list[int]] = {}
     for row in found:
+        assert not row.exceeds and row.delta == config.privacy.delta
         if row.promised is not None:
             assert 8 < row.promised <= 9
             told.setdefault(names[row.seen], []).append(row.copies)

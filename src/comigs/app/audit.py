@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from comigs.data.canaries import Canary, PlantedTexts, make_up
 from comigs.data.prepare import require_text
 from comigs.engines.in_process import InProcess
 from comigs.errors import Stopped, UserError
-from comigs.experiments.audit.figures import Row, Score, rows
+from comigs.experiments.audit.figures import Promise, Row, Score, rows
 from comigs.experiments.audit.page import AUDIT, write_page
 from comigs.experts.attach import Attachment
 from comigs.files import require_free, write_whole, writing
@@ -177,22 +178,21 @@ def _rows(
         with closing(PersonalModel(folder, name, base)) as model:
             nats = _nats(model.attachment, base, model.tensors, of_client)
         scores[PERSONAL] += _scores(name, of_client, nats, reference[name])
-    found, spent = [], epsilon_of(folder)
+    found, spent = list[Row](), epsilon_of(folder)
     for what, of_what in scores.items():
-        for row in rows(what, of_what, config.privacy.delta):
-            promised = spent if _is_promised(config, what, row.copies) else None
-            found.append(replace(row, promised=promised))
+        promised = partial(_promised, config, spent, what)
+        found += rows(what, of_what, config.privacy.delta, promised)
     return found
 
 
-def _is_promised(config: Config, seen: str, copies: int) -> bool:
-    """Return whether a run's epsilon is of this.
-
-    Of several copies of a document a promise for one says nothing at the same delta.
-    """
+def _promised(config: Config, spent: float | None, seen: str, copies: int) -> Promise | None:
+    """Return what a run that has spent so much promises of this; None for nothing."""
+    if spent is None:
+        return None
+    promise = Promise(spent, config.privacy.delta)
     if config.privacy.by_client:
-        return seen == SHARED
-    return config.privacy.by_document and seen in (UPLOAD, SHARED) and copies == 1
+        return promise if seen == SHARED else None
+    return promise.of_copies(copies) if seen in (UPLOAD, SHARED) else None
 
 
 def epsilon_of(folder: RunFolder) -> float | None:

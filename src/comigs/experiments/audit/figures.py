@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -30,14 +30,34 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """A promise is the differential privacy of one document, or of one client."""
+
+    epsilon: float
+    delta: float
+
+    def of_copies(self, copies: int) -> Promise | None:
+        """Return what it promises of so many copies of a document together; None for nothing.
+
+        Each copy adds epsilon, and its delta counts e^epsilon times that of the copy before.
+        """
+        most = max(0, copies - 1) * self.epsilon + math.log(self.delta)
+        if most >= 0:
+            return None
+        delta = math.fsum(self.delta * math.exp(self.epsilon * step) for step in range(copies))
+        return Promise(copies * self.epsilon, delta) if delta < 1 else None
+
+
+@dataclass(frozen=True)
 class Row:
     """A row says what can be told from one kind of model of canaries with so many copies.
 
     told_apart: the probability that a canary that was in scores lower than one that was not (1/2:
     by chance). rank: of the former among the latter of its client, the median, in (0, 1]; exposure:
     likewise, log2(n) - log2(rank of n) of 1802.08232. correct of guesses: of the share of canaries
-    that gave the bound. epsilon: the lower bound on the epsilon of all copies together, at 95 %.
-    promised: the epsilon that the run promises of just that; None: it promises nothing.
+    that gave the bound. epsilon: the lower bound on the epsilon of all copies together at this
+    delta, with 95 % confidence. promised: the epsilon that the run promises of just that; None: it
+    promises nothing.
     """
 
     seen: str
@@ -50,20 +70,38 @@ class Row:
     guesses: int
     correct: int
     epsilon: float
+    delta: float
     promised: float | None = None
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether the guesses refute what the run promises."""
+        return self.promised is not None and self.epsilon > self.promised
 
     def as_json(self) -> dict[str, Any]:
         """Return the row as plain values."""
-        return asdict(self)
+        return asdict(self) | {"exceeds": self.exceeds}
 
 
-def rows(seen: str, scores: Sequence[Score], delta: float) -> list[Row]:
-    """Return a row for each number of copies. seen: what the guesses are made from."""
+def rows(
+    seen: str,
+    scores: Sequence[Score],
+    delta: float,
+    promised: Callable[[int], Promise | None] = lambda copies: None,
+) -> list[Row]:
+    """Return a row for each number of copies. seen: what the guesses are made from.
+
+    promised: what the run promises of so many copies. delta: of a bound that no promise is held
+    against.
+    """
     found = []
     for copies in sorted({score.copies for score in scores}):
         of_copies = [score for score in scores if score.copies == copies]
         outside = [score for score in scores if not score.member]
-        found.append(_row(seen, copies, of_copies, outside, delta))
+        promise = promised(copies)
+        at = promise.delta if promise is not None else delta
+        row = _row(seen, copies, of_copies, outside, at)
+        found.append(replace(row, promised=promise.epsilon if promise is not None else None))
     return found
 
 
@@ -99,6 +137,7 @@ def _row(
         guesses=guesses,
         correct=correct,
         epsilon=epsilon,
+        delta=delta,
     )
 
 

@@ -25,7 +25,11 @@ def table(found: Sequence[Row]) -> Table:
         told = (f"{row.told_apart:.2f}", f"{row.rank:.0%}", f"{row.exposure:.1f}")
         guesses = f"{row.correct} of {row.guesses}"
         counts = (str(row.copies), str(row.canaries))
-        promised = "none" if row.promised is None else f"{row.promised:g}"
+        promised = "none"
+        if row.promised is not None:
+            promised = f"{row.promised:.3g} at delta {row.delta:.2g}"
+        if row.exceeds:
+            promised += ": EXCEEDED"
         cells.append((row.seen, *counts, *told, guesses, f"{row.epsilon:.2f}", promised))
     return Table(HEADERS, tuple(cells))
 
