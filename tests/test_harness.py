@@ -19,6 +19,7 @@ from comigs.app.export import export
 from comigs.bases.chat_encoder import ChatEncoder
 from comigs.bases.tiny import byte_tokenizer, tiny_llama
 from comigs.personal.tasks.harness import AsHarnessModel
+from comigs.personal.tasks.task_files import offline
 from comigs.runs.tasks import read_tasks
 from tests.chats import write_lines
 from tests.runs import comigs, copied_run, refused, write_config
@@ -65,15 +66,22 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 @pytest.fixture(scope="module", autouse=True)
 def no_cache_and_no_network(tmp_path_factory):
-    """What the library keeps of data goes into a folder of the tests'; a connection is an error."""
+    """What the library keeps of data goes into a folder of the tests'; nobody is connected to.
 
-    def refuse(*_):
-        raise AssertionError("a connection was made")
+    Attempts are counted: libraries catch what one raises.
+    """
+    attempts = []
+
+    def refuse(*to, **_):
+        attempts.append(to)
+        raise OSError("there is no network")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket, "getaddrinfo", refuse)
         yield
+    assert attempts == []
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +118,7 @@ def asked(run, folder, tmp_path_factory):
 def by_the_harness(model, folder, **more):
     """The same tasks on a model that is given to the harness as it is."""
     manager = TaskManager(include_path=folder, include_defaults=False)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, offline():
         patch.chdir(folder)
         tasks = manager.load(["pets", "words", "writes"])
     for task in tasks["tasks"].values():
@@ -175,9 +183,8 @@ def test_results_are_kept_and_a_task_that_is_asked_again_is_replaced(asked, run,
     assert json.loads(done.out)["clients"]["ann"]["pets"]["settings"]["limit"] == 3
 
 
-def changed(folder, tmp_path, *replaced):
+def changed(folder, tmp_path, *replaced, text=CHOICE):
     """A copy of the task with words replaced, beside its data."""
-    text = CHOICE
     for old, new in replaced:
         assert old in text
         text = text.replace(old, new)
@@ -197,9 +204,24 @@ def changed(folder, tmp_path, *replaced):
          "its data (allenai/ai2_arc) are not on this machine, and nothing is downloaded here"),
         ([("items.jsonl", "https://example.org/items.jsonl")], "its data are on the network"),
         ([("items.jsonl", "none.jsonl")], "its data are not there"),
-        ([("{{question}}", "{{query}}")], "a field that it names: 'query' is undefined"),
+        ([("{{question}}", "{{query}}")], "item 1: doc_to_text: 'query' is undefined"),
         ([('"{{question}}"', "query")], "doc_to_text: its data have no field `query`; there are"),
         ([("multiple_choice", "guessing")], "the harness refuses it"),
+        ([("metric: acc,", "metric: acuracy,")],
+         "metric_list: acuracy is no metric of the harness"),
+        ([("metric: acc, aggregation: mean,", "metric: rouge,")],
+         "metric_list: rouge is no metric of the harness"),
+        ([("metric: acc,", "metric: acc, hf_evaluate: true,")], "is a script on the network"),
+        ([("aggregation: mean", "aggregation: meen")], 'none of the harness\'s: bits_per_byte, '),
+        ([("metric: acc,", "metric: bleu,")],
+         "metric_list: bleu is not measured with output_type: multiple_choice"),
+        ([("doc_to_choice: choices\n", "")], "the field `doc_to_choice`, the answers to choose"),
+        ([("doc_to_choice: choices", "doc_to_choice: choises")],
+         "doc_to_choice: its data have no field `choises`; there are: question, choices, label"),
+        ([("doc_to_choice: choices", 'doc_to_choice: "{{choices[0]}}"')],
+         "item 1: doc_to_choice: makes no list of answers ("),
+        ([("test_split: train", "test_split: test")],
+         "test_split: its data have no split `test`; there are: train"),
     ],
 )  # fmt: skip
 def test_a_task_that_cannot_be_asked_is_one_line(run, folder, tmp_path, capsys, replaced, says):
@@ -217,6 +239,35 @@ def test_an_item_that_lacks_a_field_is_named(run, folder, tmp_path, capsys):
     assert "pets: item 9: lacks a field that is asked for: question" in line
     done = comigs(capsys, "evaluate", run.path, "--tasks", task, "--limit", "2", "--client", "ann")
     assert done.code == 0
+
+
+@pytest.mark.parametrize("place", [0, 5])
+@pytest.mark.parametrize("label", [7, -1, "a rat"])
+def test_a_right_answer_that_is_no_choice_is_named(run, folder, tmp_path, capsys, place, label):
+    """The harness counts it as wrong, or ends with an index."""
+    task, items = changed(folder, tmp_path), list(ITEMS)
+    if isinstance(label, str):
+        items = [{**item, "label": item["choices"][item["label"]]} for item in ITEMS]
+    items[place] = {**items[place], "label": label}
+    write_lines(tmp_path / "items.jsonl", items)
+    line = refused(capsys, "evaluate", run.path, "--tasks", task)
+    assert f"pets: item {place + 1}: doc_to_target: {label} is none of its 3 choices" in line
+
+
+def test_metrics_of_a_written_answer_are_the_harness_s_own(run, folder, tmp_path, capsys):
+    for word in ("rouge", "acuracy"):
+        task = changed(folder, tmp_path, ("exact_match", word), text=WRITTEN)
+        line = refused(capsys, "evaluate", run.path, "--tasks", task)
+        assert f"metric_list: {word} is no metric of the harness; those are: acc, " in line
+    own = "process_results: !function own.score\nmetric_list: [{metric: mine}]\n"
+    task = changed(folder, tmp_path, (WRITTEN.splitlines(True)[-1], own), text=WRITTEN)
+    (tmp_path / "own.py").write_text("def score(doc, results):\n    return {'mine': 0.25}\n")
+    line = refused(capsys, "evaluate", run.path, "--tasks", task)
+    assert "mine is not the harness's own, and needs the field `aggregation`" in line
+    task.write_text(task.read_text().replace("mine}", "mine, aggregation: mean}"))
+    words = ("--tasks", task, "--client", "ann", "--limit", "2", "--json")
+    done = json.loads(comigs(capsys, "evaluate", run.path, *words).out)
+    assert done["clients"]["ann"]["writes"]["measures"]["mine"]["personal"]["mean"] == 0.25
 
 
 def test_names_are_looked_for_in_the_folder(run, folder, capsys, tmp_path):

@@ -18,7 +18,8 @@ from lm_eval.models.huggingface import HFLM
 from comigs.bases.chat_template import LEARNT_ON, on_day
 from comigs.errors import UserError
 from comigs.personal.model import PersonalModel
-from comigs.personal.tasks.task_files import LIKELIHOODS, LoadedTasks, offline, quiet
+from comigs.personal.tasks.task_files import LoadedTasks, offline, quiet
+from comigs.personal.tasks.task_items import LIKELIHOODS
 from comigs.runs.tasks import Estimate
 
 BY = f"lm_eval {version('lm_eval')}"

@@ -10,35 +10,27 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import evaluate
 from huggingface_hub import constants
+from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from comigs.errors import UserError, nearest
 from comigs.personal.tasks.extra import TaskFiles
+from comigs.personal.tasks.task_items import require_splits, try_out
+from comigs.personal.tasks.task_metrics import own_metrics
 from comigs.text import brief, listed
 
 YAML = (".yaml", ".yml")
-NULL = "\ue000"  # a character of no language, which stands where a template wrote what is null
-LIKELIHOODS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 DEFAULT_SEED = 1234  # of few-shot examples, as the harness has it
-
-
-class Null:
-    """This value stands for a null of an item: it is false, and seen where it is written out."""
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __str__(self) -> str:
-        return NULL
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ def load_tasks(files: TaskFiles, limit: int | None) -> LoadedTasks:
             asked[name] = _load(name, files, manager)
         loaded = LoadedTasks(asked)
         for name, task in loaded.all()["tasks"].items():
-            _try_out(name, task, limit)
+            try_out(name, task, limit)
             task.set_fewshot_seed(seed=DEFAULT_SEED)
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
@@ -79,13 +71,20 @@ def load_tasks(files: TaskFiles, limit: int | None) -> LoadedTasks:
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Let no library look for data or models on the hub inside."""
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    """Let no library look for data, models or metrics on the hub inside."""
+    switches = (
+        (constants, "HF_HUB_OFFLINE"),
+        (datasets.config, "HF_HUB_OFFLINE"),
+        (evaluate.config, "HF_EVALUATE_OFFLINE"),
+    )
+    before = [getattr(of, switch) for of, switch in switches]
+    for of, switch in switches:
+        setattr(of, switch, True)
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        for (of, switch), value in zip(switches, before, strict=True):
+            setattr(of, switch, value)
 
 
 @contextlib.contextmanager
@@ -129,12 +128,28 @@ def _load(name: str, files: TaskFiles, manager: Any) -> Any:
     _require_local(name, config)
     # Paths of data in a task start from where its file is.
     try:
-        with contextlib.chdir(folder):
+        with contextlib.chdir(folder), own_metrics(name):
             return manager.load([spec])
-    except (KeyboardInterrupt, MemoryError):
+    except (KeyboardInterrupt, MemoryError, UserError):
         raise
     except Exception as error:
+        _require_loadable(error)
         raise _in_one_line(name, config, error) from None
+
+
+def _require_loadable(error: Exception) -> None:
+    """Say in our own words why a task could not be loaded, where we find out. Raises UserError.
+
+    The harness tries out the first item itself while it loads, and what it says of that is a
+    traceback's last line; the task that it had half made says what is wrong.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        task = frame.f_locals.get("self")
+        if isinstance(task, Task):
+            require_splits(task.task_name, task)
+            if hasattr(task, "features"):
+                try_out(task.task_name, task, limit=1)
+            return
 
 
 def _read(name: str, path: Path) -> Mapping[str, Any]:
@@ -178,44 +193,5 @@ def _in_one_line(name: str, config: Mapping[str, Any], error: Exception) -> User
         )
     if isinstance(error, FileNotFoundError):
         return UserError(f"--tasks {name}: its data are not there: {words}")
-    if type(error).__name__ == "UndefinedError":
-        return UserError(f"--tasks {name}: its data lack a field that it names: {words}")
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     return UserError(f"--tasks {name}: the harness refuses it: {kind}{words}")
-
-
-def _try_out(name: str, task: Any, limit: int | None) -> None:
-    """Make question and answer of each item. Raises UserError, naming an item that lacks some."""
-    if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(f"--tasks {name}: runs code that a model writes, which is not done here")
-    if task.OUTPUT_TYPE not in (*LIKELIHOODS, "generate_until"):
-        raise UserError(f"--tasks {name}: output_type {task.OUTPUT_TYPE} is not known here")
-    fields = list(getattr(task, "features", []))
-    config = getattr(task, "config", None)
-    for part in ("doc_to_text", "doc_to_target"):
-        words = getattr(config, part, None)
-        # The harness takes a name of no field for the words themselves.
-        if isinstance(words, str) and words.isidentifier() and fields and words not in fields:
-            raise UserError(
-                f"--tasks {name}: {part}: its data have no field `{words}`; there are: "
-                f"{', '.join(fields)}"
-            )
-    for number, item in enumerate(islice(task.eval_docs, limit), start=1):
-        whole = {key: _present(value) for key, value in item.items()}
-        try:
-            texts = [task.doc_to_text(whole), task.doc_to_target(whole)]
-            if getattr(config, "doc_to_choice", None) is not None:
-                texts += task.doc_to_choice(whole)
-        except Exception as error:
-            words = brief(str(error) or type(error).__name__)
-            raise UserError(f"--tasks {name}: item {number}: {words}") from None
-        if any(isinstance(text, Null) or NULL in str(text) for text in texts):
-            empty = [key for key, value in item.items() if value is None]
-            raise UserError(
-                f"--tasks {name}: item {number}: lacks a field that is asked for: {listed(empty)}"
-            )
-
-
-def _present(value: Any) -> Any:
-    """Return a field's value, or what is found again in a text that was made of none."""
-    return Null() if value is None else value
