@@ -14,11 +14,12 @@ import torch
 from lm_eval.tasks.mlqa.utils import exact_match_score, f1_score
 
 from comigs.app import api
-from comigs.app.tasks import evaluate_answers
+from comigs.app.tasks import evaluate_answers, measures_of
 from comigs.data.document import chat
 from comigs.data.prepare import prepare
 from comigs.errors import UserError
 from comigs.personal.tasks.answers import AnswerSettings, AnswerTask
+from comigs.personal.tasks.extra import OwnQuestions
 from comigs.personal.tasks.likelihood import candidate, nats_of
 from comigs.personal.tasks.questions import Question, questions_of, wrong_answers
 from comigs.personal.tasks.text_scores import (
@@ -28,14 +29,15 @@ from comigs.personal.tasks.text_scores import (
     rouge_l,
     token_f1,
 )
-from comigs.personal.tasks.writing import write_answers
+from comigs.personal.tasks.writing import Written, write_answers
 from comigs.runs.report.page import write_report
-from comigs.runs.tasks import TASKS, estimate, read_tasks
+from comigs.runs.report.tasks_table import tasks_table
+from comigs.runs.tasks import TASKS, TaskResult, estimate, read_tasks
 from tests.chats import PLAIN, TALKS, messages_of, questions, tiny_chat, write_lines
 from tests.conftest import run_config
 from tests.runs import comigs, refused
 
-MEASURES = ["exact match", "token F1", "ROUGE-L", "choice per token", "choice"]
+MEASURES = ["exact match", "token F1", "ROUGE-L", "cut off", "choice per token", "choice"]
 
 
 def chat_run(root, **tree):
@@ -57,7 +59,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def asked(run):
-    return evaluate_answers(run.path, longest=8)
+    return evaluate_answers(run.path, how=OwnQuestions(longest=8))
 
 
 def test_words_are_compared_as_squad_does():
@@ -180,7 +182,8 @@ def test_what_is_thought_before_an_answer_is_none_of_it(written, answer):
     model = SimpleNamespace(
         device="cpu", generate=lambda input_ids, **_: torch.cat([input_ids, ids], 1)
     )
-    assert write_answers(model, base.encoder.chats, [[7]], 40, 1) == [answer]
+    ((text, is_cut),) = write_answers(model, base.encoder.chats, [[7]], 40, 1)
+    assert text == answer and is_cut
 
 
 def test_every_answer_of_a_chat_is_a_question():
@@ -202,7 +205,8 @@ def test_batches_write_what_one_alone_writes(name):
         )["input_ids"]
         alone = base.model.generate(ids, max_new_tokens=9, do_sample=False, use_cache=False)
         text = base.tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
-        assert answer == text.strip()
+        assert answer.text == text.strip()
+        assert answer.is_cut == (base.tokenizer.eos_token_id not in alone[0, ids.shape[1] :])
 
 
 def test_a_prompt_with_little_room_costs_the_others_nothing():
@@ -210,7 +214,7 @@ def test_a_prompt_with_little_room_costs_the_others_nothing():
     prompts = [[7] * 60, [8] * 5]
     long, short = write_answers(base.model, base.encoder.chats, prompts, 20, 2)
     assert write_answers(base.model, base.encoder.chats, prompts[1:], 20, 2) == [short]
-    assert len(long) <= 4
+    assert len(long.text) <= 4
 
 
 def naive_nats(model, tokenizer, before, answer):
@@ -248,7 +252,7 @@ def test_of_a_longer_chat_only_the_last_answer_counts():
 
 
 def test_each_model_is_asked_and_the_result_is_kept(run, asked):
-    again = evaluate_answers(run.path, "bob", longest=8).clients["bob"]
+    again = evaluate_answers(run.path, "bob", OwnQuestions(longest=8)).clients["bob"]
     assert again == asked.clients["bob"]
     kept = read_tasks(run.files)
     assert kept.clients.keys() == {"ada", "bob"} and kept == asked
@@ -280,10 +284,69 @@ def test_they_are_on_the_page_and_in_the_terminal(run, asked, capsys):
     assert "<h2>Tasks</h2>" in page and "choice per token" in page
     few = ("--answers", "--max-new-tokens", "8")
     done = comigs(capsys, "evaluate", run.path, *few, "--limit", "2", "--json")
-    told = json.loads(done.out)["clients"]["ada"]["answers"]
+    told = json.loads(done.out)["clients"]["ada"]["answers (first 2)"]
     assert told["measures"]["ROUGE-L"]["items"] == 2 and told["settings"]["limit"] == 2
-    done = comigs(capsys, "evaluate", run.path, *few, "--client", "ada", "--split", "valid")
-    assert done.code == 0 and "answers (valid)" in done.out and "difference" in done.out
+    assert read_tasks(run.files).clients["ada"]["answers"] == asked.clients["ada"]["answers"]
+    words = ("--client", "ada", "--split", "valid", "--show", "2")
+    done = comigs(capsys, "evaluate", run.path, *few, *words)
+    assert done.code == 0 and "answers (valid, at most 8 tokens)" in done.out
+    assert "difference" in done.out and "cut off (lower is better)" in done.out
+    # The same answers as they were written, with the question and the right answer.
+    data = prepare(run.config(), tiny_chat("tiny-llama").encoder)
+    for number, question in enumerate(questions_of(data.documents("ada", "valid"))[:2], 1):
+        assert (
+            f"question {number}: {question.before[-1][1]}\n  right: {question.answer}" in done.out
+        )
+    assert done.out.count("  base: ") == done.out.count("  own: ") == 2
+    assert "question 3" not in done.out
+
+
+def test_answers_that_had_not_ended_are_counted_and_long_right_ones_are_told(run):
+    said = []
+    how = OwnQuestions(limit=3, longest=2)
+    result = evaluate_answers(run.path, "ada", how, said.append).clients["ada"]["answers (first 3)"]
+    assert result.measures["cut off"].lower_is_better
+    data = prepare(run.config(), tiny_chat("tiny-llama").encoder)
+    asked = questions_of(data.documents("ada", "test"))[:3]
+    longer = sum(len(question.answer.encode()) > 2 for question in asked)  # a byte is a token
+    assert longer and any(f"{longer} of 3 right answers have more than 2 tokens" in s for s in said)
+    base = tiny_chat("tiny-llama")
+    task = AnswerTask(base, asked, [[]] * 3, AnswerSettings(2, 60, 2))
+    answers = [Written("a", True), Written("b", False), Written("c", True)]
+    assert task.scores(None, answers)["cut off"] == [1, 0, 1]
+
+
+def test_a_difference_has_the_error_of_the_differences_of_items():
+    """Both models answer the same items: what is hard for both is in no difference."""
+    base, own = [0.0, 0.2, 0.9, 0.5], [0.1, 0.3, 1.0, 0.7]
+    measure = measures_of({"x": base}, {"x": own})["x"]
+    gains = np.subtract(own, base)
+    assert measure.difference_error == pytest.approx(gains.std(ddof=1) / 2)
+    assert measure.difference_error < measure.base.error / 5
+    table = tasks_table({"ada": {"quiz": task_of(measure)}})
+    assert table.rows[0][-1] == "+0.125 ± 0.025"
+
+
+def task_of(measure, **settings):
+    """A result of round 3 of that one measure."""
+    return TaskResult(by="x", round=3, settings=settings, measures={"m": measure})
+
+
+def test_what_was_asked_otherwise_than_always_says_so():
+    measure = measures_of({"x": [0.0, 1.0]}, {"x": [1.0, 1.0]})["x"]
+    results = {
+        "answers": task_of(measure, split="test", limit=None, max_new_tokens=128),
+        "answers (first 2)": task_of(measure, limit=2, max_new_tokens=256),
+        "quiz": task_of(measure, limit=5, chat_template="yes"),
+    }
+    names = [row[0] for row in tasks_table({"ada": results}, 3).rows]
+    assert names == [
+        "answers",
+        "answers (first 2, at most 256 tokens)",
+        "quiz (first 5, by the chat template)",
+    ]
+    names = [row[0] for row in tasks_table({"ada": results}, 28).rows]
+    assert names[0] == "answers (after round 3 of 28)"
 
 
 def test_what_cannot_be_asked_is_one_line(run, asked, capsys, tmp_path):
@@ -302,6 +365,25 @@ def test_what_cannot_be_asked_is_one_line(run, asked, capsys, tmp_path):
     (run.path / TASKS).unlink()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--limit", "3"], "--limit: has no effect without --answers or --tasks"),
+        (["--chat", "--answers"], "--chat: has no effect without --tasks"),
+        (["--tasks-dir", "x"], "--tasks-dir: has no effect without --tasks"),
+        (
+            ["--max-new-tokens", "9", "--tasks", "x"],
+            "--max-new-tokens: has no effect",
+        ),
+        (["--show", "1"], "--show: has no effect without --answers"),
+        (["--split", "valid", "--tasks", "x"], "--split: has no effect on --tasks"),
+        (["--answers", "--show", "1", "--json"], "--show: prints text beside a table"),
+    ],
+)
+def test_an_option_without_effect_is_refused(run, capsys, words, says):
+    assert says in refused(capsys, "evaluate", run.path, *words)
+
+
 def test_plain_text_asks_nothing(tmp_path):
     folder = api.run(run_config(tmp_path, "ada", rounds=1), tmp_path / "run")
     with pytest.raises(UserError, match=r'client "ada": test is plain text, which asks nothing'):
@@ -310,5 +392,6 @@ def test_plain_text_asks_nothing(tmp_path):
 
 def test_a_router_that_reads_the_whole_text_is_asked_one_by_one(tmp_path):
     folder = chat_run(tmp_path, experts={"routing": "sequence"})
-    result = evaluate_answers(folder.path, "ada", limit=2, longest=4).clients["ada"]["answers"]
+    how = OwnQuestions(limit=2, longest=4)
+    result = evaluate_answers(folder.path, "ada", how).clients["ada"]["answers (first 2)"]
     assert list(result.measures) == MEASURES

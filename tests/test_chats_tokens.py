@@ -157,7 +157,7 @@ def test_what_a_template_writes_behind_an_answer_ends_it():
     )
     encoder = base.encoder.chats
     (answer,) = write_answers(model, encoder, [encoder.prompt(TALKS[0][:1], "")], 4, 1)
-    assert answer == base.tokenizer.decode([7, 8])
+    assert answer == (base.tokenizer.decode([7, 8]), False)
 
 
 THINKING = (  # as bases that think by default and may be told not to

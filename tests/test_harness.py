@@ -177,10 +177,13 @@ def test_results_are_kept_and_a_task_that_is_asked_again_is_replaced(asked, run,
     assert done.code == 0 and "pets" in done.out and "acc" in done.out and done.err == ""
     assert torch.equal(torch.random.get_rng_state(), before)
     kept = read_tasks(run.files).clients
-    assert kept["ann"]["pets"].measures["acc"].items == 3
-    assert kept["bob"] == asked.clients["bob"] and kept["ann"]["words"].measures
+    assert kept["ann"].pop("pets (first 3)").measures["acc"].items == 3
+    assert kept == asked.clients  # a quick look does not take the place of the whole
     done = comigs(capsys, "evaluate", run.path, *words, "--json")
-    assert json.loads(done.out)["clients"]["ann"]["pets"]["settings"]["limit"] == 3
+    assert json.loads(done.out)["clients"]["ann"]["pets (first 3)"]["settings"]["limit"] == 3
+    done = comigs(capsys, "evaluate", run.path, *words[:4])
+    assert done.code == 0 and read_tasks(run.files).clients["ann"]["pets"] == kept["ann"]["pets"]
+    assert "brier_score (lower is better)" in done.out and "acc (lower" not in done.out
 
 
 def changed(folder, tmp_path, *replaced, text=CHOICE):
@@ -267,7 +270,16 @@ def test_metrics_of_a_written_answer_are_the_harness_s_own(run, folder, tmp_path
     task.write_text(task.read_text().replace("mine}", "mine, aggregation: mean}"))
     words = ("--tasks", task, "--client", "ann", "--limit", "2", "--json")
     done = json.loads(comigs(capsys, "evaluate", run.path, *words).out)
-    assert done["clients"]["ann"]["writes"]["measures"]["mine"]["personal"]["mean"] == 0.25
+    assert (
+        done["clients"]["ann"]["writes (first 2)"]["measures"]["mine"]["personal"]["mean"] == 0.25
+    )
+
+
+@pytest.mark.parametrize("name", ["answers", "answers (valid)"])
+def test_a_task_does_not_take_the_place_of_the_answers(run, folder, tmp_path, capsys, name):
+    task = changed(folder, tmp_path, ("task: pets", f"task: {name}"))
+    line = refused(capsys, "evaluate", run.path, "--tasks", task)
+    assert f"--tasks {name}: task: is what the clients' own questions" in line
 
 
 def test_names_are_looked_for_in_the_folder(run, folder, capsys, tmp_path):

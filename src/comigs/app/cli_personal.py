@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,8 +36,9 @@ Cache = Annotated[
 def evaluate(
     run: RunPath,
     split: Annotated[
-        str, typer.Option(metavar="SPLIT", help="Which text: train, valid or test.")
-    ] = "test",
+        str | None,
+        typer.Option(metavar="SPLIT", help="Which text: train, valid or test. Default: test."),
+    ] = None,
     client: Annotated[str | None, typer.Option(metavar="NAME", help="One client only.")] = None,
     model: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Measure this export of the run instead.")
@@ -65,8 +67,13 @@ def evaluate(
         typer.Option(min=1, help="With --answers, --tasks: the first ones of each only."),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="With --answers: tokens to write at most.")
-    ] = 128,
+        int | None,
+        typer.Option(min=1, help="With --answers: tokens to write at most. Default: 128."),
+    ] = None,
+    show: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="With --answers: show N questions and answers."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     cache: Cache = None,
     allow_code: AllowCode = False,
@@ -76,12 +83,23 @@ def evaluate(
     from comigs.app.console import Console
     from comigs.runs.reader import Reader
 
-    which, console = api.split_named(split), Console(quiet=as_json)
+    # An option that changes nothing is not what was meant.
+    needs_tasks = {"--tasks-dir": tasks_dir, "--chat": chat or None}
+    needs_answers = {"--max-new-tokens": max_new_tokens, "--show": show}
+    _require_with(needs_tasks, "--tasks", bool(tasks))
+    _require_with(needs_answers, "--answers", answers)
+    _require_with({"--limit": limit}, "--answers or --tasks", bool(answers or tasks))
+    if tasks and not answers and split is not None:
+        raise UserError("--split: has no effect on --tasks, whose files name it; leave it out")
+    if show is not None and as_json:
+        raise UserError("--show: prints text beside a table, and --json has neither; leave one out")
+
+    which, console = api.split_named(split or "test"), Console(quiet=as_json)
     reader = Reader(allow_code, cache)
     if answers or tasks:
         from comigs.app.tasks import evaluate_answers, evaluate_tasks
-        from comigs.personal.tasks.extra import TaskFiles
-        from comigs.runs.tasks import Tasks
+        from comigs.personal.tasks.extra import OwnQuestions, TaskFiles
+        from comigs.runs.tasks import LONGEST, Tasks
 
         if model is not None:
             raise UserError("--model: is measured on text alone; leave out --answers and --tasks")
@@ -91,7 +109,8 @@ def evaluate(
             files = TaskFiles(tasks, tasks_dir, chat)
             asked |= evaluate_tasks(folder, files, client, limit, console.say)
         if answers:
-            asked |= evaluate_answers(folder, client, which, limit, max_new_tokens, console.say)
+            how = OwnQuestions(which, limit, max_new_tokens or LONGEST, show or 0)
+            asked |= evaluate_answers(folder, client, how, console.say)
         _show_tasks(asked, as_json)
         return
     # An export is measured on the same text, so that both figures can be compared.
@@ -105,6 +124,13 @@ def evaluate(
         typer.echo(json.dumps(results, indent=1))
     else:
         console.table(api.evaluation_table(results, which))
+
+
+def _require_with(options: Mapping[str, Any], needed: str, is_there: bool) -> None:
+    """Raise UserError for an option that is given without the one it belongs to."""
+    for name, value in options.items():
+        if value is not None and not is_there:
+            raise UserError(f"{name}: has no effect without {needed}; add that or leave it out")
 
 
 def _show_tasks(tasks: Tasks, as_json: bool) -> None:

@@ -1,8 +1,10 @@
-"""This module shows what clients train on as the model reads it, with what is learnt marked."""
+"""This module shows what clients train on as the model reads it, with what is learnt marked, and
+what models answered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,8 @@ from comigs.text import harmless
 
 if TYPE_CHECKING:
     from comigs.data.corpus import ChatEncoder
+    from comigs.personal.tasks.questions import Question
+    from comigs.personal.tasks.writing import Written
 
 BRACKETS = ("\u27e6", "\u27e7")  # white square ones, where there are no colours
 
@@ -27,6 +31,17 @@ def examples(data: Texts, length: int, number: int, in_colours: bool) -> Iterato
             tokens, learnt = batch.inputs.size + 1, int((batch.targets != IGNORED).sum())
             yield f"{name}: train, example {place}: {tokens} tokens, {learnt} learnt"
             yield f"{marked(data.encoder.chats, batch, in_colours)}\n"
+
+
+def answers(
+    questions: Sequence[Question], base: Sequence[Written], own: Sequence[Written]
+) -> Iterator[str]:
+    """Yield each question with the right answer, the base's and the personal model's own."""
+    for number, (asked, *written) in enumerate(zip(questions, base, own, strict=False), 1):
+        yield f"question {number}: {harmless(asked.before[-1][1])}"
+        yield f"  right: {harmless(asked.answer)}"
+        for whose, answer in zip(("base", "own"), written, strict=True):
+            yield f"  {whose}: {harmless(answer.text)}" + " [cut off]" * answer.is_cut
 
 
 def marked(encoder: ChatEncoder, batch: Batch, in_colours: bool) -> str:

@@ -8,49 +8,54 @@ from pathlib import Path
 
 from comigs.app import api
 from comigs.app.setup import ignore
+from comigs.app.show import answers
 from comigs.bases.load import Base
 from comigs.config import Split
 from comigs.errors import UserError
 from comigs.personal.model import PersonalModel
-from comigs.personal.tasks.answers import AnswerSettings, AnswerTask
-from comigs.personal.tasks.extra import TaskFiles, require_extra
+from comigs.personal.tasks.answers import LOWER_IS_BETTER, AnswerSettings, AnswerTask
+from comigs.personal.tasks.extra import OwnQuestions, TaskFiles, require_extra
 from comigs.personal.tasks.questions import WRONG, Question, questions_of, wrong_answers
 from comigs.runs.folder import RunFolder
-from comigs.runs.tasks import Estimate, Measure, Settings, TaskResult, Tasks, add_tasks, estimate
+from comigs.runs.tasks import (
+    ANSWERS,
+    Measure,
+    Settings,
+    TaskResult,
+    Tasks,
+    add_tasks,
+    estimate,
+    task_name,
+)
 from comigs.text import Say, plural
-
-LONGEST = 128  # tokens of a written answer
 
 
 def evaluate_answers(
     path: Path | str | RunFolder,
     client: str | None = None,
-    split: Split = "test",
-    limit: int | None = None,
-    longest: int = LONGEST,
+    how: OwnQuestions = OwnQuestions(),  # noqa: B008 (it is frozen)
     say: Say = ignore,
 ) -> Tasks:
     """Ask clients' own models, and the base, the questions of the clients' own chats.
 
     path: a run folder, or what `open_run` opened, where a reader has something to say. client: only
-    this one; None: all. limit: of each client only so many questions, the first ones.
-    longest: tokens of a written answer at most. Each client's result goes into the run's tasks.json
-    as soon as it is there. Returns those of these clients. Raises UserError.
+    this one; None: all. Each client's result goes into the run's tasks.json as soon as it is there.
+    Returns those of these clients. Raises UserError.
     """
-    api.split_named(split)
+    split, limit = api.split_named(how.split), how.limit
     require_extra("rouge_score")
     folder = api.open_run(path)
     base, data, names = api.measurable(folder, client)
     config = folder.config()
     length, size = config.data.sequence_length, config.evaluation.batch_size
-    settings = AnswerSettings(longest, length, size)
+    settings = AnswerSettings(how.longest, length, size)
 
     # What is wrong with any client's questions is said before the first model writes.
     asked: dict[str, AnswerTask] = {}
     for name in names:
         questions = questions_of(data.documents(name, split))
         _require_questions(questions, name, split)
-        _require_room(base, longest)
+        _require_room(base, how.longest)
         wrong = wrong_answers(questions, config.seed, name)
         asked[name] = AnswerTask(base, questions[:limit], wrong[:limit], settings)
         if not asked[name].choices:
@@ -58,17 +63,26 @@ def evaluate_answers(
                 f"{name}: no question has {WRONG} answers to others beside its own that fit whole "
                 f"into data.sequence_length ({length} tokens), so no choice is measured"
             )
+        if longer := asked[name].longer():
+            say(
+                f"{name}: {longer} of {len(asked[name].questions)} right answers have more than "
+                f"{how.longest} tokens, the most that a model may write (--max-new-tokens)"
+            )
 
     # One client's experts are on the base at a time; what is measured of it is kept at once.
-    told: Settings = {"split": split, "limit": limit, "max_new_tokens": longest}
-    task = "answers" if split == "test" else f"answers ({split})"
+    told: Settings = {"split": split, "limit": limit, "max_new_tokens": how.longest}
+    task = task_name(ANSWERS, limit, split)
     results = {}
     for name, task_of_client in asked.items():
         say(f"{name}: {plural(len(task_of_client.questions), 'question')}")
         with closing(PersonalModel(folder, name, base)) as model:
-            personal = task_of_client.scores(model)
+            own = task_of_client.written(model)
+            personal = task_of_client.scores(model, own)
             with model.without_experts():
-                untouched = task_of_client.scores(model)
+                of_base = task_of_client.written(model)
+                untouched = task_of_client.scores(model, of_base)
+        for line in answers(task_of_client.questions[: how.shown], of_base, own):
+            say(line)
         result = TaskResult(
             by="comigs",
             round=folder.checkpoint().round,
@@ -117,25 +131,14 @@ def evaluate_tasks(
             personal = harness.ask(loaded, model, limit, files.chat)
         results[name] = {}
         for task, asked in personal.items():
-            results[name][task] = TaskResult(
+            results[name][task_name(task, limit)] = TaskResult(
                 by=harness.BY,
                 round=folder.checkpoint().round,
                 settings=told,
-                measures=side_by_side(untouched[task].measures, asked.measures, asked.items),
+                measures=harness.side_by_side(untouched[task], asked),
             )
         add_tasks(folder.files, name, results[name])
     return Tasks(clients=results)
-
-
-def side_by_side(
-    base: Mapping[str, Estimate], personal: Mapping[str, Estimate], items: int
-) -> dict[str, Measure]:
-    """Return by name the estimates of a measure, over so many items, that both models have."""
-    found = {}
-    for name, own in personal.items():
-        if name in base:
-            found[name] = Measure(items=items, base=base[name], personal=own)
-    return found
 
 
 def measures_of(
@@ -144,8 +147,14 @@ def measures_of(
     """Return by name the means of items' scores, of the base and of a personal model."""
     found = {}
     for name, scores in personal.items():
+        # Both answered the same items, so what these have in common is in no difference.
+        differences = [own - other for own, other in zip(scores, base[name], strict=True)]
         found[name] = Measure(
-            items=len(scores), base=estimate(base[name]), personal=estimate(scores)
+            items=len(scores),
+            base=estimate(base[name]),
+            personal=estimate(scores),
+            difference_error=estimate(differences).error,
+            lower_is_better=name in LOWER_IS_BETTER,
         )
     return found
 

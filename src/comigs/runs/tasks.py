@@ -17,6 +17,8 @@ from comigs.runs.json_lines import parse_json, read_record
 from comigs.runs.metrics import Count, Figure, Record
 
 TASKS = "tasks.json"
+ANSWERS = "answers"  # the clients' own questions, beside which a task of the harness has its name
+LONGEST = 128  # tokens of a written answer, where nothing else is said
 Settings = dict[str, str | int | None]
 
 
@@ -28,11 +30,17 @@ class Estimate(Record):
 
 
 class Measure(Record):
-    """A measure was taken of both models on so many items."""
+    """A measure was taken of both models on so many items.
+
+    difference_error: the standard error of the mean over items of personal less base; None where
+    it is not known. lower_is_better: of errors and the like.
+    """
 
     items: Count
     base: Estimate
     personal: Estimate
+    difference_error: Figure | None = None
+    lower_is_better: bool = False
 
 
 class TaskResult(Record):
@@ -46,6 +54,23 @@ class TaskResult(Record):
     settings: Settings
     measures: dict[str, Measure]
 
+    def unusual(self, last: int | None) -> list[str]:
+        """Return in words what is unlike asking all items, as always, after the `last` round.
+
+        last: None where the round is known to be that.
+        """
+        said = []
+        if self.settings.get("limit") is not None:
+            said.append(first_ones(self.settings["limit"]))
+        longest = self.settings.get("max_new_tokens", LONGEST)
+        if longest != LONGEST:
+            said.append(f"at most {longest} tokens")
+        if self.settings.get("chat_template") == "yes":
+            said.append("by the chat template")
+        if last not in (None, self.round):
+            said.append(f"after round {self.round} of {last}")
+        return said
+
 
 class Tasks(Record):
     """All tasks that were done in a run: client -> task -> result."""
@@ -58,6 +83,33 @@ class Tasks(Record):
         for name, results in other.clients.items():
             clients[name] = {**clients.get(name, {}), **results}
         return Tasks(clients=clients)
+
+
+def first_ones(limit: str | int | None) -> str:
+    """Return the words for the first `limit` items of a task."""
+    return f"first {limit}"
+
+
+def task_name(name: str, limit: int | None, split: str = "test") -> str:
+    """Return the name under which a result is kept.
+
+    What was asked of a few items, or of another split, does not take the place of the whole.
+    """
+    apart = [split] if split != "test" else []
+    if limit is not None:
+        apart.append(first_ones(limit))
+    return f"{name} ({', '.join(apart)})" if apart else name
+
+
+def titled(task: str, result: TaskResult, last: int | None = None) -> str:
+    """Return the name of a task with what is unusual about how it was asked, as `unusual` has it.
+
+    What the name says already is not said again.
+    """
+    more = ", ".join(words for words in result.unusual(last) if words not in task)
+    if not more:
+        return task
+    return f"{task[:-1]}, {more})" if task.endswith(")") else f"{task} ({more})"
 
 
 def estimate(scores: Sequence[float]) -> Estimate:

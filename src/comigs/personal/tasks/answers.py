@@ -10,9 +10,11 @@ from comigs.personal.model import PersonalModel
 from comigs.personal.tasks.likelihood import Candidate, candidate, nats_of
 from comigs.personal.tasks.questions import Question
 from comigs.personal.tasks.text_scores import exact_match, rouge_l, token_f1
-from comigs.personal.tasks.writing import write_answers
+from comigs.personal.tasks.writing import Written, write_answers
 
 WRITTEN = {"exact match": exact_match, "token F1": token_f1, "ROUGE-L": rouge_l}
+CUT = "cut off"  # of answers that had not ended when no more was written
+LOWER_IS_BETTER = (CUT,)
 CHOSEN = ("choice per token", "choice")  # what can be compared comes first
 
 
@@ -59,7 +61,13 @@ class AnswerTask:
             if all(one.is_whole for one in possible):
                 self.choices.append(possible)
 
-    def written(self, model: PersonalModel) -> list[str]:
+    def longer(self) -> int:
+        """Return how many right answers have more tokens than a model may write."""
+        words = [asked.answer for asked in self.questions]
+        tokens = self.encoder.tokenizer(words, add_special_tokens=False)["input_ids"]
+        return sum(len(ids) > self.settings.longest for ids in tokens)
+
+    def written(self, model: PersonalModel) -> list[Written]:
         """Return the answer that a model writes to each question, as it is bound now."""
         alone = model.config.experts.routing == "sequence"
         return write_answers(
@@ -70,13 +78,16 @@ class AnswerTask:
             1 if alone else self.settings.batch_size,
         )
 
-    def scores(self, model: PersonalModel) -> dict[str, list[float]]:
-        """Return by measure the score of each question, as the model is bound now."""
+    def scores(self, model: PersonalModel, answers: Sequence[Written]) -> dict[str, list[float]]:
+        """Return by measure the score of each question, as the model is bound now.
+
+        answers: what it has written.
+        """
         found: dict[str, list[float]] = {}
-        answers = self.written(model)
         for name, score in WRITTEN.items():
             pairs = zip(answers, self.questions, strict=True)
-            found[name] = [score(answer, asked.answer) for answer, asked in pairs]
+            found[name] = [score(answer.text, asked.answer) for answer, asked in pairs]
+        found[CUT] = [float(answer.is_cut) for answer in answers]
         if self.choices:
             found |= self._chosen(model)
         return found

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from comigs.config import Split
 from comigs.errors import UserError
+from comigs.runs.tasks import LONGEST
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,20 @@ class TaskFiles:
     names: Sequence[str]
     folder: Path | None = None
     chat: bool = False
+
+
+@dataclass(frozen=True)
+class OwnQuestions:
+    """The clients' own questions are asked in this way.
+
+    split: of this text. limit: of each client only so many, the first ones. longest: tokens of a
+    written answer at most. shown: so many of each client are told, with what was answered.
+    """
+
+    split: Split = "test"
+    limit: int | None = None
+    longest: int = LONGEST
+    shown: int = 0
 
 
 def require_extra(module: str) -> None:

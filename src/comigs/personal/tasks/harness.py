@@ -20,17 +20,21 @@ from comigs.errors import UserError
 from comigs.personal.model import PersonalModel
 from comigs.personal.tasks.task_files import LoadedTasks, offline, quiet
 from comigs.personal.tasks.task_items import LIKELIHOODS
-from comigs.runs.tasks import Estimate
+from comigs.runs.tasks import Estimate, Measure
 
 BY = f"lm_eval {version('lm_eval')}"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the harness measured: by measure its estimate, over so many items."""
+    """What the harness measured: by measure its estimate, over so many items.
+
+    lower: measures of which less is better.
+    """
 
     items: int
     measures: Mapping[str, Estimate]
+    lower: frozenset[str]
 
 
 class AsHarnessModel(HFLM):  # type: ignore[misc]
@@ -96,8 +100,24 @@ def ask(
         if name in record["groups"]:
             own = [task.task_name for task in record["groups"][name].get_all_tasks()]
         if measures := _measures(figures):
-            asked[name] = Asked(sum(counts[task] for task in own), measures)
+            higher = found["higher_is_better"].get(name, {})
+            lower = frozenset(m for m in measures if higher.get(m.split(" (")[0]) is False)
+            asked[name] = Asked(sum(counts[task] for task in own), measures, lower)
     return asked
+
+
+def side_by_side(base: Asked, personal: Asked) -> dict[str, Measure]:
+    """Return by name the measures that both models have."""
+    found = {}
+    for name, own in personal.measures.items():
+        if name in base.measures:
+            found[name] = Measure(
+                items=personal.items,
+                base=base.measures[name],
+                personal=own,
+                lower_is_better=name in personal.lower,
+            )
+    return found
 
 
 def _measures(figures: Mapping[str, Any]) -> dict[str, Estimate]:

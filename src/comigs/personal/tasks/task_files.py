@@ -27,6 +27,7 @@ from comigs.errors import UserError, nearest
 from comigs.personal.tasks.extra import TaskFiles
 from comigs.personal.tasks.task_items import require_splits, try_out
 from comigs.personal.tasks.task_metrics import own_metrics
+from comigs.runs.tasks import ANSWERS
 from comigs.text import brief, listed
 
 YAML = (".yaml", ".yml")
@@ -61,12 +62,24 @@ def load_tasks(files: TaskFiles, limit: int | None) -> LoadedTasks:
         for name in dict.fromkeys(files.names):
             asked[name] = _load(name, files, manager)
         loaded = LoadedTasks(asked)
+        _require_own_names(loaded)
         for name, task in loaded.all()["tasks"].items():
             try_out(name, task, limit)
             task.set_fewshot_seed(seed=DEFAULT_SEED)
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
     return loaded
+
+
+def _require_own_names(loaded: LoadedTasks) -> None:
+    """Refuse a name under which the answers to the clients' own questions are kept."""
+    record = loaded.all()
+    for name in (*record["tasks"], *record["groups"]):
+        if name == ANSWERS or name.startswith(f"{ANSWERS} ("):
+            raise UserError(
+                f"--tasks {name}: task: is what the clients' own questions (--answers) are called; "
+                "give the task another name"
+            )
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,13 +13,20 @@ from comigs.bases.chat_encoder import ChatEncoder
 THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
+class Written(NamedTuple):
+    """A written answer. is_cut: it had not ended when no more was written."""
+
+    text: str
+    is_cut: bool
+
+
 def write_answers(
     model: Any,
     encoder: ChatEncoder,
     prompts: Sequence[list[int]],
     longest: int,
     batch_size: int,
-) -> list[str]:
+) -> list[Written]:
     """Return what a `transformers` model writes after each prompt, up to the end of its answer.
 
     prompts: tokens. longest: tokens of an answer, of which more are not written. batch_size:
@@ -27,7 +34,7 @@ def write_answers(
     reads the whole text needs.
     """
     window = encoder.longest
-    written: dict[int, str] = {}
+    written: dict[int, Written] = {}
     for numbers in _batches(prompts, batch_size, window - longest):
         width = max(len(prompts[number]) for number in numbers)
         # Shorter ones are filled up on the left, so that all go on at the same place.
@@ -45,7 +52,7 @@ def write_answers(
                 use_cache=batch_size > 1,
             )
         for number, ids in zip(numbers, output[:, width:].tolist(), strict=True):
-            written[number] = _text(encoder, ids)
+            written[number] = _written(encoder, ids)
     return [written[number] for number in range(len(prompts))]
 
 
@@ -62,14 +69,13 @@ def _batches(prompts: Sequence[list[int]], batch_size: int, most: int) -> Iterat
         yield [number]
 
 
-def _text(encoder: ChatEncoder, ids: list[int]) -> str:
+def _written(encoder: ChatEncoder, ids: list[int]) -> Written:
     """Return an answer's tokens up to the one that ends it as text."""
-    for place, id in enumerate(ids):
-        if id in encoder.ends:
-            ids = ids[:place]
-            break
+    ends = (place for place, id in enumerate(ids) if id in encoder.ends)
+    end = next(ends, None)
+    ids = ids[:end]
     text: str = encoder.tokenizer.decode(
         ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     # A base that thinks may do so though it is told not to; its answer stands behind that.
-    return THOUGHT.sub("", text).strip()
+    return Written(THOUGHT.sub("", text).strip(), is_cut=end is None)
