@@ -133,12 +133,12 @@ def test_nothing_is_overwritten_and_new_runs_are_packed_with_packed_ones(
     assert 'config = "../../runs/c.toml"' in Path("deeper/all/sweep.toml").read_text()
 
 
-def asked(folder: Path, personal: dict[str, float], base: float) -> None:
+def asked(folder: Path, personal: dict[str, float], base: float, items: int = 8, **how) -> None:
     """Give a run what its models got right of a task."""
     clients = {}
     for name, mean in personal.items():
-        right = {"items": 8, "base": {"mean": base}, "personal": {"mean": mean, "error": 0.125}}
-        result = {"by": "=lm_eval", "round": 2, "settings": {}, "measures": {"acc": right}}
+        right = {"items": items, "base": {"mean": base}, "personal": {"mean": mean, "error": 0.125}}
+        result = {"by": "=lm_eval", "round": 2, "settings": {}, "measures": {"acc": right}, **how}
         clients[name] = {"quiz": result}
     (folder / "tasks.json").write_text(json.dumps({"clients": clients}))
 
@@ -164,6 +164,62 @@ def test_what_models_got_right_is_compared_and_packed(sweep: Path, capsys) -> No
     assert compared(capsys, sweep, "packed") == (whole, expected)
     edited(sweep / "tasks.csv", cell("personal", "high"))
     assert "tasks.csv: line 3: column personal" in refused(capsys, "compare", sweep)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"settings": {"limit": 1, "max_new_tokens": 2}}, "limit = 1, max_new_tokens = 2, 8 items"),
+        ({"by": "lm_eval 0.5"}, "by lm_eval 0.5, 8 items"),
+        ({"round": 1}, "by =lm_eval, after round 1, 8 items"),
+        ({"items": 1}, "by =lm_eval, 1 item;"),
+    ],
+)
+def test_what_was_measured_otherwise_is_not_averaged(sweep: Path, capsys, how, says) -> None:
+    asked(sweep / "local/seed-42", {"ann": 0.25, "bob": 0.75}, 0.25)
+    asked(sweep / "local/seed-43", {"ann": 1.0, "bob": 1.0}, 1.0, **how)
+    asked(sweep / "comigs/seed-42", {"ann": 0.5, "bob": 0.5}, 0.25)
+    for source in ("folders", "packed"):
+        found = compare_runs([sweep])
+        tables = found.tables()
+        (table,) = (table for name, table in tables if name.endswith(": tasks"))
+        said = {row[0]: row[1] for row in table.rows}
+        assert float(said["local"]) == 0.5 and float(table.last[1]) == 0.25, source
+        (note,) = (line for line in found.notes if "left out" in line)
+        assert "quiz: left out: local seed 43, asked by" in note and says in note
+        assert note.endswith("the others by =lm_eval, 8 items")
+        if source == "folders":
+            comigs(capsys, "compare", sweep, "--pack")
+            without_folders(sweep)
+
+
+def test_questions_to_choose_from_may_differ_with_the_seed_and_errors_say_that_less_is_better(
+    sweep: Path,
+) -> None:
+    for seed, items in ((42, 8), (43, 7)):
+        folder = sweep / f"local/seed-{seed}"
+        asked(folder, {"ann": 0.25, "bob": 0.75}, 0.25, items, by="comigs")
+        text = (folder / "tasks.json").read_text()
+        less = text.replace('"items"', '"lower_is_better": true, "items"')
+        (folder / "tasks.json").write_text(less)
+    found = compare_runs([sweep])
+    (table,) = (table for name, table in found.tables() if name.endswith(": tasks"))
+    assert table.headers == ("setting", "quiz: acc (lower is better)")
+    assert {row[0]: row[1] for row in table.rows}["local"] == "0.5000 ± 0.0000"
+    assert not any("left out" in line for line in found.notes)
+
+
+def test_packed_tasks_of_before_are_read(sweep: Path, capsys) -> None:
+    """Files whose tasks do not say how they were asked."""
+    asked(sweep / "local/seed-42", {"ann": 0.25, "bob": 0.75}, 0.25)
+    comigs(capsys, "compare", sweep, "--pack")
+    without_folders(sweep)
+    lines = (sweep / "tasks.csv").read_text().splitlines()
+    assert lines[0].endswith(",difference_error,lower_is_better,settings")
+    old = "".join(",".join(line.split(",")[:-3]) + "\n" for line in lines)
+    (sweep / "tasks.csv").write_text(old)
+    (table,) = (t for name, t in compare_runs([sweep]).tables() if name.endswith(": tasks"))
+    assert float({row[0]: row[1] for row in table.rows}["local"]) == 0.5
 
 
 def test_a_run_that_is_not_finished_is_not_packed(sweep: Path, capsys) -> None:

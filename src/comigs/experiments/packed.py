@@ -23,6 +23,7 @@ from comigs.experiments.run_data import (
     ROUND,
     SIMULATED,
     TASK,
+    TASK_LATER,
     TOKENS,
     WHOLE,
     RunData,
@@ -59,7 +60,8 @@ def read_packed(folder: Path) -> list[RunData]:
     tasks: list[Row] = []
     if (folder / TASKS).is_file():
         figures = ("run", "client", "task", "measure", "items", "base", "personal")
-        tasks = from_csv(folder / TASKS, _read(folder / TASKS), {"run": str, **TASK}, figures)
+        text = _read(folder / TASKS)
+        tasks = from_csv(folder / TASKS, text, {"run": str, **TASK}, figures, later=TASK_LATER)
     labels = {row["run"] for row in clients}
     of_round = _by_run(rounds, folder / ROUNDS, labels)
     of_task = _by_run(tasks, folder / TASKS, labels)

@@ -13,6 +13,7 @@ from comigs.experiments.csv_file import Row
 from comigs.runs.metrics import ClientSummary
 from comigs.runs.report.read import Run, read_run
 from comigs.runs.report.timeline import worked_tokens
+from comigs.runs.tasks import Settings
 
 Metric = Literal["perplexity", "nats_per_token", "bits_per_byte"]
 METRICS: tuple[Metric, ...] = ("perplexity", "nats_per_token", "bits_per_byte")
@@ -43,7 +44,11 @@ TASK: dict[str, type] = {
     **dict.fromkeys(("client", "task", "measure", "by"), str),
     **dict.fromkeys(("round", "items"), int),
     **dict.fromkeys(("base", "base_error", "personal", "personal_error"), float),
+    "difference_error": float,
+    "lower_is_better": int,
+    "settings": str,
 }
+TASK_LATER = ("difference_error", "lower_is_better", "settings")  # files from before have none
 
 
 @dataclass(frozen=True)
@@ -159,5 +164,14 @@ def _tasks(run: Run) -> tuple[Row, ...]:
                 for of in ("base", "personal"):
                     estimate = getattr(measure, of)
                     row |= {of: estimate.mean, f"{of}_error": estimate.error}
+                row["difference_error"] = measure.difference_error
+                row["lower_is_better"] = int(measure.lower_is_better)
+                row["settings"] = _in_words(result.settings)
                 rows.append(row)
     return tuple(rows)
+
+
+def _in_words(settings: Settings) -> str:
+    """Return how a task was asked; what was not set is left out."""
+    given = sorted((name, value) for name, value in settings.items() if value is not None)
+    return ", ".join(f"{name} = {value}" for name, value in given)

@@ -13,6 +13,7 @@ from comigs.experiments.compare.baseline import Baseline
 from comigs.experiments.compare.fields import taken_as_equal
 from comigs.experiments.compare.settings import Dataset, text_of
 from comigs.experiments.compare.statistics import Comparison, Results
+from comigs.experiments.compare.task_scores import left_out
 from comigs.experiments.run_data import METRICS, RunData
 from comigs.files import command
 
@@ -37,6 +38,7 @@ def notes(
     lines += _seeds(datasets)
     for results in comparison.datasets:
         lines += _missing(results)
+        lines += left_out(results)
     return [*lines, *_baseline(comparison), *_power(comparison)]
 
 

@@ -84,7 +84,8 @@ def task_table(results: Results) -> Table | None:
     measured = task_scores(results)
     columns = [_names(results)]
     for score in measured:
-        header = f"{score.task}: {score.measure}"
+        lower = " (lower is better)" * score.lower_is_better
+        header = f"{score.task}: {score.measure}{lower}"
         column = _scores(header, score.settings, score.base)
         columns.append(replace(column, values=()))  # high is good of most, and low of some
     return _table(columns, False) if measured else None
