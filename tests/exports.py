@@ -54,6 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
+    "qwen3-wide": {"head_dim": 128},
     "gemma3_text": {"head_dim": 16, "layer_types": ["full_attention"] * 2},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
 }  # fmt: skip

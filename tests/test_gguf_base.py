@@ -49,11 +49,13 @@ def refusal(path):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "llama-untied", "llama-gpt2s-rule", "mistral", "qwen2"]
+    "family", ["llama", "llama-untied", "llama-gpt2s-rule", "mistral", "qwen2", "qwen3-wide"]
 )
-def test_a_gguf_is_the_model_and_the_tokens_that_it_was_written_from(tmp_path, family):
+def test_a_gguf_is_the_model_and_the_tokens_that_it_was_written_from(tmp_path, family, capfd):
     base, file = written(tmp_path, family)
+    capfd.readouterr()
     again = load(file)
+    assert capfd.readouterr() == ("", "")  # no bar of transformers'
     torch.testing.assert_close(again.model(IDS).logits, base.model(IDS).logits, rtol=0, atol=1e-5)
     texts = [*SENTENCES.splitlines(), "in  1999 and   7", "a   7\n\n\tx  "]
     assert again.encoder.encode(texts) == base.encoder.encode(texts)
@@ -167,6 +169,26 @@ def test_a_family_that_takes_no_experts_is_refused_before_it_is_unpacked(tmp_pat
 def test_positions_that_are_scaled_by_a_tensor_are_refused(tmp_path):
     _, file = written(tmp_path, "llama-scaled")
     assert "rope_freqs.weight), which transformers leaves out" in refusal(file)
+
+
+def test_heads_of_a_width_that_transformers_does_not_read_are_refused(tmp_path):
+    """Of Qwen3 it takes 128 for granted, which all that were published have."""
+    _, file = written(tmp_path, "qwen3")
+    assert "its heads have 16 dimensions (qwen3.attention.key_length)" in refusal(file)
+    assert not (tmp_path / "cache" / "bases").exists()
+
+
+def test_what_transformers_cannot_read_names_the_file_and_no_file_that_is_not_there(tmp_path):
+    """As a GGUF whose tensors are not of the shapes that its head says."""
+    _, file = written(tmp_path)
+    whole = file.read_bytes()
+    key = b"llama.feed_forward_length"
+    place = whole.index(key) + len(key) + 4
+    assert int.from_bytes(whole[place : place + 4], "little") == 96
+    file.write_bytes(whole[:place] + (128).to_bytes(4, "little") + whole[place + 4 :])
+    line = refusal(file)
+    assert "what it says of itself and its weights differ: model.layers.0.mlp" in line
+    assert "config.json" not in line
 
 
 def test_numbers_that_nobody_reads_are_refused(tmp_path):

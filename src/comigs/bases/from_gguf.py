@@ -6,7 +6,9 @@ leave out is refused here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import shutil
 import subprocess
 import sys
@@ -17,9 +19,15 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader
-from transformers import AutoTokenizer, GgufConfig
+from transformers import GgufConfig
 
-from comigs.bases.pretrained import cannot_load, load_model, load_pretrained, read_config
+from comigs.bases.pretrained import (
+    cannot_load,
+    load_model,
+    load_pretrained,
+    load_tokenizer,
+    read_config,
+)
 from comigs.bases.text_rules import RULES
 from comigs.errors import UserError
 from comigs.files import cache_folder
@@ -44,7 +52,9 @@ def load_gguf(file: Path, require_family: Callable[[str], object]) -> tuple[Any,
     reader = _reader(file)
     rule = _rule_of(file, reader)
     _require_plain_positions(file, reader)
-    require_family(read_config(file.parent, gguf_file=file.name).model_type)
+    config = read_config(file.parent, gguf_file=file.name)
+    require_family(config.model_type)
+    _require_heads(file, reader, config)
     # The same file under another name, or in another place, is the same base.
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -93,15 +103,18 @@ def unpack_here(file: Path, folder: Path, dtype: torch.dtype) -> None:
     """Do what `unpack` does in this process. Raises UserError."""
     # Without dequantize, transformers 5 keeps the weights packed, which is slow and not trainable
     # through.
-    config = GgufConfig(dequantize=True)
-    model = load_model(file.parent, gguf_file=file.name, quantization_config=config, dtype=dtype)
+    whole_numbers = GgufConfig(dequantize=True)
+    read: dict[str, Any] = {"quantization_config": whole_numbers, "dtype": dtype}
+    # transformers shows a bar that no setting of its own switches off.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = load_model(file.parent, gguf_file=file.name, **read)
     _require_all_numbers(file, model)
     # A folder that is there is whole: it is moved into place at the end.
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         whole = Path(scratch) / "base"
         model.save_pretrained(whole)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(whole)
+        load_tokenizer(file.parent, gguf_file=file.name).save_pretrained(whole)
         if not folder.is_dir():  # another process may have been faster
             shutil.move(whole, folder)
 
@@ -150,6 +163,18 @@ def _require_plain_positions(file: Path, reader: Any) -> None:
         f"it scales positions ({what}), which transformers leaves out of a GGUF; give the model as "
         "a folder (config.json, safetensors)",
     )
+
+
+def _require_heads(file: Path, reader: Any, config: Any) -> None:
+    """Refuse heads of another width than transformers takes them to have. Raises UserError."""
+    key = f"{_said(reader, 'general.architecture')}.attention.key_length"
+    width, read = _said(reader, key), getattr(config, "head_dim", None)
+    if None not in (width, read) and width != read:
+        raise cannot_load(
+            file,
+            f"its heads have {width} dimensions ({key}), which transformers does not read of such "
+            f"a GGUF and takes for {read}; give the model as a folder (config.json, safetensors)",
+        )
 
 
 def _require_all_numbers(file: Path, model: Any) -> None:

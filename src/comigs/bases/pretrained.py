@@ -49,7 +49,7 @@ def load_pretrained(name: str | Path) -> tuple[Any, Any]:
 
 def read_config(name: str | Path, **settings: Any) -> Any:
     """Read a model's config. `settings` go to `from_pretrained`. Raises UserError."""
-    with _in_one_line(name):
+    with _in_one_line(_file(name, settings)):
         # No code from a model's folder is ever run.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **settings)
     require_no_refused(config.model_type)
@@ -61,7 +61,8 @@ def load_model(name: str | Path, **settings: Any) -> Any:
 
     No tensor may be absent but one that is tied to another, as an output layer to the embedding.
     """
-    with _in_one_line(name):
+    file = _file(name, settings)
+    with _in_one_line(file):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             use_safetensors=True,
@@ -72,16 +73,16 @@ def load_model(name: str | Path, **settings: Any) -> Any:
             **settings,
         )
     model, report = loaded
-    _require_all_weights(name, model, report)
+    _require_all_weights(file, model, report)
     return model
 
 
-def load_tokenizer(name: str | Path) -> Any:
-    """Load a tokenizer. Raises UserError."""
+def load_tokenizer(name: str | Path, **settings: Any) -> Any:
+    """Load a tokenizer. `settings` go to `from_pretrained`. Raises UserError."""
     # The library makes a fast tokenizer of whatever files there are.
     try:
-        with _in_one_line(name):
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        with _in_one_line(_file(name, settings)):
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **settings)
     except UserError as error:
         # The library's own line speaks of whichever package it tried last.
         folder, installed = Path(name), importlib.util.find_spec("sentencepiece")
@@ -100,6 +101,11 @@ def load_tokenizer(name: str | Path) -> Any:
 def cannot_load(name: str | Path, why: str) -> UserError:
     """Return the error of a base that is there and cannot be used."""
     return UserError(f'base.name: "{name}" cannot be loaded: {why}')
+
+
+def _file(name: str | Path, settings: dict[str, Any]) -> str | Path:
+    """Return what a message names: the library is given the folder of a GGUF, a user the file."""
+    return Path(name) / settings["gguf_file"] if "gguf_file" in settings else name
 
 
 @contextmanager
@@ -189,11 +195,12 @@ def _require_unquantised(name: str | Path, config: Any) -> None:
 
 def _require_all_weights(name: str | Path, model: Any, report: dict[str, Any]) -> None:
     """Refuse a model that is not what its files hold. Raises UserError, naming the tensors."""
+    head = "what it says of itself" if Path(name).is_file() else "its config.json"
     if shapes := sorted(report["mismatched_keys"]):
         key, found, wanted = shapes[0]
         raise cannot_load(
             name,
-            f"its config.json and its weights differ: {key} has the shape {tuple(found)}, not "
+            f"{head} and its weights differ: {key} has the shape {tuple(found)}, not "
             f"{tuple(wanted)}{_and_more(shapes, 1)}",
         )
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
@@ -213,7 +220,7 @@ def _require_all_weights(name: str | Path, model: Any, report: dict[str, Any]) -
     inside |= {part for part, _ in model.base_model.named_children()}
     if surplus := [key for key in unexpected if key.split(".")[0] in inside]:
         raise cannot_load(
-            name, f"its weights have what its config.json does not speak of: {_named(surplus)}"
+            name, f"its weights have what {head} does not speak of: {_named(surplus)}"
         )
     if report["error_msgs"]:
         raise cannot_load(name, str(report["error_msgs"][0]).splitlines()[0])
