@@ -8,12 +8,9 @@ from typing import Any
 
 from comigs.bases.load import Base, load_base
 from comigs.config import BaseSection
+from comigs.config.templates import TEMPLATES
 
-PLAIN = (  # what docs/data.md gives for bases that have no template
-    "{% for message in messages %}{{ message.role }}: {{ message.content | trim }}"
-    "{{ eos_token if message.role == 'assistant' else '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
+PLAIN = TEMPLATES["plain"]
 MARKED = PLAIN.replace(  # the same, with what transformers needs to make a mask itself
     "{{ message.role }}: {{ message.content | trim }}"
     "{{ eos_token if message.role == 'assistant' else '\\n' }}",

@@ -17,6 +17,7 @@ from comigs.bases.load import load_base
 from comigs.client.client import Client
 from comigs.client.workplace import workplace
 from comigs.config import load_config, to_toml
+from comigs.config.templates import TEMPLATES
 from comigs.data.batches import evaluation_windows
 from comigs.data.examples import ExampleStore, open_examples
 from comigs.data.prepare import prepare, prepare_client
@@ -290,8 +291,8 @@ def test_prepare_shows_what_is_learnt_and_obeys_nothing(tmp_path, capsys):
         ({"text": [{"messages": [{"role": "user", "content": "x"}]}]}, "no turn is the assistant"),
         ({"template": "{{ raise_exception('not today') }}"}, "refuses it: not today"),
         ({"template": "{% for %}"}, "base.chat_template: is no Jinja template: "),
-        ({"template": None}, "base tiny-gpt2 has no chat template; give one as base.chat_template"),
-        ({"template": "no braces"}, "cannot be read: No such file or directory"),
+        ({"template": None}, "base tiny-gpt2 has no chat template; give one (base.chat_template"),
+        ({"template": "no braces"}, "no braces: no such file; by name: chatml, plain"),
         ({"long": 70}, "tokens, but base tiny-gpt2 reads at most 64; make it shorter"),
         ({"text": [{"question": "a", "answer": "b"}, {"text": "x"}]}, "ada.jsonl:2: is text, but"),
     ],
@@ -318,8 +319,17 @@ def test_a_template_in_a_file_becomes_part_of_the_run_and_a_runs_config_reads_no
         '[base]\nname = "mini"\nchat_template = "mine.jinja"\n[[clients]]\nname = "a"\n'
     )
     assert load_config(tmp_path / "config.toml").base.chat_template == PLAIN
+    for name, template in TEMPLATES.items():
+        named = load_config(tmp_path / "config.toml", [f"base.chat_template={name}"])
+        assert named.base.chat_template == template
     with pytest.raises(UserError, match=r"base.chat_template: .* is no Jinja template, which has"):
         load_config(tmp_path / "config.toml", own=False)
+
+
+def test_a_template_that_is_none_is_said_before_the_base_is_read(monkeypatch):
+    monkeypatch.setattr("comigs.bases.load._named", None)
+    with pytest.raises(UserError, match="is no Jinja template"):
+        tiny_chat("tiny-llama", chat_template="{% for %}")
 
 
 def test_an_export_is_checked_and_measured_on_answers(tmp_path):

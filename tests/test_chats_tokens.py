@@ -17,6 +17,7 @@ from comigs.bases.load import load_base
 from comigs.bases.tokenizer import TextEncoder
 from comigs.bases.usable import end_ids
 from comigs.config import BaseSection
+from comigs.config.templates import TEMPLATES
 from comigs.data.sources import open_source
 from comigs.errors import UserError
 from comigs.personal.prompts import conversation_ids
@@ -177,6 +178,26 @@ def test_an_empty_thought_is_asked_for_and_not_learnt():
     require_prompts_are_beginnings(base, TALKS[0])
 
 
+def test_a_base_that_thinks_in_its_last_answer_alone_reads_chats_by_chatml():
+    """As Qwen 3 does: its own template changes what it wrote of earlier answers."""
+    own = THINKING.replace("[{{ m.role }}]", "<|im_start|>[{{ m.role }}]").replace(
+        "{{ eos_token }}", "<|im_end|>"
+    )
+    base = with_tokens("<|im_start|>", "<|im_end|>", template=own)
+    with pytest.raises(UserError, match=r'another base.chat_template \("chatml" is one'):
+        base.encoder.chats.encode(TALKS[2], "here")
+    base = with_tokens("<|im_start|>", "<|im_end|>", template=TEMPLATES["chatml"])
+    learnt, text = learnt_of(base, TALKS[2])
+    assert learnt == "b c<|im_end|>e<|im_end|>"
+    assert text == base.tokenizer.apply_chat_template(messages_of(TALKS[2]), tokenize=False)
+    # Word for word what SmolLM2's and Qwen's own templates write, without a system's turn.
+    assert text == "".join(f"<|im_start|>{role}\n{w}<|im_end|>\n" for role, w in TALKS[2])
+    require_prompts_are_beginnings(base, TALKS[2])
+    base = tiny_chat("tiny-llama", chat_template=THINKING)
+    with pytest.raises(UserError, match=r'\("plain" is one'):
+        base.encoder.chats.encode(TALKS[2], "here")
+
+
 def test_special_tokens_of_nobody_are_words():
     """SmolLM2 has some that its template never writes, and people write about files."""
     plain = CHATML.replace("<|im_end|>\n", "<|im_end|>")
@@ -251,7 +272,7 @@ def test_the_end_of_a_turn_is_learnt_and_nothing_behind_it(smollm2):
             [("user", "a"), ("assistant", "<|endoftext|>")],
             r'^row 3: a turn \(assistant\) holds "<\|endoftext\|>", which base tiny-gpt2 reads',
         ),
-        (None, TALKS[0], "^row 3: is a chat, but base tiny-gpt2 has no chat template; give one as"),
+        (None, TALKS[0], "^row 3: is a chat, but base tiny-gpt2 has no chat template; give one"),
     ],
 )
 def test_a_chat_that_cannot_be_learnt_is_one_line_that_names_it(template, turns, says):

@@ -108,8 +108,9 @@ class ChatEncoder:
         # Words that would be read as the template's own are refused first.
         if not self.tokenizer.chat_template:
             raise UserError(
-                f"{where}: is a chat, but base {self.name} has no chat template; give one as "
-                "base.chat_template (docs/data.md), or the text as plain text"
+                f"{where}: is a chat, but base {self.name} has no chat template; give one "
+                '(base.chat_template = "plain" does for any base; docs/data.md), or the text as '
+                "plain text"
             )
         for role, words in turns:
             for token in self._forbidden:
@@ -129,8 +130,13 @@ class ChatEncoder:
             raise UserError(
                 f"{where}: turn {changed.turn + 1} (assistant): the chat template of base "
                 f"{self.name} does not only add to what it wrote of the turns before, so what of "
-                "it is the answer is not known; give another base.chat_template"
+                "it is the answer is not known; give another base.chat_template "
+                f'("{self._another()}" is one; docs/data.md)'
             ) from None
+
+    def _another(self) -> str:
+        """Return the name of a template of ours that this base can read."""
+        return "chatml" if "<|im_end|>" in self._tokens.special.values() else "plain"
 
     def _require_answer(self, stretch: Stretch, ids: list[int], words: str, where: str) -> None:
         """Refuse an answer that a template does not write, or does not end. Raises UserError."""

@@ -23,6 +23,7 @@ from comigs.bases.chat_template import use_template
 from comigs.bases.from_gguf import is_gguf, load_gguf
 from comigs.bases.packed import forget, pack
 from comigs.bases.pretrained import load_pretrained
+from comigs.bases.tiny import byte_tokenizer
 from comigs.bases.tokenizer import TextEncoder
 from comigs.bases.usable import end_ids, require_usable
 from comigs.config import BaseSection
@@ -61,6 +62,9 @@ def load_base(section: BaseSection) -> Base:
             raise UserError("base.memory: given, but the base is on a GPU; it is for CPUs only")
         free_at_once()
     dtype = _dtype(section.dtype, device)
+    # A template that is none is said before gigabytes are read.
+    if section.chat_template is not None:
+        use_template(byte_tokenizer(), section.chat_template)
     model, tokenizer = _named(section.name)
     if section.tokenizer != "own":
         _read_as_before(section, tokenizer)

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from comigs.config.sections import Section
+from comigs.config.templates import TEMPLATES
 from comigs.text import parsed_size
 
 NAMED_BASES = (
@@ -68,8 +69,9 @@ class BaseSection(Section):
     chat_template: str | None = Field(
         None,
         description="This Jinja template makes one text of a chat, for learning and for writing. "
-        "What has a brace is the template itself, anything else is a file beside the config file, "
-        "whose text goes into the run. None: the base's own.",
+        f"{' and '.join(TEMPLATES)} are ours (docs/data.md); what has a brace is the template "
+        "itself, anything else is a file beside the config file, whose text goes into the run. "
+        "None: the base's own.",
     )
     threads: int | None = Field(
         None,

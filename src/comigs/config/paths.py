@@ -13,6 +13,7 @@ from typing import Any
 
 from comigs.config.base import NAMED_BASES
 from comigs.config.sections import DataSection
+from comigs.config.templates import TEMPLATES
 from comigs.config.tree import Config
 from comigs.errors import UserError
 
@@ -54,15 +55,19 @@ def folder_or_name(name: str, beside: Path) -> str:
 
 
 def read_template(tree: dict[str, Any], folder: Path, source: str) -> None:
-    """Put a chat template in the place of the name of its file, in the values of a user's config.
+    """Put a chat template in the place of its name, or its file's, in a user's config.
 
     Raises UserError where there is no such file.
     """
     base = tree.get("base")
     given = base.get("chat_template") if isinstance(base, dict) else None
-    if isinstance(given, str) and "{" not in given:
-        path = whole(given, folder)
-        tree["base"]["chat_template"] = read_named(path, f"{source}: base.chat_template")
+    if isinstance(given, str) and given in TEMPLATES:
+        tree["base"]["chat_template"] = TEMPLATES[given]
+    elif isinstance(given, str) and "{" not in given:
+        path, field = whole(given, folder), f"{source}: base.chat_template"
+        if not os.path.exists(path):
+            raise UserError(f"{field}: {path}: no such file; by name: {', '.join(TEMPLATES)}")
+        tree["base"]["chat_template"] = read_named(path, field)
 
 
 def read_named(path: str, field: str) -> str:
