@@ -201,6 +201,14 @@ def test_a_folder_that_datasets_wrote_is_told_how_to_be_named(tmp_path):
     with pytest.raises(UserError, match=r'in this folder; .* text = "hub:FOLDER:train"'):
         list(open_source("saved", tmp_path))
     assert len(list(open_source("hub:saved:train", tmp_path))) == 1
+    rows.save_to_disk(str(tmp_path / "one"))
+    for named in ("one", "one/data-00000-of-00001.arrow"):
+        with pytest.raises(UserError, match=r'text = "hub:FOLDER"$'):
+            list(open_source(named, tmp_path))
+    assert len(list(open_source("hub:one", tmp_path))) == 1
+    (tmp_path / "one/README.md").write_text("card")
+    with pytest.raises(UserError, match=f'"hub:{tmp_path / "one"}", or move'):
+        list(open_source("one", tmp_path))
 
 
 def test_utf_16_is_named(tmp_path):

@@ -263,9 +263,10 @@ def test_hub_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match="hub:files:valid: cannot be read"):
         texts("hub:files:valid", tmp_path)
 
-    datasets.Dataset.from_dict({"body": ["x"]}).save_to_disk(str(tmp_path / "single"))
+    datasets.Dataset.from_dict({"text": train}).save_to_disk(str(tmp_path / "single"))
     with pytest.raises(UserError, match="one dataset without splits"):
         texts("hub:single:train", tmp_path)
+    assert texts("hub:single", tmp_path) == texts(f"hub:{tmp_path / 'single'}", Path(".")) == train
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"body": ["x"]})}).save_to_disk(
         str(tmp_path / "body")
     )

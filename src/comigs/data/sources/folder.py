@@ -26,7 +26,7 @@ CARD = re.compile(
     r"|DATA_?(SET)?[_-]?CARD)",
     re.IGNORECASE,
 )
-DATASET = 'the folder may be a dataset: text = "hub:FOLDER:train"'
+DATASET = 'the folder may be a dataset: text = "hub:FOLDER{split}"'
 CURES = {  # how a file ends that is no text -> what to do
     ROWS[2:] + TABLES: DATASET,
     COMPRESSED: "unpack it",
@@ -50,7 +50,7 @@ def load(argument: str, root: Path) -> Iterator[Document]:
         yield Document(decode(raw, str(file)), name, key=name)
     if not found:
         kinds = {kind.removesuffix(" files") for kind in left_out(argument, root)}
-        hint = f"; {DATASET}" if kinds & {*ROWS, *TABLES} else ""
+        hint = f"; {DATASET.format(split=_split(path))}" if kinds & {*ROWS, *TABLES} else ""
         raise UserError(f"{path}: no .txt or .md file in this folder{hint}")
 
 
@@ -61,7 +61,7 @@ def _files(path: Path) -> Iterator[tuple[Path, str]]:
     if not is_folder:
         if not path.name.lower().endswith(SUFFIXES):
             cures = [cure for ends, cure in CURES.items() if path.name.lower().endswith(ends)]
-            hint = "".join(f"; {cure}" for cure in cures[:1])
+            hint = "".join(f"; {cure.format(split=_split(path.parent))}" for cure in cures[:1])
             raise UserError(
                 f"{path}: not a folder, nor a .txt, .md, .jsonl or .jsonl.gz file{hint}"
             )
@@ -133,9 +133,14 @@ def _require_no_rows(path: Path) -> None:
         first, more = rows[0].relative_to(path), f" and {len(rows) - 1} more" * (len(rows) > 1)
         raise UserError(
             f"{path}: has {first}{more} beside .txt or .md files; name the one that is meant: "
-            f'text = ".../{first.name}" (.jsonl), or "hub:{path}:train", '
+            f'text = ".../{first.name}" (.jsonl), or "hub:{path}{_split(path)}", '
             "or move the data files out of the folder"
         )
+
+
+def _split(folder: Path) -> str:
+    """Return what follows a folder's name where it is a dataset; one saved alone has no splits."""
+    return "" if (folder / "state.json").is_file() else ":train"
 
 
 def _raise(error: OSError) -> None:

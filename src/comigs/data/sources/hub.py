@@ -16,7 +16,7 @@ from comigs.errors import UserError
 
 SUMMARY = (
     "hub:NAME[:CONFIG]:SPLIT: rows of a `datasets` dataset, each a text (`text`) or a chat "
-    "(`messages`, ...), by hub name or local folder"
+    "(`messages`, ...), by hub name or local folder; hub:FOLDER of one without splits"
 )
 VERSION = "as published"
 LICENSE = "as the dataset's card says"
@@ -25,7 +25,8 @@ LICENSE = "as the dataset's card says"
 def load(argument: str, root: Path) -> Iterator[Document]:
     """Yield the rows in order, streamed: a hub dataset is read as it comes and not stored.
 
-    NAME may be a folder written by `save_to_disk`, or one of data files; relative to `root`.
+    NAME may be a folder written by `save_to_disk`, or one of data files; relative to `root`. A
+    folder that holds one dataset without splits is given without one.
     """
     reader, rows = Reader(), _open(argument, root)
     for number, row in enumerate(_guarded(rows, argument)):
@@ -34,10 +35,16 @@ def load(argument: str, root: Path) -> Iterator[Document]:
 
 def _open(argument: str, root: Path) -> Iterable[dict[str, Any]]:
     """Return the dataset's rows, not read yet."""
-    parts = argument.split(":")
-    if len(parts) not in (2, 3) or not all(parts):
+    name, *more = parts = argument.split(":")
+    folder = resolve(name, root)
+    is_one = bool(name) and (folder / "state.json").exists()
+    if is_one and more:
+        raise UserError(
+            f"hub:{argument}: {folder} is one dataset without splits; give hub:{name}, which is "
+            "split here (docs/data.md)"
+        )
+    if not is_one and (len(parts) not in (2, 3) or not all(parts)):
         raise UserError(f"hub:{argument}: expected hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT")
-    name, *config, split = parts
     # The library is an extra, and takes seconds to import.
     try:
         import datasets
@@ -45,13 +52,11 @@ def _open(argument: str, root: Path) -> Iterable[dict[str, Any]]:
         raise UserError(
             f"hub:{argument}: needs the `datasets` library; pip install 'comigs[hub]'"
         ) from None
-    folder = resolve(name, root)
     try:
-        if (folder / "state.json").exists():
-            raise UserError(
-                f"hub:{argument}: {folder} is one dataset without splits; "
-                "save a DatasetDict with a split per name"
-            )
+        if is_one:
+            alone: Iterable[dict[str, Any]] = datasets.load_from_disk(str(folder))
+            return alone
+        *config, split = more
         if not (folder / "dataset_dict.json").exists():
             path = str(folder) if folder.is_dir() else name
             rows: Iterable[dict[str, Any]] = datasets.load_dataset(
