@@ -323,3 +323,21 @@ def test_a_router_of_whole_texts_does_not_write_token_by_token(run, folder, caps
     assert "--tasks writes: lets models write token by token" in line
     done = comigs(capsys, "evaluate", copy, "--tasks", folder / "pets.yaml", "--limit", "2")
     assert done.code == 0 and Path(copy / "tasks.json").exists()
+
+
+def test_the_task_that_ships_is_asked_and_cannot_be_guessed_by_place(run):
+    """The one that configs/instruct names, general.yaml."""
+    from comigs.app.tasks import evaluate_tasks
+    from comigs.personal.tasks.extra import TaskFiles
+
+    home = Path(__file__).parent.parent / "configs" / "instruct" / "tasks"
+    asked = evaluate_tasks(run.path, TaskFiles([str(home / "general.yaml")]), "ann", limit=6)
+    result = asked.clients["ann"]["general (first 6)"]
+    assert list(result.measures) == ["acc", "acc_norm"] and result.measures["acc"].items == 6
+    items = [json.loads(line) for line in (home / "general.jsonl").read_text().splitlines()]
+    assert len({item["question"] for item in items}) == len(items) > 300
+    for item in items:
+        assert len(set(item["choices"])) == 4 and 0 <= item["label"] < 4
+    # Whoever always chooses the same place is right once in four.
+    shares = [sum(item["label"] == place for item in items) / len(items) for place in range(4)]
+    assert max(shares) < 0.3 and min(shares) > 0.2
