@@ -17,6 +17,7 @@ from comigs.app import api
 from comigs.errors import Stopped
 from comigs.runs.layout import METRICS, TIMINGS
 from tests.runs import comigs, files, finished, refused
+from tests.test_report_runs import change_metrics
 
 COMMANDS = {
     "resume": (),
@@ -316,6 +317,7 @@ def test_an_export_and_a_server_ask_for_that_word_too(tmp_path, capsys, run, the
 
 def test_a_report_imports_no_code_of_a_run(capsys, run, their_method):
     field(run, "method", "theirs.way")
+    change_metrics(run, adopted_share=0.5)  # of which the report has a table
     assert comigs(capsys, "report", run).code == 0 and not their_method.exists()
 
 

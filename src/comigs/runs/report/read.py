@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from comigs.config import Config, load_config
 from comigs.errors import UserError
 from comigs.files import ClosedFolder
+from comigs.methods.loading import load_method
 from comigs.runs.json_lines import parse_json, read_lines, read_record, read_timings
 from comigs.runs.layout import METRICS, TIMINGS, require_no_links
 from comigs.runs.metrics import (
@@ -59,6 +60,14 @@ class Run:
         """Names as in the config, then whoever else appears in the metrics."""
         seen = self.config.names + [line.client for line in (*self.train, *self.evaluations)]
         return tuple(dict.fromkeys(seen))
+
+    @property
+    def beside_others(self) -> bool:
+        """Whether everybody's generalist is beside clients' own experts, as the last of them.
+
+        A report imports no method of whoever made the run, of which nothing is known here.
+        """
+        return "." not in self.config.method and load_method(self.config).beside_others(self.config)
 
     @property
     def last_round(self) -> int:

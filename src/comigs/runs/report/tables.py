@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from comigs import text as f
-from comigs.methods.loading import load_method
 from comigs.runs.metrics import Amount, Timing
 from comigs.runs.report.held_tensors import held_by_role
 from comigs.runs.report.read import Run
@@ -238,8 +237,7 @@ def expert_share_table(run: Run) -> Table | None:
         return None
 
     # Beside everybody's generalists, which are the last, experts are a client's own.
-    shape = load_method(run.config).shape(run.config.shape_of(run.config.clients[0]))
-    first, shared = shape.generalists, most > 0 and shape.others != "none"
+    first, shared = run.config.experts.generalists, most > 0 and run.beside_others
     names = [f"generalist {number}" for number in range(most)]
     names[first:] = [f"specialist {number}" for number in range(most - first)]
     if shared:
