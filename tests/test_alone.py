@@ -16,6 +16,8 @@ from comigs.client.client import Client
 from comigs.client.evaluate import measure
 from comigs.data.batches import evaluation_windows
 from comigs.methods.alone import best_on_valid, candidates, most_candidates, with_every_expert
+from comigs.runs.report.page import report_page
+from comigs.runs.report.read import read_run
 from comigs.slots import Slot
 from tests.conftest import (
     APART,
@@ -57,7 +59,7 @@ def test_the_last_candidates_are_the_attention_alone_and_the_base():
     base = tiny("tiny-gpt2")
     with attach(base.model, base.architecture) as attachment:
         tensors = random_tensors(attachment, shape_of(1, 1), routed=True)
-        *_, attention_alone, nothing = candidates(tensors)
+        *_, (attention_alone, _), (nothing, _) = candidates(tensors)
         attention = {slot: tensor for slot, tensor in tensors.items() if slot.part == "attention"}
         of_attention, of_base = logits(attachment, attention), logits(attachment, {})
         torch.testing.assert_close(logits(attachment, attention_alone), of_attention)
@@ -80,12 +82,16 @@ def test_it_is_the_lowest_on_valid_and_of_equal_ones_the_whole(best):
         tensors = random_tensors(attachment, shape_of(1, 1), routed=True)
     models = list(candidates(tensors))
     assert len(models) == most_candidates(2) == 5
+    names = [None, "generalist 0", "specialist 0", "attention LoRA", "base"]
+    assert [name for _, name in models] == names
     nats = iter([3.0 - (number == best) for number in range(5)])
-    assert same(best_on_valid(tensors, lambda t: next(nats)), models[best])
-    assert best_on_valid(tensors, lambda t: 3.0) is tensors
+    chosen, name = best_on_valid(tensors, lambda t: next(nats))
+    assert same(chosen, models[best][0]) and name == names[best]
+    whole, name = best_on_valid(tensors, lambda t: 3.0)
+    assert whole is tensors and name is None
 
 
-def config_of(root, finish="valid", **tree):
+def config_of(root, finish="valid", options=APART, **tree):
     """A run whose clients learn one thing and want another, so that most of what they learn harms
     them.
     """
@@ -99,7 +105,8 @@ def config_of(root, finish="valid", **tree):
             (folder / "page.txt").write_text(f"{split}: {text}", encoding="utf-8")
         splits = {"train": name, "valid": f"{name}-valid", "test": f"{name}-test"}
         entries[name] = {"text": splits}
-    return run_config(root, entries=entries, rounds=4, options={"finish": finish, **APART}, **tree)
+    options = {"finish": finish, **options}
+    return run_config(root, entries=entries, rounds=4, options=options, **tree)
 
 
 def personal(folder, name):
@@ -107,10 +114,12 @@ def personal(folder, name):
     return {Slot.parse(key): tensor for key, tensor in saved.items()}
 
 
-@pytest.mark.parametrize("keep", ["last", "best"])
-@pytest.mark.few(1)
-def test_a_client_ends_with_the_part_of_its_own_model_that_is_best_on_valid(tmp_path, keep):
-    tree = {"client": {"lr": 0.02, "steps": 6}, "evaluation": {"keep": keep}}
+@pytest.mark.parametrize(("keep", "options"), [("best", {}), ("last", APART), ("best", APART)])
+@pytest.mark.few(2)
+def test_a_client_ends_with_the_part_of_its_own_model_that_is_best_on_valid(
+    tmp_path, keep, options
+):
+    tree = {"client": {"lr": 0.02, "steps": 6}, "evaluation": {"keep": keep}, "options": options}
     mixture = api.run(config_of(tmp_path, finish="mixture", **tree), tmp_path / "mixture")
     chosen = api.run(config_of(tmp_path, **tree), tmp_path / "chosen")
     before, after = mixture.summary().clients, chosen.summary().clients
@@ -120,15 +129,24 @@ def test_a_client_ends_with_the_part_of_its_own_model_that_is_best_on_valid(tmp_
         length, batch = client.config.data.sequence_length, 8
         windows = list(evaluation_windows(client.data.valid, length, batch))
         models = list(candidates(personal(mixture, name)))
-        nats = [client._nats(model, windows) for model in models]
-        ends[name] = nats.index(min(nats))
-        assert same(personal(chosen, name), models[ends[name]])
+        nats = [client._nats(model, windows) for model, _ in models]
+        model, ends[name] = models[nats.index(min(nats))]
+        assert same(personal(chosen, name), model)
+        assert after[name].kept_part == ends[name] and before[name].kept_part is None
+        # The whole model says itself how much of its download it did not adopt.
+        if not options:
+            (gate,) = {float(t) for slot, t in personal(mixture, name).items() if slot.is_gate}
+            assert before[name].adopted_share == pytest.approx(1 - gate)
+        assert after[name].adopted_share == before[name].adopted_share is not None
         # What is reported is that model, and the round that it is of is the same.
         assert after[name].kept_round == before[name].kept_round
         assert measured[name]["personal"]["perplexity"] == pytest.approx(
             after[name].test.perplexity, rel=1e-6
         )
     assert any(ends.values())  # else nothing is shown here
+    page = report_page(read_run(chosen.path))
+    for part in filter(None, ends.values()):
+        assert f"one part: {part}" in page
 
 
 def test_a_model_that_gives_no_number_at_the_end_is_not_kept(tmp_path):

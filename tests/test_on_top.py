@@ -251,7 +251,10 @@ def test_at_the_end_a_client_may_keep_its_own_expert_its_generalist_or_the_other
     base = tiny("tiny-gpt2")
     with attach(base.model, base.architecture, rank=3, specialist_rank=2) as attachment:
         tensors = random_tensors(attachment, shape_on_top(2, generalists=2), routed=True)
-        whole, first, second, generalist, others, attention, nothing = candidates(tensors)
+        models, names = zip(*candidates(tensors), strict=True)
+        whole, first, second, generalist, others, attention, nothing = models
+        own = ("own expert 0", "own expert 1", "generalists", "everybody's generalists")
+        assert names == (None, *own, "attention LoRA", "base")
 
         def says(model):
             attachment.bind(model)

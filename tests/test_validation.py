@@ -265,6 +265,7 @@ def changed(number, **changes):
         changed(2, train_nats_per_token_by_step=[float("nan")]),
         changed(2, trained_tokens=True),
         changed(2, trained_tokens=-1),
+        changed(1, kept_part="base"),  # while the run goes on
         changed(2, trained_tokens=10**400),
         changed(1, tokens=10**400),
         changed(1, perplexity=1.7e308),
@@ -337,6 +338,11 @@ def test_the_line_on_the_model_that_is_kept_says_one_round_of_this_run(tmp_path)
         [kept.model_copy(update={"client": "bob"})],
         [kept.model_copy(update={"perplexity": None})],
         [{**kept.as_json(), "perplexity": 1e305}],
+        [{**kept.as_json(), "kept_part": "own expert"}],
+        [{**kept.as_json(), "kept_part": "base\n"}],
+        [{**kept.as_json(), "kept_part": "<b>"}],
     ):
         assert why(*lies) is not None, lies
+    for part in ("base", "attention LoRA", "generalists", "specialist 12", "own expert 0"):
+        assert why({**kept.as_json(), "kept_part": part}) is None
     assert why(kept, keeps=False) is not None

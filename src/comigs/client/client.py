@@ -237,16 +237,20 @@ class Client:
             nats[author] = self._nats(tensors, windows)
         return nats
 
-    def finish(self) -> None:
-        """Let the method finish the client's model at the very end, judged on all of its valid."""
-        if self.method.finish is None:
-            return
-        length, batch_size = self.config.data.sequence_length, self.config.evaluation.batch_size
-        windows = partial(evaluation_windows, self.data.valid, length, batch_size)  # from the disk
-        own = self.train_state.tensors
-        finished = self.method.finish(dict(own), lambda tensors: self._nats(tensors, windows()))
+    def finish(self) -> str | None:
+        """Let the method finish the model at the very end, judged on all of the client's valid.
+
+        Return which part of the model is left, where it is one alone.
+        """
+        finish, own = self.method.finish, self.train_state.tensors
+        if finish is None:
+            return None
+        sizes = self.config.data.sequence_length, self.config.evaluation.batch_size
+        windows = partial(evaluation_windows, self.data.valid, *sizes)  # from the disk
+        finished, part = finish(dict(own), lambda model: self._nats(model, windows()))
         for slot, tensor in finished.items():
             own[slot].copy_(tensor)
+        return part
 
     def evaluate(self, split: Split, untouched_base: bool = False) -> Measurement:
         """Measure every token of a split once, with the client's own model or the base alone.
@@ -254,9 +258,8 @@ class Client:
         Raises UserError where the model gives a loss that is not finite.
         """
         self.attachment.bind({} if untouched_base else self.train_state.tensors, self.opening)
-        length, batch_size = self.config.data.sequence_length, self.config.evaluation.batch_size
-        stores, dtype = getattr(self.data, split), self.base.dtype
-        result = evaluate(self.attachment, stores, length, batch_size, dtype)
+        sizes = self.config.data.sequence_length, self.config.evaluation.batch_size
+        result = evaluate(self.attachment, getattr(self.data, split), *sizes, self.base.dtype)
         if math.isfinite(result.nats):
             return result
         who, cure = "its model", f"lower client.lr (now {self.step_settings.lr:g})"

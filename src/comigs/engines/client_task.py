@@ -51,15 +51,14 @@ def run_task(
 
     # What is evaluated is the model of the round before, with the merge of that round in it.
     client.receive(download, task.round)
-    if not task.train:
-        client.finish()
+    part = None if task.train else client.finish()
     measured: dict[Split, Evaluation] = {}
     for split in task.evaluate:
         result = client.evaluate(split)
-        measured[split] = evaluated(client, split, task.round - 1, result, "personal")
+        measured[split] = evaluated(client, split, task.round - 1, result, "personal", part)
         if client.best is not None and split == "valid":
-            tensors = client.train_state.tensors
-            client.best.offer(task.round - 1, result.nats_per_token, tensors)
+            tensors, adopted = client.train_state.tensors, client.adopted_share
+            client.best.offer(task.round - 1, result.nats_per_token, tensors, adopted)
     metrics += measured.values()
     if client.best is not None and client.best.round and not task.train:
         metrics.append(go_back(client, client.best, measured))
@@ -127,21 +126,24 @@ def go_back(client: Client, best: BestRound, last: Mapping[Split, Evaluation]) -
     last: what the model of the last round came to.
     """
     line, of_last, method = last["test"], client.train_state, client.method
+    adopted = client.adopted_share
     if best.round != line.round:
         # It may be of a round in which the client had fewer specialists.
         own = {Slot.parse(n): t.clone() for n, t in best.tensors().items()}
         own = {slot: tensor.to(client.base.device) for slot, tensor in own.items()}
         client.train_state = new_train_state(own, client.config.client)
+        client.adopted_share = best.adopted_share
         # The model of the last round was finished before it was measured; this one was not, and
         # valid may lose more by that (fdlora) than there was between the two.
-        client.finish()
+        part = client.finish()
         limit = last["valid"].nats_per_token
         assert limit is not None, "a client measures its own model itself"
         if method.finish is None or client.evaluate("valid").nats_per_token < limit:
-            line = evaluated(client, "test", best.round, client.evaluate("test"), "personal")
+            result = client.evaluate("test")
+            line = evaluated(client, "test", best.round, result, "personal", part)
         else:
-            client.train_state = of_last
-    return Kept(**line.model_dump(exclude={"kind", "adopted_share"}), adopted_share=None)
+            client.train_state, client.adopted_share = of_last, adopted
+    return Kept(**line.model_dump(exclude={"kind"}))
 
 
 def trained(client: Client, round: int, log: RoundLog) -> TrainReport:
@@ -175,8 +177,9 @@ def evaluated(
     round: int,
     result: Measurement,
     model: Literal["base", "personal"],
+    part: str | None = None,
 ) -> Evaluation:
-    """Return the "evaluation" line of metrics.jsonl."""
+    """Return the "evaluation" line of metrics.jsonl. part: what alone the model is, if one."""
     # The base alone takes no step towards any download.
     adopted = client.adopted_share if model == "personal" else None
     return Evaluation(
@@ -190,6 +193,7 @@ def evaluated(
         tokens=result.tokens,
         bytes=result.bytes,
         **_shares(client, result.expert_share_LE, adopted),
+        kept_part=part,
     )
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from comigs.config import Config, Section
 from comigs.methods import comigs
 from comigs.methods.loading import options
-from comigs.methods.method import Method, Nats, Tensors
+from comigs.methods.method import Finished, Method, Nats, Tensors
 
 Point = tuple[float, float]  # the weights of the personal and of the shared LoRA
 
@@ -36,11 +36,11 @@ def method(config: Config) -> Method:
     """Return the method whose generalists are the shared LoRA and specialists the personal one."""
     settings = options(config, Options)
 
-    def finish(tensors: Tensors, nats: Nats) -> Tensors:
+    def finish(tensors: Tensors, nats: Nats) -> Finished:
         def cost(weights: Point) -> float:
             return nats(weighed(tensors, *weights)) + settings.l1 * sum(map(abs, weights))
 
-        return weighed(tensors, *compass_search(cost, settings.evaluations))
+        return weighed(tensors, *compass_search(cost, settings.evaluations)), None
 
     # The two are trained as comigs trains its experts, but summed instead of routed.
     return replace(

@@ -39,6 +39,8 @@ Download = Tensors
 Memory = Mapping[str, Tensor]
 Nats = Callable[[Tensors], float]  # nats per token of a client's model with these tensors
 Mixed = tuple[Tensors, float]  # what is written of a download, and how far towards it that is: 0-1
+# A client's model as it ends; and the one part of it that this is (runs/metrics.py), or None.
+Finished = tuple[Tensors, str | None]
 Schedule = Literal["alternating", "joint", "both"]
 
 
@@ -106,7 +108,8 @@ class Method:
     reads_peers: whether each client measures every other's upload (RoundContext.peer_nats).
     mix(own, download, nats): returns what a client writes of a download that it may weigh against
         its own tensors first, and how far towards the download that is. nats: on `probe` windows.
-    finish(tensors, nats): returns what a client's tensors become at the very end. nats: on valid.
+    finish(tensors, nats): returns what a client's tensors become at the very end, and which part of
+        its model that is, where it is one alone. nats: on valid.
     centralized: whether one model is trained on the text of all clients, with as many times the
         batch, and everybody gets it.
     weighs: whether `aggregate` reads the weights of its context, and so `clients.NAME.weight`.
@@ -137,7 +140,7 @@ class Method:
     last_looks: int = 0
     reads_peers: bool = False
     mix: Callable[[Tensors, Download, Nats], Mixed] | None = None
-    finish: Callable[[Tensors, Nats], Tensors] | None = None
+    finish: Callable[[Tensors, Nats], Finished] | None = None
     centralized: bool = False
     weighs: bool = False
     averages: bool = False

@@ -21,6 +21,15 @@ Count = Annotated[int, Field(ge=0, le=10**15)]
 Weight = Annotated[float, Field(ge=-0.01, le=1.01)]  # a mean of routing weights, as it is rounded
 Weights = Annotated[list[Weight], Field(min_length=1)]
 SumOfWeights = Annotated[int | float, Field(ge=-0.01, le=1.01)]  # of none: 0, which stays an int
+# The one part of its model that a client kept: an expert as the router counts them, or what it is
+# made of.
+Part = Annotated[
+    str,
+    Field(
+        pattern="^(base|attention LoRA|generalists|everybody's generalists"
+        "|(own expert|generalist|specialist) [0-9]{1,6})$"
+    ),
+]
 Perplexity = Annotated[float, Field(ge=0, le=1.1e304)]  # exp(700) is the most that is ever said
 # Of a field that is not written without value.
 OrLeftOut = Field(default=None, exclude_if=lambda value: value is None)
@@ -124,6 +133,7 @@ class Measured(ClientLine):
     """A model was measured on one split of a client's text, after the round of the line.
 
     The model is the client's own (personal) or the untouched base, which is measured as of round 0.
+    kept_part: which part of its model alone that is, where a client ended with one.
     """
 
     split: Split
@@ -136,6 +146,7 @@ class Measured(ClientLine):
     generalist_share_by_layer: list[SumOfWeights] | None = None
     expert_share_by_layer: list[Weights] | None = None
     adopted_share: Weight | None = None
+    kept_part: Annotated[Part | None, OrLeftOut] = None
 
     @property
     def score(self) -> Score:
@@ -244,12 +255,16 @@ class ClientSummary(Record):
     """One client's result; bytes are of the whole run. A client that was gone has empty scores.
 
     kept_round: the round whose model is the personal one, where that is the best round's.
-    last_test: what the last round's came to, where that is another one.
+    last_test: what the last round's came to, where that is another one. kept_part: which part of
+    its model alone the personal one is, where it is one. adopted_share: how much of its download is
+    in it, where the method asks.
     """
 
     test: Score
     base_test: Score
     kept_round: Annotated[Count | None, OrLeftOut] = None
+    kept_part: Annotated[Part | None, OrLeftOut] = None
+    adopted_share: Annotated[Weight | None, OrLeftOut] = None
     last_test: Annotated[Score | None, OrLeftOut] = None
     uploaded_bytes: int
     downloaded_bytes: int

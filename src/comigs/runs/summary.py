@@ -82,6 +82,7 @@ def _of_client(
 ) -> ClientSummary:
     # Later lines overwrite earlier ones: what counts is the last measurement of each model.
     test = base_test = Score()
+    last: Evaluation | None = None
     kept: Kept | None = None
     trained = [line for line in lines if isinstance(line, Train)]
     attempts = [line for line in lines if isinstance(line, Attempt)]
@@ -97,15 +98,18 @@ def _of_client(
             if line.model == "base":
                 base_test = line.score
             elif line.round == config.rounds:
-                test = line.score
+                last, test = line, line.score
 
     # The result is the personal model's; where it is not the last round's, both are told.
     shape = method.shape(config.shape_of(entry))
     went_back = kept is not None and kept.round != config.rounds
+    own = kept or last
     return ClientSummary(
         test=test if kept is None else kept.score,
         base_test=base_test,
         kept_round=None if kept is None else kept.round,
+        kept_part=None if own is None else own.kept_part,
+        adopted_share=None if own is None else own.adopted_share,
         last_test=test if went_back else None,
         uploaded_bytes=uploaded,
         downloaded_bytes=downloaded,

@@ -27,6 +27,7 @@ SHARES = 16  # for each tensor of a client: one may have more specialists than t
 ENOUGH = 3  # uploads from which on their median says what is usual
 # A client writes every field but these: the server measures a device's messages itself.
 OTHERS = {"kind", "received_bytes", "sent_bytes", "sent_nats_per_token", "sent_tokens", "epsilon"}
+OTHERS |= {"kept_part"}
 SCORES = ("nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes")
 MEASURED = (*SCORES, "seconds", "peak_memory_bytes")
 
@@ -172,11 +173,15 @@ def check_lines(
         return "metrics with more figures than there can be"
 
     # A client speaks of itself and of this exchange only; it cannot report for another one.
+    goes_on = reply.upload is not None or (task is not None and task.train)
     due = {"base": 0, "personal": reply.round - 1}
     measured, trainings, kept = [], 0, 0
     fits = timing.round == reply.round and timing.client == client
     for line in lines:
         fits = fits and line.client == client
+        if isinstance(line, Evaluation | Kept) and line.kept_part is not None:
+            # One part of its own model may be left at the very end.
+            fits = fits and not goes_on and line.model == "personal"
         if isinstance(line, Evaluation):
             measured.append((line.model, line.split))
             fits = fits and line.round == due[line.model]
