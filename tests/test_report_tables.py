@@ -14,6 +14,8 @@ from comigs.errors import UserError
 from comigs.runs.metrics import Score
 from comigs.runs.report.curves import MAX_STEP_POINTS, drift_points, loss_curves, share_curves
 from comigs.runs.report.held_tensors import held_by_role
+from comigs.runs.report.kept_models import kept_lines, kept_table
+from comigs.runs.report.page import report_page
 from comigs.runs.report.read import read_run
 from comigs.runs.report.results import gain, results
 from comigs.runs.report.routing_heatmap import routing_heatmap
@@ -210,6 +212,47 @@ def test_heatmap_leans_from_the_middle(tmp_path: Path) -> None:
     assert [c.role for c in cells[1:]] == ["generalist", "specialist", "specialist"]
     assert mean.text == "0.44"
     assert heat.source == "the test text"
+
+
+def test_where_no_token_has_a_choice_that_is_said_and_no_share(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "closed", layers=2, method="comigs-others")
+    change_metrics(folder, generalist_share_by_layer=[0.0, 0.0], adopted_share=1.0)
+    heat = routing_heatmap(read_run(folder))
+    assert heat is not None
+    assert heat.rows[0] == ("de", (), "closed (adopted 100 %)")
+    change_metrics(folder, adopted_share=None)  # as in older runs that kept an earlier round
+    heat = routing_heatmap(read_run(folder))
+    assert heat is not None and heat.rows[0] == ("de", (), "closed")
+    page = report_page(read_run(folder))
+    assert '<td class="name" colspan="3">closed</td>' in page
+    # where it is not beside the others', a router that gives a generalist nothing has chosen so
+    config = folder / "config.toml"
+    config.write_text(config.read_text().replace('"comigs-others"', '"pfedmoe"'))
+    heat = routing_heatmap(read_run(folder))
+    assert heat is not None and heat.rows[0][1][0].text == "0.00" and not heat.rows[0][2]
+
+
+def test_what_each_personal_model_is(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, clients=("a", "b"), rounds=3)
+    assert kept_table(read_run(folder)) is None and kept_lines(read_run(folder)) == []
+    file = folder / "summary.json"
+    summary = json.loads(file.read_text())
+    a, b = summary["clients"]["a"], summary["clients"]["b"]
+    a |= {"kept_round": 2, "last_test": a["test"], "kept_part": "base", "adopted_share": 0.25}
+    b |= {"kept_round": 3, "adopted_share": 1.0}
+    file.write_text(json.dumps(summary))
+    table, lines = kept_table(read_run(folder)), kept_lines(read_run(folder))
+    assert table is not None
+    assert [(row[1], *row[4:]) for row in table.rows] == [
+        ("2 of 3", "25.0 %", "base"),
+        ("3 of 3", "100.0 %", f.NONE),
+    ]
+    assert [line.split(" with ")[-1].split(";")[0] for line in lines] == [
+        "1 of 2 clients best on valid in an earlier round",
+        "one part of the model alone: base (1)",
+        "a model that adopted all of its download",
+    ]
+    assert table.headers[4:] == ("adopted of its download", "the one part that it is")
 
 
 def test_curves(tmp_path: Path) -> None:

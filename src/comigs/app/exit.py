@@ -26,7 +26,7 @@ def finish(path: Path, console: Console, federated: bool) -> None:
     federated: the clients' own models are on their devices.
     """
     from comigs.files import ClosedFolder, command
-    from comigs.runs.report.best_rounds import went_back
+    from comigs.runs.report.kept_models import kept_lines
     from comigs.runs.report.page import write_report
     from comigs.runs.report.read import read_run
     from comigs.runs.report.tables import client_table
@@ -35,8 +35,8 @@ def finish(path: Path, console: Console, federated: bool) -> None:
     page = write_report(path)
     run = read_run(path)
     console.table(client_table(run, brief=True))
-    if back := went_back(run):
-        console.say(f"kept:   {back}; each one's own model is of that round")
+    for line in kept_lines(run):
+        console.say(f"kept:   {line}")
     console.result(f"report: {page}")
 
     # a device knows a run by its id alone

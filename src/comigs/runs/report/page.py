@@ -15,9 +15,9 @@ from comigs import text as f
 from comigs.errors import UserError
 from comigs.files import write_whole, writing
 from comigs.runs.report import plots, provenance, tables
-from comigs.runs.report.best_rounds import kept_table
 from comigs.runs.report.curves import MAX_PANELS, Curve, drift_points, loss_curves, share_curves
 from comigs.runs.report.diagnostics import diagnoses
+from comigs.runs.report.kept_models import kept_table
 from comigs.runs.report.privacy_part import privacy_note, privacy_table
 from comigs.runs.report.read import Run, read_run
 from comigs.runs.report.results import results

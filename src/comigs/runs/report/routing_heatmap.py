@@ -24,13 +24,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Rows of (client, cells: the mean, then one per block).
+    """Rows of (client, cells: the mean, then one per block, what is said instead of cells).
 
     without: clients without a router. source: what was measured, in words.
     """
 
     layers: int
-    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    rows: tuple[tuple[str, tuple[Cell, ...], str], ...]
     without: tuple[str, ...]
     source: str
 
@@ -52,16 +52,34 @@ def routing_heatmap(run: Run) -> HeatMap | None:
     if not latest:
         return None
 
-    # Blocks that a client was not measured on are empty cells.
+    # Blocks that a client was not measured on are empty cells. Where no token has a choice, that is
+    # said: a share of 0 would say that all of the model is the client's own.
     shares = {name: line.generalist_share_by_layer or [] for name, line in latest.items()}
     layers = max(map(len, shares.values()))
-    rows = []
+    rows: list[tuple[str, tuple[Cell, ...], str]] = []
     for name in run.clients:
-        if name in shares:
-            row = [mean(shares[name]), *shares[name], *[None] * (layers - len(shares[name]))]
-            rows.append((name, tuple(cell_of(share, f.share(share)) for share in row)))
+        if name not in shares:
+            continue
+        if said := without_choice(latest[name], run.beside_others):
+            rows.append((name, (), said))
+            continue
+        row = [mean(shares[name]), *shares[name], *[None] * (layers - len(shares[name]))]
+        rows.append((name, tuple(cell_of(share, f.share(share)) for share in row), ""))
     without = tuple(name for name in run.clients if name not in shares)
     return HeatMap(layers, tuple(rows), without, source)
+
+
+def without_choice(line: Measured | Train, beside_others: bool) -> str:
+    """Say why a model's shares are no choice of its router's; "" where they are one.
+
+    beside_others: everybody's generalist is beside a client's own experts, behind a gate.
+    """
+    if isinstance(line, Measured) and line.kept_part is not None:
+        return f"one part: {line.kept_part}"
+    if not beside_others or any(line.generalist_share_by_layer or ()):
+        return ""
+    adopted = line.adopted_share
+    return "closed" if adopted is None else f"closed (adopted {100 * adopted:.0f} %)"
 
 
 def cell_of(share: float | None, text: str) -> Cell:
