@@ -238,10 +238,7 @@ class Client:
         return nats
 
     def finish(self) -> str | None:
-        """Let the method finish the model at the very end, judged on all of the client's valid.
-
-        Return which part of the model is left, where it is one alone.
-        """
+        """Let the method finish the model, judged on all of valid; return the part that it left."""
         finish, own = self.method.finish, self.train_state.tensors
         if finish is None:
             return None

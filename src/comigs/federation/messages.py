@@ -23,7 +23,8 @@ from comigs.federation.sum_messages import (
 from comigs.methods.loading import list_methods, load_method
 from comigs.methods.method import Method
 from comigs.privacy.budget import SPENT
-from comigs.runs.metrics import ClientReport, OrLeftOut, Timing, TrainReport
+from comigs.runs.metrics import ClientReport, Timing, TrainReport
+from comigs.runs.record import OrLeftOut
 from comigs.server.protocol import Task
 from comigs.server.wire import Head
 

@@ -39,7 +39,7 @@ Download = Tensors
 Memory = Mapping[str, Tensor]
 Nats = Callable[[Tensors], float]  # nats per token of a client's model with these tensors
 Mixed = tuple[Tensors, float]  # what is written of a download, and how far towards it that is: 0-1
-# A client's model as it ends; and the one part of it that this is (runs/metrics.py), or None.
+# A client's model as it ends; and the one part of it that this is (runs/record.py), or None.
 Finished = tuple[Tensors, str | None]
 Schedule = Literal["alternating", "joint", "both"]
 

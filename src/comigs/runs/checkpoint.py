@@ -18,7 +18,7 @@ from torch import Tensor
 
 from comigs.errors import UserError
 from comigs.runs.layout import METRICS, PERSONAL, SUFFIX, is_tensor_file
-from comigs.runs.metrics import Record
+from comigs.runs.record import Record
 
 RESTORE = "restore it from a copy or start a new run"
 

@@ -23,13 +23,13 @@ from comigs.runs.metrics import (
     Line,
     Note,
     Problem,
-    Record,
     RoundEnd,
     Step,
     Timing,
     Train,
     Warned,
 )
+from comigs.runs.record import Record
 from comigs.runs.simulated import Attempt, Exchange
 
 KINDS: dict[str, type[Event]] = {

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from comigs.runs.metrics import Record
+from comigs.runs.record import Record
 
 Kind = Literal[
     "function words",

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from comigs.runs.metrics import ClientLine, Count, Figure, Line, OrLeftOut
+from comigs.runs.metrics import ClientLine, Line
+from comigs.runs.record import Count, Figure, OrLeftOut
 
 
 class Exchange(Line):

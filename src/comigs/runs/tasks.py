@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from comigs.errors import UserError
 from comigs.files import ClosedFolder, writing
 from comigs.runs.json_lines import parse_json, read_record
-from comigs.runs.metrics import Count, Figure, Record
+from comigs.runs.record import Count, Figure, Record
 
 TASKS = "tasks.json"
 ANSWERS = "answers"  # the clients' own questions, beside which a task of the harness has its name

@@ -18,7 +18,8 @@ from comigs.config import Config, ExpertShape, UploadSection
 from comigs.experts.attach import Attachment
 from comigs.experts.init import starting_tensors
 from comigs.methods.method import Download, Method, Upload
-from comigs.runs.metrics import REPORTED, ClientReport, Evaluation, Kept, Record, Timing
+from comigs.runs.metrics import REPORTED, ClientReport, Evaluation, Kept, Timing
+from comigs.runs.record import Record
 from comigs.server.protocol import Reply, Task
 from comigs.slots import Shapes, Slot
 
