@@ -44,6 +44,25 @@ def choose(logits: Tensor, top_k: int, lead: float = 0.0) -> list[tuple[int, Ten
     return [(e, powers[e] / sum(powers[i] for i in among)) for e in order]
 
 
+def choose_gated(
+    logits: Tensor, top_k: int, lead: float, gate: float | None
+) -> list[tuple[int, Tensor]]:
+    """(expert, weight) of one token where a router is as far open to the last expert as its gate
+    is; None: there is no gate.
+    """
+    if gate is None:
+        return choose(logits, top_k, lead)
+    weights: dict[int, Any] = {}
+    without = list(logits[:-1])
+    for part, chosen in (
+        (1 - gate, choose(torch.stack(without), min(top_k, len(without)))),
+        (gate, choose(logits, top_k, lead)),
+    ):
+        for e, weight in chosen:
+            weights[e] = weights.get(e, 0) + part * weight
+    return list(weights.items())
+
+
 def balance(logits_TE: Tensor, top_k: int, share: float) -> Tensor:
     """METHOD: E^2 * mean_e(p_e * density_e * factor_e), token by token."""
     T, E = logits_TE.shape
@@ -99,7 +118,7 @@ class NaiveMixture(nn.Module):
     ) -> None:
         super().__init__()
         self.mlp, self.top_k, self.routing, self.logits_TE = mlp, top_k, routing, None
-        self.lead = 0.0
+        self.lead, self.gate = 0.0, None
         sites = LLAMA_MLP if hasattr(mlp, "gate_proj") else GPT2_MLP
         found = {name.split(".")[2] for name in tensors if name.startswith(f"{layer}.")} - {
             "router",
@@ -127,10 +146,13 @@ class NaiveMixture(nn.Module):
         each_TD = [y.reshape(-1, y.shape[-1]) for y in each]
         self.logits_TE = torch.stack(read_by_the_router(x, self.routing)) @ self.W.T
         rows = [
-            sum(w * each_TD[e][t] for e, w in choose(row, self.top_k, self.lead))
+            sum(w * each_TD[e][t] for e, w in self.choose(row))
             for t, row in enumerate(self.logits_TE)
         ]
         return torch.stack(rows).reshape(x.shape)
+
+    def choose(self, logits: Tensor) -> list[tuple[int, Tensor]]:
+        return choose_gated(logits, self.top_k, self.lead, self.gate)
 
 
 class MergedLinear(nn.Module):
@@ -149,6 +171,7 @@ def naive_model(
     alpha: float = 16.0,
     routing: str = "token",
     lead: float = 0.0,
+    gate: float | None = None,
 ) -> Any:
     """A copy of the whole model in which every expert of every block is an MLP of its own."""
     named = {str(slot): tensor for slot, tensor in tensors.items()}
@@ -156,7 +179,7 @@ def naive_model(
     is_gpt2 = hasattr(whole, "transformer")
     for layer, block in enumerate(whole.transformer.h if is_gpt2 else whole.model.layers):
         block.mlp = NaiveMixture(block.mlp, layer, named, alpha, top_k, routing)
-        block.mlp.lead = lead
+        block.mlp.lead, block.mlp.gate = lead, gate
         attention = block.attn if is_gpt2 else block.self_attn
         for site, name in (GPT2_ATTENTION if is_gpt2 else LLAMA_ATTENTION).items():
             A, B = (

@@ -198,6 +198,8 @@ def test_routes_are_the_weights_of_the_router_on_each_token_of_the_answer(
 ):
     """By hand: the generalist is the first of two experts, everybody's generalist the last."""
     given = [f'data.cache="{tmp_path / "cache"}"', f"method={method}", "experts.router_start=0.5"]
+    if method == "comigs":
+        given.append("options.finish=mixture")
     folder = api.run(load_config(write_config(tmp_path), given), tmp_path / "run")
     with closing(
         Chat(folder, api.base_of(folder), "ann", Style(max_new_tokens=8), said.append)

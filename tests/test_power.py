@@ -181,7 +181,8 @@ def test_a_client_gains_and_loses_in_a_run_which_can_be_used_after(changing):
 def test_routes_of_a_client_that_has_gained_or_lost_are_those_of_its_model(tmp_path):
     power = {"clients": {"ada": {"specialists": [[2, 3]]}, "bob": {"specialists": [[2, 1]]}}}
     more = {"evaluation": {"keep": "last"}, "experts": {"specialists": 2}, "rounds": 2}
-    config = run_config(tmp_path / "text", "ada bob", conditions=power, **more)
+    whole = {"finish": "mixture"}
+    config = run_config(tmp_path / "text", "ada bob", conditions=power, options=whole, **more)
     folder = api.run(config, tmp_path / "run")
     lines = [line for line in folder.metrics() if line.kind == "evaluation" and line.round == 2]
     assert len(lines) >= 2

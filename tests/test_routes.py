@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import shutil
 import sys
@@ -24,18 +25,22 @@ from comigs.personal.routes import languages
 from comigs.personal.routes.coloured import GENERALIST, SPECIALIST, WHOLE, coloured
 from comigs.personal.routes.kinds import frequencies_of, kinds_of
 from comigs.runs.routes import Routes
+from comigs.slots import Slot
 from tests import naive
 from tests.conftest import APART, run_config, tiny
 from tests.local_grid import Federation
 from tests.runs import comigs, copied_run, refused
+from tests.test_on_top import apart
 from tests.test_report import Page
 
-RUNS = {  # name -> experts and base
-    "token": ({}, "tiny-gpt2"),
-    "sequence": ({"routing": "sequence"}, "tiny-gpt2"),
-    "client": ({"routing": "client"}, "tiny-gpt2"),
-    "two-of-three": ({"generalists": 2, "top_k": 2}, "tiny-llama"),
-    "one-of-two": ({"top_k": 1}, "tiny-llama"),
+RUNS = {  # name -> experts, base and options
+    "default": ({}, "tiny-gpt2", {}),
+    "token": ({}, "tiny-gpt2", APART),
+    "two-on-top": ({"specialists": 2}, "tiny-llama", {}),
+    "sequence": ({"routing": "sequence"}, "tiny-gpt2", APART),
+    "client": ({"routing": "client"}, "tiny-gpt2", APART),
+    "two-of-three": ({"generalists": 2, "top_k": 2}, "tiny-llama", APART),
+    "one-of-two": ({"top_k": 1}, "tiny-llama", APART),
 }
 LENGTH = 12  # of a window, in run_config
 EVIL = "<script>alert(1)</script> \x1b[31mred\u202e & engine wheel.\nNo engine 42\n"
@@ -45,14 +50,14 @@ EVIL = "<script>alert(1)</script> \x1b[31mred\u202e & engine wheel.\nNo engine 4
 def run_of(name: str) -> Path:
     """A run of two clients whose routers have learnt something, made once."""
     root = Path(tempfile.mkdtemp(prefix="comigs-routes-"))
-    experts, base = RUNS[name]
+    experts, base, options = RUNS[name]
     client = {"steps": 6, "router_steps": 3, "lr": 0.05, "router_lr": 0.03}
     config = run_config(
         root / "text",
         experts={"strength": "each", **experts},
         base={"name": base},
         client=client,
-        options=APART,
+        options={"finish": "mixture", **options},
     )
     return api.run(config, root / name).path
 
@@ -76,23 +81,28 @@ def naive_weights(run: Path, base_name: str, text: str, top_k: int, routing: str
     """The generalists' weights (tokens, blocks) in a model whose every expert is a whole MLP."""
     base = tiny(base_name)
     tensors = load_file(run / "clients" / "ada" / "personal.safetensors")
-    model = naive.naive_model(base.model, tensors, top_k, routing=routing)
     parts = sorted({name.split(".")[2] for name in tensors} - {"router", "attention"})
+    shared, lead, gate = [part.startswith("g") for part in parts], 0.0, None
+    if "rest" in parts:
+        # everybody's generalist is the last expert, and the router is as far open to it as it says
+        slots, specialists = {Slot.parse(name): t for name, t in tensors.items()}, len(parts) - 2
+        tensors = apart(slots, specialists)
+        shared, lead = [*[False] * specialists, True], math.log(9)
+        (gate,) = {float(tensor) for slot, tensor in slots.items() if slot.is_gate}
+        assert gate > 0
+    model = naive.naive_model(base.model, tensors, top_k, routing=routing, lead=lead, gate=gate)
     ids = [base.encoder.separator, *base.tokenizer(text)["input_ids"]]
     rows = []
     for start in range(0, len(ids), LENGTH):
         with torch.no_grad():
             model(torch.tensor([ids[start : start + LENGTH]]))
         chosen = [
-            [dict(naive.choose(row, top_k)) for row in mixture.logits_TE]
+            [dict(mixture.choose(row)) for row in mixture.logits_TE]
             for mixture in naive.mixtures(model)
         ]
         for of_blocks in zip(*chosen, strict=True):
             rows.append(
-                [
-                    sum(float(w) for e, w in weights.items() if parts[e].startswith("g"))
-                    for weights in of_blocks
-                ]
+                [sum(float(w) for e, w in weights.items() if shared[e]) for weights in of_blocks]
             )
     return np.array(rows)
 
@@ -100,7 +110,7 @@ def naive_weights(run: Path, base_name: str, text: str, top_k: int, routing: str
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.few(3)
 def test_weights_are_those_of_the_naive_mixture_window_by_window(capsys, evil, name):
-    experts, base = RUNS[name]
+    experts, base, options = RUNS[name]
     routing, top_k = experts.get("routing", "token"), experts.get("top_k", 2)
     (found,) = routes_of(capsys, run_of(name), "--client", "ada", "--text", evil)
     shown = np.array([token["weights"] for token in found["passage"]])
@@ -109,8 +119,9 @@ def test_weights_are_those_of_the_naive_mixture_window_by_window(capsys, evil, n
     assert shown == pytest.approx(expected, abs=2e-5)
     assert found["every"]["mean"] == pytest.approx(expected.mean(0), abs=2e-5)
     assert found["every"]["deviation"] == pytest.approx(expected.std(0), abs=2e-5)
+    assert found["beside_others"] == (not options)
     # the router has an opinion, and where it reads tokens, it is about tokens
-    assert np.abs(expected - 0.5).max() > 0.02
+    assert np.abs(expected - (0.5 if options else 0.1)).max() > 0.02
     assert (expected.std(0) > 1e-4).any() == (routing != "client")
 
 
@@ -130,8 +141,20 @@ def test_a_router_that_is_closed_to_what_all_know_is_named(capsys):
     (found,) = routes_of(capsys, run_of("token"), "--client", "ada")
     routes = Routes.model_validate(found)
     closed = routes.every.model_copy(update={"mean": [0.0] * routes.blocks})
-    assert "what all know" not in routes.who
-    assert routes.model_copy(update={"every": closed}).who.endswith(", no token to what all know")
+    shown = routes.model_copy(update={"every": closed})
+    assert "no token" not in routes.who and shown.who.endswith(", no token to generalists")
+    shown = shown.model_copy(update={"beside_others": True})
+    assert shown.who.endswith(", no token to what all know")
+
+
+def test_a_model_that_is_one_part_has_no_routes_and_says_which(capsys, evil, tmp_path):
+    run = Path(shutil.copytree(run_of("token"), tmp_path / "run"))
+    summary = json.loads((run / "summary.json").read_text())
+    summary["clients"]["ada"]["kept_part"] = "specialist 0"
+    (run / "summary.json").write_text(json.dumps(summary))
+    line = refused(capsys, "routes", run, "--client", "ada")
+    assert line.endswith('client "ada": its model is one part: specialist 0; no token is routed')
+    assert len(routes_of(capsys, run, "--client", "bob", "--text", evil)) == 1
 
 
 @pytest.mark.parametrize("text", ["", "evil"])
@@ -151,6 +174,34 @@ def test_every_token_is_in_one_kind_and_one_frequency(capsys, evil, text):
         assert group["tokens"] == len(own)
         if own:
             assert group["mean"] == pytest.approx(np.mean(own, axis=0), abs=1e-5)
+
+
+def test_a_token_is_at_one_end_of_a_ranking_and_at_none_where_all_weigh_the_same(capsys, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("engine wheel")
+    (found,) = routes_of(capsys, run_of("default"), "--client", "ada", "--text", short)
+    for extremes in found["extremes"]:
+        most, least = ({one["text"] for one in ranking} for ranking in extremes.values())
+        assert most and len(most) == len(least) and not most & least
+    (found,) = routes_of(capsys, run_of("client"), "--client", "ada", "--text", short)
+    assert all(not one["most_generalist"] + one["most_specialist"] for one in found["extremes"])
+    shown = comigs(capsys, "routes", run_of("client"), "--client", "ada").out
+    assert "kind of token" in shown
+    assert "most to" not in shown
+
+
+def test_what_is_weighed_has_the_words_of_the_model(capsys, tmp_path):
+    out = tmp_path / "page.html"
+    for name, (shared, own) in (
+        ("default", ("what all know", "its own")),
+        ("token", ("generalists", "specialists")),
+    ):
+        shown = comigs(capsys, "routes", run_of(name), "--client", "ada").out
+        assert f"(weight of {shared}, " in shown
+        assert f"most to {shared}" in shown and f"most to {own}" in shown
+        assert comigs(capsys, "routes", run_of(name), "--client", "ada", "--out", out).code == 0
+        legend = f'<span>{own}</span><span class="scale"></span><span>{shared}</span>'
+        assert legend in out.read_text(encoding="utf-8")
 
 
 def test_extremes_are_the_outermost_means_of_the_vocabulary(capsys, evil):
@@ -244,7 +295,7 @@ def test_the_terminal_shows_text_weights_and_tables(capsys, evil):
     done = comigs(capsys, "routes", run_of("token"), "--client", "ada", "--text", evil)
     assert done.code == 0 and not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", done.out)
     assert "<|endoftext|>" + f.harmless(EVIL) in re.sub(r"\[\d\.\d\d\]", "", done.out)
-    for word in ("most generalist", "beginnings of words", "punctuation", "rare", "tokens"):
+    for word in ("most to generalists", "beginnings of words", "punctuation", "rare", "tokens"):
         assert word in done.out
     one = comigs(capsys, "routes", run_of("token"), "--client", "ada", "--block", 1, "--relative")
     assert "block 1 of 0 to 1" in one.out
@@ -404,7 +455,8 @@ def test_a_run_of_a_federation_has_no_text_here(capsys, tmp_path):
 
 def test_a_device_shows_its_own_text_and_the_server_nobodys(capsys, tmp_path):
     names = ("ada", "bob")
-    config = run_config(tmp_path / "text", " ".join(names), rounds=1)
+    whole = {"finish": "mixture"}
+    config = run_config(tmp_path / "text", " ".join(names), rounds=1, options=whole)
     federation = Federation(tmp_path, names, tmp_path / "text")
     federation.run(tmp_path / "server", config)
     api.run(config, tmp_path / "here")

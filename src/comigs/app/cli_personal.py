@@ -273,4 +273,5 @@ def routes(
         for line in routing.passage_lines(one, block, relative):
             typer.echo(line)
         console.table(kinds_table(one), "generalist weight by block and kind of token")
-        console.table(extremes_table(one), "most generalist and most specialist tokens by block")
+        if (extremes := extremes_table(one)) is not None:
+            console.table(extremes, "tokens that go most to either side, by block")

@@ -126,5 +126,5 @@ def passage_lines(routes: Routes, block: int | None, relative: bool) -> list[str
     return [
         one_line(f"{routes.who}: {kept} of {routes.text}"),
         coloured(zip(texts, shown, strict=True), scale),
-        f"(weight of the generalists, {where}: mean {np.mean(shown):.2f}; {scale.legend})",
+        f"(weight of {routes.sides[0]}, {where}: mean {np.mean(shown):.2f}; {scale.legend})",
     ]

@@ -1,6 +1,6 @@
 """Tokens in a terminal, each on a ground that says how much of it comes from what clients share.
 
-The colours are those of the report: blue is the generalists' side, orange the specialists'.
+The colours are those of the report: blue is the side of what clients share, orange a client's own.
 """
 
 from __future__ import annotations

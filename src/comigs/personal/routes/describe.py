@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from comigs.bases.load import Base
 from comigs.personal.model import PersonalModel
 from comigs.personal.routes.kinds import frequencies_of, kinds_of
-from comigs.personal.routes.weights import read_weights, shared_experts
+from comigs.personal.routes.weights import is_beside_others, read_weights, shared_experts
 from comigs.personal.serve.text import Vocabulary
 from comigs.runs.folder import RunFolder
 from comigs.runs.routes import (
@@ -82,6 +82,7 @@ def describe(folder: RunFolder, base: Base, client: str, text: ReadText, tokens:
         seed=config.seed,
         client=client,
         routing=config.experts.routing,
+        beside_others=is_beside_others(folder, client),
         text=text.name,
         languages=languages,
         every=_group("all", weights_TL),
@@ -136,16 +137,21 @@ def _extremes(
 
     # One reading says little of a token where there are many others.
     known = np.flatnonzero(times >= (OFTEN if len(ids) >= SHORT else 1))
+    shown = min(SHOWN, len(known) // 2)
     extremes = []
     for means_V in means_VL.T:
+        # Where a router is closed, or weighs no tokens, none is more of either side.
         order = known[np.argsort(means_V[known], kind="stable")]
+        if not shown or means_V[order[-1]] - means_V[order[0]] < 10**-DIGITS:
+            extremes.append(Extremes(most_generalist=[], most_specialist=[]))
+            continue
         ranked = []
-        for number in order:
+        for number in (*order[: -shown - 1 : -1], *order[:shown]):
             raw = vocabulary.bytes_of(int(found[number])).decode(errors="replace")
             weight = round(float(means_V[number]), DIGITS)
             ranked.append(Ranked(text=raw, times=int(times[number]), weight=weight))
-        top = ranked[::-1][:SHOWN]
-        extremes.append(Extremes(most_generalist=top, most_specialist=ranked[:SHOWN]))
+        both = Extremes(most_generalist=ranked[:shown], most_specialist=ranked[shown:])
+        extremes.append(both)
     return extremes
 
 

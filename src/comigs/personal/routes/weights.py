@@ -26,20 +26,28 @@ def shared_experts(folder: RunFolder, client: str) -> list[int]:
     """Return which of a client's experts are what clients share, by their rows in the router.
 
     Those are the generalists; where everybody's generalist is beside a client's own experts, it is
-    that one, as in the report. Raises UserError where the client has no router, or one that cannot
-    choose between both.
+    that one, as in the report. Raises UserError where the client's model is one part alone, or has
+    no router, or one that cannot choose between both.
     """
     shape = client_shape(folder, client)
     where = f'{folder.path}: client "{client}"'
     if load_method(folder.config()).mixing != "routed" or shape.num_experts < 2:
         experts = "one expert" if shape.num_experts < 2 else "experts that all weigh the same"
         raise UserError(f"{where} has no router, as it has {experts}; so no token is routed")
-    if shape.others != "none":
-        return [shape.num_experts - 1]
-    if 0 in (shape.generalists, shape.specialists):
+    if shape.others == "none" and 0 in (shape.generalists, shape.specialists):
         only = "generalists" if shape.generalists else "specialists"
         raise UserError(f"{where} has {only} only; so no token chooses between both kinds")
-    return list(range(shape.generalists))
+
+    # A router is left where one part was kept, but chooses between equals.
+    own = folder.summary().clients.get(client) if folder.checkpoint().finished else None
+    if own is not None and own.kept_part is not None:
+        raise UserError(f"{where}: its model is one part: {own.kept_part}; no token is routed")
+    return list(range(shape.generalists)) if shape.others == "none" else [shape.num_experts - 1]
+
+
+def is_beside_others(folder: RunFolder, client: str) -> bool:
+    """Return whether everybody's generalist is beside a client's own experts."""
+    return client_shape(folder, client).others != "none"
 
 
 def generalist_weight(weights_TE: Tensor, shared: Sequence[int]) -> Tensor:

@@ -36,6 +36,7 @@ class Part:
     """A client's part of a page: its passage in one run or several, and what is known of each.
 
     labels: (block, name, style) of each choice. heats: by run, rows of (kind, tokens, cells).
+    sides: what the two ends of the colours are, in words.
     """
 
     client: str
@@ -45,6 +46,7 @@ class Part:
     heats: tuple[tuple[str, tuple[tuple[str, str, tuple[Cell, ...]], ...]], ...]
     extremes: tuple[tuple[str, f.Table], ...]
     languages: str
+    sides: tuple[str, str]
 
 
 def parts_of(found: Iterable[Routes]) -> list[Part]:
@@ -56,7 +58,11 @@ def parts_of(found: Iterable[Routes]) -> list[Part]:
         heats, extremes = [], []
         for routes in own:
             heats.append((routes.who, heat_rows(routes)))
-            extremes.append((routes.who, extremes_table(routes)))
+            if (table := extremes_table(routes)) is not None:
+                extremes.append((routes.who, table))
+        # Runs of both kinds side by side have one legend.
+        sides = {routes.sides for routes in own}
+        both = sides.pop() if len(sides) == 1 else ("shared", "own")
         languages = [f"{name} {f.count(number)}" for name, number in own[0].languages.items()]
         part = Part(
             client=client,
@@ -66,6 +72,7 @@ def parts_of(found: Iterable[Routes]) -> list[Part]:
             heats=tuple(heats),
             extremes=tuple(extremes),
             languages=", ".join(languages),
+            sides=both,
         )
         parts.append(part)
     return parts
@@ -146,13 +153,20 @@ def kinds_table(routes: Routes) -> f.Table:
     return f.Table(("block", *[group.name for group in groups]), tuple(rows), last)
 
 
-def extremes_table(routes: Routes) -> f.Table:
-    """Return by block the tokens with the outermost mean weights, as a table for people."""
+def extremes_table(routes: Routes) -> f.Table | None:
+    """Return by block the tokens with the outermost mean weights, as a table for people.
+
+    Blocks in which all tokens have the same weight are left out; it is None where those are all.
+    """
     rows = []
     for block, extremes in enumerate(routes.extremes):
-        both = (_ranking(extremes.most_generalist), _ranking(extremes.most_specialist))
-        rows.append((str(block), *both))
-    return f.Table(("block", "most generalist", "most specialist"), tuple(rows), names=3)
+        if extremes.most_generalist:
+            both = (_ranking(extremes.most_generalist), _ranking(extremes.most_specialist))
+            rows.append((str(block), *both))
+    if not rows:
+        return None
+    headers = ("block", *[f"most to {side}" for side in routes.sides])
+    return f.Table(headers, tuple(rows), names=3)
 
 
 def _ranking(ranking: Iterable[Ranked]) -> str:
