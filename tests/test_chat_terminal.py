@@ -13,35 +13,52 @@ import sys
 import termios
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
 from comigs import load_config
 from comigs.app import api
+from comigs.personal.talk import handle
 from comigs.text import harmless
 from tests.conftest import tiny
 from tests.runs import ENVIRONMENT, comigs, finished, refused, write_config
+
+WHOLE = "options.finish=mixture"  # so that there are routes
 
 
 def test_lines_from_a_pipe_are_answered_one_by_one(capsys, monkeypatch, tmp_path):
     import io
 
+    given = [f'data.cache="{tmp_path / "cache"}"', WHOLE]
+    run = api.run(load_config(write_config(tmp_path), given), tmp_path / "run").path
     lines = ["the cat", "/routes", "/client bob", "the cat", "/nothing", "/client zed", "/save", ""]
     file = tmp_path / "said.json"
     monkeypatch.setattr(
         "sys.stdin", io.StringIO("\n".join([*lines, f"/save {file}", "/help", "/quit", "x"]))
     )
-    done = comigs(capsys, "chat", finished() / "run", "--client", "ann", "--max-new-tokens", 5)
+    done = comigs(capsys, "chat", run, "--client", "ann", "--max-new-tokens", 5)
     assert done.code == 0
-    with closing(api.open_personal_model(finished() / "run", "ann")) as model:
+    with closing(api.open_personal_model(run, "ann")) as model:
         answer = model.generate("the cat", max_new_tokens=5)[len("the cat") :]
         assert done.out.startswith(harmless(answer) + "\n")
-    assert re.search(r"\[[01]\.\d\d\]", done.out) and "mean 0." in done.out
+    assert re.search(r"\[[01]\.\d\d\]", done.out)
+    assert "(weight of what all know: mean 0." in done.out and "no token to" not in done.out
     assert "(bob; clients of this run: ann, bob)" in done.out and "/system TEXT" in done.out
     nothing, zed, save = done.err.splitlines()
     assert nothing.startswith("error: /nothing: no such command; there are: /reset, /system")
     assert '"zed"' in zed and save == "error: /save: name a file"
     assert len(json.loads(file.read_text(encoding="utf-8"))["messages"]) == 4
+
+
+def test_where_the_router_is_closed_that_is_said_beside_the_weights(capsys):
+    closed = SimpleNamespace(
+        routes=lambda: [("the", 0.0), (" cat", 0.0)], sides=("what all know", "its own")
+    )
+    handle(closed, "/routes")
+    out = capsys.readouterr().out
+    assert "(weight of what all know: mean 0.00;" in out
+    assert out.endswith("; no token to what all know)\n")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +139,7 @@ def long_run(tmp_path_factory):
     base.model.config.max_position_embeddings = 16384
     base.model.save_pretrained(folder / "base")
     base.tokenizer.save_pretrained(folder / "base")
-    given = [f'base.name="{folder / "base"}"', f'data.cache="{folder / "cache"}"']
+    given = [f'base.name="{folder / "base"}"', f'data.cache="{folder / "cache"}"', WHOLE]
     api.run(load_config(write_config(folder, rounds=1), given), folder / "run")
     return folder / "run"
 
@@ -142,7 +159,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(long_run):
             assert 0 < len(answer) < 8000
             terminal.wait_for("run/ann> ")
         terminal.type("/routes\n")
-        terminal.wait_for("weight of the generalists")
+        terminal.wait_for("weight of what all know")
         terminal.wait_for("run/ann> ")
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0

@@ -23,7 +23,7 @@ from comigs.files import write_whole, writing
 from comigs.personal.model import require_model
 from comigs.personal.prompts import conversation_ids, unread
 from comigs.personal.routes.describe import texts_of
-from comigs.personal.routes.weights import generalist_weight, shared_experts
+from comigs.personal.routes.weights import generalist_weight, is_beside_others, shared_experts
 from comigs.personal.serve.jobs import Settings
 from comigs.personal.serve.model import RowModel
 from comigs.personal.serve.packed import read_client
@@ -32,6 +32,7 @@ from comigs.personal.serve.sampling import choose
 from comigs.personal.serve.text import Transcript, Vocabulary
 from comigs.runs.environment import require_same_base
 from comigs.runs.folder import RunFolder
+from comigs.runs.routes import Sides, sides_in_words
 from comigs.seeds import generator
 from comigs.text import Say
 
@@ -223,6 +224,11 @@ class Chat:
         answered = weights_T[len(read) :].tolist()
         names = texts_of([self._vocabulary.bytes_of(id) for id in written])
         return list(zip(names, answered, strict=True))
+
+    @property
+    def sides(self) -> Sides:
+        """The sides between which the client's router chooses, in words."""
+        return sides_in_words(is_beside_others(self.folder, self.client))
 
     def close(self) -> None:
         """Take the experts off the base again."""

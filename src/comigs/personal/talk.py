@@ -13,13 +13,14 @@ import click
 from comigs.errors import UserError
 from comigs.personal.chat import Chat
 from comigs.personal.routes.coloured import WHOLE, coloured
+from comigs.runs.routes import nothing_to
 from comigs.text import harmless
 
 HELP = """\
 /reset         forget what was said
 /system TEXT   begin anew after this text (none: without one)
 /client NAME   go on with another client's model
-/routes        the last answer, coloured by the weight of the generalists
+/routes        the last answer, coloured by how much of it comes from what clients share
 /save FILE     write the conversation as JSON
 /help          this
 /quit          end (as Ctrl-D does); Ctrl-C stops an answer"""
@@ -109,7 +110,8 @@ def _routes(chat: Chat, argument: str) -> None:
     tokens = chat.routes()
     mean = sum(weight for _, weight in tokens) / len(tokens)
     click.echo(coloured(tokens))
-    click.echo(f"(weight of the generalists: mean {mean:.2f}; {WHOLE.legend})")
+    closed = "" if mean else f"; {nothing_to(chat.sides)}"
+    click.echo(f"(weight of {chat.sides[0]}: mean {mean:.2f}; {WHOLE.legend}{closed})")
 
 
 def _save(chat: Chat, argument: str) -> None:
