@@ -101,6 +101,8 @@ def run_of(given: argparse.Namespace, kind: str, seed: int) -> RunFolder:
         f"data.train_share={given.train_share}",
         f"evaluation.splits={json.dumps(splits)}",
         'evaluation.keep="last"',
+        # The last round is measured as all others are, and not after a choice at the end.
+        'options.finish="mixture"',
         "client.batch_size=4",
         "client.lr=4e-3",
         *given.more,
