@@ -51,15 +51,18 @@ def perplexities(model: PersonalModel, test: Sequence[TokenStore]) -> tuple[floa
     """Return the perplexity of a model, and of the same with each block's mean weights."""
     routed = model.evaluate(test)
     weights_LE, experts = routed.expert_share_LE, model.config.experts
-    if weights_LE is None or any(slot.is_gate for slot in model.tensors):
-        raise SystemExit("needs a router without a gate")
+    if weights_LE is None:
+        raise SystemExit("needs a router")
     if experts.top_k != len(weights_LE[0]):
         raise SystemExit(f"needs tokens that use all {len(weights_LE[0])} experts")
 
     # A router that reads a constant, with the logarithms of the weights, has them for every token.
+    # What a gate does to the weights is in their means already.
     for layer, weights_E in enumerate(weights_LE):
         router = Slot(layer, "mlp", "router", "W")
-        model.tensors[router] = torch.tensor(weights_E).log()[:, None]
+        logits_E = torch.tensor(weights_E).log().to(model.tensors[router])
+        model.tensors[router] = logits_E[:, None]
+        model.tensors.pop(Slot(layer, "mlp", "router", "B"), None)
     model.attachment.settings = experts.model_copy(update={"routing": "client"})
     return routed.perplexity, model.evaluate(test).perplexity
 

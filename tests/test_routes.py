@@ -5,12 +5,14 @@ owner sees.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
 import re
 import shutil
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -21,6 +23,8 @@ from safetensors.torch import load_file
 
 from comigs import text as f
 from comigs.app import api
+from comigs.data.prepare import prepare
+from comigs.personal.model import PersonalModel
 from comigs.personal.routes import languages
 from comigs.personal.routes.coloured import GENERALIST, SPECIALIST, WHOLE, coloured
 from comigs.personal.routes.kinds import frequencies_of, kinds_of
@@ -135,6 +139,24 @@ def test_over_the_test_text_they_are_what_the_run_measured_itself(capsys):
     ]
     (found,) = routes_of(capsys, run, "--client", "ada")
     assert found["every"]["mean"] == pytest.approx(measured[-1], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["default", "token"])
+def test_what_routing_is_worth_is_measured_against_the_mean_weights(name):
+    file = Path(__file__).parent.parent / "benchmarks" / "routing_worth.py"
+    spec = importlib.util.spec_from_file_location("routing_worth", file)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    folder = api.open_run(run_of(name))
+    base = api.base_of(folder)
+    test = prepare(folder.config(), base.encoder).load("ada").test
+    with closing(PersonalModel(folder, "ada", base)) as model:
+        before = model.evaluate(test)
+        mixture, constant = benchmark.perplexities(model, test)
+        after = model.evaluate(test)
+    assert (mixture, constant) == (before.perplexity, after.perplexity) and mixture != constant
+    for were, are in zip(before.expert_share_LE, after.expert_share_LE, strict=True):
+        assert are == pytest.approx(were, abs=1e-5)
 
 
 def test_a_router_that_is_closed_to_what_all_know_is_named(capsys):
