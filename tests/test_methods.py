@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from comigs.app import api
+from comigs.app.setup import say_unread
 from comigs.errors import UserError
 from comigs.methods.loading import list_methods, load_method
 from comigs.methods.merging import mean, mean_of_uploads
@@ -188,6 +189,27 @@ def test_what_is_shared_and_what_is_held(tmp_path, method, experts, shared, held
         shared,
         held,
     )
+
+
+@pytest.mark.parametrize("method", ["fdlora", "pfedmoe"])
+def test_a_method_of_two_kinds_of_experts_is_refused_without_generalists(tmp_path, method):
+    config = run_config(tmp_path, method=method, experts={"generalists": 0, "specialists": 2})
+    with pytest.raises(
+        UserError, match=rf"^experts\.generalists: given 0, but {method} is .* 1 or"
+    ):
+        load_method(config)
+
+
+def test_where_nothing_can_be_on_top_a_line_says_so(tmp_path):
+    said = []
+    for options in ({}, {"specialists": "apart"}):
+        for generalists in (0, 1):
+            experts = {"generalists": generalists, "specialists": 2}
+            config = run_config(tmp_path, experts=experts, options=options)
+            say_unread(config, "in-process", said.append)
+    assert [line for line in said if "specialists are apart" in line] == [
+        "experts.generalists is 0, so there is nothing to be on top of: specialists are apart"
+    ]
 
 
 @pytest.mark.parametrize("method", list_methods())

@@ -38,7 +38,8 @@ def ignore(_: Any) -> None:
 
 
 def say_unread(config: Config, engine: Engine, say: Say) -> None:
-    """Say in a line what the config gives and nothing reads, and in one where its curves go.
+    """Say in a line each what of the config nothing reads, what it makes of the method, and where
+    its curves go.
 
     Raises UserError for the method, for trackers that are unknown or not installed, for sums of too
     few clients, and where the accountant of privacy is not installed.
@@ -47,7 +48,8 @@ def say_unread(config: Config, engine: Engine, say: Say) -> None:
     require_sums(config)
     if config.privacy.is_on:
         require_accountant()
-    for line in (unread(config, load_method(config), engine), say_where(config)):
+    method = load_method(config)
+    for line in (unread(config, method, engine), method.note, say_where(config)):
         if line:
             say(line)
 

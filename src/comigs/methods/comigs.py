@@ -123,9 +123,11 @@ def beside_the_mean(config: Config, settings: Options) -> Method:
     whole.
     """
     method = as_published(config, on_top)
-    # Without generalists there is nothing to be on top of.
     if config.experts.generalists == 0:
-        return method
+        note = (
+            "experts.generalists is 0, so there is nothing to be on top of: specialists are apart"
+        )
+        return replace(method, note=note)
     if settings.adopt != "valid":
         raise UserError(
             f'options.adopt: given "{settings.adopt}" beside options.specialists = "on-top", where '

@@ -17,6 +17,7 @@ from comigs.config import Config, Section
 from comigs.methods import comigs
 from comigs.methods.loading import options
 from comigs.methods.method import Finished, Method, Nats, Tensors
+from comigs.methods.shapes import require_generalists
 
 Point = tuple[float, float]  # the weights of the personal and of the shared LoRA
 
@@ -33,8 +34,12 @@ class Options(Section):
 
 
 def method(config: Config) -> Method:
-    """Return the method whose generalists are the shared LoRA and specialists the personal one."""
+    """Return the method whose generalists are the shared LoRA and specialists the personal one.
+
+    Raises UserError without generalists.
+    """
     settings = options(config, Options)
+    require_generalists(config)
 
     def finish(tensors: Tensors, nats: Nats) -> Finished:
         def cost(weights: Point) -> float:

@@ -115,6 +115,7 @@ class Method:
     weighs: whether `aggregate` reads the weights of its context, and so `clients.NAME.weight`.
     averages: whether whatever `aggregate` makes of uploads goes through RoundContext.mean, which
         `upload.merge` can replace.
+    note: what these settings make of the method that its name does not say, in a line for users.
     leaks: why what a client sends would say more of its text than noised sums do, where
         `privacy.level` is not "none"; "" where it does not.
     """
@@ -144,6 +145,7 @@ class Method:
     centralized: bool = False
     weighs: bool = False
     averages: bool = False
+    note: str = ""
     leaks: str = "nobody has shown that what its clients send depends on noised sums alone"
 
     def beside_others(self, config: Config) -> bool:

@@ -9,10 +9,12 @@ from dataclasses import replace
 from comigs.config import Config
 from comigs.methods import comigs
 from comigs.methods.method import Method
+from comigs.methods.shapes import require_generalists
 
 
 def method(config: Config) -> Method:
-    """Return comigs on one level."""
+    """Return comigs on one level. Raises UserError without generalists."""
+    require_generalists(config)
     return replace(
         comigs.as_published(config),
         name="pfedmoe",

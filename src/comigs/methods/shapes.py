@@ -57,6 +57,18 @@ def shares_all(slot: Slot) -> bool:
     return slot.role in ("generalist", "attention")
 
 
+def require_generalists(config: Config) -> None:
+    """Refuse to do without generalists where a method is about what is shared beside what is not.
+
+    Raises UserError naming the field.
+    """
+    if config.experts.generalists == 0:
+        raise UserError(
+            f"experts.generalists: given 0, but {config.method} is a shared expert beside one that "
+            "stays home; must be 1 or more (comigs takes 0)"
+        )
+
+
 def require_equal(
     config: Config,
     field: Literal["rank", "num_experts"],
