@@ -199,9 +199,21 @@ def test_what_a_download_brings_is_the_others_expert_whose_gate_is_as_far_open_a
     assert {float(t) for slot, t in tensors.items() if slot.is_gate} == {1 - client.adopted_share}
 
 
-@pytest.mark.parametrize("before, after", [(0, 1), (1, 2), (0, 2), (2, 4)])
-def test_gaining_one_on_top_changes_no_logit(tmp_path, before, after):
-    client = client_of(tmp_path, before, **ON_TOP)
+@pytest.mark.parametrize(
+    "settings, before, after",
+    [
+        ({}, 0, 1),
+        ({}, 1, 2),
+        ({}, 0, 2),
+        ({}, 2, 4),
+        ({"top_k": 3}, 2, 3),
+        ({"top_k": 1}, 1, 2),
+        ({"routing": "sequence"}, 1, 2),
+        ({"routing": "client"}, 1, 2),
+    ],
+)
+def test_gaining_one_on_top_changes_no_logit(tmp_path, settings, before, after):
+    client = client_of(tmp_path, before, experts=settings, **ON_TOP)
     open_others(client)
     exact = logits_of(client)
     richer = with_specialists(client, after)
@@ -210,7 +222,10 @@ def test_gaining_one_on_top_changes_no_logit(tmp_path, before, after):
     torch.testing.assert_close(logits_of(richer), exact, rtol=0, atol=1e-9 if before > 1 else 1e-6)
     richer.train(2, lambda level, nats: None)
     shares = richer.evaluate("valid").expert_share_LE
-    assert all(len(row) == after + 1 and min(row[:after]) > 0 for row in shares)
+    assert all(len(row) == after + 1 for row in shares)
+    # Where one of them is used by a token, or no token is told apart, it may be another one.
+    is_used = all(min(row[:after]) > 0 for row in shares)
+    assert is_used or settings in ({"routing": "client"}, {"top_k": 1})
 
 
 @pytest.mark.parametrize("before, after", [(3, 2), (2, 1)])
