@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from comigs import text as f
+from comigs.runs.metrics import Score
 from comigs.runs.report.read import Run
 from comigs.text import Table
 
@@ -15,8 +16,10 @@ def kept_table(run: Run) -> Table | None:
     That is the round kept, what it and the last round come to on test, how much it adopted of its
     download, and which part it is alone. It is None where nothing of that is known.
     """
-    # Methods and settings differ in what there is to say, and older runs say less.
-    clients = run.summary.clients if run.summary else {}
+    # Methods and settings differ in what there is to say, and older runs say less. A client that
+    # was gone at the end says nothing.
+    known = run.summary.clients if run.summary else {}
+    clients = {name: client for name, client in known.items() if client.test != Score()}
     columns: dict[str, list[str]] = {}
     if any(client.kept_round is not None for client in clients.values()):
         rounds = [f"{f.count(c.kept_round)} of {run.config.rounds}" for c in clients.values()]
