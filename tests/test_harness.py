@@ -244,6 +244,25 @@ def test_an_item_that_lacks_a_field_is_named(run, folder, tmp_path, capsys):
     assert done.code == 0
 
 
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ({"choices": [1, 2, 3]}, "doc_to_choice: [1, 2, 3] is no list of texts"),
+        ({"choices": ["", "b"]}, "is no list of texts"),
+        ({"choices": None}, "lacks a field that is asked for: choices"),
+        ({"label": ["a cat"]}, "cannot be measured: "),
+    ],
+)
+def test_what_the_harness_cannot_measure_is_one_line(run, folder, tmp_path, capsys, item, says):
+    task = changed(folder, tmp_path)
+    items = [{**each, **item} for each in ITEMS]
+    if "label" in item:
+        items = [{**each, "label": [each["choices"][0]]} for each in ITEMS]
+    write_lines(tmp_path / "items.jsonl", items)
+    line = refused(capsys, "evaluate", run.path, "--tasks", task)
+    assert "pets: item 1: " in line and says in line
+
+
 @pytest.mark.parametrize("place", [0, 5])
 @pytest.mark.parametrize("label", [7, -1, "a rat"])
 def test_a_right_answer_that_is_no_choice_is_named(run, folder, tmp_path, capsys, place, label):

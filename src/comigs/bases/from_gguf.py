@@ -74,19 +74,27 @@ def unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
     """Write the model and the tokenizer of a GGUF as transformers keeps them, in a process of its
     own: the whole model is in its memory, and a run stays below base.memory. Raises UserError.
     """
-    words = (str(file), str(folder), str(dtype).removeprefix("torch."))
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with Child(f"{__name__}:main", words, 0, **pipes) as child:
-        try:
-            _, said = child.communicate()
-        finally:
-            child.stop()
-    # Anything but its own refusal is a fault, of which the last line says most.
-    last = (said.strip() or f"it ended with code {child.returncode}").splitlines()[-1]
-    if child.returncode == REFUSED:
-        raise UserError(last)
-    if child.returncode:
-        raise cannot_load(file, f"the process that unpacks it failed ({last})")
+    # A folder that is there is whole: it is moved into place at the end. What a process that was
+    # stopped has left goes with the scratch folder, which is this one's.
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        whole = Path(scratch) / "base"
+        words = (str(file), str(whole), str(dtype).removeprefix("torch."))
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        with Child(f"{__name__}:main", words, 0, **pipes) as child:
+            try:
+                _, said = child.communicate()
+            finally:
+                child.stop()
+
+        # Anything but its own refusal is a fault, of which the last line says most.
+        last = (said.strip() or f"it ended with code {child.returncode}").splitlines()[-1]
+        if child.returncode == REFUSED:
+            raise UserError(last)
+        if child.returncode:
+            raise cannot_load(file, f"the process that unpacks it failed ({last})")
+        if not folder.is_dir():  # another process may have been faster
+            shutil.move(whole, folder)
 
 
 def main() -> None:
@@ -109,14 +117,8 @@ def unpack_here(file: Path, folder: Path, dtype: torch.dtype) -> None:
     with contextlib.redirect_stderr(io.StringIO()):
         model = load_model(file.parent, gguf_file=file.name, **read)
     _require_all_numbers(file, model)
-    # A folder that is there is whole: it is moved into place at the end.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        whole = Path(scratch) / "base"
-        model.save_pretrained(whole)
-        load_tokenizer(file.parent, gguf_file=file.name).save_pretrained(whole)
-        if not folder.is_dir():  # another process may have been faster
-            shutil.move(whole, folder)
+    model.save_pretrained(folder)
+    load_tokenizer(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
 def _reader(file: Path) -> Any:

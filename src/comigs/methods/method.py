@@ -109,7 +109,8 @@ class Method:
     mix(own, download, nats): returns what a client writes of a download that it may weigh against
         its own tensors first, and how far towards the download that is. nats: on `probe` windows.
     finish(tensors, nats): returns what a client's tensors become at the very end, and which part of
-        its model that is, where it is one alone. nats: on valid.
+        its model that is, where it is one alone, in the words of `Part` (runs/record.py); None
+        where it is the whole. nats: on valid.
     centralized: whether one model is trained on the text of all clients, with as many times the
         batch, and everybody gets it.
     weighs: whether `aggregate` reads the weights of its context, and so `clients.NAME.weight`.

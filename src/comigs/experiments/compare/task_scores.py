@@ -32,8 +32,9 @@ class TaskScore:
 class How(NamedTuple):
     """This says how a run was asked a task, without which figures cannot be compared.
 
-    settings: in words. round: after which; None: the last one. items: of each client, of a task of
-    the harness, which has the same for every seed.
+    settings: in words; packed files from before they were recorded have none. round: after which;
+    None: the last one. items: of each client, of a task of the harness, which has the same for
+    every seed.
     """
 
     by: str
@@ -45,7 +46,10 @@ class How(NamedTuple):
         """Return all of it in words."""
         after = f"after round {self.round}" if self.round is not None else ""
         items = " and ".join(f.plural(number, "item") for number in dict.fromkeys(self.items))
-        return ", ".join(filter(None, (f"by {self.by}", self.settings, after, items)))
+        settings = self.settings
+        if self.by == "comigs" and not settings:
+            settings = "with settings that were not recorded"
+        return ", ".join(filter(None, (f"by {self.by}", settings, after, items)))
 
 
 class Asked(NamedTuple):

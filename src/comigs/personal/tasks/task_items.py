@@ -36,10 +36,14 @@ def try_out(name: str, task: Any, limit: int | None) -> None:
     for number, item in enumerate(islice(task.eval_docs, limit), start=1):
         where = f"--tasks {name}: item {number}"
         made = _made(where, task, {key: _present(value) for key, value in item.items()})
-        texts = [made["doc_to_text"], made["doc_to_target"], *made.get("doc_to_choice", ())]
+        choices = made.get("doc_to_choice", ["any"])
+        answers = choices if isinstance(choices, list) else [choices]
+        texts = [made["doc_to_text"], made["doc_to_target"], *answers]
         if any(isinstance(text, Null) or NULL in str(text) for text in texts):
             empty = [key for key, value in item.items() if value is None]
             raise UserError(f"{where}: lacks a field that is asked for: {listed(empty)}")
+        if not answers or not all(isinstance(text, str) and text for text in answers):
+            raise UserError(f"{where}: doc_to_choice: {brief(choices)} is no list of texts")
         # With code of its own a task says itself what is right, and what it measures.
         if getattr(getattr(task, "config", None), "process_results", None) is None:
             _require_right_answer(where, task, made)
@@ -95,9 +99,6 @@ def _made(where: str, task: Any, item: Mapping[str, Any]) -> dict[str, Any]:
             if part == "doc_to_choice" and isinstance(error, SyntaxError | ValueError):
                 words = f"makes no list of answers ({words})"
             raise UserError(f"{where}: {part}: {words}") from None
-    choices = made.get("doc_to_choice", ["any"])
-    if not isinstance(choices, list) or not choices or not all(choices):
-        raise UserError(f"{where}: doc_to_choice: {brief(choices)} is no list of answers")
     return made
 
 
@@ -133,7 +134,11 @@ def _require_measured(
         # What is compared with the answer alone, without its question, is asked twice.
         times = 2 if "acc_mutual_info" in wanted else 1
         answers = [(-1.0, False)] * (times * len(made["doc_to_choice"]))
-    measured = task.process_results(item, answers)
+    try:
+        measured = task.process_results(item, answers)
+    except Exception as error:
+        words = brief(str(error) or type(error).__name__)
+        raise UserError(f"--tasks {name}: item 1: cannot be measured: {words}") from None
     for metric in wanted:
         if metric not in measured and metric != "bypass":
             raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,13 +62,19 @@ class Run:
         seen = self.config.names + [line.client for line in (*self.train, *self.evaluations)]
         return tuple(dict.fromkeys(seen))
 
-    @property
+    @cached_property
     def beside_others(self) -> bool:
         """Whether everybody's generalist is beside clients' own experts, as the last of them.
 
-        A report imports no method of whoever made the run, of which nothing is known here.
+        A report imports no method of whoever made the run, of which nothing is known here; nor of a
+        run that would be refused today.
         """
-        return "." not in self.config.method and load_method(self.config).beside_others(self.config)
+        if "." in self.config.method:
+            return False
+        try:
+            return load_method(self.config).beside_others(self.config)
+        except UserError:
+            return False
 
     @property
     def last_round(self) -> int:
