@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import re
 import statistics
@@ -489,11 +490,14 @@ def main() -> None:
 def ratio(sittings: list[Seen], one: str, other: str, reference: str) -> float:
     """Return how many times as fast one variant is as another: the median over turns.
 
-    Where the two never sat together, the reference that sat with each stands between them.
+    Where the two never sat together, the reference that sat with each stands between them; it is
+    not a number where that had no room.
     """
     for seen in sittings:
-        if one in seen and other in seen:
+        if seen.get(one) and seen.get(other):
             return statistics.median(b / a for a, b in zip(seen[one], seen[other], strict=False))
+    if other == reference:
+        return math.nan
     over_reference = ratio(sittings, one, reference, reference)
     return over_reference / ratio(sittings, other, reference, reference)
 
@@ -505,7 +509,7 @@ def content_of(
     # a variant that had no room has none
     measured = {name for seen in sittings for name, values in seen.items() if values}
     names, rows = [name for name in VARIANTS if name in measured], dict[str, dict[str, float]]()
-    first = names[0]
+    first = next(iter(names), "")
     for name in names:
         seen = next(seen for seen in sittings if seen.get(name))
         evaluates = name.startswith("evaluate")
@@ -525,6 +529,8 @@ def content_of(
             got = rows[one]["share_of_limit"]
             if other != LIMIT:
                 got = ratio(sittings, one, other, first)
+            if math.isnan(got):
+                continue
             goals.append({"variant": one, "over": other, "goal": least, "ratio": got})
     size = f"{options.batch} x {options.length} tokens"
     return {

@@ -73,4 +73,4 @@ def test_who_is_in_which_group_is_told(tmp_path):
     rough = ROUGH | {"conditions": {"groups": groups}}
     lines = forecast_lines(*given(run_config(tmp_path / "text", "ada bob", **rough)))
     assert lines[0] == "group old: ada and bob"
-    assert lines[1].startswith("behind these conditions 4 rounds take ")
+    assert lines[1].startswith("behind these conditions: 4 rounds in ")

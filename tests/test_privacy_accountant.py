@@ -103,6 +103,21 @@ def test_noise_for_an_epsilon_spends_no_more_and_hardly_less(wanted, delta, rate
     assert 0.99 * wanted < epsilon([Steps(rate, noise, count)], delta) <= wanted
 
 
+@pytest.mark.parametrize(("rate", "sigma", "count"), [(1e-3, 0.25, 200), (1e-4, 0.2, 300)])
+def test_little_noise_and_few_documents_are_counted_by_tables(rate, sigma, count):
+    """Renyi's bound over whole orders is twenty to a hundred times as large there."""
+    from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+    from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
+
+    tables = PLDAccountant(
+        NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-3
+    )
+    tables.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)), count)
+    assert epsilon([Steps(rate, sigma, count)], 1e-5) == pytest.approx(
+        tables.get_epsilon(1e-5), rel=0.01
+    )
+
+
 @pytest.mark.parametrize("sigma", [100.0, 20.0])
 def test_a_small_epsilon_is_as_exact_as_a_large_one(sigma):
     """Without sampling the truth is a closed form: epsilon 0.03 and 0.2."""

@@ -74,7 +74,7 @@ def forecast_lines(
             members.setdefault(group, []).append(name)
     return [
         *(f"group {group}: {listed(names)}" for group, names in members.items()),
-        f"behind these conditions {plural(config.rounds, 'round')} take {took(run)}",
+        f"behind these conditions: {plural(config.rounds, 'round')} in {took(run)}",
         f"clients are asked {len(counted | missed):,} times: {len(counted):,} answers count, "
         f"{len(missed & tried):,} are late or lost, {len(missed - tried):,} times the client is "
         f"away; {lost:.0%} of the work is lost",

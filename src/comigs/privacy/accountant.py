@@ -29,7 +29,11 @@ Kind = tuple[float, float, int]  # as Steps
 PART, FINEST, COARSEST = 1e-3, 1e-5, 1e-3
 # Beyond this epsilon, or so many steps, Renyi's bound is what is told.
 MOST_EPSILON, MOST_STEPS = 200.0, 100_000
-ORDERS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128, 256, 512)
+# Where noise is small, orders near 1 are those that count.
+ORDERS = (
+    *(1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0),
+    *(16.0, 20.0, 24.0, 32.0, 48.0, 64.0, 128.0, 256.0, 512.0),
+)
 TOLERANCE = 5e-4  # of a noise multiplier that is found, as a part of it
 MOST_NOISE = 1e6  # that is looked for
 
@@ -82,7 +86,7 @@ def _epsilon(steps: tuple[Kind, ...], delta: float) -> float:
 
 
 def _renyi(steps: tuple[Kind, ...], delta: float) -> float:
-    """Return Renyi's bound on epsilon, over whole orders."""
+    """Return Renyi's bound on epsilon."""
     from dp_accounting import NeighboringRelation
     from dp_accounting.rdp import RdpAccountant
 
