@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 
 
@@ -36,3 +37,12 @@ def nearest(name: str, allowed: list[str]) -> str:
 
     close = get_close_matches(name, allowed, n=1, cutoff=0.5)
     return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def require_finite(option: str, given: float, more: str = "") -> None:
+    """Raise UserError for what is given to an option and is no number, or one without end.
+
+    more: what else it must be, after a comma.
+    """
+    if not math.isfinite(given):
+        raise UserError(f"{option}: given {given}; must be a finite number{more}")

@@ -5,13 +5,12 @@ cli.py mounts it.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from comigs.errors import UserError
+from comigs.errors import UserError, require_finite
 from comigs.federation import require_flower
 from comigs.files import command
 from comigs.text import one_line
@@ -209,8 +208,8 @@ def client(
     # What is no number is above no limit and below none.
     limits = {"memory": max_memory, "minutes": max_minutes, "epsilon": max_epsilon}
     for name, limit in limits.items():
-        if limit is not None and not math.isfinite(limit):
-            raise UserError(f"--max-{name}: given {limit}; must be a finite number")
+        if limit is not None:
+            require_finite(f"--max-{name}", limit)
     memory = max_memory and max_memory * 1e9
     allowed = (memory, max_minutes, specialists, only_sums, max_epsilon)
     owner = Owner(tuple(text), home, base, device, threads, *allowed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from comigs.errors import UserError
+from comigs.errors import UserError, require_finite
 from comigs.text import harmless
 
 if TYPE_CHECKING:
@@ -161,8 +160,7 @@ def generate(
 ) -> None:
     """Write text with a client's own model."""
     # torch would refuse these too, but later and in words of its own
-    if not math.isfinite(temperature):
-        raise UserError(f"--temperature: given {temperature}; must be a finite number, 0 or more")
+    require_finite("--temperature", temperature, ", 0 or more")
     if seed is not None and not 0 <= seed < 2**63:
         raise UserError(f"--seed: given {seed}; must be a whole number from 0 to 2^63 - 1")
     if not prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in prompt):

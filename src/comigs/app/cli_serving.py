@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 import typer
 
 from comigs.app.cli_personal import AllowCode, RunPath
-from comigs.errors import UserError, require_extra
+from comigs.errors import UserError, require_extra, require_finite
 
 LONGEST = 86400  # seconds that a request may be allowed: a day
 
@@ -32,8 +31,7 @@ def chat(
     allow_code: AllowCode = False,
 ) -> None:
     """Talk with a client's own model in the terminal."""
-    if not math.isfinite(temperature):
-        raise UserError(f"--temperature: given {temperature}; must be a finite number, 0 or more")
+    require_finite("--temperature", temperature, ", 0 or more")
     from comigs.app import api
     from comigs.personal.chat import Chat, Style
     from comigs.personal.talk import talk

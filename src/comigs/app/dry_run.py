@@ -86,7 +86,7 @@ def dry_run(
         ways = all_ways(config, base, shapes, attachment)
         report(Note(message="timing two steps"))
         throughput = measured_throughput(config, base, shapes, attachment)
-        config = with_machine(config, base, shapes, attachment)
+        config = with_machine(config, lambda: throughput.step_seconds)
 
     # the first text stands for all: reading the others would take as long as preparing them
     store = data.load(data.names[0]).train[0]
@@ -121,7 +121,9 @@ def fitted(config: Config, base: Base, say: Say) -> Config:
     config = _chosen(config, base, say)
     with attached(config, base) as (attachment, shapes):
         require_memory(memory_needed(config, base, shapes, attachment), base.device)
-        return with_machine(config, base, shapes, attachment)
+        return with_machine(
+            config, lambda: measured_throughput(config, base, shapes, attachment).step_seconds
+        )
 
 
 def _chosen(config: Config, base: Base, say: Say) -> Config:

@@ -7,18 +7,15 @@ what it does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from comigs.bases.load import Base
-from comigs.client.estimate import measured_throughput
 from comigs.config import Config
 from comigs.engines.conditions.merged import Merged
 from comigs.engines.conditions.network import Message, Network, Work
 from comigs.engines.conditions.saved import saved, unsaved
 from comigs.engines.conditions.weather import Weather
 from comigs.engines.in_process import InProcess
-from comigs.experts.attach import Attachment
 from comigs.methods.method import Download, Method, Upload
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Evaluation, TrainReport
@@ -170,16 +167,14 @@ def engine_for(
     return Conditions(config, method, clients, folder, report)
 
 
-def with_machine(
-    config: Config, base: Base, shapes: Mapping[str, Shapes], attachment: Attachment
-) -> Config:
-    """Return the config with the speed of this machine, measured where any device's is a multiple
-    of it.
+def with_machine(config: Config, step_seconds: Callable[[], float]) -> Config:
+    """Return the config with the speed of this machine where any device's is a multiple of it.
+
+    step_seconds: measures a local step; it is called where that is needed.
     """
     conditions = config.conditions
     if conditions.machine is not None or all(c.speed is None for c in conditions.everyone()):
         return config
-    seconds = measured_throughput(config, base, shapes, attachment).step_seconds
-    tokens = config.client.batch_size * config.data.sequence_length / seconds
+    tokens = config.client.batch_size * config.data.sequence_length / step_seconds()
     measured = conditions.model_copy(update={"machine": tokens})
     return config.model_copy(update={"conditions": measured})

@@ -33,7 +33,7 @@ from comigs.client.estimate import (
 from comigs.client.workplace import Workplace
 from comigs.config import SPLITS, ClientEntry, Config, Split, dotted
 from comigs.data.prepare import ClientData
-from comigs.errors import UserError
+from comigs.errors import require_finite
 from comigs.federation.device.device_run import Refused
 from comigs.federation.messages import LARGEST, Request
 from comigs.server.validation import shapes_of_clients
@@ -104,8 +104,8 @@ class Limits:
         """Raise UserError for a limit that would limit nothing."""
         for name in ("memory", "minutes", "epsilon"):
             limit = getattr(self, name)
-            if limit is not None and not math.isfinite(limit):
-                raise UserError(f"--max-{name}: given {limit}; must be a finite number")
+            if limit is not None:
+                require_finite(f"--max-{name}", limit)
 
     @property
     def message(self) -> int:

@@ -84,11 +84,10 @@ def timeline(run: Run) -> Timeline | None:
 def took(run: Run) -> str:
     """Return how long the rounds lasted, as 24.5 h: 60.0 min at the median, 60.0 min to 3.4 h."""
     seconds = [ended - began for began, ended in round_times(run.exchanges).values()]
-    words = f"{duration(sum(seconds))}: {duration(median(seconds))} each"
-    if max(seconds) > 1.01 * min(seconds):
-        words = words.replace(" each", " at the median")
-        words += f", {duration(min(seconds))} to {duration(max(seconds))}"
-    return words
+    usual = f"{duration(sum(seconds))}: {duration(median(seconds))}"
+    if max(seconds) <= 1.01 * min(seconds):
+        return f"{usual} each"
+    return f"{usual} at the median, {duration(min(seconds))} to {duration(max(seconds))}"
 
 
 def work_lost(run: Run) -> float | None:
