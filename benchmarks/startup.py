@@ -24,7 +24,8 @@ HELP = "from comigs.app.cli import main; main()"
 FIRST_STEP = """
 import os, sys
 from pathlib import Path
-from comigs.app import api as api, load_config
+from comigs import load_config
+from comigs.app import api
 
 def report(event):
     if event.kind == "step":

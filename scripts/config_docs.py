@@ -17,7 +17,7 @@ TITLES = {
     "": "At the top",
     "clients": "[[clients]]",
     "conditions.groups": "[conditions.groups.NAME], beside what [conditions] has",
-    "text": "text = {...} of a client",
+    "clients.text": "text = {...} of a client",
 }
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}

@@ -32,8 +32,9 @@ def main() -> int:
     """Found, invite, serve, join and run; return the exit code of the run."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/federation")
     while folder.exists():  # runs/federation-2, ...
-        stem, _, number = folder.name.partition("-")
-        folder = folder.with_name(f"{stem}-{int(number or 1) + 1}")
+        stem, _, number = folder.name.rpartition("-")
+        following = f"{stem}-{int(number) + 1}" if number.isdecimal() else f"{folder.name}-2"
+        folder = folder.with_name(following)
     folder.mkdir(parents=True)
     config = Path(sys.argv[2]).absolute() if len(sys.argv) > 2 else CONFIG
     os.chdir(folder)

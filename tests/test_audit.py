@@ -207,6 +207,19 @@ def test_what_is_learnt_by_heart_is_told_and_what_is_made_up_anew_is_not(audited
     assert "comigs audit" in page and "told apart" in page and "says ada" not in page
 
 
+def test_where_a_client_gets_the_others_alone_its_own_is_looked_for_in_what_they_get(text):
+    root, _ = text
+    config = run_config(
+        root, "ada bob", rounds=2, method="fedalt",
+        client={"steps": 75, "batch_size": 8, "lr": 0.01, "router_steps": 0, "weight_decay": 0},
+        experts={"rank": 32}, evaluation={"every": 0, "keep": "last"},
+        data={"sequence_length": 48}, base={"name": "tiny-llama"},
+    )  # fmt: skip
+    _, found = audit(config, 8, root / "others")
+    (row,) = (row for row in found if row.seen == "what everybody gets" and row.copies == 16)
+    assert row.told_apart > 0.8
+
+
 @pytest.mark.parametrize(
     ("tree", "canaries", "said"),
     [

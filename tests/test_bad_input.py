@@ -202,6 +202,10 @@ def test_a_config_that_is_none(config, capsys, write, line):
         ("=3", "--set =3: expected KEY=VALUE"),
         ("client.stepz=3", 'client.stepz: unknown key. Did you mean "steps"?'),
         ("clint.steps=3", 'clint: unknown key. Did you mean "client"?'),
+        (
+            "options.adopt=[1]",
+            "options.adopt: given [1]; must be true or false, a number, or text in quotes",
+        ),
         ("client.steps=", "client.steps: given ''; must be a whole number"),
         ("rounds.x=3", "--set rounds.x=3: rounds is a value, not a section"),
         (

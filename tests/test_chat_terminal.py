@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -28,8 +29,6 @@ WHOLE = "options.finish=mixture"  # so that there are routes
 
 
 def test_lines_from_a_pipe_are_answered_one_by_one(capsys, monkeypatch, tmp_path):
-    import io
-
     given = [f'data.cache="{tmp_path / "cache"}"', WHOLE]
     run = api.run(load_config(write_config(tmp_path), given), tmp_path / "run").path
     lines = ["the cat", "/routes", "/client bob", "the cat", "/nothing", "/client zed", "/save", ""]
@@ -51,6 +50,15 @@ def test_lines_from_a_pipe_are_answered_one_by_one(capsys, monkeypatch, tmp_path
     assert len(json.loads(file.read_text(encoding="utf-8"))["messages"]) == 4
 
 
+def test_a_line_that_is_no_utf_8_is_said_and_the_next_one_is_read(capsys, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n/nothing\n/quit\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    done = comigs(capsys, "chat", finished() / "run", "--client", "ann")
+    first, second = done.err.splitlines()
+    assert done.code == 0 and first.startswith("error: this line: not valid UTF-8")
+    assert second.startswith("error: /nothing")
+
+
 def test_where_the_router_is_closed_that_is_said_beside_the_weights(capsys):
     closed = SimpleNamespace(
         routes=lambda: [("the", 0.0), (" cat", 0.0)], sides=("what all know", "its own")
@@ -66,6 +74,7 @@ def test_where_the_router_is_closed_that_is_said_beside_the_weights(capsys):
     [
         (("--client", "zed"), '"zed"'),
         (("--client", "ann", "--temperature", "nan"), "temperature"),
+        (("--client", "ann", "--system", "caf\udce9"), "--system: not valid UTF-8"),
         (("--client", "ann", "--max-new-tokens", "0"), "max-new-tokens"),
     ],
 )

@@ -25,6 +25,7 @@ from comigs.data.prepare import prepare, prepare_client
 from comigs.engines.client_task import run_task
 from comigs.errors import UserError
 from comigs.methods.loading import load_method
+from comigs.runs.report.read import read_run
 from comigs.server.protocol import Task
 from tests.chats import PLAIN, questions, tiny_chat, write_lines
 from tests.conftest import run_config
@@ -351,6 +352,9 @@ def test_a_template_in_a_file_becomes_part_of_the_run_and_a_runs_config_reads_no
         assert named.base.chat_template == template
     with pytest.raises(UserError, match=r"base.chat_template: .* is no Jinja template, which has"):
         load_config(tmp_path / "config.toml", own=False)
+    (tmp_path / "metrics.jsonl").touch()  # a run folder, which may be a stranger's
+    with pytest.raises(UserError, match=r"base.chat_template: .* is no Jinja template, which has"):
+        read_run(tmp_path)
 
 
 def test_a_template_that_is_none_is_said_before_the_base_is_read(monkeypatch):

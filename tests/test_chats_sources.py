@@ -187,6 +187,14 @@ def test_a_table_that_cannot_be_read_is_one_line(tmp_path, name, raw, says):
     assert "\n" not in str(raised.value)
 
 
+def test_a_parquet_column_that_is_no_utf_8_is_one_line(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column = pyarrow.array([b"a", b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: not UTF-8 after row 0 \(0xe9\)"):
+        read(tmp_path / "a.parquet")
+
+
 def test_a_client_has_one_shape_over_all_its_files(tmp_path):
     write_lines(tmp_path / "t.jsonl", questions(9))
     write_lines(tmp_path / "v.jsonl", [{"text": "x"}])
@@ -200,7 +208,7 @@ def test_a_client_has_one_shape_over_all_its_files(tmp_path):
 
 def test_a_single_chat_is_not_cut_into_documents(tmp_path):
     write_lines(tmp_path / "t.jsonl", [ROWS["messages"][0]])
-    with pytest.raises(UserError, match="1 different documents, but splits by hash need 3"):
+    with pytest.raises(UserError, match="1 different questions, but splits by hash need 3"):
         partition(ClientEntry(name="ana", text="t.jsonl"), DataSection(root=tmp_path))
 
 

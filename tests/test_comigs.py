@@ -145,6 +145,17 @@ def test_the_router_is_as_far_open_to_the_rest_as_the_download_was_not_adopted(t
     assert (differs < 1e-7) == (share == 1)
 
 
+def test_a_download_that_is_the_clients_own_is_not_adopted_and_the_router_stays_closed(tmp_path):
+    client = start_engine(run_config(tmp_path)).clients["ada"]
+    client.train(1, lambda level, nats: None)
+    before = {slot: tensor.clone() for slot, tensor in client.train_state.tensors.items()}
+    client.receive(client.send(1), 2)
+    after = client.train_state.tensors
+    assert client.adopted_share == 0
+    assert {float(tensor) for slot, tensor in after.items() if slot.is_gate} == {0.0}
+    assert all(after[s].equal(before[s]) for s in after if s.role in ("generalist", "specialist"))
+
+
 def test_whoever_takes_every_download_whole_has_no_others(tmp_path):
     with pytest.raises(UserError, match=r'options\.adopt: "comigs-others" has no such option'):
         start_engine(run_config(tmp_path, method="comigs-others", options={"adopt": "all"}))

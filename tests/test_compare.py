@@ -96,6 +96,15 @@ def test_what_does_not_change_a_result_makes_no_setting(tmp_path: Path) -> None:
     assert "taken as equal: base.threads = 1 and 2" in compared.remarks
 
 
+def test_what_was_measured_of_a_machine_makes_no_setting(tmp_path: Path) -> None:
+    for seed, machine in enumerate((123.4, 150.0, 99.9)):
+        simulated = {"speed": 0.5, "machine": machine}
+        measured(tmp_path / str(seed), NATS, seed, conditions=simulated)
+    compared = compare_runs([tmp_path])
+    assert names(compared) == ["comigs"] and len(row(compared, "comigs").setting.runs) == 3
+    assert "taken as equal: conditions.machine = 123.4, 150 and 99.9" in compared.remarks
+
+
 @pytest.mark.parametrize(
     ("kinds", "expected"),
     [

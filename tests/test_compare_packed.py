@@ -74,6 +74,8 @@ def test_a_part_of_packed_runs_is_found_where_it_was(sweep: Path, capsys) -> Non
     without_folders(sweep)
     (_, table), *_ = compare_runs(given).tables(brief=True)
     assert table == expected
+    assert comigs(capsys, "compare", sweep / "local").code == 0
+    assert (sweep / "local/compare/compare.html").exists()
     assert "nowhere: no such folder" in refused(capsys, "compare", sweep / "nowhere")
 
 

@@ -34,6 +34,7 @@ def test_without_a_compiler_or_switched_off_there_is_no_library(tmp_path):
         says(code, COMIGS_CACHE=str(tmp_path), COMIGS_COMPILED="0") == "None COMIGS_COMPILED is 0"
     )
     assert not list(tmp_path.rglob("*.so"))
+    assert "CDLL" in says(code, COMIGS_CACHE=str(tmp_path), CC="")  # which names none: cc it is
 
 
 @pytest.mark.slow  # compiles, and two processes

@@ -66,6 +66,9 @@ def lines(folder, *kinds):
         ({"trace": TRACE.replace("90", "20")}, "line 4: not sorted"),
         ({"trace": TRACE.replace("ada", "bob")}, "no line of client ada; it must cover the run"),
         ({"trace": TRACE.replace("ada,0,", "ada,3,")}, "first line must be of second 0"),
+        ({"trace": TRACE[:33]}, "ada has one line only: a trace ends with a client's last line"),
+        ({"specialists": [[5, 2, 1]]}, "holds [5, 2, 1]; must be [[round, number], ...]"),
+        ({"specialists": [5, 2]}, "holds 5; must be [[round, number], ...]"),
         ({"trace": TRACE.replace("50,0", "50,0,7")}, "line 3: has more cells than the first line"),
         (
             {"clients": {"ada": {"trace": TRACE.replace("ada", "bob")}}},
@@ -80,6 +83,10 @@ def lines(folder, *kinds):
         ({"on": 5}, "on and off: give both or neither"),
         ({"speed": 1, "tokens_per_second": 5}, "give one of them"),
         ({"specialists": [[3, 1], [2, 0]]}, "in order, each once"),
+        (
+            {"clients": {"data": {"rate": 3}}},
+            'conditions.clients.data.rate: unknown key. Did you mean "trace"? Allowed: tokens_per',
+        ),
         (
             {"groups": {"a": {"shar": 0.7}}},
             'conditions.groups.a.shar: unknown key. Did you mean "sh',
@@ -166,6 +173,50 @@ def test_a_trace_is_read_once_and_from_whatever_an_editor_has_made_of_it(tmp_pat
     (tmp_path / "run.toml").write_text(text)
     assert load_config(tmp_path / "run.toml").conditions.trace == TRACE
     assert read_trace(TRACE) is read_trace(TRACE)
+
+
+CLIENT = '[[clients]]\nname = "ada"\ntext = "a"\n[conditions]\n'
+
+
+def test_what_is_said_in_another_way_replaces_what_a_file_says(tmp_path):
+    (tmp_path / "trace.csv").write_text(TRACE)
+    (tmp_path / "phones.toml").write_text(
+        "[conditions]\non = 5\noff = 6\ntokens_per_second = 7\nspecialists_rate = 1\n"
+        "[conditions.groups.old]\nshare = 1\ntokens_per_second = 3\n"
+    )
+    own = 'file = "phones.toml"\ntrace = "trace.csv"\nspeed = 0.5\nspecialists = [[2, 0]]\n'
+    (tmp_path / "run.toml").write_text(f"{CLIENT}{own}[conditions.groups.old]\nspeed = 2\n")
+    found = load_config(tmp_path / "run.toml").conditions
+    assert (found.on, found.off, found.trace) == (None, None, TRACE)
+    assert (found.tokens_per_second, found.speed) == (None, 0.5)
+    assert (found.specialists, found.specialists_rate) == (((2, 0),), None)
+    assert (found.groups["old"].speed, found.groups["old"].tokens_per_second) == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("section", "files", "said"),
+    [
+        ('trace = "t.csv"', {"t.csv": TRACE[:33]}, "conditions.trace: {}/t.csv: ada has one line"),
+        (
+            '[conditions.groups.old]\nshare = 1\ntrace = "no.csv"',
+            {},
+            "conditions.groups.old.trace: ",
+        ),
+        ('file = "f.toml"', {"f.toml": "[conditions]\nupload = -4\n"}, "{}/f.toml: conditions.up"),
+        (
+            'file = "f.toml"',
+            {"f.toml": "[conditions.clients.ada]\nuplod = 4\n"},
+            '{}/f.toml: conditions.clients.ada.uplod: unknown key. Did you mean "upload"?',
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_file_names_the_file(tmp_path, section, files, said):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "run.toml").write_text(CLIENT + section + "\n")
+    with pytest.raises(UserError) as refused:
+        load_config(tmp_path / "run.toml")
+    assert said.format(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_conditions_that_lead_back_to_themselves_are_refused(tmp_path):

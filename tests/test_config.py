@@ -171,14 +171,15 @@ def test_the_nearest_name_is_given_in_every_section(name):
             tree[wrong] = 1
         elif name == "clients":
             tree["clients"][0][wrong] = 1
-        elif name == "text":
+        elif name == "clients.text":
             tree["clients"][0]["text"] = {"train": "a", "valid": "b", "test": "c", wrong: "d"}
         elif name.startswith("conditions."):
             tree["conditions"] = {name.removeprefix("conditions."): {"ann": {wrong: 1}}}
         else:
             tree[name] = {wrong: 1}
         inside = f"{name}.ann." if "." in name else f"{name}."
-        where = {"": "", "clients": "clients.ann.", "text": "clients.ann.text."}.get(name, inside)
+        by_name = {"": "", "clients": "clients.ann.", "clients.text": "clients.ann.text."}
+        where = by_name.get(name, inside)
         with pytest.raises(
             UserError, match=rf'^config: {where}{wrong}: unknown key\. Did you mean "{key}"\?'
         ):

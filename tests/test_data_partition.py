@@ -75,6 +75,14 @@ def test_no_split_is_empty(num_documents: int) -> None:
         )
 
 
+def test_what_has_one_key_is_in_one_split_where_empty_ones_are_filled_too() -> None:
+    for shares in ([0.35, 0.35, 0.6, 0.7, 0.9], [0.5, 0.6, 0.6, 0.7], [0.01, 0.01, 0.02, 0.03]):
+        splits = split_by_hash(np.array(shares), 0.1, 0.1)
+        assert set(splits) == {0, 1, 2}
+        split_of = dict(zip(shares, splits, strict=True))
+        assert all(split_of[x] == split for x, split in zip(shares, splits, strict=True))
+
+
 def test_too_few_documents(tmp_path: Path) -> None:
     write_notes(tmp_path, 2, "a")
     (tmp_path / "copy.txt").write_text((tmp_path / "note000.txt").read_text())

@@ -263,6 +263,11 @@ def test_hub_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match="hub:files:valid: cannot be read"):
         texts("hub:files:valid", tmp_path)
 
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("# a dataset that is a script\n")
+    with pytest.raises(UserError, match="hub:scripted:train: cannot be read: Dataset scripts are"):
+        texts("hub:scripted:train", tmp_path)
+
     datasets.Dataset.from_dict({"text": train}).save_to_disk(str(tmp_path / "single"))
     with pytest.raises(UserError, match="one dataset without splits"):
         texts("hub:single:train", tmp_path)

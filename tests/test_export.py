@@ -162,6 +162,11 @@ def test_an_export_is_measured_by_comigs_evaluate(to, tmp_path):
     rel = 0.5 if to == "flat" else 1e-5
     assert figures["personal"]["perplexity"] == pytest.approx(recorded.test.perplexity, rel=rel)
     assert figures["personal"]["tokens"] == recorded.test.tokens
+    # a tool may have put another file beside it
+    if list((tmp_path / "out").glob("*.gguf")):
+        (tmp_path / "out" / "a-smaller-one.gguf").touch()
+        with pytest.raises(UserError, match=r"one \.gguf file, and holds a-smaller-one\.gguf and "):
+            evaluate_export(run, tmp_path / "out")
 
 
 def test_bfloat16_is_stored_where_nothing_else_is_asked(tmp_path):

@@ -263,6 +263,30 @@ def test_below_the_threshold_nothing_is_opened_and_the_round_is_tried_again(
     assert "no sum of this round: 2 of the 3 clients that it takes helped" in note["message"]
 
 
+def test_where_others_are_there_than_those_who_helped_the_round_is_tried_with_these(
+    federation, text, tmp_path
+):
+    """dan is away when the round is sealed, and cyd when it is opened. ada and bob, who have helped
+    to open the sum without dan, will open no other.
+    """
+    out, grid = tmp_path / "run", going(federation, tmp_path / "run", configured(text))
+    trainers = federation.trainers
+    trainers["dan"].on["seal", 2] = lambda raw: grid.offline.add(DAN)
+
+    def leave(raw):
+        grid.offline.add(CYD)
+        trainers["ada"].on["announce", 2] = lambda raw: None
+
+    def come_back(raw):
+        grid.offline.clear()
+
+    trainers["cyd"].on["open", 2] = leave
+    trainers["bob"].on["open", 2] = come_back
+    federation.go_on(out, grid, patience=3.0)
+    assert RunFolder.open(out).checkpoint().finished
+    assert {name for round, name in trained(out) if round == 2} == {"ada", "bob", "cyd"}
+
+
 @pytest.mark.slow  # it waits
 def test_what_comes_late_is_dropped(federation, text, tmp_path):
     """dan's masked upload of round 1 comes when the round is over; the next is with it again."""

@@ -11,7 +11,7 @@ from comigs.config import SPLITS
 from comigs.methods.loading import load_method
 from comigs.runs.report.read import read_run
 from tests.conftest import run_config
-from tests.runs import comigs, write_config
+from tests.runs import comigs, refused, write_config
 from tests.test_conditions import ROUGH
 
 
@@ -65,7 +65,8 @@ def test_a_dry_run_says_how_long_rounds_take_and_who_misses_them(tmp_path, capsy
     slow = ("--set", "conditions.speed=0.001", "--set", "conditions.latency=60")
     done = comigs(capsys, "run", "tiny.toml", "--dry-run", *slow)
     assert done.code == 0
-    assert "behind these conditions" in done.out and "answers count, 0 are late or lost" in done.out
+    assert "behind these conditions" in done.out
+    assert "of 4 answers wanted 4 count, 0 are late or lost" in done.out
 
 
 def test_who_is_in_which_group_is_told(tmp_path):
@@ -74,3 +75,32 @@ def test_who_is_in_which_group_is_told(tmp_path):
     lines = forecast_lines(*given(run_config(tmp_path / "text", "ada bob", **rough)))
     assert lines[0] == "group old: ada and bob"
     assert lines[1].startswith("behind these conditions: 4 rounds in ")
+
+
+def test_what_a_private_client_sends_is_counted_once_where_it_is_all_that_learns(tmp_path):
+    private = {"level": "document", "noise_multiplier": 1.0, "delta": 1e-3, "expected_batch": 3}
+    for method, twice in (("fedavg", False), ("comigs", True)):
+        rough = ROUGH | {"privacy": {**private, "noise_seed": 4}, "participation": {}}
+        config = run_config(tmp_path / "text", "ada bob", method=method, **rough)
+        run = read_run(api.run(config, tmp_path / method).path)
+        told = forecast(*given(config))
+        for lines in (run.train, told.train):
+            assert {line.sent_tokens is not None for line in lines} == {twice}
+        # a batch of documents is drawn, so that tokens are what they are on average
+        mean = sum(line.trained_tokens for line in told.train) / len(told.train)
+        done = sum(line.trained_tokens for line in run.train) / len(run.train)
+        assert mean / 2 < done < mean * 2
+
+
+def test_a_trace_that_ends_before_the_run_leaves_no_folder(tmp_path, capsys):
+    """However far the run would come, nothing is trained."""
+    config = write_config(tmp_path)
+    trace = "client,seconds,available\nann,0,1\nann,{end},1\nbob,0,1\nbob,{end},1\n"
+    slow = ["--set", "conditions.trace=trace.csv", "--set", "conditions.tokens_per_second=5"]
+    for end in (1, 60):
+        (tmp_path / "trace.csv").write_text(trace.format(end=end))
+        line = refused(capsys, "run", config, "--out", tmp_path / "run", *slow)
+        assert "conditions.trace: client ann's ends at second" in line
+        assert "give one that covers it" in line and not (tmp_path / "run").exists()
+    (tmp_path / "trace.csv").write_text(trace.format(end=1e6))
+    assert comigs(capsys, "run", config, "--out", tmp_path / "run", *slow).code == 0

@@ -164,6 +164,21 @@ def test_who_is_invited_or_revoked_is_known_at_once(folder):
     assert asked(folder, link, calls, private) == [401, 418, 401]
 
 
+def test_members_whose_file_was_away_for_a_moment_are_let_in_again(folder):
+    private, public = pki.new_device_key()
+    (folder / "clients.json").write_text(json.dumps({"bob": {"public_key": public}}))
+
+    async def calls(client):
+        statuses = [(await client.post(PUSH)).status_code]
+        (folder / "clients.json").rename(folder / "away")
+        statuses.append((await client.post(PUSH)).status_code)
+        (folder / "away").rename(folder / "clients.json")
+        return [*statuses, (await client.post(PUSH)).status_code]
+
+    first, without, again = asked(folder, Link(), calls, private)
+    assert (first, without, again) == (418, 401, 418)
+
+
 @pytest.mark.parametrize(("call", "most"), [("push-object", PIECE), ("push-messages", SMALL)])
 def test_a_body_that_claims_too_great_a_length_is_refused(folder, call, most):
     link = Link()

@@ -10,6 +10,7 @@ import torch
 from comigs.config import parse_config
 from comigs.errors import UserError
 from comigs.methods.loading import load_method
+from comigs.privacy.budget import SPENT
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import Absent, RoundEnd, Train
 from comigs.runs.summary import summarize
@@ -324,6 +325,16 @@ def test_where_too_few_are_left_the_run_stops_and_goes_on_when_they_are_back(tmp
     folder = rounds_of(tmp_path, Numbers("ada bob cyd"), **tree)
     whole = rounds_of(tmp_path, Numbers("ada bob cyd"), name="whole", **tree)
     assert folder.metrics() == whole.metrics()
+
+
+def test_a_spent_budget_ends_no_run_that_others_will_come_back_to(tmp_path):
+    def answer(name, task, reply):
+        gone = name != "ada" and task.round == 3
+        return SPENT if name == "ada" and task.round > 1 else "gone" if gone else reply
+
+    tree = {"rounds": 4, "participation": {"max_failures": 2}}
+    with pytest.raises(UserError, match=r"round 3: 0 of the 1 usable .* comigs resume"):
+        rounds_of(tmp_path, Numbers("ada bob cyd", answer), **tree)
 
 
 @pytest.mark.parametrize("answer", ["none", "no upload", "NaN", "somebody else's"])

@@ -13,7 +13,7 @@ from comigs.bases.load import load_base
 from comigs.client.client import Client
 from comigs.client.power import lost, with_specialists
 from comigs.client.state import new_train_state
-from comigs.client.workplace import workplace
+from comigs.client.workplace import Workplace, workplace
 from comigs.config import parse_config
 from comigs.data.prepare import prepare
 from comigs.engines.client_task import run_task
@@ -298,3 +298,13 @@ def request_round(raw):
 
     request, _ = wire.unpack(raw, messages.REQUESTS, 1 << 30)
     return request.round
+
+
+def test_a_client_draws_on_from_random_numbers_of_its_own(tmp_path):
+    """They are nobody else's: with the config's seed, sums could be taken apart."""
+    client = client_of(tmp_path)
+    place = Workplace(client.config, client.method, client.base, client.attachment)
+    own = Client("ada", place, client.data, seed=77)
+    changed = with_specialists(own, 3)
+    drawn = [who._next_batch("experts", 0).inputs.tolist() for who in (own, changed, client)]
+    assert drawn[0] == drawn[1] != drawn[2]

@@ -150,3 +150,12 @@ def test_whose_step_counts_does_not_depend_on_who_else_is_there(tmp_path):
     private = rounds_of(tmp_path, Numbers(NAMES, trouble), name="private", privacy=level)
     assert {line["client"] for line in lines_of(plain, "absent")} == {"bob"}
     assert not lines_of(private, "absent")
+
+
+def test_where_everybody_is_lost_the_run_says_so(tmp_path):
+    """With a sample whose size decides nothing, too."""
+    config = config_of(
+        tmp_path, rounds=20, conditions={"dropout": 1.0}, participation={"clients_per_round": 4}
+    )
+    with pytest.raises(UserError, match=r"round 4: 0 of the 0 usable uploads .* 4 of 4 clients"):
+        api.run(config, tmp_path / "run")

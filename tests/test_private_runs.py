@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -150,7 +151,9 @@ def test_noise_that_counts_as_none_is_promised_nothing_anywhere(root, tmp_path):
     for one in (config, by_client):
         said = "no differential privacy, as noise of 0.05 times the clip counts as none"
         assert one.privacy.promise.startswith(said)
-    assert "Not private." in privacy_note(read_run(api.run(config, tmp_path / "run").path))
+    run = read_run(api.run(config, tmp_path / "run").path)
+    assert "Not private." in privacy_note(run)
+    assert privacy_note(replace(run, train=())) == ""  # before its first round
 
 
 @pytest.mark.parametrize("method", list_methods())

@@ -200,6 +200,15 @@ def test_the_note_is_one_line_and_names_field_and_reason(tmp_path):
     assert unread(run_config(tmp_path), load_method(run_config(tmp_path)), "in-process") == ""
 
 
+def test_what_the_scale_of_all_follows_from_is_read_though_each_client_has_its_own(tmp_path):
+    clients = [{"name": n, "specialists": 1, "specialist_rank": 4} for n in ("ada", "bob")]
+    for key, value in (("specialist_rank", 6), ("specialists", 0)):
+        config = run_config(tmp_path, "ada bob", experts={key: value})
+        own = zip(config.clients, clients, strict=True)
+        told = config.model_copy(update={"clients": tuple(c.model_copy(update=o) for c, o in own)})
+        assert f"experts.{key} (" not in unread(told, load_method(told), "in-process")
+
+
 def test_over_a_network_other_settings_are_read(tmp_path):
     config = config_with(
         tmp_path, **{"participation.late": "discount", "data.cache": "x", "base.memory": "9GB"}

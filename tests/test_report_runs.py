@@ -272,6 +272,10 @@ def test_corrupt_metrics_name_file_and_line(tmp_path: Path) -> None:
     [
         ({"kind": "train", "client": "fr"}, "round: expected a whole number, found nothing"),
         ({"kind": "server", "round": 1, "drift": "far"}, "drift: expected a number, found 'far'"),
+        (
+            {"kind": "note", "message": "x", "say": "maybe"},
+            "say: expected true or false, found 'maybe'",
+        ),
         ({"kind": "warning", "round": True}, "round: expected a whole number, found True"),
         ([1, 2], r"expected an object, found \[1, 2\]"),
         ({"round": 1}, "kind: expected a text, found nothing"),

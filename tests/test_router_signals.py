@@ -23,7 +23,7 @@ from comigs.engines.in_process import InProcess
 from comigs.errors import UserError
 from comigs.methods.loading import load_method
 from comigs.runs.metrics import RoundEnd, Train
-from comigs.server.routing_prior import cosine, latest_priors, priors_of_round
+from comigs.server.routing_prior import cosine, latest_priors, priors_of_round, weighted_mean
 from comigs.slots import Slot
 from tests.conftest import APART, attach, copy_of, random_tensors, run_config, same, shape_of, tiny
 from tests.fake_engine import train_of
@@ -234,6 +234,14 @@ def test_a_prior_is_the_mean_of_similar_clients_as_numpy_computes_it():
     assert made.keys() == {"cyd"}
     np.testing.assert_allclose(made["cyd"], expected, atol=1e-6)
     np.testing.assert_allclose(np.sum(made["cyd"], axis=1), 1, atol=1e-12)
+
+
+def test_a_prior_is_never_above_one_however_it_is_rounded():
+    random = np.random.default_rng(0)
+    sure = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    for _ in range(200):
+        (mean,) = weighted_mean([(float(cosine), sure) for cosine in random.uniform(0, 1, 6)])
+        assert max(mean) <= 1 and sum(mean) == pytest.approx(1)
 
 
 def test_who_goes_the_other_way_has_no_say_and_without_any_likeness_all_count_alike():

@@ -73,6 +73,8 @@ def test_what_is_wrong_is_one_line(capsys, run, words, said):
         (both(second="short"), 'the key of "run/bob" must be a text of 20 characters or more'),
         (both(second=KEY + "1"), "two models have the same key"),
         ('"run/ann" = 5', 'the key of "run/ann" must be a text'),
+        (both(second="ü" * 20), 'the key of "run/bob" must be of letters, digits and signs of'),
+        (both(second=KEY + " "), "without a blank at either end"),
     ],
 )
 def test_a_file_of_keys_that_does_not_fit(capsys, run, tmp_path, content, said):

@@ -14,6 +14,7 @@ import threading
 import time
 import tomllib
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -467,6 +468,22 @@ def test_the_folder_of_another_sweep_is_refused(sweep, capsys):
             ["client.lr"],
         ),  # no base's default: somebody gave it
         ({"client": {"lr": 1.0}}, {"client": {"lr": 1.0, "router_lr": 2.0}}, ["client.router_lr"]),
+        (
+            {"base": {"memory": "1GB"}},
+            {
+                "base": {"memory": "1GB", "recompute": True},
+                "client": {"micro_batch_size": 2},
+                "evaluation": {"batch_size": 4},
+            },
+            [],
+        ),
+        ({}, {"client": {"micro_batch_size": 2}}, ["client.micro_batch_size"]),
+        ({"conditions": {"speed": 0.5}}, {"conditions": {"speed": 0.5, "machine": 123.4}}, []),
+        (
+            {"conditions": {"speed": 0.5, "machine": 9.0}},
+            {"conditions": {"speed": 0.5, "machine": 8.0}},
+            ["conditions.machine"],
+        ),
         ({"base": {"dtype": "float64"}}, {"base": {"dtype": "float32"}}, ["base.dtype"]),
         ({"seed": 1}, {"seed": 2}, ["seed"]),
         ({"options": {"mu": 0.1}}, {}, ["options.mu"]),
@@ -507,7 +524,12 @@ def test_a_run_takes_as_long_as_those_most_like_it(sweep):
     eta.learn(runs["ours/seed-1"], RunState(round=2, begun=True, finished=True, seconds=300.0))
     assert eta.left(todo, 1) == pytest.approx(300 + 100 + 100 + 3 * START)
     assert eta.left(todo, 2) == pytest.approx(310)  # the longest one is longer than the half of all
-    eta.learn_start(RunState(), RunState(seconds=100.0), 104.0)
+    eta.learn_start(runs["ours/seed-2"], RunState(), RunState(seconds=100.0), 104.0)
+    # with workers, clients have their seconds at once; of many clients, a round asks some
+    at_once, twice = runs["fedavg/seed-1"], Eta()
+    at_once = replace(at_once, config=at_once.config.model_copy(update={"workers": 2}))
+    twice.learn(at_once, RunState(round=1, begun=True, seconds=50.0))
+    assert twice.seconds(runs["fedavg/seed-2"]) == pytest.approx(50)
     half = (runs["ours/seed-2"], RunState(round=1, begun=True, seconds=150.0), 30.0)
     assert eta.left([half], 1) == pytest.approx(150 + 4 - 30)
 

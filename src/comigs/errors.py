@@ -31,8 +31,7 @@ def require_extra(extra: str, modules: Sequence[str], what: str) -> None:
 
 
 def nearest(name: str, allowed: list[str]) -> str:
-    """Return ' Did you mean "x"?' for the allowed name closest to `name`; '' where none is "
-    "close."""
+    """Return ' Did you mean "x"?' for the allowed name closest to `name`; '' where none is."""
     from difflib import get_close_matches
 
     close = get_close_matches(name, allowed, n=1, cutoff=0.5)
@@ -46,3 +45,9 @@ def require_finite(option: str, given: float, more: str = "") -> None:
     """
     if not math.isfinite(given):
         raise UserError(f"{option}: given {given}; must be a finite number{more}")
+
+
+def require_utf8(what: str, given: str) -> None:
+    """Raise UserError for a text that came in bytes that are no UTF-8."""
+    if any("\ud800" <= c <= "\udfff" for c in given):
+        raise UserError(f"{what}: not valid UTF-8; write it in a UTF-8 terminal")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from comigs.app.dry_run import fitted
+from comigs.app.forecast import require_covered
 from comigs.app.setup import everybody_trains, ignore, load, read_texts, say_unread
 from comigs.bases.load import Base, is_here
 from comigs.config import SPLITS, Config, Split
@@ -71,6 +72,7 @@ def run(
         data = read_texts(config, base, report, say)
         known = data.load_all() if everybody_trains(config) else data.outlines()
         config = fitted(config, base, say)
+        require_covered(config, base, data)
         folder = new_folder(out, config, environment(base, known))
 
     with folder, _going_on(folder):

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from comigs.app.dry_run import fitted
 from comigs.app.setup import ignore, load, read_texts, say_unread
 from comigs.bases.load import Base
 from comigs.client.evaluate import measure
@@ -44,7 +46,7 @@ from comigs.runs.summary import write_summary
 from comigs.server.protocol import Answers, Report, Task
 from comigs.server.rounds import run_rounds
 from comigs.server.validation import common_start
-from comigs.slots import Shapes, Slot
+from comigs.slots import OTHERS, Shapes, Slot
 from comigs.text import Say
 
 FEWEST, MOST = 8, 4096  # canaries of a client for each number of copies
@@ -103,6 +105,7 @@ def audit(
         _require_possible(config, method, canaries)
         say_unread(config, "in-process", say)
         base, config = load(config, say)
+        config = fitted(config, base, say)
         texts = read_texts(config, base, report, say)
         if texts.has_chats:
             raise UserError("audit: a client's text is chats, and canaries are plain documents")
@@ -124,6 +127,11 @@ def audit(
             found = _rows(config, method, base, folder, watched, made)
     except KeyboardInterrupt:
         raise Stopped("an audit cannot be gone on with; start it again") from None
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "the memory of the device is full; start the audit again with a lower "
+            "client.micro_batch_size and evaluation.batch_size"
+        ) from None
     _write(folder, config, canaries, found)
     return folder, found
 
@@ -211,8 +219,12 @@ def _seen(config: Config, method: Method, watched: Watched, name: str) -> dict[s
     seen: dict[str, Tensors] = {}
     if watched.uploads.get(name):
         seen[UPLOAD] = {**known, **watched.sent.get(name, {}), **watched.uploads[name]}
-    if watched.shared.get(name):
-        seen[SHARED] = {**known, **watched.shared[name]}
+    # Where a client gets the others' expert without its own, its own is in what the next one gets.
+    download, names = watched.shared.get(name, {}), list(watched.shared)
+    if any(slot.role == OTHERS for slot in download):
+        download = watched.shared[names[names.index(name) - 1]]
+    if download:
+        seen[SHARED] = {**known, **download}
     return seen
 
 

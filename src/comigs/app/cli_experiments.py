@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from comigs.app.cli_personal import AllowCode, Cache
 from comigs.errors import UserError, require_extra
 from comigs.text import plural
 
@@ -29,6 +30,8 @@ def report(
             "some of that text then. Repeatable.",
         ),
     ] = None,
+    cache: Cache = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write report.html into each run: gains, curves, routing, costs.
 
@@ -43,8 +46,10 @@ def report(
         if len(runs) > 1:
             raise UserError(f"--routes: is for one run; {len(runs)} are given")
         from comigs.app.routes import routes as routes_of
+        from comigs.runs.reader import Reader
 
-        shown = routes_of(runs, list(dict.fromkeys(routes)))
+        reader = Reader(allow_code, cache)
+        shown = routes_of(runs, list(dict.fromkeys(routes)), reader=reader)
     for page in write_reports(runs, out, shown):
         Console().result(str(page))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from comigs.errors import UserError, require_finite
+from comigs.errors import UserError, require_finite, require_utf8
 from comigs.text import harmless
 
 if TYPE_CHECKING:
@@ -163,8 +163,7 @@ def generate(
     require_finite("--temperature", temperature, ", 0 or more")
     if seed is not None and not 0 <= seed < 2**63:
         raise UserError(f"--seed: given {seed}; must be a whole number from 0 to 2^63 - 1")
-    if not prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in prompt):
-        raise UserError("--prompt: not valid UTF-8; write it in a UTF-8 terminal")
+    require_utf8("--prompt", prompt)
     from comigs.app import api
     from comigs.personal.serve.sampling import COLDEST
     from comigs.runs.reader import Reader

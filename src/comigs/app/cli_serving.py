@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from comigs.app.cli_personal import AllowCode, RunPath
-from comigs.errors import UserError, require_extra, require_finite
+from comigs.errors import UserError, require_extra, require_finite, require_utf8
 
 LONGEST = 86400  # seconds that a request may be allowed: a day
 
@@ -32,6 +33,7 @@ def chat(
 ) -> None:
     """Talk with a client's own model in the terminal."""
     require_finite("--temperature", temperature, ", 0 or more")
+    require_utf8("--system", system)
     from comigs.app import api
     from comigs.personal.chat import Chat, Style
     from comigs.personal.talk import talk
@@ -45,6 +47,9 @@ def chat(
     style = Style(max_new_tokens, temperature, seed)
     with closing(Chat(folder, base, client, style, typer.echo)) as conversation:
         conversation.set_system(system)
+        # bytes that are no UTF-8 are said of their line
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")
         talk(conversation, prompts=sys.stdin.isatty())
 
 

@@ -10,12 +10,16 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from comigs.app.setup import ignore
-from comigs.config import Config, Split
+from comigs.app.setup import attached, everybody_trains, ignore
+from comigs.bases.load import Base
+from comigs.config import SPLITS, Config, Split
+from comigs.data.prepare import Texts
+from comigs.engines.conditions.availability import TraceEnds
 from comigs.engines.conditions.counting import Counting
 from comigs.engines.conditions.engine import Conditions
 from comigs.engines.conditions.weather import Weather
 from comigs.errors import UserError
+from comigs.methods.loading import load_method
 from comigs.methods.method import Method
 from comigs.runs.folder import RunFolder
 from comigs.runs.report.read import Run, read_run
@@ -43,6 +47,33 @@ def forecast(
             engine = Conditions(unseen, method, clients, folder, ignore)
             run_rounds(unseen, method, engine, folder, ignore)
         return read_run(folder.path)
+
+
+def require_covered(config: Config, base: Base, texts: Texts) -> None:
+    """Raise UserError where a client's trace ends before the run does.
+
+    What is drawn, or not known before it is read, is left to the run itself.
+    """
+    has_trace = any(condition.trace for condition in config.conditions.everyone())
+    is_drawn = config.privacy.is_on or texts.has_chats or not everybody_trains(config)
+    if not has_trace or is_drawn:
+        return
+    # whole texts in full windows are measured and trained on as they are counted here
+    tokens: dict[str, dict[Split, int]] = {}
+    for name in texts.names:
+        own, length = texts.load(name), config.data.sequence_length
+        tokens[name] = {}
+        for split in SPLITS:
+            stores = getattr(own, split)
+            tokens[name][split] = sum(store.num_learnt(length) - 1 for store in stores)
+    try:
+        with attached(config, base) as (_, shapes):
+            forecast(config, load_method(config), shapes, tokens)
+    except TraceEnds as error:
+        reason, *_ = str(error).split("; every whole round is kept")
+        raise UserError(f"{reason}; give one that covers it") from None
+    except UserError:
+        return  # which the run says where it comes to that
 
 
 def forecast_lines(
@@ -75,8 +106,8 @@ def forecast_lines(
     return [
         *(f"group {group}: {listed(names)}" for group, names in members.items()),
         f"behind these conditions: {plural(config.rounds, 'round')} in {took(run)}",
-        f"clients are asked {len(counted | missed):,} times: {len(counted):,} answers count, "
-        f"{len(missed & tried):,} are late or lost, {len(missed - tried):,} times the client is "
+        f"of {len(counted | missed):,} answers wanted {len(counted):,} count, "
+        f"{len(missed & tried):,} are late or lost, and for {len(missed - tried):,} the client is "
         f"away; {lost:.0%} of the work is lost",
         f"a client takes part in {min(rounds)} to {max(rounds)} rounds, "
         f"{median(rounds):g} at the median",

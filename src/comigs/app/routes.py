@@ -48,7 +48,7 @@ def routes(
     folders = [RunFolder.open(Path(run), reader) for run in runs]
     require_one_base(folders, "their tokens and blocks differ: look at them apart")
     for folder in folders:
-        _require_readable(folder, clients, own_text=file is None)
+        _require_readable(folder, clients)
     base = api.base_of(folders[0])
 
     found = []
@@ -72,8 +72,8 @@ def read_text(file: Path) -> str:
     return text
 
 
-def _require_readable(folder: RunFolder, clients: Sequence[str], own_text: bool) -> None:
-    """Raise UserError where a client's model or text is not here, or routes nothing."""
+def _require_readable(folder: RunFolder, clients: Sequence[str]) -> None:
+    """Raise UserError where a client's model is not here, or routes nothing."""
     for client in clients:
         folder.config().client_named(client)
     require_no_federation(folder, "each shows its own routes, from its own run folder")

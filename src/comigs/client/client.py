@@ -52,7 +52,8 @@ class Client:
     text: what it trains on. is_trainer: False where another client trains for it (centralized).
     adopted_share: how far it went towards its last download, from 0 to 1, where the method asks.
     best: None where the personal model is that of the last round. opening: (E,) how far its router
-    is open to each expert while one is new (client/power.py). shared: what it sends, if private.
+    is open to each expert while one is new (power.py). shared: what it sends, if private. seed: of
+    its batches.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Client:
         self.adopted_share: float | None = None
         self.opening: Tensor | None = None
         self.best = BestRound(state or {}) if config.evaluation.keep == "best" else None
-        self._random = partial(generator, config.seed if seed is None else seed, "batch", name)
+        self.seed = config.seed if seed is None else seed
 
         # The shapes follow from the client's own power and from what the method makes of it.
         self.shape = method.shape(config.shape_of(config.client_named(name)))
@@ -225,10 +226,7 @@ class Client:
         return upload
 
     def probe(self, models: Mapping[str, Download], round: int) -> dict[str, float]:
-        """Return author -> nats per token of the author's upload in this client's place.
-
-        All are measured on the same sample of this client's valid.
-        """
+        """Return author -> nats per token of its upload in this client's place, on one sample."""
         windows = probe_windows(self.config, self.name, self.data, round, self.method.probe)
         nats = {}
         for author, model in models.items():
@@ -296,5 +294,6 @@ class Client:
         settings, length = self.step_settings.client, self.config.data.sequence_length
         if self.opening is not None and level == "experts":
             self.opening.add_(1 / settings.steps).clamp_(max=1)  # 1 with the round's last step
-        source = BatchSource(self.text, settings, length, self._random)
+        random = partial(generator, self.seed, "batch", self.name)
+        source = BatchSource(self.text, settings, length, random)
         return source.batch(level, number, self.train_state.local_steps)

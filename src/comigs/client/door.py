@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ def require_receivable(client: str, method: Method, given: Tensors, own: Tensors
         if not method.receives(slot):
             raise AssertionError(f"{client}: a download may not touch {slot}")
         _require_fitting(client, slot, tensor, own)
+        if slot.role == "update":
+            A, B = (given.get(replace(slot, matrix=matrix)) for matrix in "AB")
+            if A is None or B is None or len(A) != B.shape[1]:
+                raise AssertionError(f"{client}: {slot} of the download has no other half")
 
 
 def _require_fitting(client: str, slot: Slot, tensor: Tensor, own: Tensors) -> None:

@@ -19,6 +19,7 @@ from comigs.bases.base import linear_size
 from comigs.bases.load import Base
 from comigs.client.evaluate import measure
 from comigs.client.loss import CHUNK
+from comigs.client.shared_part import is_shared
 from comigs.client.state import TrainState, new_train_state
 from comigs.client.steps import MethodHooks, NonFiniteLoss, StepSettings, step
 from comigs.config import Config, Split
@@ -37,6 +38,9 @@ from comigs.slots import Shapes, Slot, experts_of
 # experts below each other are; of what is not trained, the value alone; of a round that is kept, a
 # copy of either.
 TRAINED, FROZEN, KEPT = 20, 4, 4
+# Of what a private client sends: a copy with two moments, and in a step a gradient, its sum, and
+# that of one document.
+SHARED = 24
 COPIED = 8  # of each further copy of a generalist under a specialist, its own gradient too
 # Times the bytes that training keeps by which a process grows: glibc's heap has holes. By itself
 # it is 1.6 to 2.5 times (SmolLM2-135M's shape, 2 to 8 x 128); where large blocks are freed at once,
@@ -81,7 +85,8 @@ def memory_needed(
     trained += LOW * in_training * length * ranks
 
     # what only measures keeps one block at a time
-    measured_windows = max(config.evaluation.batch_size, load_method(config).probe)
+    method = load_method(config)
+    measured_windows = max(config.evaluation.batch_size, method.probe)
     measured = block_activations(config, base, attachment, measured_windows)
     measured += LOW * measured_windows * length * ranks / blocks
 
@@ -100,7 +105,8 @@ def memory_needed(
     client, kept = 0, KEPT if config.evaluation.keep == "best" else 0
     for slot, dims in own.items():
         each = FROZEN if slot.is_frozen else TRAINED
-        client += math.prod(dims) * (kept + each + COPIED * (copies[slot] - 1))
+        private = SHARED if config.privacy.by_document and is_shared(method, slot) else 0
+        client += math.prod(dims) * (kept + each + private + COPIED * (copies[slot] - 1))
     passing = logits + max(trained, measured)
     return float(workers * (held + client + batch_bytes(config) + passing))
 

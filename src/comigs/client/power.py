@@ -65,7 +65,8 @@ def with_specialists(client: Client, number: int | None) -> Client:
     factor = scale_of(client.attachment, shape) / scale_of(client.attachment, after)
     place = Workplace(config, client.method, client.base, client.attachment)
     budget = client.shared.budget if client.shared else None
-    changed = Client(client.name, place, client.data, rescaled(state, factor), budget)
+    state = rescaled(state, factor)
+    changed = Client(client.name, place, client.data, state, budget, client.seed)
     changed.is_trainer, changed.adopted_share = client.is_trainer, client.adopted_share
     # The best round so far is on the disk, if anywhere, and counts where there is room for it.
     if client.best and num_specialists(client.best.tensors()) <= number:
@@ -84,8 +85,7 @@ def row_of(shape: ExpertShape, specialist: int) -> int:
 
 def scale_of(attachment: Attachment, shape: ExpertShape) -> float:
     """Return the scale of a client's first expert with these experts."""
-    ranks = dict.fromkeys(shape.parts, shape.rank)
-    ranks |= {part: shape.specialist_rank for part in shape.parts if part.startswith("s")}
+    ranks = {part: shape.rank_of(part) for part in shape.parts}
     first, routed = shape.parts[0], shape.num_experts > 1
     return attachment.scale(first, shape.experts, ranks, routed)
 

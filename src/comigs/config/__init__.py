@@ -12,7 +12,6 @@ from comigs.config.conditions import (
     ConditionsSection,
     Group,
     merged,
-    read_trace,
 )
 from comigs.config.paths import folder_or_name, place, relative, resolve
 from comigs.config.privacy import LEAST_NOISE, PrivacySection
@@ -32,6 +31,7 @@ from comigs.config.sections import (
     Split,
 )
 from comigs.config.toml import load_config, parse_config, read_toml, to_toml
+from comigs.config.trace import read_trace
 from comigs.config.tree import SECTIONS, VERSION, Config, dotted
 
 __all__ = [

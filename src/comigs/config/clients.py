@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from comigs.config.sections import RouterData, Section
-from comigs.slots import expert_parts, experts_of
+from comigs.slots import OTHERS, expert_parts, experts_of
 
 
 class Text(Section):
@@ -99,3 +99,9 @@ class ExpertShape(Section):
     def parts(self) -> list[str]:
         """The names of the LoRA that experts are made of."""
         return expert_parts(self.generalists, self.specialists, self.others != "none")
+
+    def rank_of(self, part: str) -> int:
+        """Return the rank of one of the parts."""
+        if part == OTHERS:
+            return self.rank * self.generalists
+        return self.specialist_rank if part.startswith("s") else self.rank

@@ -5,17 +5,13 @@ A figure of one client counts before that of its group, and that before the one 
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 
 from pydantic import Field, field_validator, model_validator
 
 from comigs.config.sections import Section
+from comigs.config.trace import read_trace
 
-TRACE = ("client", "seconds", "available")  # the columns of a trace
-Switches = tuple[tuple[float, bool], ...]  # from these seconds on: whether a client is there
 EITHER = (  # of these figures, one level's replace those of a more general one together
     ("tokens_per_second", "speed"),
     ("on", "off", "trace"),
@@ -116,6 +112,14 @@ class Condition(Section):
             read_trace(text)
         return text
 
+    @field_validator("specialists", mode="before")
+    @classmethod
+    def _are_pairs(cls, given: object) -> object:
+        for pair in given if isinstance(given, (list, tuple)) else ():
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise ValueError(f"holds {pair}; must be [[round, number], ...]")
+        return given
+
     @field_validator("specialists")
     @classmethod
     def _in_order(cls, pairs: tuple[tuple[int, int], ...] | None) -> object:
@@ -207,8 +211,7 @@ class ConditionsSection(Condition):
     def possible(self, client: str | None) -> list[Condition]:
         """Return the conditions that a client may have, by the group that it is drawn into.
 
-        client: None stands for all that have no figures of their own. Raises ValueError where
-        figures of several levels do not go together.
+        client: None stands for all that have no figures of their own.
         """
         everyone, *rest = self.everyone()
         groups = [[group] for group in rest[: len(self.groups)]]
@@ -258,37 +261,7 @@ def merged(conditions: Iterable[Condition]) -> Condition:
     return Condition.model_validate(values)
 
 
-@lru_cache(maxsize=8)
-def read_trace(text: str) -> Mapping[str, Switches]:
-    """Return client -> its switches. Raises ValueError with the line that is wrong.
+class ConditionsFile(Section):
+    """A conditions file has [conditions] and nothing else."""
 
-    A text is read once, however many clients ask for it.
-    """
-    rows = csv.DictReader(io.StringIO(text), strict=True)
-    try:
-        return _switches(rows)
-    except csv.Error as error:
-        raise ValueError(f"line {rows.line_num}: not CSV: {error}") from None
-
-
-def _switches(rows: csv.DictReader[str]) -> Mapping[str, Switches]:
-    if tuple(rows.fieldnames or ()) != TRACE:
-        raise ValueError(f"a trace begins with the line {','.join(TRACE)}")
-
-    # Lines of several clients may stand among each other; each client's own must be in order.
-    switches: dict[str, list[tuple[float, bool]]] = {}
-    for row in rows:
-        line = f"line {rows.line_num}"
-        if None in row:
-            raise ValueError(f"{line}: has more cells than the first line")
-        try:
-            seconds, available = float(row["seconds"]), bool(("0", "1").index(row["available"]))
-        except (TypeError, ValueError):
-            raise ValueError(f"{line}: seconds must be a number, available 0 or 1") from None
-        of_client = switches.setdefault(row["client"], [])
-        if not of_client and seconds != 0:
-            raise ValueError(f"{line}: a client's first line must be of second 0")
-        if of_client and not seconds > of_client[-1][0]:
-            raise ValueError(f"{line}: not sorted: a client's seconds must rise")
-        of_client.append((seconds, available))
-    return {client: tuple(of_client) for client, of_client in switches.items()}
+    conditions: ConditionsSection

@@ -30,6 +30,7 @@ MUST = {  # pydantic's kind of error -> what the value must be
     "path_type": "a path in quotes",
     "literal_error": "{expected}",
     "dict_type": "a section, or {{ key = value }}",
+    "option_type": "true or false, a number, or text in quotes",
 }
 
 
@@ -45,8 +46,9 @@ def one_line(
     # an unknown key is compared with those of the innermost section that it stands in
     section, above = sections[""], ""
     for part in first["loc"][:-1]:
-        section = sections.get(f"{above}{part}", sections.get(str(part), section))
-        above += f"{part}."
+        if isinstance(part, str):
+            section = sections.get(f"{above}{part}", section)
+            above += f"{part}."
 
     where = _place(first["loc"], tree)
     message = _message(first, where, list(section.model_fields))
@@ -105,14 +107,20 @@ def _problems(error: ValidationError) -> list[ErrorDetails]:
     """Return what is wrong, unknown keys first.
 
     A client's `text` may be a string or a section. pydantic complains about both; only what is
-    wrong with the one that was meant is kept.
+    wrong with the one that was meant is kept. Of an option, which may be of several kinds, it
+    complains once for each.
     """
     inside = set()  # places of texts that were meant as sections
     for problem in error.errors():
         if "Text" in problem["loc"] and problem["type"] != "model_type":
             inside.add(problem["loc"][: problem["loc"].index("Text")])
-    kept = []
+    kept: list[ErrorDetails] = []
     for problem in error.errors():
+        if problem["loc"][:1] == ("options",) and len(problem["loc"]) == 3:
+            option = problem["loc"][:2]
+            if all(known["loc"] != option for known in kept):
+                kept.append(problem | {"loc": option, "type": "option_type"})
+            continue
         *place, last = ("", *problem["loc"])
         if last != "Text" and (last != "str" or tuple(place[1:]) not in inside):
             kept.append(problem)

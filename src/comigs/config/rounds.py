@@ -65,7 +65,7 @@ class ParticipationSection(Section):
         3,
         ge=1,
         description="A client that is asked this many times in a row and sends nothing usable is "
-        "left out from then on.",
+        "left out from then on. Of earlier rounds each counts once, however often it was asked.",
     )
 
 

@@ -11,9 +11,11 @@ import tomli_w
 from pydantic import ValidationError
 
 from comigs.config.address import set_field
+from comigs.config.conditions import EITHER, ConditionsFile
 from comigs.config.errors import one_line
 from comigs.config.older import of_this_version, without_retired
 from comigs.config.paths import place, read_named, read_template, whole
+from comigs.config.trace import read_trace
 from comigs.config.tree import SECTIONS, VERSION, Config
 from comigs.errors import UserError
 
@@ -81,25 +83,40 @@ def read_conditions(
         if given.keys() != {"conditions"} or not isinstance(given["conditions"], dict):
             raise UserError(f"{path}: must hold [conditions] and nothing else")
         read_conditions(given, path.parent, str(path), above)
+        try:
+            ConditionsFile.model_validate(given)
+        except ValidationError as error:
+            raise UserError(f"{path}: {one_line(error, given, SECTIONS)}") from None
         tree["conditions"] = conditions = _over(conditions, given["conditions"])
     elif named is not None:
         conditions["file"] = named  # to be refused
 
     # A trace that has lines is a text already.
-    nested = [conditions]
+    nested: dict[str, Any] = {"conditions": conditions}
     for kind in ("groups", "clients"):
         below = conditions.get(kind)
-        nested += below.values() if isinstance(below, dict) else []
-    for section in nested:
+        for name, section in below.items() if isinstance(below, dict) else ():
+            nested[f"conditions.{kind}.{name}"] = section
+    for where, section in nested.items():
         given_trace = section.get("trace") if isinstance(section, dict) else None
         if isinstance(given_trace, str) and "\n" not in given_trace:
-            where = f"{source}: conditions.trace"
-            section["trace"] = read_named(whole(given_trace, folder), where)
+            file, named_in = whole(given_trace, folder), f"{source}: {where}.trace"
+            section["trace"] = read_named(file, named_in)
+            try:
+                read_trace(section["trace"])
+            except ValueError as error:
+                raise UserError(f"{named_in}: {file}: {error}") from None
 
 
 def _over(own: dict[str, Any], general: dict[str, Any]) -> dict[str, Any]:
-    """Return the general values with the own ones over them, section by section."""
+    """Return the general values with the own ones over them, section by section.
+
+    Of ways to say the same thing one's own replaces the general ones.
+    """
     both = dict(general)
+    for ways in EITHER:
+        if own.keys() & set(ways):
+            both = {key: value for key, value in both.items() if key not in ways}
     for key, value in own.items():
         under = both.get(key)
         if isinstance(value, dict) and isinstance(under, dict):

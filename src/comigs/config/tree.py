@@ -271,7 +271,7 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "conditions.clients": Condition,
     "track": TrackSection,
     "clients": ClientEntry,
-    "text": Text,
+    "clients.text": Text,
 }
 
 

@@ -76,6 +76,11 @@ def _in_c(argument: Any) -> Any:
     return ctypes.c_int64(argument) if isinstance(argument, int) else argument
 
 
+def address(tensor: Tensor | None) -> int | None:
+    """Return where a tensor's numbers are; None where there is no tensor."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 def number(function: str, *arguments: int) -> int:
     """Return the whole number that a C function of `library` makes of these."""
     called = getattr(library(), function)
@@ -94,7 +99,7 @@ def attempt() -> ctypes.CDLL | str:
     """Return the library, or why there is none, in a few words."""
     if os.environ.get("COMIGS_COMPILED") == "0":
         return "COMIGS_COMPILED is 0"
-    compiler, problem = shlex.split(os.environ.get("CC", "cc")), ""
+    compiler, problem = shlex.split(os.environ.get("CC", "")) or ["cc"], ""
     # A compiler without OpenMP, as Apple's is, makes a library with one thread.
     for flags in ([*FLAGS, "-fopenmp"], FLAGS):
         try:

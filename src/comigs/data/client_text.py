@@ -136,11 +136,10 @@ class ClientText:
                     f"data.sequence_length ({length} tokens); make it longer"
                 )
             return
-        needed = 2 if split == "test" else length + 1
-        if store.num_tokens < needed:
+        if split != "test" and store.num_tokens < length + 1:
             raise UserError(
                 f'client "{self.part.client}": {split} has {store.num_tokens} tokens, '
-                f"but needs {needed} (data.sequence_length + 1); "
+                f"but needs {length + 1} (data.sequence_length + 1); "
                 "give it more text or shorten the windows"
             )
 

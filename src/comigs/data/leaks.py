@@ -39,12 +39,9 @@ def without_short_repeats(partitions: Sequence[Partition], data: DataSection) ->
             new = Said(said.digests[~again], said.owners[~again], said.sizes[~again])
             # A hash fills a split that would be left empty, as if the text had never been there.
             left = splits < REPEATED
-            if (
-                len(part.listings) == 1
-                and (splits == ELSEWHERE).any()
-                and left.sum() >= len(SPLITS)
-            ):
-                shares = listing.scan.shares[left]
+            shares = listing.scan.shares[left]
+            is_fewer = len(part.listings) == 1 and (splits == ELSEWHERE).any()
+            if is_fewer and len(np.unique(shares)) >= len(SPLITS):
                 splits[left] = split_by_hash(shares, data.valid_fraction, data.test_fraction)
             scan = listing.scan._replace(said=new)
             listings.append(replace(listing, scan=scan, splits=splits))

@@ -165,9 +165,12 @@ def _list_by_hash(spec: str, data: DataSection) -> Listing:
     if in_pieces:
         scan, _ = scan_source(spec, data.root, in_pieces)
     first = _first_of_each(scan.contents)
-    if first.sum() < MIN_DOCUMENTS:
+    number, what = len(np.unique(scan.shares[first])), "documents"
+    if scan.shape != PLAIN:
+        what = "questions"
+    if number < MIN_DOCUMENTS:
         raise UserError(
-            f'text = "{spec}": {first.sum()} different documents, but splits by hash need '
+            f'text = "{spec}": {number} different {what}, but splits by hash need '
             f"{MIN_DOCUMENTS} or more; "
             "give more files, or text = {train = ..., valid = ..., test = ...}"
         )
@@ -183,16 +186,16 @@ def split_by_hash(
 
     A share is a number in [0, 1) made from a document's key. Below test_fraction is test, the next
     valid_fraction is valid, what is left is train: a document's split depends on nothing but
-    itself. Only where a split would be left empty does it get the nearest document.
+    its key. Only where a split would be left empty does it get the documents of the nearest key.
     """
-    num_test = int(np.clip((shares < test_fraction).sum(), 1, len(shares) - 2))
-    below_train = (shares < test_fraction + valid_fraction).sum()
-    num_held_out = int(np.clip(below_train, num_test + 1, len(shares) - 1))
-    order = np.argsort(shares, kind="stable")
-    splits = np.full(len(shares), SPLITS.index("train"), dtype=np.uint8)
-    splits[order[:num_held_out]] = SPLITS.index("valid")
-    splits[order[:num_test]] = SPLITS.index("test")
-    return splits
+    keys, key_of_each = np.unique(shares, return_inverse=True)
+    num_test = int(np.clip((keys < test_fraction).sum(), 1, len(keys) - 2))
+    below_train = (keys < test_fraction + valid_fraction).sum()
+    num_held_out = int(np.clip(below_train, num_test + 1, len(keys) - 1))
+    splits = np.full(len(keys), SPLITS.index("train"), dtype=np.uint8)
+    splits[:num_held_out] = SPLITS.index("valid")
+    splits[:num_test] = SPLITS.index("test")
+    return splits[key_of_each]
 
 
 def _first_of_each(contents: NDArray[np.bytes_]) -> NDArray[np.bool_]:

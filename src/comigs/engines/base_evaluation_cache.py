@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from comigs import __version__, csrc
 from comigs.client.client import Client
 from comigs.client.evaluate import Measurement
 from comigs.config import Split
@@ -45,8 +46,9 @@ def _key(client: Client, split: Split) -> str:
     """Return a hash of everything that the last bit of a measurement depends on."""
     base, config = client.base, client.config
     attention = base.model.config._attn_implementation
-    how = (str(base.device), attention, torch.get_num_threads(), torch.__version__)
+    how = (str(base.device), attention, torch.get_num_threads(), csrc.way(base.device))
+    versions = (torch.__version__, __version__)
     windows = (config.data.sequence_length, config.evaluation.batch_size)
     text = [store.tokens_sha256 for store in getattr(client.data, split)]
-    everything = json.dumps([platform.node(), base.fingerprint, how, windows, text])
+    everything = json.dumps([platform.node(), base.fingerprint, how, versions, windows, text])
     return hashlib.sha256(everything.encode()).hexdigest()

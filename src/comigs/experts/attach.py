@@ -105,9 +105,7 @@ class Attachment:
             for site, name in self.architecture.mlp_linears().items():
                 sizes[layer, site] = linear_size(getattr(mixture.mlp, name))
             for part in shape.parts:
-                rank = shape.specialist_rank if part.startswith("s") else shape.rank
-                if part == OTHERS:
-                    rank *= shape.generalists
+                rank = shape.rank_of(part)
                 for site in self.architecture.mlp_linears():
                     shapes |= _pair(layer, site, part, rank, sizes[layer, site])
             for site, lora in adapted.items():

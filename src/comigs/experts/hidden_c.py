@@ -75,10 +75,10 @@ def backward(
     B_NSRI = _zeros(layer.B_SRI.expand(threads, *layer.B_SRI.shape), wanted.B_SRI)
     A_NRI = _zeros(layer.A_RI.expand(threads, *layer.A_RI.shape), wanted.A_RI)
 
-    call.grad_weights, call.grad_low = _address(weights_TE), _address(low_TSR)
-    call.grad_B, call.grad_A = _address(B_NSRI), _address(A_NRI)
+    call.grad_weights, call.grad_low = csrc.address(weights_TE), csrc.address(low_TSR)
+    call.grad_B, call.grad_A = csrc.address(B_NSRI), csrc.address(A_NRI)
     for s, grad_TI in enumerate(frozen):
-        call.grad_frozen[s] = _address(grad_TI)
+        call.grad_frozen[s] = csrc.address(grad_TI)
     csrc.call("backward", ctypes.byref(call))
     return Gradients(weights_TE, low_TSR, _total(B_NSRI), _total(A_NRI), frozen)
 
@@ -120,18 +120,14 @@ def call_of(layer: HiddenLayer, mixed_TI: Tensor, low_TR: Tensor) -> Call:
         act=settings.act.in_c,
         all=layer.used == 1,
         threads=torch.get_num_threads(),
-        weights=_address(layer.weights_TE),
-        low=_address(layer.low_TSR),
-        B=_address(layer.B_SRI),
-        A=_address(layer.A_RI),
-        mixed=_address(mixed_TI),
-        out_low=_address(low_TR),
+        weights=csrc.address(layer.weights_TE),
+        low=csrc.address(layer.low_TSR),
+        B=csrc.address(layer.B_SRI),
+        A=csrc.address(layer.A_RI),
+        mixed=csrc.address(mixed_TI),
+        out_low=csrc.address(low_TR),
         experts=experts,
     )
     for s, f_TI in enumerate(layer.frozen):
-        call.frozen[s] = _address(f_TI)
+        call.frozen[s] = csrc.address(f_TI)
     return call
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -21,7 +21,8 @@ class HiddenSettings(NamedTuple):
     """The settings say of a hidden layer what its tensors do not.
 
     `ranks` holds each expert's rank, and `learns` whether any of an expert's tensors wants a
-    gradient. `top_k` of a token's weights are not zero; the others get no gradient.
+    gradient. `top_k` of a token's weights are not zero, and with a gate perhaps one more; the
+    others get no gradient.
     """
 
     act: Activation

@@ -26,9 +26,9 @@ weight. That expert is frozen; the more weight it has, the slower those learn th
 class Routing:
     """A router's decision for the tokens of one forward pass of one block.
 
-    logits_TE holds the router's logits, weights_TE the routing weights, which are zero where an
-    expert is not selected, and selected_TE (bool) the selection. Where the router is open to its
-    last expert as far as `gate`, closed is the decision of one that does not know it.
+    logits_TE holds the router's logits, weights_TE the routing weights, and selected_TE (bool) the
+    selection. Where the router is open to its last expert as far as `gate`, closed is the decision
+    of one that does not know it. Weights are zero where an expert is selected by neither.
     """
 
     logits_TE: Tensor

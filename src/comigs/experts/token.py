@@ -66,11 +66,11 @@ class TokenLinear:
             half=dtype == torch.bfloat16,
             type=type,
             turned=not isinstance(linear, nn.Linear),
-            weight=_address(weight),
-            change=_address(lora.merged),
-            bias=_address(bias),
-            A=_address(lora.A),
-            B=_address(lora.B),
+            weight=csrc.address(weight),
+            change=csrc.address(lora.merged),
+            bias=csrc.address(bias),
+            A=csrc.address(lora.A),
+            B=csrc.address(lora.B),
         )
 
     def takes(self, x: Tensor) -> bool:
@@ -91,7 +91,7 @@ class TokenMixture:
         layer.threads = 1
         self.tensors = (linears, hidden, experts, layer)
         self.call = _Mixture(layer, (_Linear * 2)(*inputs), linears["down"].call)
-        self.call.A = _address(experts.A_in_RD)
+        self.call.A = csrc.address(experts.A_in_RD)
 
     def takes(self, x: Tensor) -> bool:
         """Return whether x is one token, of which no gradient is wanted."""
@@ -189,7 +189,3 @@ def _is_one_token(x: Tensor, dtype: torch.dtype) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -31,7 +31,8 @@ The server at {address} will then ask the device, once a round, to
 - take in the experts that all devices share,
 - train them, and experts of its own, on the text in FOLDER,
 - measure the result,
-- send back the shared experts as numbers, how many tokens there are, and the losses it measured.
+- send back the shared experts as numbers, how many tokens there are, the losses it measured, how
+  its router weighed experts on the whole, and the time and memory that took.
 The text, the device's own experts, its router and the state of its optimisers stay in the \
 device's folder. What is
 sent is not encrypted against the server, and shared experts may remember text: see docs/privacy.md.

@@ -234,6 +234,14 @@ def federable_method(config: Config) -> Method:
             f'method: "{config.method}" is not part of comigs, and devices run nothing else; '
             f"must be one of {', '.join(list_methods())}, or run it in-process"
         )
+    # Nor does it follow what its owner decides.
+    for field in ("base.chat_template", "privacy.noise_seed"):
+        section, _, key = field.partition(".")
+        if getattr(getattr(config, section), key) is not None:
+            raise UserError(
+                f"{field}: given, but each device decides that itself; leave it out, or run it "
+                "in-process"
+            )
     method = load_method(config)
     if method.centralized:
         raise UserError(

@@ -176,14 +176,14 @@ def mix_beside_others(own: Tensors, download: Download, nats: Nats) -> Mixed:
     download it is closed. A download that is what the client sent asks for nothing.
     """
     generalists = {slot: t for slot, t in download.items() if slot.role == "generalist"}
-    share, written = 1.0, dict(download)
+    share, open, written = 0.0, 0.0, dict(download)
     if not all(torch.equal(own[slot], tensor) for slot, tensor in generalists.items()):
         share = share_that_valid_asks(own, download, nats)
-        written = towards(own, download, share)
+        open, written = 1 - share, towards(own, download, share)
     written |= others_of(download)
     for slot, tensor in own.items():
         if slot.is_gate:
-            written[slot] = torch.full_like(tensor, 1 - share)
+            written[slot] = torch.full_like(tensor, open)
     return written, share
 
 

@@ -111,6 +111,9 @@ def shape_of_all(key: str, choice: Choice) -> Reason:
     other = choice.config.model_copy(update={"experts": more})
     if Choice(other, choice.method, choice.engine).shapes != choice.shapes:
         return ""
+    # What is sent has a scale that follows from [experts] alone.
+    if choice.method.on_top and (key == "specialists" or experts.specialists):
+        return ""
     return "no client's experts depend on it"
 
 

@@ -75,6 +75,11 @@ class Chat:
         self._read_from = 0  # the first of `turns` that the model still reads
         self._last: tuple[list[int], list[int]] | None = None  # what was read, and the answer
 
+    @property
+    def name(self) -> str:
+        """The model's name: its run's and its client's."""
+        return f"{self.folder.path.resolve().name}/{self.client}"
+
     def ask(self, text: str) -> Generator[str]:
         """Yield the answer piece by piece. Stopped early, what was written counts as the answer.
 
@@ -195,7 +200,7 @@ class Chat:
         """Write the conversation as JSON in OpenAI's words, for its owner's eyes only. Raises
         UserError.
         """
-        content = {"model": f"{self.folder.path.name}/{self.client}", "messages": self._messages()}
+        content = {"model": self.name, "messages": self._messages()}
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         with writing(path, "choose another file"):
             if os.path.lexists(path):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from comigs.errors import UserError
+from comigs.config.paths import resolve
+from comigs.errors import UserError, require_utf8
 from comigs.personal.chat import Chat
 from comigs.personal.routes.coloured import WHOLE, coloured
 from comigs.runs.routes import nothing_to
@@ -35,7 +36,7 @@ def talk(chat: Chat, prompts: bool) -> None:
     while True:
         # Ctrl-C while nothing is written ends nothing; the end of the input does.
         try:
-            line = input(f"{chat.folder.path.name}/{chat.client}> " if prompts else "")
+            line = input(f"{chat.name}> " if prompts else "")
         except EOFError:
             if prompts:
                 click.echo()
@@ -47,6 +48,7 @@ def talk(chat: Chat, prompts: bool) -> None:
         if line.strip() == "/quit":
             return
         try:
+            require_utf8("this line", line)
             handle(chat, line)
         except UserError as error:
             click.echo(f"error: {error}", err=True)
@@ -117,7 +119,7 @@ def _routes(chat: Chat, argument: str) -> None:
 def _save(chat: Chat, argument: str) -> None:
     if not argument:
         raise UserError("/save: name a file")
-    chat.save(Path(argument).expanduser())
+    chat.save(resolve(argument, Path()))
     click.echo(f"(written to {argument})")
 
 

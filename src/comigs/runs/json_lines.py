@@ -40,6 +40,8 @@ KINDS: dict[str, type[Event]] = {
 WORDS = {  # what pydantic calls a type -> what people call it
     "int_type": "a whole number",
     "string_type": "a text",
+    "string_pattern_mismatch": "a part of a model",
+    "bool_type": "true or false",
     "list_type": "a list of numbers",
     "too_short": "a list of numbers",
     "dict_type": "an object",

@@ -218,8 +218,8 @@ class Problem(Record):
 class Timing(Record):
     """Seconds, speed and memory of one client's round: a line of timings.jsonl.
 
-    Timings hold whatever differs between two equal runs. `client` is None for a whole round.
-    received_bytes and sent_bytes are of whole messages, in a federation.
+    Timings hold whatever differs between two equal runs. received_bytes and sent_bytes are of whole
+    messages, in a federation.
     """
 
     round: int

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from comigs.config import ClientEntry, Config
 from comigs.methods.method import Method
+from comigs.perplexity import perplexity_of
 from comigs.runs.folder import RunFolder
 from comigs.runs.metrics import (
     ClientLine,
@@ -130,7 +130,7 @@ def _mean(scores: Sequence[Score]) -> Score:
         nats_per_token=nats,
         perplexity=_mean_of([score.perplexity for score in scores]),
         bits_per_byte=_mean_of([score.bits_per_byte for score in scores]),
-        perplexity_of_mean=math.exp(min(nats, 700)),
+        perplexity_of_mean=perplexity_of(nats),
     )
 
 

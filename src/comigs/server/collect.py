@@ -212,7 +212,7 @@ class RoundCollector:
                 self._drop(name, self._late.pop(name)[0], why)
         for name in refused:
             del self._replies[name]
-        names = [client.name for client in self.config.clients]
+        names = self.config.names
         self.uploads = {name: uploads[name] for name in names if name in uploads}
         return refused
 
@@ -232,7 +232,7 @@ class RoundCollector:
 
     def _counted(self) -> dict[str, Reply]:
         counted = {name: reply for name, (reply, _) in self._late.items()} | self._replies
-        names = [client.name for client in self.config.clients]
+        names = self.config.names
         return {name: counted[name] for name in names if name in counted}
 
     def weights(self) -> dict[str, float]:

@@ -107,7 +107,12 @@ def has_trained(history: Iterable[Line], client: str, round: int) -> bool:
 
 
 def measured_base(history: Iterable[Line]) -> set[str]:
-    """Return the clients whose text the base was measured on."""
-    return {
-        line.client for line in history if isinstance(line, Evaluation) and line.model == "base"
-    }
+    """Return the clients whose text the base was measured on.
+
+    A client does so in the first exchange that it answers, and may keep to itself what came of it.
+    """
+    measured = set()
+    for line in history:
+        if isinstance(line, Train) or (isinstance(line, Evaluation) and line.model == "base"):
+            measured.add(line.client)
+    return measured

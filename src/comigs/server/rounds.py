@@ -31,7 +31,7 @@ from comigs.server.participation import (
 )
 from comigs.server.pending import next_downloads, pack_server, unpack_server, unpack_started
 from comigs.server.private_mean import PrivateMean, spent
-from comigs.server.protocol import Engine, Reply, Report, Task
+from comigs.server.protocol import Answers, Engine, Reply, Report, Task
 from comigs.server.routing_prior import latest_priors, priors_of_round
 from comigs.server.validation import (
     check_lines,
@@ -103,7 +103,7 @@ def _run_round(
         everybodys = server.downloads.get(first, {})
         private_mean = PrivateMean(config, round, slots, everybodys, server.start)
     context = RoundContext(
-        clients=tuple(client.name for client in config.clients),
+        clients=tuple(config.names),
         weights=collector.weights(),
         peer_nats=engine.probe(collector.uploads, round) if method.reads_peers else {},
         upload=config.upload,
@@ -147,16 +147,23 @@ def _ask(collector: RoundCollector, engine: Engine, folder: RunFolder, report: R
     while True:
         # Waiting for clients that will not come back is no use.
         names, left = collector.to_ask(), everyone - len(collector.out)
-        if not names and needed == 0:
+        if not names and needed == 0 < left:
             return True
-        if (left < needed or not names) and collector.spent:
+        if everyone - len(collector.spent) < needed:
             return False
         if left < needed or not names:
+            advice = f"When they are back, go on with: {command('resume', folder.path)}"
+            if config.conditions.given:  # which are the same the next time
+                advice = (
+                    "Simulated clients fail again: start a new run with a higher "
+                    "participation.max_failures or deadline, or a lower min_clients"
+                )
+            reasons = _reasons(collector)
             raise UserError(
                 f"round {round}: {len(collector.uploads)} of the {needed} usable uploads that it "
                 f"needs (participation.min_clients), and {everyone - left} of {everyone} clients "
-                "are left out, so too few are left to ask; every whole round is kept. When they "
-                f"are back, go on with: {command('resume', folder.path)}"
+                f"are left out, so too few are left to ask{reasons}; every whole round is kept. "
+                f"{advice}"
             )
         tasks = {}
         for name in names:
@@ -169,12 +176,17 @@ def _ask(collector: RoundCollector, engine: Engine, folder: RunFolder, report: R
             return True
 
         # Whoever watches the run should know why a round takes longer than others.
-        reasons = [f"{name}: {reason}" for name, reason in collector.absent.items()]
-        if len(reasons) > SHOWN:
-            reasons[SHOWN:] = [f"{len(reasons) - SHOWN} more"]
         usable = f"{len(collector.uploads)} of the {needed} uploads it needs"
-        note = f"round {round}: {usable}; asking again ({'; '.join(reasons)})"
+        note = f"round {round}: {usable}; asking again{_reasons(collector)}"
         report(Note(message=note, say=True))
+
+
+def _reasons(collector: RoundCollector) -> str:
+    """Return why clients' answers are missing, in brackets."""
+    reasons = [f"{name}: {reason}" for name, reason in collector.absent.items()]
+    if len(reasons) > SHOWN:
+        reasons[SHOWN:] = [f"{len(reasons) - SHOWN} more"]
+    return f" ({'; '.join(reasons)})" if reasons else ""
 
 
 def _deliver_the_last_download(
@@ -195,7 +207,7 @@ def _deliver_the_last_download(
     }
     waiting = server.downloads
     downloads = {name: waiting[name] for name in tasks if name in waiting}
-    answers = engine.exchange(tasks, downloads)
+    answers = engine.exchange(tasks, downloads) if tasks else Answers({})
 
     # What a client says of its own model counts under the same conditions as in a round.
     replies: dict[str, Reply] = {}

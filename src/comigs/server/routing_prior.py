@@ -132,5 +132,6 @@ def weighted_mean(parts: Sequence[tuple[float, Tensor]]) -> list[list[float]]:
     if sum(counts) == 0:
         counts = [1.0] * len(parts)
     total = torch.stack([count * part for count, (_, part) in zip(counts, parts, strict=True)])
-    mean: list[list[float]] = (total.sum(dim=0) / sum(counts)).tolist()
+    # rounded, a weight of 1 may become a little more
+    mean: list[list[float]] = (total.sum(dim=0) / sum(counts)).clamp(max=1).tolist()
     return mean

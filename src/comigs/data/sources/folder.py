@@ -63,7 +63,8 @@ def _files(path: Path) -> Iterator[tuple[Path, str]]:
             cures = [cure for ends, cure in CURES.items() if path.name.lower().endswith(ends)]
             hint = "".join(f"; {cure.format(split=_split(path.parent))}" for cure in cures[:1])
             raise UserError(
-                f"{path}: not a folder, nor a .txt, .md, .jsonl or .jsonl.gz file{hint}"
+                f"{path}: not a folder, nor a .txt, .md, .jsonl, .jsonl.gz, .csv or .parquet "
+                f"file{hint}"
             )
         yield path, path.name
         return
@@ -133,7 +134,7 @@ def _require_no_rows(path: Path) -> None:
         first, more = rows[0].relative_to(path), f" and {len(rows) - 1} more" * (len(rows) > 1)
         raise UserError(
             f"{path}: has {first}{more} beside .txt or .md files; name the one that is meant: "
-            f'text = ".../{first.name}" (.jsonl), or "hub:{path}{_split(path)}", '
+            f'text = ".../{first.name}", or "hub:{path}{_split(path)}", '
             "or move the data files out of the folder"
         )
 

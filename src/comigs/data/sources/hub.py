@@ -18,6 +18,8 @@ SUMMARY = (
     "hub:NAME[:CONFIG]:SPLIT: rows of a `datasets` dataset, each a text (`text`) or a chat "
     "(`messages`, ...), by hub name or local folder; hub:FOLDER of one without splits"
 )
+# A dataset that is a script is a RuntimeError, and whatever else is wrong with one a ValueError.
+FAILURES = (OSError, ValueError, RuntimeError)
 VERSION = "as published"
 LICENSE = "as the dataset's card says"
 
@@ -52,6 +54,7 @@ def _open(argument: str, root: Path) -> Iterable[dict[str, Any]]:
         raise UserError(
             f"hub:{argument}: needs the `datasets` library; pip install 'comigs[hub]'"
         ) from None
+    failures = (*FAILURES, datasets.exceptions.DatasetsError)
     try:
         if is_one:
             alone: Iterable[dict[str, Any]] = datasets.load_from_disk(str(folder))
@@ -64,7 +67,7 @@ def _open(argument: str, root: Path) -> Iterable[dict[str, Any]]:
             )
             return rows
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except failures as error:
         raise _user_error(argument, error) from None
     if split not in saved:
         raise UserError(f'hub:{argument}: no split "{split}"; there are: {", ".join(saved)}')
@@ -80,7 +83,7 @@ def _guarded(rows: Iterable[dict[str, Any]], argument: str) -> Iterator[dict[str
             row = next(iterator)
         except StopIteration:
             return
-        except (OSError, ValueError) as error:
+        except FAILURES as error:
             raise _user_error(argument, error) from None
         yield row
 

@@ -34,6 +34,11 @@ def load(argument: str, root: Path) -> Iterator[Document]:
                 for row in batch.to_pylist():
                     number += 1
                     yield reader.document(row, f"{path}: row {number}", f"{path.name}:{number}")
+    except UnicodeDecodeError as error:
+        byte = f"0x{error.object[error.start]:02x}"
+        raise UserError(
+            f"{path}: not UTF-8 after row {number} ({byte}); save it as UTF-8"
+        ) from None
     except pyarrow.ArrowException as error:
         why = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: not a whole Parquet file: {why}") from None

@@ -10,6 +10,10 @@ from comigs.errors import UserError
 from comigs.seeds import generator
 
 
+class TraceEnds(UserError):
+    """A run lasts longer than a client's trace."""
+
+
 class Availability:
     """The availability of one client: it is there or away from one switch to the next."""
 
@@ -51,7 +55,7 @@ class Availability:
     def _index(self, seconds: float) -> int:
         """Return the number of the last switch up to a moment."""
         if seconds >= self._ends:
-            raise UserError(
+            raise TraceEnds(
                 f"conditions.trace: client {self._client}'s ends at second {self._ends:g}, but the "
                 f"run is at second {seconds:g}; every whole round is kept. Start a new run with a "
                 "trace that covers it"

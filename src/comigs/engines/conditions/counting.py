@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from comigs.client.shared_part import is_shared
 from comigs.config import Config, Split
 from comigs.experts.init import starting_tensors
 from comigs.methods.method import Download, Method, Upload
@@ -104,18 +105,29 @@ class Counting:
         if self._method.schedule != "joint" and self._has_router(name):
             phases = after // settings.router_every - before // settings.router_every
         length, noised = self._config.data.sequence_length, None
+        trained = settings.steps * windows * length
         if self._config.privacy.by_document:
             noised = int(settings.steps * batch_of(self._config) * length)
+            if not self._trains_at_home(name, round):
+                trained, noised, phases = noised, None, 0
         return TrainReport(
             round=round,
             client=name,
             local_steps=settings.steps,
             router_steps=phases * settings.router_steps,
             train_nats_per_token_by_step=[0.0] * settings.steps,
-            trained_tokens=settings.steps * windows * length,
+            trained_tokens=trained,
             sent_tokens=noised,
             **UNTRAINED,
         )
+
+    def _trains_at_home(self, name: str, round: int) -> bool:
+        """Return whether a private client trains more than what it sends, as client.py does."""
+        for slot in self.shapes[name]:
+            is_copy = is_shared(self._method, slot) and self._method.mix is None
+            if not slot.is_frozen and self._method.trains(slot, round) and not is_copy:
+                return True
+        return False
 
     def _has_router(self, name: str) -> bool:
         return any(slot.role == "router" for slot in self.shapes[name])

@@ -54,7 +54,7 @@ class Conditions:
     ) -> None:
         """Go on from what the run folder holds. clients: the engine that they work in."""
         self._config, self._method, self._clients, self._folder = config, method, clients, folder
-        names = [client.name for client in config.clients]
+        names = config.names
         self._weather = Weather(config)
         self._network = Network(
             self._weather, names, config.conditions.noticed, self._work, self._undo

@@ -14,7 +14,7 @@ from comigs.errors import UserError
 from comigs.experiments.packed import is_packed, read_packed
 from comigs.experiments.run_data import RunData, read_run_folder
 
-SWEEP = "sweep.toml"
+SWEEP = "sweep.toml"  # in a sweep's folder: a copy of its file
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ SAME = (  # how a run is made, which changes no result
     "base.recompute",
     "base.threads",
     "client.micro_batch_size",
+    "conditions.machine",
     "evaluation.every",
     "evaluation.splits",
     "evaluation.batch_size",

@@ -267,9 +267,8 @@ def _table(columns: Sequence[Column], mark: bool) -> Table:
     second: set[tuple[int, int]] = set()
     for number, column in enumerate(columns):
         # Nobody is the best of one.
-        levels = sorted({v for v in column.values if v is not None})[:2]
-        if not mark or len(column.values) < 2:
-            levels = []
+        known = [v for v in column.values if v is not None]
+        levels = sorted(set(known))[:2] if mark and len(known) > 1 else []
         for row, value in enumerate(column.values):
             if value is not None and value in levels:
                 (best if value == levels[0] else second).add((row, number))

@@ -13,14 +13,13 @@ from comigs.experiments.compare import export, plots, tables
 from comigs.experiments.compare.compared import Compared
 from comigs.experiments.compare.discover import common_folder
 from comigs.experiments.compare.page import comparison_page
-from comigs.files import ClosedFolder, write_files, writing
+from comigs.files import ELSEWHERE, ClosedFolder, write_files, writing
 from comigs.runs.report.page import HERE, is_written_by, mark
 
 PAGE, TABLE = "compare.html", "table.md"
 TABLES = (TABLE, "table.csv", "runs.csv", "table.tex")
 KINDS: tuple[Literal["svg", "pdf"], ...] = ("svg", "pdf")
 FILES = (PAGE, *TABLES, *(f"{plot}.{kind}" for plot in plots.PLOTS for kind in KINDS))
-ADVICE = "choose another folder with --out"
 
 
 def write_comparison(compared: Compared, out: Path | None = None) -> list[Path]:
@@ -34,13 +33,14 @@ def write_comparison(compared: Compared, out: Path | None = None) -> list[Path]:
     if folder is None:  # beside runs that may be somebody else's
         home = common_folder(compared.paths)
         folder = home / "compare"
-        ClosedFolder(home).refuse_link("compare")
-    with writing(folder, ADVICE):
+        if home.exists():  # packed runs have left their folders
+            ClosedFolder(home).refuse_link("compare")
+    with writing(folder, ELSEWHERE):
         # The page and the table say that a folder is ours.
         there = [name for name in FILES if (folder / name).exists()]
         if there and not any(is_written_by(folder / name, "compare") for name in (PAGE, TABLE)):
             raise UserError(
-                f"{folder / there[0]}: not written by comigs compare, so it is kept; {ADVICE}"
+                f"{folder / there[0]}: not written by comigs compare, so it is kept; {ELSEWHERE}"
             )
         # So the page is written first, before anything else could be left alone there.
         contents = _contents(compared)

@@ -31,7 +31,7 @@ class Eta:
         here: the time was spent in this sweep.
         """
         if state.round > 0 and state.seconds > 0:
-            whole = state.seconds * run.config.rounds / state.round
+            whole = clock(run.config, state) * run.config.rounds / state.round
             timed = self.timed if here else self.before
             timed[run.label] = run.choice, whole / work(run.config)
 
@@ -42,9 +42,10 @@ class Eta:
                 ratios.append(pace / _pace_of_nearest(choice, self.before.values()))
             self.slower = sum(ratios) / len(ratios)
 
-    def learn_start(self, before: RunState, after: RunState, elapsed: float) -> None:
+    def learn_start(self, run: Run, before: RunState, after: RunState, elapsed: float) -> None:
         """Take in how many seconds a process took beyond what it did for its run."""
-        self.starts.append(max(elapsed - (after.seconds - before.seconds), 0.0))
+        worked = clock(run.config, after) - clock(run.config, before)
+        self.starts.append(max(elapsed - worked, 0.0))
 
     def start(self) -> float:
         """Return the seconds that a process takes beyond its run."""
@@ -83,7 +84,12 @@ def _pace_of_nearest(choice: tuple[str, ...], timed: Collection[Timing]) -> floa
     return sum(nearest) / len(nearest)
 
 
+def clock(config: Config, state: RunState) -> float:
+    """Return the seconds in which clients did what is in a state, each worker one at a time."""
+    return state.seconds / min(config.workers, config.asked)
+
+
 def work(config: Config) -> float:
     """Return the tokens trained in a run, which its time grows with."""
     tokens = config.client.batch_size * config.data.sequence_length  # of a step
-    return config.rounds * len(config.clients) * config.client.steps * tokens
+    return config.rounds * config.asked * config.client.steps * tokens

@@ -14,13 +14,12 @@ from pathlib import Path
 
 from comigs.config import Config, load_config, resolve
 from comigs.errors import UserError, nearest
+from comigs.experiments.compare.discover import SWEEP
 from comigs.experiments.packed import is_packed, read_packed
 from comigs.experiments.sweep.spec import Sweep, read_sweep, to_toml
 from comigs.experiments.sweep.state import RunState, look
 from comigs.files import ELSEWHERE, ClosedFolder, write_whole, writing
 from comigs.methods.loading import load_method
-
-COPY = "sweep.toml"  # in the sweep's folder, where `comigs compare` reads axes and baseline
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def write_copy(plan: Plan) -> None:
     text = to_toml(plan.sweep, plan.file, plan.folder)
     with writing(plan.folder, ELSEWHERE):
         plan.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(plan.folder / COPY, lambda path: path.write_text(text, encoding="utf-8"))
+        write_whole(plan.folder / SWEEP, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def one_per_text(runs: list[Run]) -> list[Run]:
@@ -176,9 +175,9 @@ def _placed(problem: str, file: Path, source: Path, layers: Mapping[str, list[st
 
 def _require_same_sweep(folder: Path, sweep: Sweep) -> None:
     """Raise UserError where the folder is another sweep's, whose axes `compare` would forget."""
-    if not (folder / COPY).exists():
+    if not (folder / SWEEP).exists():
         return
-    there = read_sweep(folder / COPY)
+    there = read_sweep(folder / SWEEP)
     for what, old, new in (
         ("name", there.name, sweep.name),
         ("axes", ", ".join(there.axes) or "none", ", ".join(sweep.axes) or "none"),

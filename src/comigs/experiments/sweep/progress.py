@@ -85,7 +85,7 @@ class Progress:
             state = state_of(run.path)
             self.eta.learn(run, state)
             if command is not None:
-                self.eta.learn_start(self.states[run.label], state, command.elapsed)
+                self.eta.learn_start(run, self.states[run.label], state, command.elapsed)
             self.states[run.label] = state
 
         # then the line: which of how many, the result, how long it took, how long it goes on

@@ -31,6 +31,8 @@ PLACES = (
     *("track.to", "track.names"),
 )
 AUTO = ("base.dtype", "base.device")  # a run has what was found where its config says "auto"
+# a run has what was chosen where its config says base.memory
+CHOSEN = ("client.micro_batch_size", "evaluation.batch_size", "base.recompute")
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,10 @@ def differences(wanted: Config, there: Config) -> Iterator[tuple[str, str, str]]
         if field == "client.lr" and a is None and b in _default_rates():
             continue
         if field == "client.router_lr" and a is None and b == there.client.lr:
+            continue
+        if field in CHOSEN and wanted.base.memory is not None:
+            continue
+        if field == "conditions.machine" and a is None:  # measured
             continue
         yield field, _shown(a), _shown(b)
 

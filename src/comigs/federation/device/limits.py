@@ -82,6 +82,7 @@ SHARE = 0.8  # of the memory that is free, where the owner does not say how much
 MINUTES = 120.0  # of one request: twice the time that a server waits for it by default
 COPIES = 6  # of a message while it is read: its bytes, its tensors, and those in float32
 ON_DISK = 48  # bytes per scalar: of what is committed, and of what replaces it
+SHARED_ON_DISK = 56  # likewise, of the copy that is sent where that is private
 ENOUGH = 0.5  # seconds of a step that are long enough to tell the speed by
 FASTER = 4  # times the windows of a trial that was too short
 
@@ -221,7 +222,8 @@ class Work:
         never filled.
         """
         (shapes,) = self.shapes.values()
-        needed = ON_DISK * num_scalars(shapes) + self.message
+        each = ON_DISK + SHARED_ON_DISK * self.place.config.privacy.by_document
+        needed = each * num_scalars(shapes) + self.message
         allowed = shutil.disk_usage(home).free / 2
         if not needed <= allowed:
             raise Refused(

@@ -91,7 +91,7 @@ class RoundSum:
         members = {name: key for name, key in members.items() if name not in self._absent}
         if self._opened:
             for name in [name for name, key in members.items() if key not in self._opened]:
-                self._absent[name] = "not in the sum that was opened before the server stopped"
+                self._absent[name] = "not in the sum whose opening was begun before"
                 del members[name]
         share = self._config.privacy.threshold
         round = next(iter(tasks.values())).round
@@ -103,13 +103,17 @@ class RoundSum:
             raise SumError(f"{len(sealed)} of the {session.threshold} clients sealed it")
         keys = {members[name]: said.key for name, (said, _) in sealed.items()}
         replies = self._train(session, members, sealed, downloads)
-        if len(replies) < session.threshold:
-            raise SumError(f"{len(replies)} of the {session.threshold} masked uploads came")
+        # What is opened is opened once: a round must be whole by it.
+        enough = max(session.threshold, self._config.participation.min_clients)
+        if len(replies) < enough:
+            raise SumError(f"{len(replies)} of the {enough} masked uploads came")
 
         # Open: what comes while others help to open it is not taken in.
         came, total = [members[name] for name in replies], self._total
         assert total is not None
         helped = self._open(session, members, list(replies), came)
+        if len(helped) < session.threshold:  # they will open it for nobody else: see _announce
+            self._keys.clear()
         plain = unmasked(session, keys, came, total, helped)
         mean = self._mean(plain, session, {name: downloads.get(name, {}) for name in replies})
         return with_mean(Answers(replies, self._absent, self._late), replies, mean)

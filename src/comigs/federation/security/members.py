@@ -48,7 +48,7 @@ class Members:
                 self._names = _by_key(json.loads(self._file.read_text(encoding="utf-8")))
                 self._read = (found.st_mtime_ns, found.st_ino)
         except FileNotFoundError:
-            self._names = {}
+            self._names, self._read = {}, (0, 0)
 
 
 def _by_key(clients: Mapping[str, Any]) -> dict[bytes, tuple[str, ec.EllipticCurvePublicKey]]:

@@ -30,6 +30,7 @@ from comigs.runs.checkpoint import as_os_error
 from comigs.runs.json_lines import parse_json
 
 MANIFEST = "comigs.json"
+NEEDED = {"format", "client", "base_fingerprint"}  # of it, to measure the export again
 ADVICE = "choose another place with --out"
 
 
@@ -37,7 +38,7 @@ ADVICE = "choose another place with --out"
 class Exported:
     """This record says what an export turned out to be.
 
-    path is where it lies. bytes is the size of all its files. base, personal and export are
+    path is where it lies. bytes is the size of the model's files. base, personal and export are
     perplexities on the same windows of valid, and tokens is how many tokens those have.
     difference is the largest one between a logit of the run's own model and of the export, as it
     is read back, on the first window. exact says whether it is meant to answer as the run does.
@@ -206,7 +207,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of an export. Raises UserError where it is none."""
     try:
         content = parse_json((folder / MANIFEST).read_bytes())
-        if isinstance(content, dict) and "format" in content and "client" in content:
+        if isinstance(content, dict) and content.keys() >= NEEDED:
             return content
     except (OSError, ValueError):
         pass

@@ -16,12 +16,22 @@ from comigs.personal.export.gguf_tensors import (
     read_into,
 )
 from comigs.personal.export.gguf_text import add_tokenizer, rule_of
+from comigs.text import listed
 
 FILE_TYPES = {
     "float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16",
     "q8_0": "MOSTLY_Q8_0", "q5_1": "MOSTLY_Q5_1", "q5_0": "MOSTLY_Q5_0", "q4_1": "MOSTLY_Q4_1",
     "q4_0": "MOSTLY_Q4_0",
 }  # fmt: skip
+
+
+def the_gguf(folder: Path) -> Path:
+    """Return the GGUF file of an export. Raises UserError where there is none, or another one."""
+    found = sorted(path.name for path in folder.glob("*.gguf"))
+    if len(found) != 1:
+        held = listed(found) if found else "none"
+        raise UserError(f"{folder}: must hold the export's one .gguf file, and holds {held}")
+    return folder / found[0]
 
 
 def require_gguf(model: Any, tokenizer: Any) -> None:

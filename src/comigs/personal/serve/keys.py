@@ -10,6 +10,7 @@ from pathlib import Path
 
 from comigs.config import read_toml
 from comigs.errors import UserError, nearest
+from comigs.text import listed
 
 SHORTEST = 20  # characters of a key; `secrets.token_urlsafe(32)` has 43
 
@@ -61,23 +62,24 @@ def read_keys(path: Path, models: Iterable[str]) -> Keys:
         if model not in served:
             raise UserError(
                 f'--keys: {path}: "{model}" is not served.{nearest(model, served)} '
-                f"Served: {_few(served)}"
+                f"Served: {listed(served)}"
             )
         if not isinstance(key, str) or len(key) < SHORTEST:
             raise UserError(
                 f'--keys: {path}: the key of "{model}" must be a text of {SHORTEST} characters '
                 "or more"
             )
+        # a header holds no others, and none at its ends
+        if not (key.isascii() and key.isprintable() and key == key.strip()):
+            raise UserError(
+                f'--keys: {path}: the key of "{model}" must be of letters, digits and signs of '
+                "ASCII, without a blank at either end"
+            )
     if missing := [model for model in served if model not in content]:
         raise UserError(
-            f"--keys: {path}: no key for {_few(missing)}; every model that is served needs one"
+            f"--keys: {path}: no key for {listed(missing)}; every model that is served needs one"
         )
     # A key that opened two models would let their owners use each other's.
     if len(set(content.values())) < len(content):
         raise UserError(f"--keys: {path}: two models have the same key; a key opens one model")
     return Keys(content)
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

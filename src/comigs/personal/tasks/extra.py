@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from comigs.config import Split
-from comigs.errors import UserError
 from comigs.runs.tasks import LONGEST
 
 
@@ -37,9 +35,3 @@ class OwnQuestions:
     limit: int | None = None
     longest: int = LONGEST
     shown: int = 0
-
-
-def require_extra(module: str) -> None:
-    """Raise UserError where a package of the extra is not installed."""
-    if find_spec(module) is None:
-        raise UserError(f"tasks: {module} is not installed; run: pip install 'comigs[tasks]'")

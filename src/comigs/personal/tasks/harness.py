@@ -89,7 +89,7 @@ def ask(
                 apply_chat_template=chat,
                 fewshot_as_multiturn=True,
             )
-        except (AssertionError, ValueError, KeyError, TypeError) as error:
+        except (AssertionError, ValueError, KeyError, TypeError, ArithmeticError) as error:
             words = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"--tasks: the harness gives up: {words[0]}") from None
     # The harness counts items of tasks only; a group has those of all its tasks.

@@ -113,6 +113,7 @@ def report_page(run: Run, routes: Sequence[Routes] = ()) -> str:
         uploaded=uploaded and f.size(uploaded),
         roles=tables.role_table(run),
         apart=tables.roles_apart(run),
+        summed=run.config.privacy.secure_aggregation,
         costs=tables.cost_table(run),
         environment=provenance.environment_table(run),
         data=provenance.data_table(run),

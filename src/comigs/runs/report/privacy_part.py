@@ -19,6 +19,8 @@ def privacy_note(run: Run) -> str:
         return ""
     # Epsilon is counted where noise is added: by the server for clients, by clients for documents.
     lines = run.ends if privacy.by_client else run.train
+    if not lines:
+        return ""  # nothing was sent yet
     spent = [line.epsilon for line in lines if line.epsilon is not None]
     if not spent:
         return f"Not private. {NOT_PRIVATE}"

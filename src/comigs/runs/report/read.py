@@ -93,7 +93,7 @@ def read_run(folder: str | Path) -> Run:
         raise UserError(f"{folder}: no such run folder")
     closed = ClosedFolder(folder)
     require_no_links(closed)
-    config = load_config(folder / "config.toml")
+    config = load_config(folder / "config.toml", own=False)
     metrics = folder / METRICS
     try:
         lines = read_lines(closed.read(METRICS), str(metrics))

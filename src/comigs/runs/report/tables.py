@@ -127,9 +127,9 @@ def _scores(of: ClientResult | Results) -> tuple[str, ...]:
 def cost_table(run: Run) -> Table:
     """Return one row per client: bytes over the whole run, and speed and memory.
 
-    A dash stands where speed and memory were not measured.
+    A dash stands where speed and memory were not measured. The time of all is the sum of theirs,
+    whether they worked at once or in turn.
     """
-    # Timings of a whole round, where there are some, say how long clients took together.
     r = results(run)
     rows = []
     for client in r.clients:
@@ -138,13 +138,13 @@ def cost_table(run: Run) -> Table:
         sent, received = f.size(client.uploaded_bytes), f.size(client.downloaded_bytes)
         time, peak = f.duration(_seconds(timings)), f.size(_peak(timings))
         rows.append((client.name, sent, received, time, speed, peak))
-    whole = [timing for timing in run.timings if timing.client is None]
+    # clients may have worked at once, so that all together have no speed
     last = (
         "all",
         f.size(sum(client.uploaded_bytes for client in r.clients)),
         f.size(sum(client.downloaded_bytes for client in r.clients)),
-        f.duration(_seconds(whole or run.timings)),
-        f.count(mean(timing.tokens_per_second for timing in whole)),
+        f.duration(_seconds(run.timings)),
+        f.NONE,
         f.size(_peak(run.timings)),
     )
     headers = ("client", "uploaded", "downloaded", "time", "tokens per second", "peak memory")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from comigs.personal.export.form import Format, Written
-from comigs.personal.export.gguf_file import read_gguf, require_gguf, write_gguf
+from comigs.personal.export.gguf_file import read_gguf, require_gguf, the_gguf, write_gguf
 from comigs.personal.export.gguf_text import notes_on
 from comigs.personal.export.outputs import outputs
 from comigs.personal.export.source import Source
@@ -28,7 +28,7 @@ def write(source: Source, folder: Path, type: str) -> Written:
 @contextmanager
 def read(source: Source, folder: Path) -> Iterator[Any]:
     """Give the file's numbers, dequantised, in the standard model."""
-    (path,) = folder.glob("*.gguf")
+    path = the_gguf(folder)
     yield read_gguf(path, standard_model(source, blank=source.mixing.routing == "token"))
 
 

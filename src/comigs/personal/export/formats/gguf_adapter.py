@@ -16,7 +16,7 @@ from comigs.personal.export.changes import changes, require_shareable
 from comigs.personal.export.form import Format, Written
 from comigs.personal.export.formats.gguf import in_python
 from comigs.personal.export.formats.gguf_base import file_name
-from comigs.personal.export.gguf_file import finish, require_gguf
+from comigs.personal.export.gguf_file import finish, require_gguf, the_gguf
 from comigs.personal.export.gguf_tensors import TYPES, Place, architecture_of, places, to_pairs
 from comigs.personal.export.outputs import outputs
 from comigs.personal.export.source import Source
@@ -62,7 +62,7 @@ def _add(writer: Any, place: Place, side: str, tensor: Tensor, type: str) -> Non
 @contextmanager
 def read(source: Source, folder: Path) -> Iterator[Any]:
     """Give the blank model in float32, with the file's LoRA added to its matrices."""
-    (path,) = folder.glob("*.gguf")
+    path = the_gguf(folder)
     model = standard_model(source, blank=True, shared=True)
     state, found = model.state_dict(), {}
     for tensor in gguf.GGUFReader(path).tensors:

@@ -14,7 +14,7 @@ from typing import Any
 from comigs.personal.export.changes import require_shareable
 from comigs.personal.export.form import Format, Written
 from comigs.personal.export.formats.gguf import in_python
-from comigs.personal.export.gguf_file import read_gguf, require_gguf, write_gguf
+from comigs.personal.export.gguf_file import read_gguf, require_gguf, the_gguf, write_gguf
 from comigs.personal.export.gguf_text import notes_on
 from comigs.personal.export.outputs import outputs
 from comigs.personal.export.source import Source
@@ -46,7 +46,7 @@ def write(source: Source, folder: Path, type: str) -> Written:
 @contextmanager
 def read(source: Source, folder: Path) -> Iterator[Any]:
     """Give the file's base, with the client's changes on it in float32."""
-    (path,) = folder.glob("*.gguf")
+    path = the_gguf(folder)
     blank, own = (
         standard_model(source, blank=True, shared=True),
         standard_model(source, shared=True),
