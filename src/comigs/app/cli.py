@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from comigs.app import cli_experiments, cli_federation, cli_personal, cli_serving
-from comigs.app.cli_personal import AllowCode, Cache, RunPath
+from comigs.app.cli_options import AllowCode, Cache, ConfigFile, Quiet, RunPath, Set
 from comigs.app.exit import exit_code, finish
 from comigs.errors import UserError
 
@@ -33,17 +33,6 @@ app = typer.Typer(
     "each ends with its own.",
     epilog="Start with: comigs run configs/quickstart.toml",
 )
-
-ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A TOML file; configs/quickstart.toml is one.")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a field, as client.steps=20. Repeatable."
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")]
 
 
 def _show_version(wanted: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from comigs.app.cli_personal import AllowCode, Cache
+from comigs.app.cli_options import AllowCode, Cache, Quiet, Set
 from comigs.errors import UserError, require_extra
 from comigs.text import plural
 
@@ -169,13 +169,8 @@ def audit(
     out: Annotated[
         Path | None, typer.Option(help="New run folder. Default: the next free runs/NAME-audit.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a field, as client.steps=20. Repeatable."
-        ),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")] = False,
+    overrides: Set = None,
+    quiet: Quiet = False,
 ) -> None:
     """Run a config with made-up documents in it, and guess from its models which were in.
 

@@ -10,26 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from comigs.app.cli_options import AllowCode, Cache, RunPath
 from comigs.errors import UserError, require_finite, require_utf8
 from comigs.text import harmless
 
 if TYPE_CHECKING:
     from comigs.runs.tasks import Tasks
-
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-AllowCode = Annotated[
-    bool,
-    typer.Option(
-        "--allow-code", help="Import the run's method where it is a module of whoever made the run."
-    ),
-]
-Cache = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Where your tokens go. Default: where the run had yours, else .cache/comigs.",
-    ),
-]
 
 
 def evaluate(

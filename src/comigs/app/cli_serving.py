@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from comigs.app.cli_personal import AllowCode, RunPath
+from comigs.app.cli_options import AllowCode, RunPath
 from comigs.errors import UserError, require_extra, require_finite, require_utf8
 
 LONGEST = 86400  # seconds that a request may be allowed: a day

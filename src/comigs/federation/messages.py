@@ -112,6 +112,11 @@ class Request(Head):
         """The task as rounds know it."""
         return Task(self.round, self.train, self.evaluate, self.evaluate_base, self.prior)
 
+    @property
+    def session(self) -> str:
+        """The session that an upload is masked for; "" where there is none."""
+        return self.sum.session if self.sum is not None else ""
+
 
 class Answered(Head):
     """A device answers an exchange so. trained: the tensors are its upload. metrics, timing: as in

@@ -74,12 +74,12 @@ def common_folder(paths: Sequence[Path]) -> Path:
     them belongs.
     """
     common = Path(os.path.commonpath([os.path.abspath(path) for path in paths]))
-    if is_run(common):
+    if has_begun(common):
         common = common.parent
     return Path(os.path.relpath(common)) if common.is_relative_to(Path.cwd()) else common
 
 
-def is_run(folder: Path) -> bool:
+def has_begun(folder: Path) -> bool:
     """Return whether a run has started here."""
     return (folder / "config.toml").is_file() and (folder / "metrics.jsonl").is_file()
 
@@ -95,7 +95,7 @@ def _run_folders(path: Path) -> tuple[list[Path], list[Path]]:
         if is_packed(folder):
             homes.append(folder)
         # Nothing is in a run but the run, and a run that is being made is hidden.
-        if is_run(folder):
+        if has_begun(folder):
             runs.append(folder)
             inside.clear()
         inside[:] = sorted(name for name in inside if not name.startswith("."))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comigs.errors import UserError
-from comigs.experiments.compare.discover import SWEEP, common_folder, find_runs, is_run
+from comigs.experiments.compare.discover import SWEEP, common_folder, find_runs, has_begun
 from comigs.experiments.packed import write_packed
 from comigs.experiments.sweep.spec import read_sweep, to_toml
 from comigs.files import command, write_whole
@@ -23,7 +23,7 @@ def pack_runs(paths: Sequence[Path], out: Path | None = None) -> tuple[Path, int
     if unfinished:
         folder = unfinished[0].folder
         raise UserError(f"{folder}: not finished; go on with: {command('resume', folder)}")
-    home = paths[0] if len(paths) == 1 and is_run(paths[0]) else common_folder(paths)
+    home = paths[0] if len(paths) == 1 and has_begun(paths[0]) else common_folder(paths)
     folder = out or home
     write_packed(runs, home, folder)
     # A sweep's axes, their order and its baseline are in its file, whose paths are relative.

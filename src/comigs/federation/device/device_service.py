@@ -266,7 +266,7 @@ class Trainer:
             round=request.round,
             trained=request.train,
             **messages.leaving(run.config, reply.metrics, reply.timing),
-            session=request.sum.session if request.sum is not None else "",
+            session=request.session,
         )
         raw = wire.pack(head, sent)
         with refusing("disk"):

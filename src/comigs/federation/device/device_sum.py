@@ -148,7 +148,7 @@ class DeviceSum:
         """
         head, _ = self._run.last_answer()
         masked = self.mask(request, tensors, upload, download)
-        raw = wire.pack(head.model_copy(update={"session": session_of(request)}), masked)
+        raw = wire.pack(head.model_copy(update={"session": request.session}), masked)
         self._run.say_instead(raw)
         return raw
 
@@ -236,8 +236,3 @@ def identity(home: Path) -> PrivateKey:
     if not file.exists():
         write_private(file, new_seed().hex())
     return private_key(bytes.fromhex(file.read_text(encoding="utf-8")))
-
-
-def session_of(request: Request) -> str:
-    """Return the session that a request's upload is masked for; "" where there is none."""
-    return request.sum.session if request.sum is not None else ""
