@@ -5,6 +5,7 @@ text.
 from __future__ import annotations
 
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -201,3 +202,11 @@ def one_thread() -> Iterator[None]:
     """One thread in every test, whatever a run in the test before set."""
     torch.set_num_threads(1)
     yield
+
+
+def until(true, seconds=60):
+    """Wait until it is true, and not for ever."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)

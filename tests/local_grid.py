@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
@@ -36,6 +35,7 @@ from comigs.federation.flower.supernode import reply_to
 from comigs.runs.environment import environment
 from comigs.runs.folder import RunFolder
 from comigs.server.dispatch import Polling
+from tests.conftest import until
 
 FIRST_NODE = 1000
 ONE = threading.Lock()
@@ -195,8 +195,7 @@ class Federation:
             daemon=True,
         )
         serve.start()
-        while not socket.exists():
-            time.sleep(0.001)
+        until(socket.exists)
         return trainer
 
     def grid(self) -> LocalGrid:

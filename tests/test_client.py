@@ -191,10 +191,10 @@ def test_a_clients_batches_do_not_depend_on_who_else_takes_part(tmp_path):
     few, many = run_config(tmp_path, "bob"), run_config(tmp_path, "ada bob cyd")
     alone, in_company = start_engine(few).clients["bob"], start_engine(many).clients["bob"]
     in_company.evaluate("test")
-    for split, number in (("train", 0), ("train", 5), ("valid", 0)):
+    for level, number in (("experts", 0), ("experts", 5), ("router", 0)):
         for a, b in zip(
-            alone._next_batch(split, number)[:2],
-            in_company._next_batch(split, number)[:2],
+            alone._next_batch(level, number)[:2],
+            in_company._next_batch(level, number)[:2],
             strict=True,
         ):
             assert (a == b).all()
@@ -217,7 +217,7 @@ def test_batches_differ_by_seed_split_and_number(tmp_path):
 def test_two_clients_with_the_same_text_draw_different_batches(tmp_path):
     ada, bob = (client_of(tmp_path, name) for name in ("ada", "bob"))
     bob.data = ada.data
-    assert (ada._next_batch("train", 0)[0] != bob._next_batch("train", 0)[0]).any()
+    assert (ada._next_batch("experts", 0)[0] != bob._next_batch("experts", 0)[0]).any()
 
 
 def test_a_loss_that_is_not_finite_is_told_as_one_line_with_client_round_and_batch(tmp_path):

@@ -469,11 +469,18 @@ def test_who_is_late_adds_no_update_twice(runs, method):
     assert lines(stopped) == lines(folder)
 
 
-def test_the_speed_of_this_machine_is_measured_once(runs):
+def test_the_speed_of_this_machine_is_measured_once(runs, monkeypatch):
     folder = runs("speed", "ada bob", conditions={"speed": 0.5}, rounds=1)
     machine = folder.config().conditions.machine
     attempt, _ = lines(folder, "attempt")
     assert machine > 0 and attempt["ended"] >= 2 * attempt["tokens"] / machine
+    speed = {"conditions": {"speed": 0.5}, "rounds": 2}
+    stopped = stopped_after(1, runs.root, "speed-stopped", "ada bob", **speed)
+    machine = stopped.config().conditions.machine
+    monkeypatch.setattr("comigs.app.dry_run.with_machine", None)
+    api.resume(stopped.path)
+    ended = [line for line in lines(stopped, "attempt") if line["round"] == 2]
+    assert stopped.config().conditions.machine == machine and len(ended) == 2
 
 
 def test_the_report_has_a_timeline_and_a_comparison_hours_and_work_lost(runs, tmp_path):

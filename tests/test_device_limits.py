@@ -370,6 +370,7 @@ def test_what_is_the_owners_cannot_be_set(poor):
 def test_rounds_that_a_run_does_not_have_are_refused(poor, changes):
     given = {"after": 0, "since": 0, "train": True}
     assert poor.refused(**{**given, **changes}) == "refused"
+    assert "the server asked for round" in poor.said[-1]
 
 
 @pytest.mark.parametrize("field", ["round", "after", "since", "probed"])

@@ -393,16 +393,30 @@ def test_the_app_is_the_same_bundle_wherever_it_is_built():
     assert flwr_cli.app_hash() == flwr_cli.app_hash()
 
 
+def test_the_app_is_what_devices_have_pinned():
+    """Whatever changes it keeps out every device that was ever invited."""
+    text = json.dumps(flwr_cli.APP, sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest() == (
+        "90cb7a1f1819e5e5f42bf45ffa3ab11ce6c59c420f0afa2bd7396b3a6da09522"
+    )
+
+
 def test_flower_runs_quietly_with_its_own_home_only(tmp_path, monkeypatch):
     monkeypatch.setenv("FLWR_OIDC_ENABLED", "1")
     monkeypatch.setenv("FLWR_HOME", "/elsewhere")
     monkeypatch.setenv("NO_PROXY", "a.example")
     environment = flwr_cli.environment(tmp_path)
     ours = {key for key in environment if key.startswith("FLWR_")}
-    assert ours == {key for key in flwr_cli.QUIET if key.startswith("FLWR_")} | {"FLWR_HOME"}
-    assert (
-        environment["FLWR_HOME"] == str(tmp_path) and environment["FLWR_TELEMETRY_ENABLED"] == "0"
-    )
+    quiet = {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    assert quiet.items() <= environment.items()
+    assert ours == {key for key in quiet if key.startswith("FLWR_")} | {"FLWR_HOME"}
+    assert environment["FLWR_HOME"] == str(tmp_path)
     assert environment["NO_PROXY"] == "a.example,127.0.0.1,localhost"
 
 

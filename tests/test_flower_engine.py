@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -27,7 +26,7 @@ from comigs.federation.messages import ANSWERS, REQUESTS, Refusal
 from comigs.runs.folder import RunFolder
 from comigs.server import wire
 from comigs.slots import SPELLING, Slot
-from tests.conftest import WORDS, run_config, same
+from tests.conftest import WORDS, run_config, same, until
 from tests.local_grid import FIRST_NODE, Federation, TestTrainer, events
 
 NAMES = ("ada", "bob")
@@ -89,13 +88,6 @@ def around(round, do):
 
     with patch.object(Flower, "exchange", exchange):
         yield
-
-
-def until(true, seconds=60):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.005)
 
 
 def absent(out):

@@ -90,6 +90,14 @@ def asked(folder, link, call, key=PRIVATE):
     return asyncio.run(run())
 
 
+def test_nothing_but_what_devices_call_is_on_the_list():
+    assert set(CALLS) == {
+        *("activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages"),
+        *("push-messages", "get-run", "get-fab", "push-object", "pull-object"),
+        "confirm-message-received",
+    }
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_what_a_device_needs_goes_through_unchanged(folder, name):
     link = Link()

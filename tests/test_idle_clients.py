@@ -146,7 +146,7 @@ def test_a_run_with_idle_clients_that_is_killed_and_resumed_equals_one_that_was_
     whole = outcome(api.run(config, tmp_path / "whole").path)
     for number, touch in enumerate((40, 80)):
         path = tmp_path / str(number)
-        killed_at(touch, path, lambda: api.run(config, path))  # noqa: B023
+        assert killed_at(touch, path, lambda: api.run(config, path))  # noqa: B023
         if path.exists():
             api.resume(path)
         else:

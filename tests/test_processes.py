@@ -18,6 +18,7 @@ import pytest
 
 from comigs.errors import UserError
 from comigs.processes import Child, interrupts, is_locked, locked
+from tests.conftest import until
 from tests.kills import begin
 from tests.runs import copied_run, refused
 
@@ -74,8 +75,7 @@ def test_a_lock_file_keeps_what_it_holds_and_is_let_go_by_a_killed_process(tmp_p
             signal.pause()
 
     child = begin(work)
-    while not ready.exists():
-        time.sleep(0.01)
+    until(ready.exists)
     assert is_locked(file)
     with pytest.raises(UserError, match=r"^taken$"), locked(file, "taken"):
         pass

@@ -26,6 +26,12 @@ COMMANDS = {
     "routes": ("--client", "ann"),
     "generate": ("--client", "ann", "--prompt", "the cat"),
 }
+USES = {
+    "chat": ("--client", "ann"),
+    "serve": (),
+    "export": ("--client", "ann", "--out", "out"),
+    "compare": (),
+}
 TEXTS = ("config.toml", "env.json", METRICS, TIMINGS, "checkpoint.json", "summary.json")
 PAGES = (
     "report.html", "audit.json", "audit.html", ".lock", ".run-id", ".progress.jsonl",
@@ -132,14 +138,15 @@ def test_a_link_in_a_run_leads_no_command_out_of_it(tmp_path, capsys, run, comma
 
 
 @pytest.mark.parametrize("name", ["checkpoint.json", "summary.json", "clients/ann", "report.html"])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS | USES)
 def test_nor_does_a_link_in_a_finished_run(tmp_path, capsys, monkeypatch, command, name):
     monkeypatch.chdir(tmp_path)
     run, victims = received(finished() / "run", tmp_path / "run"), tmp_path / "victims"
     link_outside(run, name, victims)
     before = everything_below(victims)
-    done = comigs(capsys, command, run, *COMMANDS[command])
-    assert everything_below(victims) == before and done.code in (0, 2)
+    done = comigs(capsys, command, run, *(COMMANDS | USES)[command])
+    assert everything_below(victims) == before
+    assert done.code == 2 and f"error: {run / name}: a symbolic link" in done.err
 
 
 @pytest.mark.parametrize("name", ["runs.csv", "compare"])

@@ -31,6 +31,7 @@ from comigs.federation.flower import supernode
 from comigs.federation.flower.grid import WHOLE, envelope, opened
 from comigs.federation.security import pki
 from comigs.federation.security.gateway import PIECE, SMALL
+from tests.conftest import until
 from tests.local_grid import everything
 
 DEAD, RUNNING, NODE, APP = 1, 2, 7, b"the app that was pinned"
@@ -116,8 +117,7 @@ def trainer(tmp_path_factory):
     socket = tmp_path_factory.mktemp("t") / "trainer"
     words = (socket, trainer_socket.key_beside(socket), lambda raw: b"yes, " + raw)
     threading.Thread(target=trainer_socket.serve, args=words, daemon=True).start()
-    while not socket.exists():
-        pass
+    until(socket.exists)
     return socket
 
 

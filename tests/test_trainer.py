@@ -369,7 +369,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(setting, tmp_pat
     other = Setting(tmp_path, "other")
     expected = [upload_of(other.trainer.answer(other.request(round))) for round in (1, 2)]
     setting.ask(1)
-    killed_at(touch, setting.folder, lambda: setting.trainer.answer(setting.request(2)))
+    assert killed_at(touch, setting.folder, lambda: setting.trainer.answer(setting.request(2)))
     setting.trainer = setting.restarted()
     answered = setting.trainer.answer(setting.request(2))
     assert upload_of(answered) == expected[1]
