@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from comigs.app.inventory import inventory
 from comigs.config import parse_config
 from comigs.methods.loading import list_methods
 
@@ -64,6 +65,18 @@ def test_make_targets_named_are_there():
 def test_every_link_into_the_repository_leads_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_bytes_of_each_method_are_what_comigs_list_says():
+    row = r"^\| `([a-z-]+)` \|.* (\d\S*)(?: (kB|MB))? / (\d\S*) (kB|MB) \|"
+    said = {name: words for name, *words in re.findall(row, README, flags=re.MULTILINE)}
+    assert len(said) == len(list_methods()) - 2  # local sends nothing, centralized the text
+    for name, *_, up, down in inventory()["methods"].rows:
+        if name in said:
+            sent, unit, received, other = said[name]
+            for number, of, counted in ((sent, unit or other, up), (received, other, down)):
+                exact, found = counted.split()
+                assert (found, float(number)) == (of, pytest.approx(float(exact), rel=2e-3)), name
 
 
 def test_method_table_lists_every_method_once():

@@ -135,6 +135,12 @@ def test_what_is_no_request_is_an_error_in_openais_shape(server, body, headers, 
     assert content["error"]["code"] == code and content["error"]["message"]
 
 
+def test_a_body_that_never_comes_is_given_up(server, monkeypatch):
+    monkeypatch.setattr("comigs.personal.serve.app.BODY_SECONDS", 0.2)
+    status, content = answer_to(raw_request(server, b"x", **{"Content-Length": "100"}))
+    assert status == 408 and "must arrive within 0.2 seconds" in content["error"]["message"]
+
+
 def test_unknown_paths_and_methods_answer_json(server):
     import httpx
 

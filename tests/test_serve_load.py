@@ -13,7 +13,7 @@ import pytest
 
 from comigs.personal.serve.answers import Bounds
 from comigs.personal.serve.scheduler import Limits
-from tests.conftest import tiny
+from tests.conftest import tiny, until
 from tests.serving import HELLO, NAMES, ask, clients_on, raw_request, serving, word_base
 
 
@@ -44,8 +44,7 @@ def test_too_many_are_told_to_come_back():
         next(iter(first))
         queued = threading.Thread(target=lambda: ask(server.client(), max_tokens=1))
         queued.start()
-        while server.scheduler.load() != (1, 1):
-            time.sleep(0.01)
+        until(lambda: server.scheduler.load() == (1, 1))
         with pytest.raises(openai.RateLimitError) as refused:
             ask(server.client())
         assert refused.value.code == "queue_full"
@@ -66,8 +65,7 @@ def test_who_goes_away_frees_the_row():
             {"model": "run/bob", "prompt": [1, 2], "max_tokens": 4000, "temperature": 0}
         ).encode()
         whole = raw_request(server, body)  # waits for its answer
-        while server.scheduler.load() != (2, 0):
-            time.sleep(0.01)
+        until(lambda: server.scheduler.load() == (2, 0))
         stream.close()
         whole.close()
         assert server.idle(2)
@@ -112,9 +110,10 @@ def test_a_slow_reader_holds_up_nobody_and_is_left_in_the_end():
 def test_a_request_that_takes_too_long_is_ended(stream):
     base = word_base(window=4096)
     with serving(base, clients_on(base), bounds=Bounds(4096, seconds=0.3)) as server:
+        client = server.client(max_retries=2)
         began = time.monotonic()
         with pytest.raises(openai.APIError, match="longer than this server allows") as failed:
-            list(ask(server.client(max_retries=2), stream=stream, max_tokens=4000))
+            list(ask(client, stream=stream, max_tokens=4000))
         assert 0.3 <= time.monotonic() - began < 2  # and it is not asked for again
         assert stream or failed.value.code == "timeout"
         assert server.idle()
