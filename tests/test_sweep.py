@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -155,6 +156,21 @@ def test_every_run_is_as_if_run_by_hand_and_is_not_run_again(sweep, capsys):
         capsys, "sweep", "runs/main/sweep.toml", "--dry-run"
     )  # its paths mean the same from there
     assert copied.out.splitlines()[0] == "4 runs in runs/main: 4 done"
+
+
+def test_runs_of_machines_that_compute_in_other_numbers_are_told_apart(sweep, capsys):
+    """As on a machine with bfloat16 and one without: the second is a file's word here."""
+    edit(Path("tiny.toml"), 'dtype = "float32"', 'dtype = "auto"')
+    comigs(capsys, "sweep", sweep)
+    run, gone = (Path(f"runs/main/{label}") for label in LABELS[:2])
+    here = tomllib.loads((run / "config.toml").read_text())["base"]["dtype"]
+    [other] = {"bfloat16", "float32"} - {here}
+    edit(run / "config.toml", f'dtype = "{here}"', f'dtype = "{other}"')
+    shutil.rmtree(gone)
+    said = comigs(capsys, "sweep", sweep)
+    assert said.code == 0, said
+    note = f'note: base.dtype = "auto" came to {other} in 1 run and {here} in 3 runs, whose bases'
+    assert said.out.count(note) == 1
 
 
 def test_runs_made_by_hand_are_taken_over(sweep, capsys):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 from comigs import text as f
 from comigs.experiments.sweep.eta import Eta
@@ -29,6 +29,7 @@ class Progress:
         self.running: list[tuple[Run, Command]] = []
         self.waiting = deque(run for run in plan.runs if not self.states[run.label].finished)
         self.width = max(len(run.label) for run in plan.runs)
+        self.told_types = False
         self.eta = Eta()
         for run in plan.runs:
             self.eta.learn(run, self.states[run.label], here=False)
@@ -98,3 +99,19 @@ class Progress:
         if (self.waiting or self.running) and (left := self.left()):
             parts.append(f"left {left}")
         self.say("  ".join(parts))
+        self._tell_types_apart()
+
+    def _tell_types_apart(self) -> None:
+        """Say once that runs whose configs leave it open compute in different types of number."""
+        types: Counter[str] = Counter()
+        for run in self.plan.runs:
+            state = self.states[run.label]
+            if run.config.base.dtype == "auto" and state.finished and state.dtype is not None:
+                types[state.dtype] += 1
+        if len(types) > 1 and not self.told_types:
+            counts = [f"{type} in {f.plural(number, 'run')}" for type, number in types.items()]
+            self.say(
+                f'note: base.dtype = "auto" came to {f.listed(counts)}, whose bases differ to '
+                "comigs compare; give base.dtype to have one"
+            )
+            self.told_types = True

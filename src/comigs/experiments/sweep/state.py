@@ -40,7 +40,7 @@ class RunState:
     """A state says how far a run is.
 
     round: the last whole one. seconds: of all clients' training and measuring up to there.
-    perplexity: of a finished run, the clients' mean on test.
+    perplexity: of a finished run, the clients' mean on test. dtype: of its base.
     """
 
     round: int = 0
@@ -48,6 +48,7 @@ class RunState:
     finished: bool = False
     seconds: float = 0.0
     perplexity: float | None = None
+    dtype: str | None = None
 
     @property
     def word(self) -> str:
@@ -103,7 +104,8 @@ def _packed_state(run: RunData) -> RunState:
     seconds = sum(row["seconds"] or 0.0 for row in run.rounds)
     scores = [row["test_perplexity"] for row in run.clients if row["test_perplexity"] is not None]
     perplexity = fmean(scores) if scores else None
-    return RunState(run.config.rounds, True, True, seconds, perplexity)
+    dtype = run.config.base.dtype
+    return RunState(run.config.rounds, True, True, seconds, perplexity, dtype)
 
 
 def state_of(path: Path) -> RunState:
@@ -111,13 +113,14 @@ def state_of(path: Path) -> RunState:
 
     Raises UserError where it is damaged, or no run.
     """
-    folder = RunFolder.open(path)
+    folder = RunFolder.open(path, Reader(allow_code=True))  # which imports no code
     last = folder.checkpoint()
     finished = last.finished and folder.files.has("summary.json")
     seconds, perplexity = _seconds(folder.files, last.timings_bytes), None
     if finished:
         perplexity = folder.summary().mean.test.perplexity
-    return RunState(last.round, True, finished, seconds, perplexity)
+    dtype = folder.config().base.dtype
+    return RunState(last.round, True, finished, seconds, perplexity, dtype)
 
 
 def busy(path: Path) -> bool:
