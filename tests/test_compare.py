@@ -123,6 +123,19 @@ def test_what_was_measured_of_a_machine_makes_no_setting(tmp_path: Path) -> None
             [{"client": {"lr": 1e-3}}, {"client": {"lr": 1e-3, "router_lr": 1e-3}}],
             ["router_lr=none", "router_lr=0.001"],
         ),
+        (
+            [
+                {"conditions": {"upload": 1e6, "download": 4e6, "latency": latency, **both}}
+                for latency, both in ((0.1, {"on": 9, "off": 9}), (0.2, {"on": 9, "off": 9}))
+            ]
+            + [{}, {"conditions": {"upload": 1e5, "dropout": 0.5}}],
+            [
+                "comigs",
+                "upload=100000, dropout=0.5",
+                "upload=1000000, download=4000000, latency=0.1, …",
+                "upload=1000000, download=4000000, latency=0.2, …",
+            ],
+        ),
     ],
 )
 def test_settings_are_called_by_what_sets_them_apart(

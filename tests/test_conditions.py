@@ -23,7 +23,7 @@ from comigs.runs.metrics import RoundEnd
 from comigs.runs.simulated import Exchange, round_times
 from comigs.server.dispatch import Dispatcher, Polling, Question
 from comigs.server.protocol import Reply, Task
-from comigs.text import duration
+from comigs.text import NONE, duration, percent, perplexity
 from tests.conftest import run_config
 from tests.test_missing_clients import run as run_losing
 
@@ -107,7 +107,7 @@ def test_one_client_more_changes_nobody_elses_weather():
     }
     few, many = weather("ada bob", **given), weather("zoe ada dan bob", **given)
     for name in ("ada", "bob"):
-        assert few.group(name) == many.group(name)
+        assert few.of(name) == many.of(name)
         for round in (1, 2):
             assert few.link(name, round, 0) == many.link(name, round, 0)
             assert few.link(name, round, 0) != few.link(name, round, 1)
@@ -235,8 +235,8 @@ def test_conditions_that_lead_back_to_themselves_are_refused(tmp_path):
 
 def test_groups_have_their_share_and_chains_their_means():
     names = " ".join(f"c{number}" for number in range(2000))
-    one = weather(names, on=30, off=10, groups={"some": {"share": 0.3}})
-    assert abs(np.mean([one.group(name) == "some" for name in names.split()]) - 0.3) < 0.03
+    one = weather(names, on=30, off=10, groups={"some": {"share": 0.3, "dropout": 0.1}})
+    assert abs(np.mean([one.of(name).dropout == 0.1 for name in names.split()]) - 0.3) < 0.03
     there, switches = [], []
     for name in names.split()[:200]:
         chain = one.availability(name)
@@ -533,6 +533,37 @@ def test_the_report_has_a_timeline_and_a_comparison_hours_and_work_lost(runs, tm
     written = write_comparison(compared, tmp_path / "out")
     assert any(path.name == "by-hours.svg" for path in written)
     assert "Against simulated hours" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_the_report_says_what_each_group_did_and_came_to(runs):
+    from comigs.runs.report.groups_table import groups_table
+    from comigs.runs.report.page import report_page
+    from comigs.runs.report.read import read_run
+
+    groups = {
+        "lossy": {"share": 0.5, "dropout": 0.6},
+        "nobody": {"share": 1e-9, "dropout": 0.9},
+    }
+    conditions = {"tokens_per_second": 100, "groups": groups}
+    folder = runs("groups", "ada bob cyd dan", conditions=conditions, rounds=4, seed=3)
+    read = read_run(folder.path)
+    lossy = {a.client for a in read.attempts if a.lost is not None}
+    firm = set(read.clients) - lossy
+    table = groups_table(read)
+    assert [row[:2] for row in table.rows] == [("lossy", str(len(lossy))), (NONE, str(len(firm)))]
+    assert '<th scope="row">lossy</th>' in report_page(read)
+    for row, names in zip(table.rows, (lossy, firm), strict=True):
+        took_part = [sum(line.client == name for line in read.train) for name in names]
+        assert row[2] == f"{np.median(took_part):g} ({min(took_part)} to {max(took_part)})"
+        tried = sum(a.tokens for a in read.attempts if a.client in names)
+        came = sum(t.local_tokens + t.router_tokens for t in read.train if t.client in names)
+        assert row[3] == f"{100 * (1 - came / tried):.1f} %"
+        scores = [read.summary.clients[name] for name in names]
+        base = np.mean([score.base_test.perplexity for score in scores])
+        own = np.mean([score.test.perplexity for score in scores])
+        assert row[4:6] == (perplexity(base), perplexity(own))
+        assert row[6] == percent(1 - own / base)
+    assert groups_table(read_run(runs.rough.path)) is None
 
 
 def test_a_round_that_was_asked_again_is_one_round_and_the_console_says_its_time(capsys):

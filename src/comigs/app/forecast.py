@@ -17,7 +17,6 @@ from comigs.data.prepare import Texts
 from comigs.engines.conditions.availability import TraceEnds
 from comigs.engines.conditions.counting import Counting
 from comigs.engines.conditions.engine import Conditions
-from comigs.engines.conditions.weather import Weather
 from comigs.errors import UserError
 from comigs.methods.loading import load_method
 from comigs.methods.method import Method
@@ -99,9 +98,8 @@ def forecast_lines(
     rounds = [times[name] for name in config.names]
     lost = work_lost(run) or 0.0
     members: dict[str, list[str]] = {}
-    weather = Weather(config)
     for name in config.names:
-        if (group := weather.group(name)) is not None:
+        if (group := config.conditions.group_of(name, config.seed)) is not None:
             members.setdefault(group, []).append(name)
     return [
         *(f"group {group}: {listed(names)}" for group, names in members.items()),

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from comigs.config.sections import Section
 from comigs.config.trace import read_trace
+from comigs.seeds import generator
 
 EITHER = (  # of these figures, one level's replace those of a more general one together
     ("tokens_per_second", "speed"),
@@ -199,6 +200,15 @@ class ConditionsSection(Condition):
     def given(self) -> bool:
         """Whether anything is to be simulated."""
         return any(merged([condition]) != Condition() for condition in self.everyone())
+
+    def group_of(self, client: str, seed: int) -> str | None:
+        """Return the name of the group that a client is drawn into, by its name; None for none."""
+        point = generator(seed, "conditions", "group", client).random()
+        for name, group in self.groups.items():
+            point -= group.share
+            if point < 0:
+                return name
+        return None
 
     def everyone(self) -> list[Condition]:
         """Return the figures for all, of every group and of every client."""

@@ -46,21 +46,12 @@ class Weather:
     def _of(self, client: str) -> Condition:
         """Return the figures of a client, whose group is drawn by its name."""
         everyone, *_ = self._config.everyone()
-        levels, group = [everyone], self.group(client)
+        levels, group = [everyone], self._config.group_of(client, self._seed)
         if group is not None:
             levels.append(self._config.groups[group])
         if client in self._config.clients:
             levels.append(self._config.clients[client])
         return merged(levels)
-
-    def group(self, client: str) -> str | None:
-        """Return the name of a client's group, or None."""
-        point = self._random("group", client).random()
-        for name, group in self._config.groups.items():
-            point -= group.share
-            if point < 0:
-                return name
-        return None
 
     def _availability(self, client: str) -> Availability:
         return Availability(self.of(client), self._seed, client)

@@ -18,6 +18,8 @@ from comigs.experiments.compare.discover import Found
 from comigs.experiments.compare.fields import DATA, Fields, fields_of, in_words, varying, words
 from comigs.experiments.run_data import RunData
 
+LONGEST = 3  # fields of a config that a name says
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -213,14 +215,28 @@ def _setting_names(
         if len(apart) > 1:
             usual = fields_of(Config(clients=g.config.clients))
             apart = [n for n in apart if fields.at[number, n] != words(usual.get(n))]
+        # A long name says what it takes to know a setting; the table of settings says all.
+        enough = _enough(fields.loc[alike, apart]) if len(apart) > LONGEST else apart
         parts = [first[number]]
-        for name in apart:
+        for name in enough:
             # Fields of two sections may have one name.
             last = name.rpartition(".")[2]
             shown = last if short.count(last) == 1 else name
             parts.append(f"{shown}={fields.at[number, name]}")
+        if len(enough) < len(apart):
+            parts.append("…")
         names.append(", ".join(filter(None, parts)) or g.config.method)
     return names
+
+
+def _enough(fields: pd.DataFrame) -> list[str]:
+    """Return the first columns that tell all rows apart that the whole table does."""
+    kinds = len(fields.drop_duplicates())
+    columns = list(fields)
+    number = 1
+    while len(fields[columns[:number]].drop_duplicates()) < kinds:
+        number += 1
+    return columns[:number]
 
 
 def _dataset_names(datasets: Sequence[Sequence[_Group]], places: pd.DataFrame) -> list[str]:

@@ -17,6 +17,7 @@ from comigs.files import write_whole, writing
 from comigs.runs.report import plots, provenance, tables
 from comigs.runs.report.curves import MAX_PANELS, Curve, drift_points, loss_curves, share_curves
 from comigs.runs.report.diagnostics import diagnoses
+from comigs.runs.report.groups_table import groups_table
 from comigs.runs.report.kept_models import kept_table
 from comigs.runs.report.privacy_part import privacy_note, privacy_table
 from comigs.runs.report.read import Run, read_run
@@ -133,6 +134,7 @@ def _pictures(run: Run) -> dict[str, Any]:
         "share_clients": [],
         "drift_plot": None,
         "timeline": None,
+        "groups": groups_table(run),
         "took": "",
         "work_lost": None,
     }

@@ -95,7 +95,7 @@ def results(run: Run) -> Results:
 
     # Means over different clients would compare nothing, so both are of those that have both.
     both = [client for client in clients if client.gain is not None] or clients
-    base, personal = _mean([c.base for c in both]), _mean([c.personal for c in both])
+    base, personal = mean_score([c.base for c in both]), mean_score([c.personal for c in both])
     return Results("valid", run.last_round, asked, clients, base, personal)
 
 
@@ -149,7 +149,8 @@ def _latest(run: Run, name: str, split: str, model: str) -> Score:
     return max(found, key=lambda line: line.round).score if found else Score()
 
 
-def _mean(scores: list[Score]) -> Score:
+def mean_score(scores: list[Score]) -> Score:
+    """Return the mean of each figure of several scores, over those that have it."""
     return Score(
         nats_per_token=mean(score.nats_per_token for score in scores),
         perplexity=mean(score.perplexity for score in scores),

@@ -5,6 +5,7 @@ Nothing is drawn here.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal
@@ -90,21 +91,29 @@ def took(run: Run) -> str:
     return f"{usual} at the median, {duration(min(seconds))} to {duration(max(seconds))}"
 
 
-def work_lost(run: Run) -> float | None:
-    """Return the share of the tokens trained on that came to nothing; None where there are none."""
-    worked, counted = worked_tokens(run)
+def work_lost(run: Run, clients: Collection[str] | None = None) -> float | None:
+    """Return the share of the tokens trained on, by these clients or all, that came to nothing.
+
+    It is None where there are none.
+    """
+    worked, counted = worked_tokens(run, clients)
     total = sum(worked.values())
     return 1 - sum(counted.values()) / total if total else None
 
 
-def worked_tokens(run: Run) -> tuple[dict[int, int], dict[int, int]]:
-    """Return round -> the tokens that clients trained on, and of them those that counted."""
+def worked_tokens(
+    run: Run, clients: Collection[str] | None = None
+) -> tuple[dict[int, int], dict[int, int]]:
+    """Return round -> the tokens that these clients (all) trained on, and those that counted."""
+    of = set(run.clients if clients is None else clients)
     worked: dict[int, int] = {}
     for line in run.attempts:
-        worked[line.round] = worked.get(line.round, 0) + line.tokens
+        if line.client in of:
+            worked[line.round] = worked.get(line.round, 0) + line.tokens
     # An upload that was lost and sent again counts, though the attempt that did the work did not.
     counted: dict[int, int] = {}
     for train in run.train:
-        tokens = train.local_tokens + train.router_tokens
-        counted[train.round] = counted.get(train.round, 0) + tokens
+        if train.client in of:
+            tokens = train.local_tokens + train.router_tokens
+            counted[train.round] = counted.get(train.round, 0) + tokens
     return worked, counted
