@@ -16,6 +16,8 @@ cd "$(dirname "$0")/.."
 out=${1:-${OUT:-gpu}}
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
+kind=${device%%:*}
+kind=${kind/cpu/pretended}
 bases=${BASES:-random-smollm2-135m random-llama-3.2-1b}
 large=${LARGE:-64}
 mkdir -p "$out"
@@ -53,7 +55,7 @@ for part in loaders()[sys.argv[1]].load():
     part.save_pretrained(sys.argv[2])
 MAKE
 done
-stage tests 75 "$python" -m pytest -p no:cacheprovider -k "${device%%:*}" tests/test_gpu.py
+stage tests 75 "$python" -m pytest -p no:cacheprovider -k "$kind and not methods" tests/test_gpu.py
 wait
 for base in $bases; do
   step=("$python" benchmarks/step.py --base "$scratch/$base" --device "$device" --together --repeats 5)

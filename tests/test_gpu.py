@@ -1,4 +1,4 @@
-"""A GPU computes what the CPU does. Each test runs here with the CPU in the GPU's place, too."""
+"""A GPU computes what the CPU does. Each test runs here with a pretended one in its place, too."""
 
 from __future__ import annotations
 
@@ -11,17 +11,27 @@ from torch.nn import functional as F
 
 from comigs.app import api
 from comigs.bases.load import load_base
+from comigs.bases.packed import forget
 from comigs.client.loss import autocast
 from comigs.config import BaseSection
 from comigs.errors import Stopped
+from comigs.methods.loading import list_methods
 from comigs.personal.model import PersonalModel
 from comigs.runs.metrics import RoundEnd
 from tests.conftest import attach, random_tensors, run_config, shape_of, tiny
+from tests.pretended_gpu import pretended_gpu
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
-pytestmark = pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_a_gpu])]
-)
+
+
+@pytest.fixture(params=["pretended", pytest.param("cuda", marks=[pytest.mark.gpu, needs_a_gpu])])
+def device(request):
+    """The device's name in a config."""
+    if request.param == "cuda":
+        yield "cuda"
+        return
+    with pretended_gpu():
+        yield "cuda"
 
 
 def on(device, name, dtype):
@@ -93,3 +103,43 @@ def test_a_run_goes_on_where_it_was_left(tmp_path, device):
         api.run(config, tmp_path / "part", report=stop)
     resumed = api.resume(tmp_path / "part")
     assert resumed.summary().as_json()["clients"] == whole.summary().as_json()["clients"]
+
+
+APART = {"specialists": "apart", "attention": "mean"}
+OPTIONS = {
+    "paper": {"options": APART, "experts": {"generalists": 2, "specialists": 2}},
+    "documents": {"options": APART, "privacy": {"level": "document", "noise_multiplier": 1.0}},
+    "sums": {"options": APART, "privacy": {"secure_aggregation": True}},
+    "signals": {"client": {"router_data": "entropy"}, "experts": {"routing": "sequence"}},
+    "memory": {"base": {"recompute": True}, "client": {"micro_batch_size": 2}},
+    "numbers": {"base": {"dtype": "bfloat16"}, "upload": {"format": "int8"}},
+    "power": {"conditions": {"clients": {"ada": {"specialists": [[2, 2]]}}}, "rounds": 2},
+}
+KINDS = {**{name: {"method": name} for name in list_methods()}, **OPTIONS}
+ONE_STEP = {"steps": 1, "router_every": 1, "router_steps": 1}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_methods_and_options_compute_where_the_base_is(tmp_path, device, kind):
+    tree = {"rounds": 1, "evaluation": {"every": 0, "keep": "last"}, **KINDS[kind]}
+    tree["client"] = {**ONE_STEP, **tree.get("client", {})}
+    tree["base"] = {"name": "tiny-llama", "device": device, **tree.get("base", {})}
+    run = api.run(run_config(tmp_path, "ada bob cyd", **tree), tmp_path / "run")
+    for client in run.summary().clients.values():
+        assert client.test.nats_per_token != client.base_test.nats_per_token
+
+
+def test_a_pretended_gpu_is_as_strict_as_one():
+    with pretended_gpu():
+        there, here = torch.ones(2, 3, device="cuda"), torch.ones(3)
+        assert str(there.device) == "cuda:0" and (there + 1).sum().item() == 12
+        assert there[torch.tensor([1])].device == there.device
+        with pytest.raises(RuntimeError, match="is on cpu, not cuda:0"):
+            there @ here
+        with pytest.raises(TypeError, match="numpy: the tensor is on cuda:0"):
+            there.numpy()
+        own = here.requires_grad_().to("cuda")
+        (there @ own).sum().backward()
+        assert own.device == there.device and torch.equal(here.grad, torch.full((3,), 2.0))
+        # of a base that was loaded there, no memory is given back to the kernel
+        forget(there)

@@ -171,7 +171,8 @@ def num_parameters(model: Any) -> int:
 
 def forget(tensor: Tensor) -> None:
     """Give back the memory of a file's tensor that was read; it can be read again."""
-    if not _is_mapped(tensor.data_ptr()):
+    # what a GPU holds has an address, too, but is not the kernel's to take
+    if tensor.device.type != "cpu" or not _is_mapped(tensor.data_ptr()):
         return
     # A file that is mapped stays in memory as far as it was read, until its last tensor goes.
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
