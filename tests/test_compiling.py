@@ -51,3 +51,30 @@ def test_a_cache_folder_that_cannot_be_written_is_no_library(tmp_path):
     (tmp_path / "compiled").write_text("a file is in the way", encoding="utf-8")
     said = says("print(compiled.library(), compiled.attempt())", COMIGS_CACHE=str(tmp_path))
     assert said.startswith("None nothing can be compiled here ([Errno")
+
+
+def test_a_compiler_without_openmp_makes_one_thread_and_that_is_said(tmp_path):
+    """As Apple's is; one of before 2023 does not know its own processor, either."""
+    wanting = tmp_path / "wanting"
+    wanting.write_text(
+        '#!/bin/sh\ncase "$*" in *-fopenmp*|*-march=native*) exit 1;; esac\nexec cc "$@"\n'
+    )
+    wanting.chmod(0o755)
+    code = (
+        "import torch; from comigs.app import setup; from comigs.config import parse_config;"
+        "torch.set_num_threads(2); print(compiled.is_parallel());"
+        "config = parse_config({'base': {'name': 'tiny-gpt2', 'device': 'cpu', 'threads': 2},"
+        "'data': {'sequence_length': 9}, 'clients': [{'name': 'ada', 'text': 'ada'}]});"
+        "setup.load(config, print)"
+    )
+    said = says(code, COMIGS_CACHE=str(tmp_path), CC=str(wanting))
+    assert said.splitlines()[0] == "False" and "experts run on 1 of 2 CPU threads" in said
+    assert "OpenMP" not in says(code, COMIGS_CACHE=str(tmp_path))
+
+
+def test_what_a_compiler_says_is_told(tmp_path):
+    angry = tmp_path / "angry"
+    angry.write_text("#!/bin/sh\necho 'angry: error: no licence' >&2\nexit 1\n")
+    angry.chmod(0o755)
+    said = says("print(compiled.attempt())", COMIGS_CACHE=str(tmp_path), CC=str(angry))
+    assert said == "nothing can be compiled here (angry: error: no licence)"

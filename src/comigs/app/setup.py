@@ -81,6 +81,11 @@ def load(config: Config, say: Say = ignore) -> tuple[Base, Config]:
         say("this processor is slow at bfloat16: base.dtype float32 takes a tenth of the time")
     if on_cpu and isinstance(why_not := csrc.attempt(), str):
         say(f"{why_not}: experts run in PyTorch, at a third of the speed")
+    elif on_cpu and threads > 1 and not csrc.is_parallel():
+        say(
+            f"the C compiler here has no OpenMP: experts run on 1 of {threads} CPU threads; with "
+            "COMIGS_COMPILED=0 they run in PyTorch, on all"
+        )
 
     # a resumed run must not depend on what another machine would choose
     lr = config.client.lr or base.architecture.lr

@@ -15,7 +15,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from comigs.files import cache_folder
 
 HERE = Path(__file__).parent
 LANES = 16  # a multiple of that in vectors.h
-FLAGS = shlex.split("-std=gnu11 -O3 -march=native -ffp-contract=fast -fno-math-errno -fPIC -shared")
+FLAGS = shlex.split("-std=gnu11 -O3 -ffp-contract=fast -fno-math-errno -fPIC -shared")
 
 
 def way(device: torch.device) -> Literal["C", "PyTorch"]:
@@ -100,15 +100,44 @@ def attempt() -> ctypes.CDLL | str:
     if os.environ.get("COMIGS_COMPILED") == "0":
         return "COMIGS_COMPILED is 0"
     compiler, problem = shlex.split(os.environ.get("CC", "")) or ["cc"], ""
-    # A compiler without OpenMP, as Apple's is, makes a library with one thread.
-    for flags in ([*FLAGS, "-fopenmp"], FLAGS):
+    for more in _ways():
         try:
-            return ctypes.CDLL(str(_compiled(compiler, flags)))
+            return ctypes.CDLL(str(_compiled(compiler, [*FLAGS, *more])))
         except FileNotFoundError:
-            problem = f"no C compiler here ({compiler[0]})"
+            return f"no C compiler here ({compiler[0]})"
+        except subprocess.CalledProcessError as error:
+            problem = f"nothing can be compiled here ({_first_error(error)})"
         except (OSError, subprocess.SubprocessError) as error:
             problem = f"nothing can be compiled here ({error})"
     return problem
+
+
+def is_parallel() -> bool:
+    """Return whether the library, which must be there, uses more than one thread."""
+    return bool(number("is_parallel"))
+
+
+def _ways() -> Iterator[list[str]]:
+    """Yield what to compile with, the fastest first.
+
+    Apple's compiler has no library of OpenMP, but PyTorch brings one; without any, the library has
+    one thread. Compilers may not know this processor, either.
+    """
+    theirs = Path(torch.__file__).parent / "lib" / "libomp.dylib"
+    threads = [["-fopenmp"]]
+    if theirs.exists():
+        threads.append(["-Xclang", "-fopenmp", str(theirs), f"-Wl,-rpath,{theirs.parent}"])
+    for more in (*threads, []):
+        yield [*more, "-march=native"]
+        yield more
+
+
+def _first_error(error: subprocess.CalledProcessError) -> str:
+    """Return the first line in which a compiler says what is wrong, else what Python says."""
+    for line in error.stderr.decode(errors="replace").splitlines():
+        if "error" in line:
+            return line.strip()
+    return str(error)
 
 
 def _compiled(compiler: Sequence[str], flags: Sequence[str]) -> Path:

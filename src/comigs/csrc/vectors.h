@@ -2,17 +2,24 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
+#ifdef _OPENMP /* whose header a compiler may lack where its library is there, as with Apple's and PyTorch's */
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
 #endif
 
 /* As wide as the processor's own: what is wider, compilers cut into pieces that go through memory. TALL: rows of sums, two
    vectors each, that stay in its registers beside what they are made of. */
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 #define LANES 16
 #define TALL 8
-#else
+#elif defined(__AVX__)
 #define LANES 8
+#define TALL 4
+#elif defined(__aarch64__)
+#define LANES 4
+#define TALL 8
+#else
+#define LANES 4
 #define TALL 4
 #endif
 
