@@ -46,16 +46,18 @@ stage() {
   "$python" benchmarks/gpu_table.py "$measured" "$out" >"$out/gpu.txt"
 }
 
-# Making random weights takes longer than loading them, and is one core's work: beside the tests.
+# Making random weights takes longer than loading them, so that is done once, beside the tests.
 for base in $bases; do
-  timeout $((70 * ${SLOWER:-1})) "$python" - "$base" "$scratch/$base" <<'MAKE' >>"$out/gpu.log" 2>&1 &
-import sys
+  timeout $((70 * ${SLOWER:-1})) "$python" - "$base" "$scratch/$base" "$device" <<'MAKE' >>"$out/gpu.log" 2>&1 &
+import sys, torch
 from comigs.bases.load import loaders
-for part in loaders()[sys.argv[1]].load():
+with torch.device(sys.argv[3]):
+    made = loaders()[sys.argv[1]].load()
+for part in made:
     part.save_pretrained(sys.argv[2])
 MAKE
 done
-stage tests 75 "$python" -m pytest -p no:cacheprovider -k "$kind and not methods" tests/test_gpu.py
+stage tests 75 "$python" -m pytest -p no:cacheprovider -W default -k "$kind and not methods" tests/test_gpu.py
 wait
 for base in $bases; do
   step=("$python" benchmarks/step.py --base "$scratch/$base" --device "$device" --together --repeats 5)

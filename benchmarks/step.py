@@ -33,6 +33,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -281,6 +282,10 @@ def worker(name: str, options: argparse.Namespace, pipe: Any) -> None:
         measured = large_product(base)
     else:
         measured = timed_step(VARIANTS[name](base), *sample(options, base), base)
+    # A GPU's kernels are loaded and chosen at the first step, which all may do side by side.
+    if options.together and base.device.type == "cuda":
+        with suppress(torch.OutOfMemoryError):
+            measured()
     while pipe.recv():
         try:
             pipe.send((measured(), peak(base)))

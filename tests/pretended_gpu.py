@@ -27,10 +27,10 @@ MAY_MEET = (aten.copy_.default, aten._to_copy.default)
 MAY_INDEX = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default)
 LOOKS_INSIDE = (Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage)
 THERE_IS_ONE = {  # what torch.cuda says where there is a GPU
-    **{"is_available": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True},
+    **{"is_available": True, "device_count": 1, "current_device": 0},
     **{"mem_get_info": (2**34, 2**34), "memory_reserved": 0, "max_memory_allocated": 1},
     **{"get_device_name": "a pretended GPU", "synchronize": None, "empty_cache": None},
-    "reset_peak_memory_stats": None,
+    **{"reset_peak_memory_stats": None, "get_device_capability": (9, 0)},
 }
 
 

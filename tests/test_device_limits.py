@@ -5,7 +5,6 @@ and nothing outside its own folder.
 from __future__ import annotations
 
 import math
-import resource
 import time
 from dataclasses import replace
 
@@ -23,6 +22,7 @@ from comigs.federation.device.limits import DEFAULTS, REAL, SETTABLE, Limits, Wo
 from comigs.federation.messages import LARGEST, UPLOADS, Answered, config_for
 from comigs.federation.operator.admin import pin
 from comigs.methods.loading import list_methods, load_method, method_module
+from comigs.processes import peak_memory
 from comigs.runs.folder import RunFolder
 from comigs.server import wire
 from comigs.slots import Slot
@@ -140,11 +140,11 @@ def test_the_most_that_is_allowed_costs_no_more_than_the_owner_gives(poor, field
 
 
 def affordable(setting, config, run="run-of-the-most", **request):
-    peak, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    peak, began = peak_memory(), time.monotonic()
     raw = setting.trainer.answer(setting.request(config=config, run=run, **request))
     head, _ = opened(raw)
     assert time.monotonic() - began < 60
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
+    grown = peak_memory() - peak
     assert grown < 1.5 * GRACE
     assert isinstance(head, Answered) or head.code in {"memory", "time", "refused", "not-ready"} | {
         "loss"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -144,3 +145,22 @@ def test_a_run_on_a_folder_beside_the_config_goes_on_from_elsewhere(tmp_path, mo
     assert there.base.name == str(tmp_path / "b/mymodel")
     assert there.data.cache == tmp_path / "b/cache" and there.data.root == tmp_path / "b"
     assert set(measured) == {"ann", "bob"}
+
+
+def test_what_is_written_is_on_the_disk_by_the_words_of_the_system(tmp_path, monkeypatch):
+    """macOS has another one than Linux; a file system may know neither but the common one."""
+    for answers in (True, False):
+        asked = []
+
+        def say(file, word, asked=asked, answers=answers):
+            asked.append(word)
+            if not answers:
+                raise OSError(errno.ENOTSUP, "no such word")
+
+        synced = []
+        monkeypatch.setattr("comigs.files.fcntl.F_FULLFSYNC", 51, raising=False)
+        monkeypatch.setattr("comigs.files.fcntl.fcntl", say)
+        monkeypatch.setattr("comigs.files.os.fsync", synced.append)
+        write_whole(tmp_path / "file", lambda path: path.write_text("whole"))
+        assert asked == [51, 51]  # the file, and the folder that has its name
+        assert len(synced) == (0 if answers else 2)

@@ -147,3 +147,14 @@ def test_what_is_freed_between_what_is_kept_goes_back_to_the_system(size, freed)
     script = HOLES.format(size=size)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert int(done.stdout) == pytest.approx(freed * 200 * 600e3, abs=10e6)
+
+
+def test_more_files_may_be_open_where_the_system_lets_them(tmp_path):
+    code = (
+        "import resource as r; from comigs.processes import allow_files;"
+        "limits = lambda: r.getrlimit(r.RLIMIT_NOFILE);"
+        "r.setrlimit(r.RLIMIT_NOFILE, (256, 1000)); allow_files(500); print(*limits());"
+        "allow_files(300); print(*limits()); allow_files(2000); print(*limits())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:3] == ["500 1000"] * 3

@@ -7,6 +7,7 @@ Flower's own messages and pieces are at work here; only the SuperLink's words ar
 from __future__ import annotations
 
 import random
+import resource
 import subprocess
 import sys
 import threading
@@ -226,6 +227,14 @@ def test_a_message_without_end_takes_no_more_memory_than_is_allowed():
     )
     done = subprocess.run([sys.executable, "-c", takes], capture_output=True, text=True)
     assert done.stdout == "few\n" and "MemoryError" in done.stderr
+
+
+def test_where_no_process_is_held_to_its_memory_none_is_refused_any(monkeypatch):
+    """macOS takes the bound for that of all addresses, and refuses it."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    supernode.bound_memory(1 << 20)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_a_supernode_needs_no_torch():

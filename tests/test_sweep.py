@@ -587,7 +587,7 @@ def test_how_time_is_said():
 )
 def test_runs_share_the_cpus(sweep, cpus, jobs, own, threads):
     edit(Path("tiny.toml"), "threads = 1\n", f"threads = {own}\n" if own else "")
-    with patch("os.sched_getaffinity", lambda _: set(range(cpus))):
+    with patch("os.sched_getaffinity", lambda _: set(range(cpus)), create=True):
         assert run.threads(read_plan(sweep).runs[0], jobs) == threads
         assert run.threads(read_plan(sweep).runs[0], 1) == own
     assert f"base.threads={threads}" in read_plan(sweep).runs[0].words("run", threads)

@@ -149,6 +149,7 @@ def test_more_workers_than_devices_are_refused(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert workers.devices(2, torch.device("cuda")) == ["cuda:0", "cuda:1"]
+    assert workers.devices(2, torch.device("cuda:1")) == ["cuda:1", "cuda:0"]
     with pytest.raises(UserError, match="given 3, but this machine has 2 GPUs; must be 1 to 2"):
         workers.devices(3, torch.device("cuda"))
 

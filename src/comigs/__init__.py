@@ -5,6 +5,7 @@ Each device ends with a model of its own.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from comigs.app.routes import routes
     from comigs.config import Config, load_config
     from comigs.errors import UserError
+
+if sys.platform == "win32":
+    raise ImportError("comigs runs on Linux and macOS; on Windows use it in WSL")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import os
 import secrets
@@ -86,6 +87,16 @@ def writing(folder: Path, advice: str) -> Iterator[None]:
         raise UserError(f"{folder}: {problem}; {advice}") from None
 
 
+def flush(file: int) -> None:
+    """Wait until what was written to an open file is on the disk. Raises OSError."""
+    whole = getattr(fcntl, "F_FULLFSYNC", None)  # without it macOS leaves it in the disk's cache
+    if whole is not None:
+        with suppress(OSError):  # a file system may have no word for it
+            fcntl.fcntl(file, whole)
+            return
+    os.fsync(file)
+
+
 def write_whole(path: Path, write: Callable[[Path], object], mode: int = 0o666) -> None:
     """Let `write` fill a file beside `path`, then put that file in the place of `path` in one step.
 
@@ -104,7 +115,7 @@ def write_whole(path: Path, write: Callable[[Path], object], mode: int = 0o666) 
     try:
         write(unfinished)
         with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
+            flush(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -113,7 +124,7 @@ def write_whole(path: Path, write: Callable[[Path], object], mode: int = 0o666) 
     folder = os.open(path.parent, FOLDER)
     try:
         with suppress(OSError):  # a file system may have no word for it
-            os.fsync(folder)
+            flush(folder)
     finally:
         os.close(folder)
 
@@ -203,7 +214,7 @@ class ClosedFolder:
         with os.fdopen(self.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
             file.write(raw)
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
             return file.tell()
 
     def truncate(self, name: str, length: int) -> None:

@@ -89,6 +89,15 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def allow_files(number: int) -> None:
+    """Let this process have so many files open, where it may: Linux gives 1024 at first, macOS
+    256.
+    """
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now < number and (most == resource.RLIM_INFINITY or most >= number):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (number, most))
+
+
 def free_at_once(size: int = LARGE) -> None:
     """Give blocks of memory of this size back to the system as soon as they are freed.
 

@@ -135,7 +135,7 @@ def resume(
     allow_code: AllowCode = False,
     quiet: Quiet = False,
 ) -> None:
-    """Go on with a stopped run from its last whole round; the result is the same to the bit."""
+    """Go on with a stopped run from its last whole round: to the same bits, on a CPU."""
     from comigs.app.console import Console
     from comigs.runs.folder import RunFolder
     from comigs.runs.reader import Reader

@@ -69,6 +69,12 @@ def exit_code(command: Callable[[], object]) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         _drop_output()
         return 1
+    except RuntimeError as error:  # torch's, which is not imported for a word of help
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        from comigs.text import brief
+
+        return _say(f"error: the memory of the device is full: {brief(str(error))}", 2)
     except OSError as error:
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
             _drop_output()

@@ -6,6 +6,8 @@ import hashlib
 import importlib
 import pkgutil
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -84,8 +86,9 @@ def load_base(section: BaseSection) -> Base:
     # A head that was trained apart from the embedding is not tied to it, whatever the config says.
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     model.config.tie_word_embeddings = head.weight is embedding.weight
-    model.requires_grad_(False).eval().to(device)
-    set_dtype(model, dtype)
+    # rounded first, so that a device never holds more than it will
+    set_dtype(model.requires_grad_(False).eval(), dtype)
+    model.to(device)
     chats = ChatEncoder(
         name=section.name,
         tokenizer=tokenizer,
@@ -120,8 +123,12 @@ def set_dtype(model: Any, dtype: torch.dtype) -> None:
 
 def fast_at_bfloat16(device: torch.device) -> bool:
     """Return whether bfloat16 is no slower than float32; where it is, it is ten times slower."""
-    on_gpu = device.type == "cuda"
-    return bool(torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported())
+    if device.type == "cuda":  # before Ampere it is emulated
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # processors of ARM say it in another way; on a Mac PyTorch has nothing that uses it
+    asked: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    of_arm = sys.platform == "linux" and asked().get("bf16", False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or of_arm)
 
 
 def as_fast(base: Base) -> Base:
@@ -260,6 +267,8 @@ def _attention(section: BaseSection, model: Any, device: torch.device) -> str:
 
 def _fastest(device: torch.device) -> str:
     if device.type != "cpu":
+        # cuDNN's makes a plan for each new shape, of which texts and answers have many
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return "sdpa"
     # Where nothing can be compiled: torch's own has a slow backward pass there (LOG.md).
     return "eager" if csrc.library() is None else attention.register()

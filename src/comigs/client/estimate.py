@@ -6,6 +6,7 @@ The memory follows from shapes, the time from real steps on the machine that wou
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ from comigs.bases import attention
 from comigs.bases.base import linear_size
 from comigs.bases.load import Base
 from comigs.client.evaluate import measure
-from comigs.client.loss import CHUNK
+from comigs.client.loss import largest_chunk
 from comigs.client.shared_part import is_shared
 from comigs.client.state import TrainState, new_train_state
 from comigs.client.steps import MethodHooks, NonFiniteLoss, StepSettings, step
@@ -26,6 +27,7 @@ from comigs.config import Config, Split
 from comigs.data.batches import Batch
 from comigs.errors import UserError
 from comigs.experts.attach import Attachment
+from comigs.experts.hidden_torch import CHUNK_ELSEWHERE
 from comigs.experts.init import starting_tensors
 from comigs.methods.loading import load_method
 from comigs.methods.method import Method
@@ -92,23 +94,36 @@ def memory_needed(
 
     # at the head a chunk of logits, and they alone, are there
     vocabulary = base.model.config.vocab_size
-    logits = min(CHUNK, in_training * length * vocabulary) * torch.finfo(base.dtype).bits / 8
+    logits = min(largest_chunk(base.device), in_training * length * vocabulary)
+    head = logits * torch.finfo(base.dtype).bits / 8
+    # elsewhere they are there in float32, too, and buffers of a chunk of a block's hidden layer
+    elsewhere = 4 * logits + hidden_buffers(attachment, in_training * length)
 
     # on a CPU Python, torch and transformers count too: 200 to 800 MB, as torch was built
     workers, on_cpu = 1, base.device.type == "cpu"
     if held is None:
-        held = sum(t.nbytes for t in base.model.state_dict().values())
+        held = sum(tensor.nbytes for tensor in (*base.model.parameters(), *base.model.buffers()))
         if on_cpu:
             held = psutil.Process().memory_info().rss
     if on_cpu:
-        workers = config.workers
+        workers, elsewhere = config.workers, 0
     client, kept = 0, KEPT if config.evaluation.keep == "best" else 0
     for slot, dims in own.items():
         each = FROZEN if slot.is_frozen else TRAINED
         private = SHARED if config.privacy.by_document and is_shared(method, slot) else 0
         client += math.prod(dims) * (kept + each + private + COPIED * (copies[slot] - 1))
-    passing = logits + max(trained, measured)
+    passing = head + elsewhere + max(trained, measured)
     return float(workers * (held + client + batch_bytes(config) + passing))
+
+
+def hidden_buffers(attachment: Attachment, tokens: int) -> int:
+    """Return the bytes of the buffers in which a block's hidden layer is computed in PyTorch, on
+    any other device than a CPU.
+    """
+    mixture = attachment.mixtures[0]
+    products = len(mixture.inputs)
+    inner = linear_size(getattr(mixture.mlp, attachment.architecture.up))[1]
+    return 4 * min(CHUNK_ELSEWHERE, tokens * inner) * (3 + 2 * products)
 
 
 def _copies(own: Shapes) -> dict[Slot, int]:
@@ -147,7 +162,8 @@ def block_activations(config: Config, base: Base, attachment: Attachment, window
         # what csrc keeps: what norms read and make, heads as they were turned, attention's result
         q, k, v = (linear_size(heads[site].linear)[1] for site in ("q", "k", "v"))
         each = 4 * width + 2 * q + k + v + len(mixture.inputs) * inner
-        return tokens * each * bytes_each * (HEAP if config.base.memory is None else FREED)
+        is_freed = config.base.memory is not None and sys.platform == "linux"
+        return tokens * each * bytes_each * (FREED if is_freed else HEAP)
     kept = tokens * (10 * width + (len(mixture.inputs) + 1) * inner) * bytes_each
     if model._attn_implementation == "eager":
         kept += windows * model.num_attention_heads * length**2 * SCORE * bytes_each

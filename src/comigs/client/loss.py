@@ -18,6 +18,7 @@ from comigs.experts.hidden_torch import even_slices
 from comigs.experts.router import reading_examples
 
 CHUNK = 1 << 24  # logits that exist at once: as bfloat16 32 MB
+CHUNK_ELSEWHERE = 1 << 27  # a GPU reads the whole head for each chunk
 BLOCK = 1 << 17  # logits that a CPU thread works on: as float32 512 KB, a core's second cache
 
 
@@ -43,7 +44,8 @@ class _ThroughHead(torch.autograd.Function):
             dtype = torch.float64
         total = torch.zeros((), dtype=dtype, device=hidden_TD.device)
         grad_TD = torch.empty_like(hidden_TD) if wants_grad else None
-        for rows in even_slices(len(hidden_TD), CHUNK // vocabulary):
+        chunk = largest_chunk(hidden_TD.device)
+        for rows in even_slices(len(hidden_TD), chunk // vocabulary):
             # Each chunk's logits live only until the gradient to its hidden states is known.
             h_CD = hidden_TD[rows].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
@@ -59,6 +61,11 @@ class _ThroughHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_TD,) = ctx.saved_tensors
         return grad_TD * grads[0].to(grad_TD.dtype), None, None, None
+
+
+def largest_chunk(device: torch.device) -> int:
+    """Return how many logits exist at once on a device."""
+    return CHUNK if device.type == "cpu" else CHUNK_ELSEWHERE
 
 
 def _sum_nats(
@@ -147,7 +154,7 @@ def hidden_states(model: Any, windows: Windows) -> Tensor:
 def sum_cross_entropy(model: Any, windows: Windows) -> Tensor:
     """Return the nats of the targets (B, L) given the inputs, summed over tokens: a scalar.
 
-    At most CHUNK logits exist at once, and the head, which is frozen, gets no gradient.
+    At most `largest_chunk` logits exist at once, and the head, which is frozen, gets no gradient.
     """
     hidden_TD, targets_T = hidden_states(model, windows).flatten(0, 1), windows.targets.flatten()
     return _nats_of(model, hidden_TD, targets_T, windows.learnt)

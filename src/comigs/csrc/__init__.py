@@ -134,7 +134,8 @@ def _ways() -> Iterator[list[str]]:
 
 def _first_error(error: subprocess.CalledProcessError) -> str:
     """Return the first line in which a compiler says what is wrong, else what Python says."""
-    for line in error.stderr.decode(errors="replace").splitlines():
+    said: bytes = error.stderr
+    for line in said.decode(errors="replace").splitlines():
         if "error" in line:
             return line.strip()
     return str(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from comigs.data.corpus import TOKENS, Encoder, file_sha256
 from comigs.data.document import Document
 from comigs.data.examples import BYTES, ENDS, LEARNT, MARKS, ExampleStore, open_examples
 from comigs.data.writer import ADVICE, StoreWriter
-from comigs.files import writing
+from comigs.files import flush, writing
 
 
 class ExampleWriter(StoreWriter):
@@ -58,7 +57,7 @@ class ExampleWriter(StoreWriter):
         with writing(self._folder.parent, ADVICE):
             for file in self._others.values():
                 file.flush()
-                os.fsync(file.fileno())
+                flush(file.fileno())
                 file.close()
 
     def _meta(self, text_sha256: str) -> dict[str, Any]:

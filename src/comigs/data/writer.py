@@ -18,7 +18,7 @@ import numpy as np
 from comigs.data.corpus import META, TOKENS, Encoder, TokenStore, ends_sha256, open_store
 from comigs.data.document import Document, chunks
 from comigs.errors import UserError
-from comigs.files import ABANDONED_AFTER, writing
+from comigs.files import ABANDONED_AFTER, flush, writing
 
 BATCH = 1 << 19  # characters handed to the tokenizer at once
 ADVICE = "free or allow it, or choose another folder with data.cache"
@@ -86,7 +86,7 @@ class StoreWriter:
         self._finish()
         with writing(self._folder.parent, ADVICE):
             self._file.flush()
-            os.fsync(self._file.fileno())  # so that a power cut cannot leave a store with holes
+            flush(self._file.fileno())  # so that a power cut cannot leave a store with holes
             self._file.close()
             self._write_meta(text_sha256)
             try:
@@ -140,7 +140,7 @@ class StoreWriter:
         with (self._unfinished / META).open("w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
 
 
 def _remove_abandoned(cache: Path) -> None:

@@ -46,7 +46,10 @@ def _key(client: Client, split: Split) -> str:
     """Return a hash of everything that the last bit of a measurement depends on."""
     base, config = client.base, client.config
     attention = base.model.config._attn_implementation
-    how = (str(base.device), attention, torch.get_num_threads(), csrc.way(base.device))
+    device = str(base.device)
+    if base.device.type == "cuda":
+        device = torch.cuda.get_device_name(base.device)
+    how = (device, attention, torch.get_num_threads(), csrc.way(base.device))
     versions = (torch.__version__, __version__)
     windows = (config.data.sequence_length, config.evaluation.batch_size)
     text = [store.tokens_sha256 for store in getattr(client.data, split)]

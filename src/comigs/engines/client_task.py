@@ -87,7 +87,7 @@ def run_task(
         client=client.name,
         tokens_per_second=speed,
         seconds=time.perf_counter() - start,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=_peak_memory(client.base.device),
     )
     length = client.config.data.sequence_length
     tokens = sum(store.num_learnt(length) for store in client.data.train)
@@ -217,8 +217,8 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _peak_memory() -> int:
-    """Return the most memory so far in bytes: the GPU's where one is used, else this process's."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
+def _peak_memory(device: torch.device) -> int:
+    """Return the most memory that this process has had so far, in bytes, where the base is."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return peak_memory()

@@ -45,14 +45,13 @@ KILLED = -9  # how a process ends when the system is short of memory
 
 
 def devices(workers: int, device: torch.device) -> list[str]:
-    """Return the device of each worker. Raises UserError where this machine has fewer than there
-    are workers.
-    """
+    """Return the device of each worker. Raises UserError where this machine has fewer."""
     if workers == 1:
         return [str(device)]
     there, what = ["cpu"] * cpus(), "CPU cores"
-    if device.type == "cuda":
-        there, what = [f"cuda:{n}" for n in range(torch.cuda.device_count())], "GPUs"
+    if device.type == "cuda":  # the first worker is this process, whose base is there already
+        every = sorted(range(torch.cuda.device_count()), key=lambda n: n != (device.index or 0))
+        there, what = [f"cuda:{number}" for number in every], "GPUs"
     if workers > len(there):
         raise UserError(
             f"workers: given {workers}, but this machine has {len(there)} {what}; "

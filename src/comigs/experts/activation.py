@@ -3,7 +3,8 @@
 SiLU and GELU's tanh form are both x * s with s = sigmoid(q(x)), where q = x and
 q = sqrt(8 / pi) (x + 0.044715 x^3), so their slope is s + x s (1 - s) q'(x). They are spelled out
 for CPUs, where PyTorch computes the tanh of a GELU one number at a time: this takes a third of
-that. On other devices, and for other activations, what is there is used.
+that. On other devices PyTorch has a kernel for either, and for other activations what is there is
+used.
 """
 
 from __future__ import annotations
@@ -11,12 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 ROOT = math.sqrt(8 / math.pi)
 CUBE = 0.044715
@@ -39,9 +38,9 @@ class Activation:
 def activation_of(module: Any, device: torch.device) -> Activation:
     """Return the activation that an MLP of `transformers` holds."""
     name = type(module).__name__
-    if name in SPELLED_OUT and device.type == "cpu":
-        return SPELLED_OUT[name]
-    return by_autograd(FUSED.get(name, module))
+    if name in SPELLED_OUT:
+        return SPELLED_OUT[name] if device.type == "cpu" else IN_ONE_KERNEL[name]
+    return by_autograd(module)
 
 
 def by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
@@ -87,6 +86,25 @@ def _silu_and_slope(x: Tensor, slope: Tensor, spare: Tensor) -> None:
 
 SILU, GELU = Activation(_silu, _silu_and_slope, in_c=0), Activation(_gelu, _gelu_and_slope, in_c=1)
 SPELLED_OUT = {"NewGELUActivation": GELU, "GELUTanh": GELU, "SiLUActivation": SILU}
-# Without this, transformers' NewGELUActivation would be six kernels.
-_TANH_GELU = partial(F.gelu, approximate="tanh")
-FUSED = {"NewGELUActivation": _TANH_GELU, "GELUTanh": _TANH_GELU}
+
+
+def in_one_kernel(kernel: Any, backward: Any, **settings: str) -> Activation:
+    """Return an activation as two of PyTorch's operators: f in place, and f' times a gradient."""
+
+    def value(x: Tensor, spare: Tensor) -> None:
+        kernel(x, **settings)
+
+    def value_and_slope(x: Tensor, slope: Tensor, spare: Tensor) -> None:
+        backward.grad_input(slope.fill_(1), x, **settings, grad_input=slope)
+        kernel(x, **settings)
+
+    return Activation(value, value_and_slope)
+
+
+aten = torch.ops.aten
+_silu_kernel = in_one_kernel(aten.silu_, aten.silu_backward)
+_gelu_kernel = in_one_kernel(aten.gelu_, aten.gelu_backward, approximate="tanh")
+IN_ONE_KERNEL = {
+    **{"NewGELUActivation": _gelu_kernel, "GELUTanh": _gelu_kernel},
+    "SiLUActivation": _silu_kernel,
+}

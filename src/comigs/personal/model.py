@@ -120,11 +120,12 @@ class PersonalModel:
             "stopping_criteria": StoppingCriteriaList(stopping),
         }
         sampling = arguments["do_sample"]
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
 
         # `generate` returns when all is written, so it works in a thread that feeds the streamer.
         def write() -> None:
             try:
-                with torch.random.fork_rng(enabled=sampling), torch.no_grad():
+                with torch.random.fork_rng(devices, enabled=sampling), torch.no_grad():
                     if sampling and seed is not None:
                         torch.manual_seed(seed)
                     self.model.generate(**arguments)

@@ -37,7 +37,7 @@ def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[st
         "commit": _commit(),
         "machine": {
             "platform": platform.platform(),
-            "processor": _processor(),
+            "processor": processor(base.device),
             "threads": torch.get_num_threads(),
         },
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -147,12 +147,20 @@ def _git(*words: str) -> str:
     return done.stdout.strip()
 
 
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def processor(device: torch.device) -> str:
+    """Return the name of what computes there, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if sys.platform == "darwin":
+        asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        return said or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
+    board = Path("/proc/device-tree/model")  # where a processor of ARM says none
+    if board.exists():
+        return board.read_text(encoding="utf-8").rstrip("\0")
     return platform.processor() or platform.machine()

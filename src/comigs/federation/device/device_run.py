@@ -47,8 +47,8 @@ class Refused(Exception):
 
 @contextmanager
 def refusing(code: Code) -> Iterator[None]:
-    """Turn a UserError into a refusal: what is wrong with text, disk or training here is told to
-    the owner in full, to the server as a code.
+    """Turn a UserError into a refusal: what is wrong with text, disk, memory or training here is
+    told to the owner in full, to the server as a code.
     """
     try:
         yield
@@ -56,6 +56,12 @@ def refusing(code: Code) -> Iterator[None]:
         raise Refused(code, str(error)) from None
     except BudgetSpent as spent:
         raise Refused("budget", str(spent)) from None
+    except torch.OutOfMemoryError as error:
+        raise Refused("memory", f"the memory of the device is full: {error}") from None
+    finally:
+        # whatever else needs a GPU may have what this needed until the next request
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 class DeviceRun:

@@ -181,10 +181,12 @@ class SuperNode:
 
 
 def bound_memory(more: int) -> None:
-    """Let this process have so many bytes more than it has now, where the system can hold it to
+    """Let this process have so many bytes more than it has now, on Linux, which can hold it to
     that: a server may send without end, and Flower's connection takes it all.
     """
-    held = getattr(psutil.Process().memory_info(), "data", 0)
+    if sys.platform != "linux":
+        return
+    held = psutil.Process().memory_info().data
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = held + more if hard == resource.RLIM_INFINITY else min(held + more, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (most, hard))

@@ -10,7 +10,6 @@ SuperLink hears of it. A few are with it at a time, and none of them waits for a
 from __future__ import annotations
 
 import asyncio
-import resource
 import ssl
 import sys
 from collections import Counter
@@ -31,6 +30,7 @@ from starlette.types import Receive, Scope, Send
 from comigs.federation.security.answers import largest_answer
 from comigs.federation.security.door import Door
 from comigs.federation.security.members import Members
+from comigs.processes import allow_files
 
 # All that a registered device calls; a device cannot register itself.
 CALLS = (
@@ -183,10 +183,8 @@ def _headers(items: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 def main() -> None:
     """Serve `FEDERATION_FOLDER LISTEN PORT INNER_PORT` until stopped."""
     folder, listen, port, inner = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    # A connection is a file, and so is a body; many systems give a program 1024 at first.
-    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most == resource.RLIM_INFINITY or most >= FILES > now:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, most))
+    # a connection is a file, and so is a body
+    allow_files(FILES)
     # The SuperLink's certificate is the federation's own, and no proxy is between it and us.
     upstream = httpx.AsyncClient(
         base_url=f"https://127.0.0.1:{inner}",

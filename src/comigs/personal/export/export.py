@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from comigs.errors import UserError
-from comigs.files import require_parent, write_whole, writing
+from comigs.files import flush, require_parent, write_whole, writing
 from comigs.personal.export.card import model_card, names_of
 from comigs.personal.export.form import LOGITS, PERPLEXITY, Format, Written
 from comigs.personal.export.outputs import Outputs, num_learnt, outputs
@@ -230,7 +230,7 @@ def size_of(folder: Path) -> int:
 def sync(path: Path) -> None:
     """Put a file on the disk."""
     with path.open("rb+") as file:
-        os.fsync(file.fileno())
+        flush(file.fileno())
 
 
 def move(folder: Path, out: Path) -> None:

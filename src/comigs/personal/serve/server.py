@@ -19,8 +19,10 @@ from comigs.personal.serve.keys import Keys
 from comigs.personal.serve.model import RowModel
 from comigs.personal.serve.scheduler import Limits, Scheduler
 from comigs.personal.serve.text import Vocabulary
+from comigs.processes import allow_files
 
 MAX_CONNECTIONS = 1000
+FILES = MAX_CONNECTIONS + 200  # that are open: each connection is one
 UNREAD = 2**17  # bytes of an answer that wait for their reader
 GRACE = 10.0  # seconds in which running answers may end after SIGTERM
 
@@ -63,6 +65,7 @@ def serve(offer: Offer, listener: socket.socket, ready: Callable[[], None]) -> N
 
     ready: is called once requests are answered.
     """
+    allow_files(FILES)
     # Connections inherit it: who does not read is not waited for for ever.
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         milliseconds = int(1000 * (offer.bounds.seconds + offer.grace))
