@@ -22,8 +22,8 @@ def sum_entropy(model: Any, windows: Windows) -> Tensor:
     not looked at.
     """
     hidden_TD = hidden_states(model, windows).flatten(0, 1)
-    if (learnt_T := windows.learnt) is not None:
-        hidden_TD = hidden_TD[learnt_T]
+    if (learnt := windows.learnt) is not None:
+        hidden_TD = hidden_TD[learnt]
     return sum_through_head(model, hidden_TD, _sum_nats)
 
 

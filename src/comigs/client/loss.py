@@ -116,8 +116,10 @@ class Windows(NamedTuple):
 
     @property
     def learnt(self) -> Tensor | None:
-        """Which tokens (T,) have a target that is learnt; None: all of them."""
-        return None if self.positions is None else self.targets.flatten() != IGNORED
+        """The numbers (N,) of the tokens whose target is learnt; None: all of them."""
+        if self.positions is None:
+            return None
+        return (self.targets.flatten() != IGNORED).nonzero().squeeze(1)
 
 
 def windows_on(device: torch.device, batch: Batch, rows: slice = slice(None)) -> Windows:
@@ -168,11 +170,11 @@ def cross_entropy_by_window(model: Any, windows: Windows) -> Tensor:
     return torch.stack(sums)
 
 
-def _nats_of(model: Any, hidden_TD: Tensor, targets_T: Tensor, learnt_T: Tensor | None) -> Tensor:
-    """Return the nats of targets after these hidden states; learnt_T: of which, None: of all."""
+def _nats_of(model: Any, hidden_TD: Tensor, targets_T: Tensor, learnt: Tensor | None) -> Tensor:
+    """Return the nats of targets after these hidden states; learnt: of which, None: of all."""
     # Where nothing is learnt, nothing goes through the head.
-    if learnt_T is not None:
-        hidden_TD, targets_T = hidden_TD[learnt_T], targets_T[learnt_T]
+    if learnt is not None:
+        hidden_TD, targets_T = hidden_TD[learnt], targets_T[learnt]
 
     def sum_nats(rows: slice, logits_CV: Tensor, dtype: torch.dtype, to_gradient: bool) -> Tensor:
         return _sum_nats(logits_CV, targets_T[rows], dtype, to_gradient)

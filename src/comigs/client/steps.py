@@ -203,7 +203,7 @@ def accumulate(
     for piece in pieces:
         # Each piece counts by its tokens, so that the pieces' sum is the whole batch's mean.
         learnt = piece.learnt
-        part = (piece.inputs.numel() if learnt is None else int(learnt.sum())) / outcome.tokens
+        part = (piece.inputs.numel() if learnt is None else len(learnt)) / outcome.tokens
         with autocast(settings.dtype, piece.inputs.device):
             nats = objective.sum_nats(attachment.model, piece) / outcome.tokens
             routings = attachment.routings(learnt)

@@ -227,7 +227,7 @@ class Attachment:
     def routings(self, tokens: Tensor | None = None) -> list[Routing]:
         """Return each block's decision in the last forward pass; nothing without a router.
 
-        tokens: (T,) for which of them; None: for all.
+        tokens: the numbers of those it is for; None: all.
         """
         return [m.routing.of(tokens) for m in self.mixtures if m.routing is not None]
 

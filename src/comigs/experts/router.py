@@ -39,7 +39,7 @@ class Routing:
     closed: Routing | None = None
 
     def of(self, tokens: Tensor | None) -> Routing:
-        """Return the decision for some of the tokens, (T,) whether each; None: for all."""
+        """Return the decision for the tokens of these numbers; None: for all."""
         if tokens is None:
             return self
         chosen = (self.logits_TE[tokens], self.weights_TE[tokens], self.selected_TE[tokens])
