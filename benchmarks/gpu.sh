@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can say, in one go of at most eight minutes: the tests marked gpu, steps
-# of every kind at two sizes of base and of batch, and a run of eight clients. No network is needed
-# and comigs need not be installed; weights are random, at the shapes of SmolLM2-135M and
-# Llama 3.2 1B.
+# Everything that only a GPU can say, in one go of at most eight minutes: the tests marked gpu, but
+# for those of each method and option, which take too long; steps of every kind at two sizes of base
+# and of batch, and a run of eight clients. No network is needed and comigs need not be installed;
+# weights are random, at the shapes of SmolLM2-135M and Llama 3.2 1B.
 #
 #     bash benchmarks/gpu.sh [FOLDER]          # FOLDER: where gpu.json, gpu.txt and gpu.log go
 #

@@ -279,13 +279,17 @@ def worker(name: str, options: argparse.Namespace, pipe: Any) -> None:
     measured: Callable[[], float]
     if name == LIMIT:
         pipe.send(facts_of(options, base))
-        measured = large_product(base)
+        measured = warm_up = large_product(base)
     else:
-        measured = timed_step(VARIANTS[name](base), *sample(options, base), base)
-    # A GPU's kernels are loaded and chosen at the first step, which all may do side by side.
+        run, (x, y) = VARIANTS[name](base), sample(options, base)
+        measured, warm_up = timed_step(run, x, y, base), timed_step(run, x[:1], y[:1], base)
+    # A GPU's kernels are loaded at the first step, which all may do side by side, with one window
+    # each; the memory that it took is nobody's until a variant is seated.
     if options.together and base.device.type == "cuda":
-        with suppress(torch.OutOfMemoryError):
-            measured()
+        with suppress(RuntimeError):
+            warm_up()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(base.device)
     while pipe.recv():
         try:
             pipe.send((measured(), peak(base)))

@@ -63,10 +63,13 @@ class OnGpu(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute on the CPU what is asked. Raises RuntimeError where devices meet."""
         kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            elsewhere = isinstance(leaf, Tensor) and not isinstance(leaf, OnGpu) and leaf.dim()
-            indexes = func in MAY_INDEX and isinstance(args[0], OnGpu)
-            if elsewhere and func not in MAY_MEET and not indexes:
+        checked = (args, kwargs)
+        if func in MAY_MEET:
+            checked = ((), {})
+        elif func in MAY_INDEX and isinstance(args[0], OnGpu):
+            checked = ((args[0], *args[2:]), kwargs)
+        for leaf in tree_leaves(checked):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, OnGpu) and leaf.dim():
                 raise RuntimeError(f"{func}: a tensor of {tuple(leaf.shape)} is on cpu, not {GPU}")
         inside, settings = tree_map(_inner, (args, kwargs))
         out = func(*inside, **settings)

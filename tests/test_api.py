@@ -19,7 +19,7 @@ from comigs.files import cache_folder
 from comigs.runs.new import free_folder
 from comigs.text import large
 from tests.kills import in_child
-from tests.runs import ENVIRONMENT, files, finished, write_config
+from tests.runs import ENVIRONMENT, files, finished, refused, write_config
 
 
 def test_every_public_name_is_there():
@@ -127,6 +127,13 @@ def test_a_full_device_is_said_in_one_line(tmp_path):
         ),
     ):
         api.run(config, tmp_path / "run")
+
+
+def test_a_full_device_is_said_in_one_line_wherever_it_is_full(capsys):
+    full = torch.OutOfMemoryError("CUDA out of memory.\nTry")
+    with patch("comigs.app.api.run", side_effect=full):
+        line = refused(capsys, "run", finished() / "tiny.toml")
+    assert line == "error: the memory of the device is full: CUDA out of memory. Try"
 
 
 @pytest.mark.parametrize(

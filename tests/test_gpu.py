@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from comigs.app import api
-from comigs.bases.load import load_base
+from comigs.bases.load import fast_at_bfloat16, load_base
 from comigs.bases.packed import forget
 from comigs.client.loss import autocast
 from comigs.config import BaseSection
@@ -129,11 +129,37 @@ def test_methods_and_options_compute_where_the_base_is(tmp_path, device, kind):
         assert client.test.nats_per_token != client.base_test.nats_per_token
 
 
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
+def test_a_chunk_at_a_time_is_the_same(device, name, monkeypatch):
+    """As many tokens as one chunk has; and as a few chunks have, the last one smaller."""
+    tokens, found = torch.arange(96).view(4, 24) % 251, []
+    base = on(device, name, "float32")
+    for numbers in (1 << 24, 3 * 64 * 17):
+        monkeypatch.setattr("comigs.experts.hidden_torch.CHUNK_ELSEWHERE", numbers)
+        with attach(base.model, base.architecture, top_k=2) as attachment:
+            tensors = random_tensors(attachment, shape_of(1, 2, rank=3), routed=True)
+            tensors = {slot: t.to(base.device).requires_grad_() for slot, t in tensors.items()}
+            attachment.bind(tensors)
+            logits = base.model(tokens.to(base.device), use_cache=False).logits
+            gradients = torch.autograd.grad(logits.square().mean(), list(tensors.values()))
+            found.append([t.detach().cpu() for t in (logits, *gradients)])
+    for whole, parts in zip(*found, strict=True):
+        assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_is_chosen_where_a_gpu_computes_in_it(monkeypatch):
+    for capability, fast in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert fast_at_bfloat16(torch.device("cuda", 1)) == fast
+
+
 def test_a_pretended_gpu_is_as_strict_as_one():
     with pretended_gpu():
         there, here = torch.ones(2, 3, device="cuda"), torch.ones(3)
         assert str(there.device) == "cuda:0" and (there + 1).sum().item() == 12
         assert there[torch.tensor([1])].device == there.device
+        with pytest.raises(RuntimeError, match="is on cpu, not cuda:0"):
+            there[torch.tensor([1])] = torch.zeros(1, 3)
         with pytest.raises(RuntimeError, match="is on cpu, not cuda:0"):
             there @ here
         with pytest.raises(TypeError, match="numpy: the tensor is on cuda:0"):

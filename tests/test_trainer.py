@@ -272,6 +272,15 @@ def test_a_download_that_is_not_finite_is_refused_and_changes_nothing(setting, b
     assert RunFolder(setting.folder).checkpoint().round == 1
 
 
+def test_a_full_device_refuses_for_want_of_memory(setting):
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    with patch("comigs.federation.device.device_service.run_task", side_effect=full):
+        assert setting.refused() == "memory"
+    assert setting.said[-1] == "the memory of the device is full: CUDA out of memory"
+    setting.ask(1)  # once it has room again
+    assert RunFolder(setting.folder).checkpoint().round == 1
+
+
 def test_a_download_of_private_slots_fails_and_changes_nothing(setting):
     setting.ask(1)
     before = RunFolder(setting.folder).load("clients/ada/experts")

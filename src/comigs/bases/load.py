@@ -63,6 +63,9 @@ def load_base(section: BaseSection) -> Base:
         if device.type != "cpu":
             raise UserError("base.memory: given, but the base is on a GPU; it is for CPUs only")
         free_at_once()
+    if device.type == "cuda":
+        # cuDNN's attention makes a plan for each new shape, of which texts and answers have many
+        torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = _dtype(section.dtype, device)
     # A template that is none is said before gigabytes are read.
     if section.chat_template is not None:
@@ -129,6 +132,12 @@ def fast_at_bfloat16(device: torch.device) -> bool:
     asked: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     of_arm = sys.platform == "linux" and asked().get("bf16", False)
     return bool(torch.cpu._is_avx512_bf16_supported() or of_arm)
+
+
+def give_back() -> None:
+    """Let others have what this process holds of a GPU's memory and does not use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def as_fast(base: Base) -> Base:
@@ -267,8 +276,6 @@ def _attention(section: BaseSection, model: Any, device: torch.device) -> str:
 
 def _fastest(device: torch.device) -> str:
     if device.type != "cpu":
-        # cuDNN's makes a plan for each new shape, of which texts and answers have many
-        torch.backends.cuda.enable_cudnn_sdp(False)
         return "sdpa"
     # Where nothing can be compiled: torch's own has a slow backward pass there (LOG.md).
     return "eager" if csrc.library() is None else attention.register()

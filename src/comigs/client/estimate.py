@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -97,7 +98,9 @@ def memory_needed(
     logits = min(largest_chunk(base.device), in_training * length * vocabulary)
     head = logits * torch.finfo(base.dtype).bits / 8
     # elsewhere they are there in float32, too, and buffers of a chunk of a block's hidden layer
-    elsewhere = 4 * logits + hidden_buffers(attachment, in_training * length)
+    experts = len(experts_of(sorted({slot.part for slot in own})))
+    most = max(in_training, measured_windows) * length
+    elsewhere = 4 * logits + hidden_buffers(attachment, most, experts)
 
     # on a CPU Python, torch and transformers count too: 200 to 800 MB, as torch was built
     workers, on_cpu = 1, base.device.type == "cpu"
@@ -116,14 +119,14 @@ def memory_needed(
     return float(workers * (held + client + batch_bytes(config) + passing))
 
 
-def hidden_buffers(attachment: Attachment, tokens: int) -> int:
-    """Return the bytes of the buffers in which a block's hidden layer is computed in PyTorch, on
-    any other device than a CPU.
+def hidden_buffers(attachment: Attachment, tokens: int, experts: int) -> int:
+    """Return the bytes of the buffers in which the hidden layer of a block's experts is computed on
+    any other device than a CPU (experts/hidden_torch.py).
     """
-    mixture = attachment.mixtures[0]
-    products = len(mixture.inputs)
-    inner = linear_size(getattr(mixture.mlp, attachment.architecture.up))[1]
-    return 4 * min(CHUNK_ELSEWHERE, tokens * inner) * (3 + 2 * products)
+    mixture, most = attachment.mixtures[0], CHUNK_ELSEWHERE
+    products, inner = len(mixture.inputs), linear_size(_up(attachment))[1]
+    of_experts = min(most, experts * tokens * inner) * (3 + products)
+    return 4 * (of_experts + min(most // experts, tokens * inner) * products)
 
 
 def _copies(own: Shapes) -> dict[Slot, int]:
@@ -147,7 +150,7 @@ def training_bytes(config: Config, base: Base, attachment: Attachment, windows: 
     block, blocks = block_activations(config, base, attachment, windows), len(attachment.mixtures)
     if not config.base.recompute:
         return blocks * block
-    width, _ = linear_size(getattr(attachment.mixtures[0].mlp, base.architecture.up))
+    width, _ = linear_size(_up(attachment))
     tokens = windows * config.data.sequence_length
     return blocks * tokens * width * base.dtype.itemsize + 2 * block
 
@@ -156,7 +159,7 @@ def block_activations(config: Config, base: Base, attachment: Attachment, window
     """Return the bytes that one block's pass over so many windows keeps, without its LoRA."""
     length, model, mixture = config.data.sequence_length, base.model.config, attachment.mixtures[0]
     bytes_each = torch.finfo(base.dtype).bits / 8
-    width, inner = linear_size(getattr(mixture.mlp, base.architecture.up))
+    width, inner = linear_size(_up(attachment))
     tokens, heads = windows * length, attachment.attention[0]
     if model._attn_implementation == attention.NAME and heads.keys() >= {"q", "k", "v"}:
         # what csrc keeps: what norms read and make, heads as they were turned, attention's result
@@ -168,6 +171,11 @@ def block_activations(config: Config, base: Base, attachment: Attachment, window
     if model._attn_implementation == "eager":
         kept += windows * model.num_attention_heads * length**2 * SCORE * bytes_each
     return float(kept)
+
+
+def _up(attachment: Attachment) -> Any:
+    """Return the linear that leads into the first block's hidden layer."""
+    return getattr(attachment.mixtures[0].mlp, attachment.architecture.up)
 
 
 def batch_bytes(config: Config) -> float:

@@ -117,9 +117,12 @@ class Windows(NamedTuple):
     @property
     def learnt(self) -> Tensor | None:
         """The numbers (N,) of the tokens whose target is learnt; None: all of them."""
-        if self.positions is None:
-            return None
-        return (self.targets.flatten() != IGNORED).nonzero().squeeze(1)
+        return None if self.positions is None else learnt_of(self.targets)
+
+
+def learnt_of(targets: Tensor) -> Tensor:
+    """Return the numbers (N,) of the targets that are learnt. A GPU is waited for."""
+    return (targets.flatten() != IGNORED).nonzero().squeeze(1)
 
 
 def windows_on(device: torch.device, batch: Batch, rows: slice = slice(None)) -> Windows:
@@ -166,7 +169,7 @@ def cross_entropy_by_window(model: Any, windows: Windows) -> Tensor:
     """Return for each window (B,) the nats of those of its targets that are learnt."""
     sums = []
     for hidden_LD, targets_L in zip(hidden_states(model, windows), windows.targets, strict=True):
-        sums.append(_nats_of(model, hidden_LD, targets_L, targets_L != IGNORED))
+        sums.append(_nats_of(model, hidden_LD, targets_L, learnt_of(targets_L)))
     return torch.stack(sums)
 
 

@@ -11,7 +11,6 @@ from pydantic import Field, field_validator, model_validator
 
 from comigs.config.sections import Section
 from comigs.config.trace import read_trace
-from comigs.seeds import generator
 
 EITHER = (  # of these figures, one level's replace those of a more general one together
     ("tokens_per_second", "speed"),
@@ -203,6 +202,8 @@ class ConditionsSection(Condition):
 
     def group_of(self, client: str, seed: int) -> str | None:
         """Return the name of the group that a client is drawn into, by its name; None for none."""
+        from comigs.seeds import generator  # which imports numpy, that nothing else here needs
+
         point = generator(seed, "conditions", "group", client).random()
         for name, group in self.groups.items():
             point -= group.share

@@ -227,6 +227,8 @@ static void walk(const layer *l, int is_backward) {
 void forward(const layer *l) { walk(l, 0); }
 void backward(const layer *l) { walk(l, 1); }
 
+int64_t lanes(void) { return LANES; }
+
 int64_t is_parallel(void) {
 #ifdef _OPENMP
   return 1;

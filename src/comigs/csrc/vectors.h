@@ -2,9 +2,11 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#ifdef _OPENMP /* whose header a compiler may lack where its library is there, as with Apple's and PyTorch's */
+#if defined(_OPENMP) && defined(__APPLE__) /* whose compiler has no header, where the library is PyTorch's */
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
+#elif defined(_OPENMP)
+#include <omp.h>
 #endif
 
 /* As wide as the processor's own: what is wider, compilers cut into pieces that go through memory. TALL: rows of sums, two

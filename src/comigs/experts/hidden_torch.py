@@ -4,7 +4,7 @@ It works on a chunk of tokens at a time, in a few buffers that stay in the proce
 works in float32 (float64 where the base is), because element-wise work in bfloat16 is slower on a
 CPU, and less exact (docs/performance.md). On a CPU it works on one expert at a time; where a token
 uses fewer experts than there are, an expert works on its own tokens only. On other devices it works
-on all experts and tokens at once, for each call costs a launch there.
+on all experts at once, for each call costs a launch there.
 
 C tokens of a chunk, G experts at once, N tokens that they work on; the other letters are
 hidden_layer.py's.
@@ -142,7 +142,7 @@ def _groups(layer: HiddenLayer, rows: slice) -> Iterator[_Group]:
 
 
 def _experts_at_once(layer: HiddenLayer) -> int:
-    return 1 if layer.frozen[0].device.type == "cpu" else layer.weights_TE.shape[1]
+    return 1 if layer.frozen[0].device.type == "cpu" else len(layer.settings.ranks)
 
 
 def _z(layer: HiddenLayer, s: int, group: _Group, out_GNI: Tensor) -> Tensor:

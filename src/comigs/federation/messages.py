@@ -65,7 +65,7 @@ SAID: dict[Code, str] = {  # what the server makes of a code; the device says th
     "not-ready": "not ready",
     "base": "has another base, or its owner allows no other",
     "disk": "cannot write to its disk, or has too little room on it",
-    "memory": "needs more memory for this config than its owner allows",
+    "memory": "needs more memory for this config than it has, or its owner allows",
     "time": "would take longer with this config than its owner allows",
     "budget": SPENT,
     "unbounded": 'takes part only in runs with privacy.level = "document", as its owner says',

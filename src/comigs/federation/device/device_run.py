@@ -58,10 +58,6 @@ def refusing(code: Code) -> Iterator[None]:
         raise Refused("budget", str(spent)) from None
     except torch.OutOfMemoryError as error:
         raise Refused("memory", f"the memory of the device is full: {error}") from None
-    finally:
-        # whatever else needs a GPU may have what this needed until the next request
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
 
 
 class DeviceRun:

@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from comigs.bases.load import Base, as_fast, load_base, require_window
+from comigs.bases.load import Base, as_fast, give_back, load_base, require_window
 from comigs.client.client import Client
 from comigs.client.estimate import Throughput
 from comigs.client.workplace import workplace
@@ -102,8 +102,9 @@ class Trainer:
             return wire.pack(messages.refusal(refused.code, private=self._is_private))
         except Exception as error:
             self.say(traceback.format_exc()[-TRACEBACK:])
-            name = type(error).__name__
-            return wire.pack(messages.refusal("failed", name, self._is_private))
+            return wire.pack(messages.refusal("failed", type(error).__name__, self._is_private))
+        finally:
+            give_back()
 
     def _answer(self, raw: bytes) -> bytes:
         request, tensors = _read(raw, self.device.limits)

@@ -8,7 +8,7 @@ from statistics import median
 
 from comigs import text as f
 from comigs.runs.report.read import Run
-from comigs.runs.report.results import gain, mean_score, results
+from comigs.runs.report.results import ClientResult, gain, mean_score, results
 from comigs.runs.report.timeline import work_lost
 
 
@@ -20,10 +20,10 @@ def groups_table(run: Run) -> f.Table | None:
     conditions = run.config.conditions
     if not conditions.groups or not run.exchanges:
         return None
-    members: dict[str, list[str]] = {name: [] for name in (*conditions.groups, f.NONE)}
-    for client in run.config.names:
-        members[conditions.group_of(client, run.config.seed) or f.NONE].append(client)
-    rows = [_row(run, group, names) for group, names in members.items() if names]
+    members: dict[str, list[ClientResult]] = {name: [] for name in (*conditions.groups, f.NONE)}
+    for client in results(run).clients:
+        members[conditions.group_of(client.name, run.config.seed) or f.NONE].append(client)
+    rows = [_row(run, group, clients) for group, clients in members.items() if clients]
     headers = (
         *("group", "clients", "rounds of a client", "work lost"),
         *("base perplexity", "personal perplexity", "gain"),
@@ -31,13 +31,14 @@ def groups_table(run: Run) -> f.Table | None:
     return f.Table(headers, tuple(rows))
 
 
-def _row(run: Run, group: str, names: Sequence[str]) -> tuple[str, ...]:
+def _row(run: Run, group: str, clients: Sequence[ClientResult]) -> tuple[str, ...]:
+    names = [client.name for client in clients]
     took_part = {(line.client, line.round) for line in run.train}
     times = Counter(client for client, _ in took_part)
     rounds = [times[name] for name in names]
     part = f"{median(rounds):g} ({min(rounds)} to {max(rounds)})"
     # means over different clients would compare nothing, so both are of those that have both
-    measured = [c for c in results(run).clients if c.name in names and c.gain is not None]
+    measured = [client for client in clients if client.gain is not None]
     base = mean_score([client.base for client in measured])
     personal = mean_score([client.personal for client in measured])
     return (
