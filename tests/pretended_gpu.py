@@ -181,6 +181,8 @@ def pretended_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         for name, value in THERE_IS_ONE.items():
             stack.enter_context(patch.object(torch.cuda, name, _saying(value)))
+        # whether a graph is captured, an optimiser asks of the driver
+        stack.enter_context(patch.object(torch.accelerator, "current_accelerator", _saying(None)))
         stack.enter_context(patch.object(torch, "autocast", _Autocast))
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *_: enabled("cpu")))
         stack.enter_context(patch.object(torch, "get_autocast_dtype", lambda *_: dtype("cpu")))

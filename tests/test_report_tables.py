@@ -123,7 +123,7 @@ def test_ranks_are_shown_apart_only_where_they_differ(tmp_path: Path) -> None:
 def test_costs(tmp_path: Path) -> None:
     table = cost_table(read_run(write_run(tmp_path)))
     assert table.rows[0] == ("de", "12.0 MB", "12.0 MB", "32.0 s", "2,675", "900.0 MB")
-    assert table.last == ("all", "48.0 MB", "48.0 MB", "2.2 min", "\N{EN DASH}", "900.0 MB")
+    assert table.last == ("all", "48.0 MB", "48.0 MB", "2.1 min", "\N{EN DASH}", "900.0 MB")
 
 
 @pytest.mark.parametrize("done", [None, 2])

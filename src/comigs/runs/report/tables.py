@@ -138,12 +138,14 @@ def cost_table(run: Run) -> Table:
         sent, received = f.size(client.uploaded_bytes), f.size(client.downloaded_bytes)
         time, peak = f.duration(_seconds(timings)), f.size(_peak(timings))
         rows.append((client.name, sent, received, time, speed, peak))
-    # clients may have worked at once, so that all together have no speed
+    # Clients may have worked at once, so that all together have no speed. Runs of before have lines
+    # of whole rounds, too.
+    of_clients = [timing for timing in run.timings if timing.client is not None]
     last = (
         "all",
         f.size(sum(client.uploaded_bytes for client in r.clients)),
         f.size(sum(client.downloaded_bytes for client in r.clients)),
-        f.duration(_seconds(run.timings)),
+        f.duration(_seconds(of_clients)),
         f.NONE,
         f.size(_peak(run.timings)),
     )
