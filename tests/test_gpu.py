@@ -24,7 +24,13 @@ from tests.pretended_gpu import pretended_gpu
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
 
 
-@pytest.fixture(params=["pretended", pytest.param("cuda", marks=[pytest.mark.gpu, needs_a_gpu])])
+KINDS_OF_GPU = [
+    pytest.param("pretended", marks=pytest.mark.slow),  # a minute, and it replaces parts of torch
+    pytest.param("cuda", marks=[pytest.mark.gpu, needs_a_gpu]),
+]
+
+
+@pytest.fixture(params=KINDS_OF_GPU)
 def device(request):
     """The device's name in a config."""
     if request.param == "cuda":
