@@ -69,8 +69,7 @@ def require_covered(config: Config, base: Base, texts: Texts) -> None:
         with attached(config, base) as (_, shapes):
             forecast(config, load_method(config), shapes, tokens)
     except TraceEnds as error:
-        reason, *_ = str(error).split("; every whole round is kept")
-        raise UserError(f"{reason}; give one that covers it") from None
+        raise UserError(f"{_reason(error)}; give one that covers it") from None
     except UserError:
         return  # which the run says where it comes to that
 
@@ -85,8 +84,7 @@ def forecast_lines(
     try:
         run = forecast(config, method, shapes, tokens)
     except UserError as error:
-        reason, *_ = str(error).split("; every whole round is kept")
-        return [f"behind these conditions the run stops: {reason}"]
+        return [f"behind these conditions the run stops: {_reason(error)}"]
 
     # what was late and counts in a later round has trained, too
     counted = {(line.client, line.round) for line in run.train}
@@ -110,3 +108,9 @@ def forecast_lines(
         f"a client takes part in {min(rounds)} to {max(rounds)} rounds, "
         f"{median(rounds):g} at the median",
     ]
+
+
+def _reason(error: UserError) -> str:
+    """Return why a run stops, without what holds of a real one alone."""
+    reason, *_ = str(error).split("; every whole round is kept")
+    return reason

@@ -6,6 +6,7 @@ A figure of one client counts before that of its group, and that before the one 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -262,14 +263,20 @@ class ConditionsSection(Condition):
 
 def merged(conditions: Iterable[Condition]) -> Condition:
     """Return one condition of several; what is given later counts."""
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     for condition in conditions:
         given = {key: v for key, v in condition if v is not None and key in Condition.model_fields}
-        for alternatives in EITHER:
-            if given.keys() & set(alternatives):
-                values = {key: v for key, v in values.items() if key not in alternatives}
-        values |= given
+        values = without_other_ways(values, given) | given
     return Condition.model_validate(values)
+
+
+def without_other_ways(general: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the general figures without those that own ones say in another way (EITHER)."""
+    values = dict(general)
+    for ways in EITHER:
+        if own.keys() & set(ways):
+            values = {key: value for key, value in values.items() if key not in ways}
+    return values
 
 
 class ConditionsFile(Section):

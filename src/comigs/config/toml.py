@@ -11,7 +11,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from comigs.config.address import set_field
-from comigs.config.conditions import EITHER, ConditionsFile
+from comigs.config.conditions import ConditionsFile, without_other_ways
 from comigs.config.errors import one_line
 from comigs.config.older import of_this_version, without_retired
 from comigs.config.paths import place, read_named, read_template, whole
@@ -113,10 +113,7 @@ def _over(own: dict[str, Any], general: dict[str, Any]) -> dict[str, Any]:
 
     Of ways to say the same thing one's own replaces the general ones.
     """
-    both = dict(general)
-    for ways in EITHER:
-        if own.keys() & set(ways):
-            both = {key: value for key, value in both.items() if key not in ways}
+    both = without_other_ways(general, own)
     for key, value in own.items():
         under = both.get(key)
         if isinstance(value, dict) and isinstance(under, dict):
