@@ -240,6 +240,16 @@ def test_one_that_drops_out_costs_nobody_else_the_round(federation, text, tmp_pa
     assert RunFolder.open(out).checkpoint().finished
 
 
+def test_rounds_go_on_without_one_that_stays_away(federation, text, tmp_path):
+    """Nobody waits for the key of a device that is gone, as long as others are there."""
+    out, config = tmp_path / "run", configured(text, rounds=3)
+    grid = going(federation, out, config)
+    federation.trainers["dan"].on["seal", 2] = lambda raw: grid.offline.add(DAN)
+    federation.go_on(out, grid)
+    assert [(round, name) for round, name, _ in absent(out)] == [(2, "dan"), (3, "dan"), (4, "dan")]
+    assert RunFolder.open(out).checkpoint().finished
+
+
 def test_below_the_threshold_nothing_is_opened_and_the_round_is_tried_again(
     federation, text, in_process, tmp_path
 ):
@@ -249,11 +259,15 @@ def test_below_the_threshold_nothing_is_opened_and_the_round_is_tried_again(
     out, grid = tmp_path / "run", going(federation, tmp_path / "run", configured(text))
     trainers, asked = federation.trainers, federation.trainers["ada"].asked
 
+    gone = threading.Event()
+
     def leave(raw):
         grid.offline.update({CYD, DAN})
-        trainers["ada"].on["seal", 2] = lambda raw: grid.offline.clear()
+        trainers["ada"].on["announce", 2] = lambda raw: grid.offline.clear()
+        gone.set()
 
     trainers["cyd"].on["open", 2] = leave
+    trainers["dan"].on["open", 2] = lambda raw: gone.wait(60) and None
     federation.go_on(out, grid, patience=3.0)
     assert trained(out) == ALL and is_as_in_one_process(out, in_process)
     assert asked.count(("open", 2)) == 2 and asked.count(("exchange", 2)) == 2
@@ -275,13 +289,9 @@ def test_where_others_are_there_than_those_who_helped_the_round_is_tried_with_th
 
     def leave(raw):
         grid.offline.add(CYD)
-        trainers["ada"].on["announce", 2] = lambda raw: None
-
-    def come_back(raw):
-        grid.offline.clear()
+        trainers["ada"].on["announce", 2] = lambda raw: grid.offline.clear()
 
     trainers["cyd"].on["open", 2] = leave
-    trainers["bob"].on["open", 2] = come_back
     federation.go_on(out, grid, patience=3.0)
     assert RunFolder.open(out).checkpoint().finished
     assert {name for round, name in trained(out) if round == 2} == {"ada", "bob", "cyd"}
@@ -323,7 +333,7 @@ def test_the_server_may_die_after_it_has_opened_a_sum(gone, federation, text, in
         federation.go_on(out, grid)
     federation.go_on(out, federation.grid())
     assert gone or is_as_in_one_process(out, in_process)
-    why = "not in the sum that was opened before the server stopped"
+    why = "not in the sum whose opening was begun before"
     assert absent(out) == ([(2, "dan", why)] if gone else [])
 
 

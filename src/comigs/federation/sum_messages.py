@@ -1,7 +1,7 @@
 """This module is what server and device say to each other of a round's sum. No flwr.
 
-Before a round: "announce" (a device's own key, once for each start of the server), then "seal". The
-round itself is an "exchange" as ever, whose upload is masked. After it: "open".
+Before a round: "announce" (a device's own key), where one is not known, then "seal". The round
+itself is an "exchange" as ever, whose upload is masked. After it: "open".
 """
 
 from __future__ import annotations

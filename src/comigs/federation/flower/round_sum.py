@@ -1,9 +1,10 @@
 """This module is one round whose uploads are summed unseen, as the server carries it to devices.
 
-It takes two small exchanges beside the round's own, before it and after it, and once for each start
-of the server a third, in which devices say their keys. A device that is gone in one of them is
-absent from the round. Where too few are left for the sum, the round has none, and the round loop
-goes on as where too few uploads were usable: it asks again, for another sum.
+It takes two small exchanges beside the round's own, before it and after it, and a third before them
+where the key of a device is not known: after each start of the server, and while one is away. A
+device that is gone in one of them is absent from the round. Where too few are left for the sum, the
+round has none, and the round loop goes on as where too few uploads were usable: it asks again, for
+another sum.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from comigs.server.secure_sum.opening import unmasked
 from comigs.server.secure_sum.primitives import SumError
 from comigs.server.secure_sum.session import Opened, Session
 from comigs.server.secure_sum.uploads import mean_of, origins_of
-from comigs.server.sums import with_mean, without_sum
+from comigs.server.sums import FEWEST, with_mean, without_sum
 from comigs.server.validation import expected_upload
 from comigs.server.wire import WireError, check_layout
 
@@ -128,6 +129,11 @@ class RoundSum:
             return Said(head.round, "", head.key)
 
         unknown = [name for name in tasks if name not in self._keys]
+        # An exchange whose devices are all away waits until one is back. Where the others are
+        # enough for a sum, they are asked again, so that it does not.
+        enough = max(FEWEST, self._config.participation.min_clients)
+        if unknown and len(tasks) - len(unknown) >= enough:
+            unknown = list(tasks)
         self._keys |= self._ask("announce", unknown, lambda name: (None, {}), accept)
 
     def _seal(
