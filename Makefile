@@ -18,7 +18,7 @@ federation: $(BIN)/.ready  ## the same over a network: a server and four devices
 	$(BIN)/python scripts/federation_demo.py
 
 test: $(BIN)/.ready  ## everything but the slow tests
-	$(BIN)/python -m pytest -m 'not slow and not gpu' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m 'not slow and not gpu' --timeout 300 --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(BIN)/.ready
 	$(BIN)/python -m pytest
