@@ -164,7 +164,8 @@ class Bench:
         self.count = options.tokens
         folder = open_run(options.run)
         self.plain = lambda: opened_for_export(folder, options.client)[0]
-        base, config, data = opened_for_export(folder, options.client)
+        base, config, texts = opened_for_export(folder, options.client)
+        data = texts.load(options.client)
         length = config.data.sequence_length
         self.model = PersonalModel(folder, options.client, base)
         self.source = Source(

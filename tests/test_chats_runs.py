@@ -295,6 +295,27 @@ def test_a_personal_model_answers_by_the_runs_template(tmp_path):
     assert torch.is_grad_enabled()
 
 
+ENDED = (  # by a token that the base knows nothing of
+    "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}"
+    "{{ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ 'assistant:' }}{% endif %}"
+)
+
+
+def test_an_answer_ends_where_the_template_ends_it(tmp_path, monkeypatch):
+    folder = api.run(chat_config(tmp_path), tmp_path / "run")
+    with closing(api.open_personal_model(folder.path, "ada")) as model:
+        model.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+        model.tokenizer.chat_template = ENDED
+        generate, asked = model.model.generate, []
+        monkeypatch.setattr(
+            model.model, "generate", lambda **how: asked.append(how) or generate(**how)
+        )
+        model.answer([{"role": "user", "content": "ada 1?"}], max_new_tokens=5)
+        (end,) = model.tokenizer.convert_tokens_to_ids(["<|im_end|>"])
+        assert asked[0]["eos_token_id"] == [model.tokenizer.eos_token_id, end]
+
+
 def test_prepare_shows_what_is_learnt_and_obeys_nothing(tmp_path, capsys):
     rows = [{"question": f"\x1b[31m{n}?", "answer": f"no\x07 {n}"} for n in range(20)]
     write_lines(tmp_path / "ada.jsonl", rows)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from comigs.app import api
 from comigs.app.export import evaluate_export, export
+from comigs.data.prepare import prepare
 from comigs.errors import UserError
 from comigs.personal.export import standard
 from comigs.personal.export.form import list_formats, load_format
-from tests.conftest import bits
+from tests.conftest import bits, run_config
 from tests.exports import exported, trained
 from tests.runs import comigs, files, refused
 
@@ -167,6 +169,20 @@ def test_an_export_is_measured_by_comigs_evaluate(to, tmp_path):
         (tmp_path / "out" / "a-smaller-one.gguf").touch()
         with pytest.raises(UserError, match=r"one \.gguf file, and holds a-smaller-one\.gguf and "):
             evaluate_export(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["transformers", "peft"])
+def test_an_export_is_measured_on_another_clients_text_as_what_it_is(to, tmp_path):
+    """Whose text it is does not say which experts there are."""
+    tree = {"base": {"name": "tiny-llama"}, "options": {"specialists": "apart"}, "rounds": 1}
+    config = run_config(tmp_path, "ada bob", {"ada": {"specialists": 2}}, **tree)
+    folder = api.run(config, tmp_path / "run")
+    export(folder.path, "ada", to, tmp_path / "out", type="float32")
+    (figures,) = evaluate_export(folder.path, tmp_path / "out", client="bob").values()
+    with closing(api.open_personal_model(folder.path, "ada")) as model:
+        stores = prepare(config, api.base_of(folder).encoder).load("bob").test
+        expected = model.evaluate(stores)
+    assert figures["personal"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
 
 
 def test_bfloat16_is_stored_where_nothing_else_is_asked(tmp_path):

@@ -22,7 +22,8 @@ from comigs.bases.load import load_base
 from comigs.bases.tiny import tiny_gpt2
 from comigs.config import BaseSection
 from comigs.errors import UserError
-from comigs.personal.model import _Pieces
+from comigs.personal.model import _Pieces, model_path
+from tests.conftest import run_config
 from tests.runs import ENVIRONMENT, comigs, copied_run, finished
 
 
@@ -70,6 +71,12 @@ def test_sampling_is_repeatable_with_a_seed_and_leaves_the_generator_alone(model
     assert sample(1) == sample(1)
     assert len({sample(seed) for seed in range(4)}) > 1
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_any_token_may_be_drawn(model):
+    """transformers draws from the 50 likeliest where nobody says anything else."""
+    hot = {"do_sample": True, "temperature": 1e6, "max_new_tokens": 1}
+    assert len({model.generate("the ", seed=seed, **hot) for seed in range(150)}) > 50
 
 
 def test_an_empty_prompt_starts_a_document(model):
@@ -144,6 +151,30 @@ def test_a_client_that_was_not_asked_yet_has_no_model(tmp_path):
     ) as raised:
         api.open_personal_model(folder.path, other)
     assert "\n" not in str(raised.value)
+    said = []
+    assert list(api.evaluate(folder.path, say=said.append)) == [asked]
+    assert said == [f"no model here of {other}"]
+    with pytest.raises(UserError, match=f'holds no model of client "{other}"'):
+        api.evaluate(folder.path, client=other)
+
+
+def test_who_is_left_out_keeps_the_model_that_it_had(tmp_path):
+    """bob trains in one round, drops out of the next, and is not asked again."""
+    weather = {"clients": {"bob": {"dropout": 0.5}}}
+    settings = {"rounds": 4, "seed": 5, "participation": {"max_failures": 1}, "conditions": weather}
+    last = []
+
+    def look(event):
+        if event.kind == "server" and event.round == 4:
+            folder = api.open_run(tmp_path / "run")
+            last.append({k: v.clone() for k, v in folder.load(model_path(folder, "bob")).items()})
+
+    config = run_config(tmp_path, "ada bob cyd", **settings)
+    run = api.run(config, tmp_path / "run", report=look)
+    rounds = [e.round for e in run.metrics() if e.kind == "train" and e.client == "bob"]
+    kept = run.load("clients/bob/personal")
+    assert rounds == [1] and all(torch.equal(kept[slot], last[0][slot]) for slot in last[0])
+    assert list(api.evaluate(run.path)) == ["ada", "bob", "cyd"]
 
 
 def test_experts_of_another_shape_are_refused(tmp_path):

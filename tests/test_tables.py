@@ -11,6 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from comigs.app import api, inventory
+from comigs.app.cli_personal import evaluation_table
 from comigs.app.tables import show_table
 from comigs.runs.report.read import read_run
 from comigs.runs.report.tables import client_table
@@ -31,7 +32,7 @@ def tables():
     shown = dict(inventory.inventory())
     run = finished() / "run"
     shown["clients"] = client_table(read_run(run), brief=True)
-    shown["evaluation"] = api.evaluation_table(api.evaluate(run), "test")
+    shown["evaluation"] = evaluation_table(api.evaluate(run), "test")
     return shown
 
 

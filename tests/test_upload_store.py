@@ -4,17 +4,20 @@ in between.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from comigs.app import api
 from comigs.engines.upload_store import MAX_OPEN, UploadStore
 from comigs.errors import UserError
 from comigs.slots import Slot
-from tests.conftest import same
+from tests.conftest import run_config, same
 from tests.runs import ENVIRONMENT
 
 A, B, ATTENTION = (
@@ -63,6 +66,20 @@ def test_no_more_files_are_open_than_a_process_may_have(tmp_path):
     store.clear()
     assert psutil.Process().num_fds() <= before and not tmp_path.exists()
     assert float(store.add("ada", {A: torch.ones(1)})[A]) == 1  # it can be filled again
+
+
+def test_no_file_of_an_earlier_round_takes_room_in_the_next(tmp_path):
+    """What is removed while it is open is on the disk still."""
+    held = {}
+
+    def look(event):
+        if event.kind == "step":
+            links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+            left = [link for link in links if str(tmp_path) in link and "(deleted)" in link]
+            held.setdefault(event.round, []).extend(left)
+
+    api.run(run_config(tmp_path, "ada bob", rounds=3), tmp_path / "run", report=look)
+    assert held == {1: [], 2: [], 3: []}
 
 
 def test_a_full_disk_is_said_in_one_line(tmp_path):

@@ -30,7 +30,7 @@ from comigs.engines.in_process import InProcess
 from comigs.errors import Stopped, UserError, nearest
 from comigs.files import command, require_free
 from comigs.methods.loading import load_method
-from comigs.personal.model import PersonalModel
+from comigs.personal.model import PersonalModel, model_path, require_model
 from comigs.processes import interrupts
 from comigs.runs.environment import (
     describe,
@@ -47,7 +47,7 @@ from comigs.runs.summary import write_summary
 from comigs.runs.track.tracks import Tracks
 from comigs.server.protocol import Report
 from comigs.server.rounds import run_rounds
-from comigs.text import Say, Table, plural
+from comigs.text import Say, plural
 
 
 def run(
@@ -171,15 +171,16 @@ def evaluate(
     split: Split = "test",
     client: str | None = None,
     reader: Reader = ANYBODY,
+    say: Say = ignore,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Measure clients' own models and the base again.
 
-    client: only this one; None: all. reader: what the run's folder cannot say. Returns client ->
-    "base" and "personal" -> figures. Raises UserError.
+    client: only this one; None: all that have one. reader: what the run's folder cannot say.
+    Returns client -> "base" and "personal" -> figures. Raises UserError.
     """
     split_named(split)
     folder = open_run(path, reader)
-    base, data, names = measurable(folder, client)
+    base, data, names = measurable(folder, client, say)
     results = {}
     for name in names:
         with closing(PersonalModel(folder, name, base)) as model:
@@ -191,29 +192,38 @@ def evaluate(
     return results
 
 
-def measurable(folder: RunFolder, client: str | None) -> tuple[Base, Texts, list[str]]:
+def measurable(
+    folder: RunFolder, client: str | None, say: Say = ignore
+) -> tuple[Base, Texts, list[str]]:
     """Return the base, the texts and the names of the clients whose models can be measured here.
 
     client: only this one; None: all. What is wrong with a name or the text is said before any model
     is measured. Raises UserError.
     """
-    base, names = measurable_models(folder, client)
+    base, names = measurable_models(folder, client, say)
     data = prepare_data(folder.config(), base.encoder)
     require_same_text(folder, data)
     return base, data, names
 
 
-def measurable_models(folder: RunFolder, client: str | None) -> tuple[Base, list[str]]:
-    """Return the base and the names of the clients, where no text is needed. Raises UserError
-    where there is no such client, no round, or no model here.
+def measurable_models(
+    folder: RunFolder, client: str | None, say: Say = ignore
+) -> tuple[Base, list[str]]:
+    """Return the base and the names of the clients, where no text is needed.
+
+    client: only this one; None: all that have a model here. say: gets a line where others have
+    none. Raises UserError where there is no such client, no round, or no model here.
     """
     require_no_federation(folder, f"what they measured: {command('report', folder.path)}")
-    config = folder.config()
-    names = config.names
-    if client is not None:
-        names = [config.client_named(client).name]
+    names = folder.config().names
     folder.require_a_round()
-    return base_of(folder), names
+    here = [name for name in names if folder.holds(model_path(folder, name))]
+    if client is not None or not here:
+        require_model(folder, client or names[0])
+        here = [client or names[0]]
+    elif without := [name for name in names if name not in here]:
+        say(f"no model here of {', '.join(without)}")
+    return base_of(folder), here
 
 
 def split_named(name: str) -> Split:
@@ -224,18 +234,6 @@ def split_named(name: str) -> Split:
     raise UserError(
         f'split: given "{name}"; must be train, valid or test.{nearest(name, list(SPLITS))}'
     )
-
-
-def evaluation_table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], split: Split) -> Table:
-    """Return what `evaluate` returns as a table for people."""
-    rows = []
-    for name, measured in results.items():
-        base, personal = measured["base"], measured["personal"]
-        perplexities = (f"{base['perplexity']:.2f}", f"{personal['perplexity']:.2f}")
-        bits, tokens = f"{personal['bits_per_byte']:.4f}", f"{personal['tokens']:,}"
-        rows.append((name, *perplexities, bits, tokens))
-    perplexities = (f"base {split} perplexity", f"personal {split} perplexity")
-    return Table(("client", *perplexities, "bits per byte", "tokens"), tuple(rows))
 
 
 def _with_a_device(config: Config) -> Config:

@@ -12,7 +12,7 @@ import typer
 
 from comigs.app.cli_options import AllowCode, Cache, RunPath
 from comigs.errors import UserError, require_finite, require_utf8
-from comigs.text import harmless
+from comigs.text import Table, harmless
 
 if TYPE_CHECKING:
     from comigs.runs.tasks import Tasks
@@ -100,7 +100,7 @@ def evaluate(
         return
     # An export is measured on the same text, so that both figures can be compared.
     if model is None:
-        results = api.evaluate(run, which, client, reader)
+        results = api.evaluate(run, which, client, reader, console.say)
     else:
         from comigs.app.export import evaluate_export
 
@@ -108,7 +108,19 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(results, indent=1))
     else:
-        console.table(api.evaluation_table(results, which))
+        console.table(evaluation_table(results, which))
+
+
+def evaluation_table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], split: str) -> Table:
+    """Return what `evaluate` returns as a table for people."""
+    rows = []
+    for name, measured in results.items():
+        base, personal = measured["base"], measured["personal"]
+        perplexities = (f"{base['perplexity']:.2f}", f"{personal['perplexity']:.2f}")
+        bits, tokens = f"{personal['bits_per_byte']:.4f}", f"{personal['tokens']:,}"
+        rows.append((name, *perplexities, bits, tokens))
+    perplexities = (f"base {split} perplexity", f"personal {split} perplexity")
+    return Table(("client", *perplexities, "bits per byte", "tokens"), tuple(rows))
 
 
 def _require_with(options: Mapping[str, Any], needed: str, is_there: bool) -> None:

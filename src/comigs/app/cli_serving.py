@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from contextlib import closing
 from io import TextIOWrapper
@@ -50,6 +51,8 @@ def chat(
         # bytes that are no UTF-8 are said of their line
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")
+        # Ctrl-C stops an answer; what else is to end a program ends this one
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         talk(conversation, prompts=sys.stdin.isatty())
 
 

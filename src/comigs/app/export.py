@@ -14,7 +14,7 @@ from comigs.app.setup import ignore, load
 from comigs.bases.load import Base, set_dtype
 from comigs.bases.packed import unpack
 from comigs.config import Config, Split
-from comigs.data.prepare import ClientData
+from comigs.data.prepare import Texts
 from comigs.data.prepare import prepare as prepare_data
 from comigs.errors import UserError
 from comigs.files import command
@@ -52,7 +52,7 @@ def export(
     base, config, data = opened_for_export(folder, client)
     say(f"{client}: measuring on valid, writing {to} in {chosen}, reading it back")
     with closing(PersonalModel(folder, client, base)) as model:
-        windows = windows_of(data.valid, config.data.sequence_length)
+        windows = windows_of(data.load(client).valid, config.data.sequence_length)
         source = Source(folder, client, base, model, windows)
         return write_export(source, (to, form, chosen), place)
 
@@ -73,22 +73,23 @@ def evaluate_export(
     # The files say whose model it is and in which format.
     manifest = read_manifest(Path(exported))
     form, folder = load_format(manifest["format"]), open_run(run, reader)
-    name = client if client is not None else manifest["client"]
-    base, config, data = opened_for_export(folder, name)
-    stores, length = getattr(data, split), config.data.sequence_length
+    owner, name = manifest["client"], client or manifest["client"]
+    if manifest["base_fingerprint"] != folder.environment()["base_fingerprint"]:
+        raise UserError(f"{exported}: was made on another base than the run {run}")
+    folder.config().client_named(name)
+    base, config, texts = opened_for_export(folder, owner)
+    stores, length = getattr(texts.load(name), split), config.data.sequence_length
     # The base is measured as in the run, the export as it is read back from its files.
-    with closing(PersonalModel(folder, name, base)) as model:
+    with closing(PersonalModel(folder, owner, base)) as model:
         figures = {"base": model.evaluate(stores, untouched_base=True).figures()}
-        if manifest["base_fingerprint"] != folder.environment()["base_fingerprint"]:
-            raise UserError(f"{exported}: was made on another base than the run {run}")
-        source = Source(folder, name, base, model, windows_of(data.valid, length))
+        source = Source(folder, owner, base, model, windows_of(texts.load(owner).valid, length))
         with form.read(source, Path(exported)) as other:
             figures["personal"] = measure_text(other, stores, length).figures()
     return {name: figures}
 
 
-def opened_for_export(folder: RunFolder, client: str) -> tuple[Base, Config, ClientData]:
-    """Return the base in float32 on the CPU, the config and the text. Raises UserError."""
+def opened_for_export(folder: RunFolder, client: str) -> tuple[Base, Config, Texts]:
+    """Return the base in float32 on the CPU, the config and the texts. Raises UserError."""
     config = folder.config()
     config.client_named(client)
     folder.require_a_round()
@@ -102,4 +103,4 @@ def opened_for_export(folder: RunFolder, client: str) -> tuple[Base, Config, Cli
     # The base is the run's, rounded or packed as it was there. What is computed with it is not.
     unpack(base.model)
     set_dtype(base.model, torch.float32)
-    return replace(base, dtype=torch.float32), config, data.load(client)
+    return replace(base, dtype=torch.float32), config, data

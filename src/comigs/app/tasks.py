@@ -45,7 +45,7 @@ def evaluate_answers(
     split, limit = api.split_named(how.split), how.limit
     require_extra("tasks", ("rouge_score",), "comigs evaluate --answers")
     folder = api.open_run(path)
-    base, data, names = api.measurable(folder, client)
+    base, data, names = api.measurable(folder, client, say)
     config = folder.config()
     length, size = config.data.sequence_length, config.evaluation.batch_size
     settings = AnswerSettings(how.longest, length, size)
@@ -113,7 +113,7 @@ def evaluate_tasks(
     # What is wrong with a task is said before the base is loaded.
     loaded = load_tasks(files, limit)
     folder = api.open_run(path)
-    base, names = api.measurable_models(folder, client)
+    base, names = api.measurable_models(folder, client, say)
     if files.chat and not base.tokenizer.chat_template:
         raise UserError(f"--chat: base {base.title} has no chat template; leave it out")
 

@@ -63,6 +63,7 @@ class ClientHost:
 
     def exchange(self, name: str, task: Task, download: Download) -> Reply:
         """Do one client's exchange, from the disk and back to the disk; return its reply."""
+        self.store.close()
         client, received = self.client(name), as_received(download, self.config.upload.format)
         specialists = self.weather.specialists(name, task.round)
         client, reply = run_task(
@@ -79,6 +80,15 @@ class ClientHost:
             return reply
         sent = self._sent(name, task, reply.upload, received)
         return replace(reply, upload=self.store.add(name, sent))
+
+    def keep(self, name: str, round: int) -> None:
+        """Keep the model that a client has so far as its own, where no other comes."""
+        if self.folder.holds(f"clients/{name}/personal", staged=True):
+            return
+        for part in ("best", "experts"):
+            if self.folder.holds(path := f"clients/{name}/{part}"):
+                self.folder.stage(f"clients/{name}/personal", self.folder.load(path), round)
+                return
 
     def probe(self, name: str, uploads: Mapping[str, Upload], round: int) -> dict[str, float]:
         """Return author -> nats per token of the author's upload on a sample of this client's

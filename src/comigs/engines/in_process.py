@@ -73,6 +73,10 @@ class InProcess:
             return None
 
         came = self.workers.spread(tasks, here, there)
+        # Who is left out of the end has what it trained.
+        if not all(task.train for task in tasks.values()):
+            for name in self.host.config.names:
+                self.host.keep(name, self.host.config.rounds + 1)
         replies = {name: reply for name, reply in came.items() if reply is not None}
         answers = Answers(replies, {name: SPENT for name in came if name not in replies})
         if not self.host.config.privacy.secure_aggregation:

@@ -29,6 +29,13 @@ class UploadStore:
         self.open = lru_cache(MAX_OPEN)(_open)
         self._added = 0
 
+    def close(self) -> None:
+        """Close what is open; whoever looks at an upload opens it again.
+
+        A file that is removed while it is open takes its room on the disk all the same.
+        """
+        self.open.cache_clear()
+
     def add(self, client: str, tensors: Upload) -> StoredUpload:
         """Put an upload on the disk; return the same slots and values, read where they are looked
         at, until the store is cleared. Raises UserError where the disk refuses.

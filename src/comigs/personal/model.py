@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from comigs.bases.chat_template import Message
 from comigs.bases.load import Base
-from comigs.bases.usable import separator
+from comigs.bases.usable import end_ids, separator
 from comigs.client.evaluate import Measurement, evaluate
 from comigs.client.state import load_tensors, shape_as_saved
 from comigs.client.workplace import attach
@@ -113,6 +113,7 @@ class PersonalModel:
             "streamer": pieces,
             "max_new_tokens": min(max_new_tokens, room),
             "pad_token_id": start,
+            "eos_token_id": sorted(end_ids(self.model, self.tokenizer)) or None,
             "do_sample": False,
             # Routing by sequence reads the whole text so far.
             "use_cache": self.config.experts.routing != "sequence",
@@ -120,6 +121,8 @@ class PersonalModel:
             "stopping_criteria": StoppingCriteriaList(stopping),
         }
         sampling = arguments["do_sample"]
+        if sampling:  # transformers would draw from the 50 likeliest
+            arguments.setdefault("top_k", 0)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
 
         # `generate` returns when all is written, so it works in a thread that feeds the streamer.
