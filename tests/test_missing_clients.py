@@ -222,9 +222,11 @@ def test_what_is_merged_is_merged_once_by_everybody_whoever_was_gone(tmp_path, m
     """
     rounds = []
     config = config_of(tmp_path, method, client={"steps": 2, "batch_size": 4, "lr": 5e-2})
-    models = personal(
-        run(config, tmp_path / "run", ABSENCES[gone], lambda uploads, _: rounds.append({**uploads}))
-    )
+
+    def watch(uploads, memory):  # which are on the disk until the round ends
+        rounds.append({name: dict(upload) for name, upload in uploads.items()})
+
+    models = personal(run(config, tmp_path / "run", ABSENCES[gone], watch))
     merged, whole = {}, {}
     for uploads in filter(None, rounds):
         mean = mean_of({name: changed_by(upload) for name, upload in uploads.items()})
