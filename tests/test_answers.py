@@ -123,6 +123,7 @@ def test_wrong_answers_are_three_others_and_the_same_each_time(run):
         assert {*others} <= {other.answer for other in asked}
     assert wrong == wrong_answers(asked, 42, "ada") != wrong_answers(asked, 43, "ada")
     assert wrong_answers(asked[:3], 42, "ada") == [[], [], []]
+    assert wrong_answers(asked, 42, "ada", 2) == wrong[:2]
 
 
 def test_a_wrong_answer_is_right_nowhere_and_does_not_stand_in_the_prompt():

@@ -16,6 +16,7 @@ from comigs.app import api
 from comigs.config import load_config
 from comigs.errors import UserError
 from comigs.files import cache_folder
+from comigs.runs.environment import without_folders
 from comigs.runs.new import free_folder
 from comigs.text import large
 from tests.kills import in_child
@@ -77,6 +78,24 @@ def test_the_environment_is_written_down():
     train = environment["data"]["ann"]["train"]
     assert train["tokens"] > 100 and train["documents"] == 3 and len(train["sha256"][0]) == 64
     assert "the cat" not in (finished() / "run" / "env.json").read_text()  # no text
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("/home/ann/patients/clinic.toml", "clinic.toml"),
+        ("~/patients/clinic.toml", "clinic.toml"),
+        ("--out=/data/st mary/run", "--out=run"),
+        ('data.root="/home/ann/text"', 'data.root="text"'),
+        ('clients.a.text={train="/a/t.txt", test="/b/t.txt"}', None),
+        ("configs/main.toml", "configs/main.toml"),
+        ('base.name="https://host/model.gguf"', 'base.name="https://host/model.gguf"'),
+        ("client.lr=1e-3", "client.lr=1e-3"),
+    ],
+)
+def test_the_command_that_is_kept_names_no_folder_of_this_machine(word, told):
+    told = told or 'clients.a.text={train="t.txt", test="t.txt"}'
+    assert without_folders(word) == told
 
 
 def test_a_run_can_be_moved_with_its_text(tmp_path, monkeypatch):

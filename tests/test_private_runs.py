@@ -99,7 +99,7 @@ def test_where_nobody_has_any_left_the_run_ends_with_the_model_of_that_round(
     warned = [line for line in folder.metrics() if isinstance(line, Warned)]
     assert [(line.sign, line.round) for line in warned] == [("privacy-budget-spent", 2)]
     assert folder.checkpoint().finished and len(spent(folder)) == 2
-    assert folder.summary().clients["ada"].test.perplexity
+    assert folder.summary().clients["ada"].test.perplexity and folder.summary().rounds == 2
 
 
 def test_a_dry_run_says_epsilon_noise_and_documents(root, crashed, said):

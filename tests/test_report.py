@@ -203,6 +203,8 @@ def test_clients_that_are_drawn_and_robust_merges_are_settings_that_are_shown(
     settings = dict(provenance.settings(run))
     assert settings["clients in a round"] == "2 of 4" and settings["upload.merge"] == "median"
     assert results(run).uploaded_per_client_and_round == 2 * 3 * 4  # of those that were asked
+    table = tables.client_table(run)
+    assert table.last[-1] == "12 B"  # half of them are, in each round
 
 
 @pytest.mark.parametrize("shares", [None, [None] * 6])

@@ -228,6 +228,15 @@ def test_a_chat_without_a_template_is_one_text_to_go_on_from(client):
     assert chat.choices[0].message.content == text.choices[0].text
 
 
+def test_an_answer_comes_back_as_the_client_dumps_it(client):
+    """With null for what it has not."""
+    answer = ask(client, temperature=0).choices[0].message.model_dump()
+    assert None in answer.values()
+    messages = [{"role": "user", "content": "hi"}, answer, {"role": "user", "content": "more"}]
+    again = client.chat.completions.create(model="run/ann", messages=messages, max_tokens=3)
+    assert again.choices[0].message.role == "assistant"
+
+
 def test_a_chat_template_is_used_where_there_is_one():
     base = tiny("tiny-llama")
     base.tokenizer.chat_template = (

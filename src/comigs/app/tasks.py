@@ -56,8 +56,8 @@ def evaluate_answers(
         questions = questions_of(data.documents(name, split))
         _require_questions(questions, name, split)
         _require_room(base, how.longest)
-        wrong = wrong_answers(questions, config.seed, name)
-        asked[name] = AnswerTask(base, questions[:limit], wrong[:limit], settings)
+        wrong = wrong_answers(questions, config.seed, name, limit)
+        asked[name] = AnswerTask(base, questions[:limit], wrong, settings)
         if not asked[name].choices:
             say(
                 f"{name}: no question has {WRONG} answers to others beside its own that fit whole "

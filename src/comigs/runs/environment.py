@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[st
             "processor": processor(base.device),
             "threads": torch.get_num_threads(),
         },
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(without_folders, sys.argv[1:])],
         "device": str(base.device),
         "experts": csrc.way(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
@@ -50,6 +51,13 @@ def environment(base: Base, data: Mapping[str, ClientData | Outline]) -> dict[st
         "chats": base.encoder.chats.id,
         "data": describe(data),
     }
+
+
+def without_folders(word: str) -> str:
+    """Return a word of a command line without the folders of this machine, whose names may tell
+    something: "/home/ann/clinic.toml" is "clinic.toml".
+    """
+    return re.sub(r"""(?:~|(?<![\w.:/]))/(?:[^"',=]*/)?""", "", word)
 
 
 def require_same_base(folder: RunFolder, base: Base) -> None:

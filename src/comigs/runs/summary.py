@@ -17,6 +17,7 @@ from comigs.runs.metrics import (
     LastDownload,
     Line,
     MeanSummary,
+    RoundEnd,
     Score,
     Summary,
     Train,
@@ -66,7 +67,7 @@ def summarize(
         weights=method.weights,
         base=config.base.name,
         seed=config.seed,
-        rounds=config.rounds,
+        rounds=max((line.round for line in metrics if isinstance(line, RoundEnd)), default=0),
         clients=clients,
         mean=MeanSummary(
             clients=len(both),

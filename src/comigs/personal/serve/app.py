@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,7 @@ class Api:
         self.scheduler = scheduler
         self.bounds = bounds
         self.keys = keys
+        self._reader = ThreadPoolExecutor(1)  # one: reading a prompt changes the tokenizer
 
     def application(self) -> Starlette:
         """Return the ASGI application."""
@@ -108,14 +110,15 @@ class Api:
         models = self._open_to(request)
         asked = parse(kind, await self._json(request))
         client = _named(models, asked.model).client
-        # What cannot be done is said before anything is queued, and before prompts are read:
-        # nobody else is answered while they are.
+        # What cannot be done is said before anything is queued, and before prompts are read.
         limits = self.scheduler.limits
         if isinstance(asked, CompletionRequest) and len(asked.prompts()) > limits.queue:
             raise BadRequest(f"prompt: must be {limits.queue} prompts or fewer", "prompt")
         if asked.n > limits.rows:
             raise BadRequest(f"n: must be {limits.rows} or less", "n")
-        prompts = prompts_of(asked, self.scheduler.model.base, self.bounds)
+        # a template may take long over a long conversation
+        base, loop = self.scheduler.model.base, asyncio.get_running_loop()
+        prompts = await loop.run_in_executor(self._reader, prompts_of, asked, base, self.bounds)
         answer = Answer(asked, client, prompts, self.bounds)
         replies = Replies(
             asked.model, kind is ChatRequest, _wants_logprobs(asked), self.scheduler.vocabulary

@@ -45,7 +45,14 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
     name: str | None = None
-    refusal: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        # an answer that comes back in a conversation has null for what it has not
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if value is not None or key == "content"}
 
     def plain(self) -> dict[str, str]:
         """Return the role and the text alone."""

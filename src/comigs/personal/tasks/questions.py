@@ -41,9 +41,13 @@ def questions_of(chats: Iterable[Document]) -> list[Question]:
     return found
 
 
-def wrong_answers(questions: Sequence[Question], seed: int, client: str) -> list[list[str]]:
+def wrong_answers(
+    questions: Sequence[Question], seed: int, client: str, limit: int | None = None
+) -> list[list[str]]:
     """Return for each question three wrong answers, drawn from other chats; or none where there
     are fewer.
+
+    limit: for the first so many questions; None: all. They are drawn from the answers to all.
 
     None of them is said in the question's own chat, or is anybody's answer to the same question;
     they differ from each other, all of it also once normalized. What is drawn depends on the seed,
@@ -56,7 +60,7 @@ def wrong_answers(questions: Sequence[Question], seed: int, client: str) -> list
         for of in (question.chat, question.asked):
             right[of].add(normalized(question.answer))
     drawn: list[list[str]] = []
-    for number, question in enumerate(questions):
+    for number, question in enumerate(questions[:limit]):
         taken = right[question.chat] | right[question.asked]
         others = [words for words in by_words if words not in taken]
         if len(others) < WRONG:

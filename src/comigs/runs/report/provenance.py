@@ -26,11 +26,12 @@ def settings(run: Run) -> tuple[tuple[str, str], ...]:
     if wanted.clients_per_round:
         asked = f"{wanted.clients_per_round} of {len(config.clients)}"
         shown.append(("clients in a round", asked))
-    steps = f"{client.steps} a round, {client.steps * config.rounds} in all"
+    rounds = run.summary.rounds if run.summary else config.rounds
+    steps = f"{client.steps} a round, {client.steps * rounds} in all"
     router_steps = f"{client.router_steps} after every {client.router_every} local steps"
     shown += [
         ("base", config.base.name),
-        ("rounds", str(config.rounds)),
+        ("rounds", str(rounds)),
         ("local steps", steps),
         ("batch", f"{client.batch_size} windows of {config.data.sequence_length} tokens"),
         ("experts per token", str(config.experts.top_k)),

@@ -109,7 +109,7 @@ def _mean_row(r: Results) -> tuple[str, ...]:
         "",
         "",
         f.count(mean(client.trained_parameters for client in r.clients)),
-        f.size(r.uploaded_per_client_and_round),
+        f.size(sum(c.uploaded_bytes for c in r.clients) / max(1, r.rounds * len(r.clients))),
     )
     return name, "", *_scores(r), *amounts
 
