@@ -167,6 +167,18 @@ def test_each_method_is_private_or_says_why_not(root, method):
         load_method(config)
 
 
+@pytest.mark.parametrize("level", ["document", "client"])
+def test_where_nothing_is_sent_nothing_is_private(root, level):
+    """Two specialists each, and attention LoRA that stays home."""
+    home = {"generalists": 0, "specialists": 2, "share_attention": False}
+    privacy = {"level": level, "noise_multiplier": 1.0, "delta": 1e-3}
+    tree = {"options": {"attention": "mean"}, "privacy": privacy}
+    config = run_config(root, experts=home, **tree)
+    with pytest.raises(UserError, match="comigs cannot be private: as it is set it sends nothing"):
+        load_method(config)
+    load_method(run_config(root, experts={**home, "share_attention": True}, **tree))
+
+
 @pytest.mark.parametrize("method", ["fedprox", "ffa-lora", "fedsa-lora", "rolora", "fedex-lora"])
 def test_every_private_method_runs(root, tmp_path, method):
     config = config_of(root, "ada", {"noise_multiplier": 0.5, "noise_seed": 1}, method=method)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from types import ModuleType
 from typing import TypeVar
 
@@ -113,22 +114,34 @@ def _require_power(config: Config, method: Method) -> None:
                     )
 
 
-def _other_than_a_mean(method: Method) -> str:
+def _sent(config: Config, method: Method) -> set[Slot]:
+    """Return what clients of this run send of a linear, in one of two rounds."""
+    sent = set()
+    for client in config.clients:
+        shape = method.shape(config.shape_of(client))
+        parts = list(shape.parts)
+        if shape.attention_rank:
+            parts.append("attention")
+        for part, matrix in product(parts, "AB"):
+            slot = Slot(0, "up", part, matrix)
+            if method.sends(slot, 1) or method.sends(slot, 2):
+                sent.add(slot)
+    return sent
+
+
+def _other_than_a_mean(method: Method, sent: Iterable[Slot]) -> str:
     """Return why a server that adds noise to a mean is not all that this method gives back."""
     if not method.averages:
         return (
             "what its server gives back is not the mean of uploads (comigs can do that, with "
             'options.attention = "mean")'
         )
-    sends_anything = False
-    for part in ("g0", "attention"):
-        for slot in (Slot(0, "up", part, "A"), Slot(0, "up", part, "B")):
-            sends_anything |= method.sends(slot, 1)
-            if method.sends(slot, 1) != method.sends(slot, 2):
-                return "its clients send other tensors in every other round"
-            if method.sends(slot, 1) and not method.receives(slot):
-                return "its clients do not start from the mean of all"
-    return "" if sends_anything else "it sends nothing, so there is nothing to bound"
+    for slot in sent:
+        if method.sends(slot, 1) != method.sends(slot, 2):
+            return "its clients send other tensors in every other round"
+        if not method.receives(slot):
+            return "its clients do not start from the mean of all"
+    return ""
 
 
 def _require_possible(config: Config, method: Method) -> None:
@@ -136,11 +149,13 @@ def _require_possible(config: Config, method: Method) -> None:
 
     Raises UserError naming the field.
     """
-    level, leaks = config.privacy.level, ""
+    level, leaks, sent = config.privacy.level, "", _sent(config, method)
     if config.privacy.by_document:
         leaks = method.leaks
     elif config.privacy.by_client:
-        leaks = _other_than_a_mean(method)
+        leaks = _other_than_a_mean(method, sent)
+    if level != "none" and not leaks and not sent:
+        leaks = "as it is set it sends nothing, so there is nothing to bound"
     if leaks:
         raise UserError(
             f'privacy.level: given "{level}", but {config.method} cannot be private: '
