@@ -88,7 +88,7 @@ def test_time_counts_every_step_and_every_token_evaluated(tmp_path):
     for name, outline in texts.outlines().items():
         tokens[name] = {split: getattr(outline, split)[0].num_bytes for split in SPLITS}
     # 6 rounds of 2 steps, a router step after every 3 steps, two clients
-    assert dry_run.run_seconds(config, method, speed, tokens) == 2 * (12 + 4)
+    assert dry_run.run_seconds(config, method, (), speed, tokens) == 2 * (12 + 4)
     speed = estimate.Throughput(step_seconds=0.0, evaluation_seconds=1.0)
     valid, test = (sum(own[split] for own in tokens.values()) for split in ("valid", "test"))
     # the base: valid and test; after rounds 2, 4 and 6: valid; at the end: test, which may be
@@ -96,7 +96,7 @@ def test_time_counts_every_step_and_every_token_evaluated(tmp_path):
     # each download on a few windows
     weighed = 2 * 7 * method.looks * method.probe * config.data.sequence_length
     assert method.looks and method.last_looks
-    assert dry_run.run_seconds(config, method, speed, tokens) == pytest.approx(
+    assert dry_run.run_seconds(config, method, (), speed, tokens) == pytest.approx(
         (5 + 2 * method.last_looks) * valid + 3 * test + weighed
     )
 

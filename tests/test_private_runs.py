@@ -12,6 +12,9 @@ import pytest
 from comigs.app import api
 from comigs.app.dry_run import dry_run
 from comigs.app.privacy import privacy_lines
+from comigs.app.setup import attached
+from comigs.bases.load import load_base
+from comigs.client.estimate import BY_DOCUMENT, training_steps
 from comigs.config import parse_config
 from comigs.errors import UserError
 from comigs.experiments.run_data import read_run_folder
@@ -165,6 +168,20 @@ def test_each_method_is_private_or_says_why_not(root, method):
         return
     with pytest.raises(UserError, match=f"privacy.level: .* {method} cannot be private: .+; must"):
         load_method(config)
+
+
+@pytest.mark.parametrize(("method", "at_home"), [("comigs", 10), ("fedavg", 0), ("rolora", 0)])
+def test_the_time_counts_what_a_private_client_trains_at_home(root, tmp_path, method, at_home):
+    """Nothing, where it only sends: 4 steps and twice 3 of the router, where it does not."""
+    client = {"steps": 4, "batch_size": 3, "router_every": 2, "router_steps": 3}
+    noise = {"noise_multiplier": 1.0}
+    config = config_of(root, "ada", noise, method=method, client=client, rounds=1)
+    with attached(config, load_base(config.base)) as (_, shapes):
+        steps = training_steps(config, load_method(config), shapes["ada"], local=4, phases=2)
+    assert steps == BY_DOCUMENT * 4 + at_home
+    metrics = api.run(config, tmp_path / "run").metrics()
+    (done,) = [line for line in metrics if isinstance(line, Train)]
+    assert done.router_steps == (at_home and 6) and done.local_steps == 4
 
 
 @pytest.mark.parametrize("level", ["document", "client"])

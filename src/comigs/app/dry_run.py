@@ -6,7 +6,7 @@ from an aggregation of starting tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from statistics import fmean
@@ -23,9 +23,8 @@ from comigs.client.estimate import (
     measured_throughput,
     memory_needed,
     num_scalars,
-    router_steps,
-    shared_phase_steps,
     tokens_read,
+    training_steps,
 )
 from comigs.client.memory import Way, all_ways, speed, within_memory
 from comigs.config import SPLITS, Config, Split
@@ -41,6 +40,7 @@ from comigs.server.communication import traffic_by_client
 from comigs.server.protocol import Report
 from comigs.server.rounds import task_of
 from comigs.server.validation import expected_upload, shapes_of_clients
+from comigs.slots import Slot
 from comigs.text import Say, Table, duration, listed, size
 
 # A run ends with its report, whose libraries are then part of its process's memory as well.
@@ -92,7 +92,8 @@ def dry_run(
     store = data.load(data.names[0]).train[0]
     tokens_per_byte = store.num_tokens / store.num_bytes
     expected = _tokens(data.outlines(), tokens_per_byte)
-    seconds = run_seconds(config, method, throughput, expected)
+    slots = set[Slot]().union(*shapes.values())
+    seconds = run_seconds(config, method, slots, throughput, expected)
     tokens = config.client.batch_size * config.data.sequence_length
     peak = f"about {size(needed)} at its peak, "
     if config.base.memory is not None:
@@ -236,18 +237,19 @@ def require_memory(needed: float, device: torch.device) -> None:
 def run_seconds(
     config: Config,
     method: Method,
+    slots: Collection[Slot],
     throughput: Throughput,
     tokens: Mapping[str, Mapping[Split, int]],
 ) -> float:
     """Return the seconds of a run at that speed, with a client at a time in each worker.
 
-    tokens: of each client's splits.
+    slots: what clients have. tokens: of each client's splits.
     """
     # a round trains those that are asked, and a router phase comes after every so many steps
     asked = config.asked
     local = config.rounds * config.client.steps
-    steps = local + router_steps(config, method, local // config.client.router_every)
-    total = asked * (steps + shared_phase_steps(config, local)) * throughput.step_seconds
+    steps = training_steps(config, method, slots, local, local // config.client.router_every)
+    total = asked * steps * throughput.step_seconds
 
     # the exchange after the last round only measures, and measures everybody
     mean: dict[Split, float] = {}

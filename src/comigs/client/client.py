@@ -15,7 +15,7 @@ from comigs.client.door import PRIVATE, Weights, checked_prior, require_receivab
 from comigs.client.evaluate import Measurement, evaluate, measure
 from comigs.client.objective import objective_of
 from comigs.client.round_log import RoundLog
-from comigs.client.shared_part import SharedPart, is_shared
+from comigs.client.shared_part import SharedPart, learns_at_home
 from comigs.client.state import (
     ClientState,
     load_state,
@@ -171,11 +171,11 @@ class Client:
         if self.shared is not None:
             sent = self.shared.train(round, self.step_settings, self.data, own, on_step)
 
-        # What is sent has learnt, where that is private. The client's own model learns as ever, its
-        # copies of that as well, unless a download is written over them whole.
+        # What is sent has learnt, where that is private; the client's own model learns as ever.
         def trains(slot: Slot) -> bool:
-            is_copy = self.shared is not None and is_shared(method, slot) and method.mix is None
-            return self._trains(slot, round) and not is_copy
+            if self.shared is not None:
+                return learns_at_home(method, slot, round)
+            return self._trains(slot, round)
 
         if sent is not None and not any(map(trains, own)):
             return sent

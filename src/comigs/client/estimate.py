@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from comigs.bases.base import linear_size
 from comigs.bases.load import Base
 from comigs.client.evaluate import measure
 from comigs.client.loss import largest_chunk
-from comigs.client.shared_part import is_shared
+from comigs.client.shared_part import is_shared, learns_at_home
 from comigs.client.state import TrainState, new_train_state
 from comigs.client.steps import MethodHooks, NonFiniteLoss, StepSettings, step
 from comigs.config import Config, Split
@@ -243,10 +243,22 @@ def measured_throughput(
     return Throughput(halfway - began, (ended - halfway) / read.size)
 
 
-def router_steps(config: Config, method: Method, phases: int) -> int:
-    """Return the steps of so many phases of the router, where any client has them."""
+def training_steps(
+    config: Config, method: Method, slots: Collection[Slot], local: int, phases: int
+) -> float:
+    """Return as how many local steps of the batch all training of a client counts.
+
+    slots: of its tensors. local: its local steps. phases: of the router, where it has one.
+    """
+    steps = 0.0
+    if config.privacy.by_document:
+        steps += local * BY_DOCUMENT * batch_of(config) / config.client.batch_size
+        # A method may train other tensors in every other round.
+        if not any(learns_at_home(method, slot, n) for slot in slots for n in (1, 2)):
+            return steps
     has_router = Choice(config, method, "in-process").has_router
-    return phases * config.client.router_steps * (has_router and method.schedule != "joint")
+    routing = phases * config.client.router_steps * (has_router and method.schedule != "joint")
+    return steps + local + routing
 
 
 def tokens_read(
@@ -270,13 +282,6 @@ def tokens_read(
         if method.finish is not None:
             read += tokens["valid"]
     return read
-
-
-def shared_phase_steps(config: Config, steps: int) -> float:
-    """Return as how many local steps so many noised ones count, where a run has any."""
-    if not config.privacy.by_document:
-        return 0.0
-    return steps * BY_DOCUMENT * batch_of(config) / config.client.batch_size
 
 
 def num_scalars(shapes: Shapes) -> int:

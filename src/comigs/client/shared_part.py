@@ -41,6 +41,15 @@ def is_shared(method: Method, slot: Slot) -> bool:
     return any(method.shares(replace(slot, matrix=matrix)) for matrix in "AB")
 
 
+def learns_at_home(method: Method, slot: Slot, round: int) -> bool:
+    """Return whether a tensor of a private client learns from all of its text in a round.
+
+    The copies of what is sent do not where a download is written over them whole.
+    """
+    is_copy = is_shared(method, slot) and method.mix is None
+    return not slot.is_frozen and method.trains(slot, round) and not is_copy
+
+
 class SharedPart:
     """The shared part of a private client.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from comigs.client.shared_part import is_shared
+from comigs.client.shared_part import learns_at_home
 from comigs.config import Config, Split
 from comigs.experts.init import starting_tensors
 from comigs.methods.method import Download, Method, Upload
@@ -108,7 +108,7 @@ class Counting:
         trained = settings.steps * windows * length
         if self._config.privacy.by_document:
             noised = int(settings.steps * batch_of(self._config) * length)
-            if not self._trains_at_home(name, round):
+            if not any(learns_at_home(self._method, slot, round) for slot in self.shapes[name]):
                 trained, noised, phases = noised, None, 0
         return TrainReport(
             round=round,
@@ -120,14 +120,6 @@ class Counting:
             sent_tokens=noised,
             **UNTRAINED,
         )
-
-    def _trains_at_home(self, name: str, round: int) -> bool:
-        """Return whether a private client trains more than what it sends, as client.py does."""
-        for slot in self.shapes[name]:
-            is_copy = is_shared(self._method, slot) and self._method.mix is None
-            if not slot.is_frozen and self._method.trains(slot, round) and not is_copy:
-                return True
-        return False
 
     def _has_router(self, name: str) -> bool:
         return any(slot.role == "router" for slot in self.shapes[name])

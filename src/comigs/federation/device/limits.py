@@ -26,9 +26,8 @@ from comigs.client.estimate import (
     measured_throughput,
     memory_needed,
     num_scalars,
-    router_steps,
-    shared_phase_steps,
     tokens_read,
+    training_steps,
 )
 from comigs.client.workplace import Workplace
 from comigs.config import SPLITS, ClientEntry, Config, Split, dotted
@@ -253,8 +252,8 @@ class Work:
         steps = 0.0
         if request.train:
             phases = math.ceil(config.client.steps / config.client.router_every)
-            steps = config.client.steps + router_steps(config, method, phases)
-            steps += shared_phase_steps(config, config.client.steps)
+            (shapes,) = self.shapes.values()
+            steps = training_steps(config, method, shapes, config.client.steps, phases)
 
         # Whoever is asked for a probe measures nothing but others' uploads.
         asked = (*request.evaluate, *request.evaluate_base)
