@@ -274,7 +274,7 @@ def test_several_chunks_of_tokens_equal_the_naive_mixture(model_type, monkeypatc
 
 @pytest.mark.parametrize(
     ("length", "largest", "sizes"),
-    [(14, 5, [5, 5, 4]), (12, 5, [4, 4, 4]), (3, 9, [3]), (2, 0, [1, 1])],
+    [(14, 5, [5, 5, 4]), (12, 5, [4, 4, 4]), (3, 9, [3]), (2, 0, [1, 1]), (0, 5, [])],
 )
 def test_even_slices(length, largest, sizes):
     slices = hidden_torch.even_slices(length, largest)

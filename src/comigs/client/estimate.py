@@ -98,7 +98,8 @@ def memory_needed(
     logits = min(largest_chunk(base.device), in_training * length * vocabulary)
     head = logits * torch.finfo(base.dtype).bits / 8
     # elsewhere they are there in float32, too, and buffers of a chunk of a block's hidden layer
-    experts = len(experts_of(sorted({slot.part for slot in own})))
+    parts = {slot.part for slot in own if slot.role in ("generalist", "specialist", "rest")}
+    experts = max(1, len(attachment.experts_of(sorted(parts))))
     most = max(in_training, measured_windows) * length
     elsewhere = 4 * logits + hidden_buffers(attachment, most, experts)
 

@@ -180,5 +180,7 @@ def even_slices(length: int, largest: int) -> list[slice]:
 
     A product of two rows takes as long as one of eighty, so a small last slice would be waste.
     """
+    if not length:
+        return []
     size = math.ceil(length / math.ceil(length / max(1, largest)))
     return [slice(start, min(length, start + size)) for start in range(0, length, size)]
