@@ -457,6 +457,11 @@ def test_pcl_measures_each_model_whole_on_the_readers_valid(tmp_path):
     for reader, client in engine.clients.items():
         ((inputs, targets, _),) = probe_windows(config, reader, client.data, 1, 3)
         assert inputs.shape == (3, config.data.sequence_length)
+        by_two = config.evaluation.model_copy(update={"batch_size": 2})
+        fewer = config.model_copy(update={"evaluation": by_two})
+        pieces = probe_windows(fewer, reader, client.data, 1, 3)
+        assert [len(piece.inputs) for piece in pieces] == [2, 1]
+        assert np.array_equal(np.concatenate([piece.inputs for piece in pieces]), inputs)
         valid = [store.tokens.tolist() for store in client.data.valid]
         for row in inputs.tolist():
             assert any(row == t[i : i + len(row)] for t in valid for i in range(len(t)))

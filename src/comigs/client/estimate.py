@@ -88,8 +88,7 @@ def memory_needed(
     trained += LOW * in_training * length * ranks
 
     # what only measures keeps one block at a time
-    method = load_method(config)
-    measured_windows = max(config.evaluation.batch_size, method.probe)
+    measured_windows = config.evaluation.batch_size
     measured = block_activations(config, base, attachment, measured_windows)
     measured += LOW * measured_windows * length * ranks / blocks
 
@@ -111,6 +110,7 @@ def memory_needed(
             held = psutil.Process().memory_info().rss
     if on_cpu:
         workers, elsewhere = config.workers, 0
+    method = load_method(config)
     client, kept = 0, KEPT if config.evaluation.keep == "best" else 0
     for slot, dims in own.items():
         each = FROZEN if slot.is_frozen else TRAINED

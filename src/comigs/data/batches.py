@@ -32,6 +32,16 @@ class Batch(NamedTuple):
             return self.targets.size
         return int((self.targets != IGNORED).sum())
 
+    def pieces(self, size: int) -> list[Batch]:
+        """Return the batch in pieces of so many windows; the last may have fewer."""
+        found = []
+        for start in range(0, len(self.inputs), size):
+            rows, positions = slice(start, start + size), self.positions
+            if positions is not None:
+                positions = positions[rows]
+            found.append(Batch(self.inputs[rows], self.targets[rows], positions))
+        return found
+
 
 def sample_windows(
     stores: Sequence[TokenStore], generator: np.random.Generator, num_windows: int, length: int

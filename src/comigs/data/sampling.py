@@ -65,7 +65,8 @@ def probe_windows(
     if not num_windows:
         return []
     random = generator(config.seed, "probe", client, round)
-    return [sample_windows(data.valid, random, num_windows, config.data.sequence_length)]
+    drawn = sample_windows(data.valid, random, num_windows, config.data.sequence_length)
+    return drawn.pieces(config.evaluation.batch_size)
 
 
 def check_text(client: str, data: ClientData, settings: ClientSection, length: int) -> None:
