@@ -226,6 +226,30 @@ def test_one_that_vanishes_is_gone_and_welcome_back(federation, tmp_path):
     assert [round for round, name in trained(out) if name == "bob"] == [1, 3, 4]
 
 
+def test_one_that_is_revoked_and_invited_again_is_reached_in_the_same_run(
+    federation, tmp_path, undisturbed
+):
+    """It has another key then, and another node: where the run looked for it, nobody was."""
+    config, out, new = configured(federation), tmp_path / "run", BOB + 8
+    federation.create(out, config)
+    grid, file = federation.grid(), federation.root / "clients.json"
+    grid.add_node(new, grid.trainers[BOB])
+    grid.offline.add(new)
+
+    def replace():
+        clients = json.loads(file.read_text())
+        del clients["bob"]
+        file.write_text(json.dumps(clients))
+        grid.offline ^= {BOB, new}
+        invited = {"node_id": None, "public_key": "-"}
+        file.write_text(json.dumps(clients | {"bob": invited}))
+        file.write_text(json.dumps(clients | {"bob": invited | {"node_id": new}}))
+
+    with around(2, replace):
+        federation.go_on(out, grid)
+    assert absent(out) == [] and equal(undisturbed(config), out, federation)
+
+
 def test_one_that_is_killed_and_started_again_is_asked_again_in_the_same_round(
     federation, tmp_path, undisturbed
 ):
@@ -460,7 +484,7 @@ def test_a_version_that_differs_is_named_on_both_sides(federation, tmp_path):
     def refused(*given, **named):
         return refusal(*given, **named).model_copy(update={"comigs": "9.9.9"})
 
-    own = "comigs.federation.device.device_service.our_version"
+    own = "comigs.federation.device.received.our_version"
     says = patch.object(messages, "refusal", refused)
     with patch(own, lambda: "9.9.9"), says, pytest.raises(UserError, match="too few"):
         federation.run(out, configured(federation, participation={"max_failures": 1}))
