@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from comigs.app import api
 from comigs.errors import UserError
 from comigs.federation import messages
-from comigs.federation.flower.engine import Flower
+from comigs.federation.flower.engine import FederatedRun, Flower
 from comigs.federation.messages import ANSWERS, REQUESTS, Refusal
+from comigs.methods.loading import load_method
 from comigs.runs.folder import RunFolder
 from comigs.server import wire
 from comigs.slots import SPELLING, Slot
@@ -475,6 +476,32 @@ def test_a_run_goes_on_without_a_client_that_was_revoked(federation, tmp_path):
     assert RunFolder.open(out).checkpoint().finished
     assert {name for round, name in trained(out) if round > 1} == {"ada"}
     assert {name for _, name, _ in absent(out)} == {"bob"}
+
+
+def test_an_answer_may_have_a_figure_for_each_step_that_was_asked_for(federation, tmp_path):
+    """Of long rounds each answer had been refused, after the training."""
+    steps = 100_000
+    long, short = (configured(federation, client={"steps": n}) for n in (steps, 1))
+    shapes = {Slot.parse("0.down.g0.A"): (2, 2)}
+    figures = torch.rand(steps, dtype=torch.float64).tolist()
+    head = messages.Answered(
+        run="run-0123456789ab",
+        round=1,
+        trained=True,
+        metrics=[{"train_nats_per_token_by_step": figures}],
+        timing={},
+    )
+    raw = wire.pack(head)
+    assert len(raw) > 1 << 20
+    for config, takes in ((long, True), (short, False)):
+        folder = federation.create(tmp_path / str(takes), config)
+        run = FederatedRun(head.run, config, load_method(config), "", {"ada": shapes})
+        engine = Flower(run, folder, None)
+        if takes:
+            assert engine.opened(raw, "ada") == (head, {})
+        else:
+            with pytest.raises(wire.WireError, match="header is longer than allowed"):
+                engine.opened(raw, "ada")
 
 
 def test_a_version_that_differs_is_named_on_both_sides(federation, tmp_path):

@@ -78,7 +78,7 @@ def rounds(
 
     # From now on the gateway lets answers of this run in, which may be larger than earlier ones.
     with writing(federation, "make room or allow writing"):
-        allow_answers(federation, max(most_of_answer(method, of) for of in shapes.values()))
+        allow_answers(federation, max(most_of_answer(config, method, of) for of in shapes.values()))
     run = FederatedRun(_run_id(folder), config, method, fingerprint, shapes)
     run_rounds(config, method, Flower(run, folder, dispatcher), folder, report)
 
