@@ -434,6 +434,10 @@ def test_a_taken_port_is_named():
         assert f"port {port}" in problem(require_free_port, "127.0.0.1", port)
 
 
+def test_an_address_that_can_be_no_name_is_one_line():
+    assert "port 8443 of a..b" in problem(require_free_port, "a..b", 8443)
+
+
 def test_a_free_port_is_none_that_a_connection_may_be_given():
     """A client that knocks at one of those may get that very port, and hold it (seen once)."""
     given = Path("/proc/sys/net/ipv4/ip_local_port_range")
