@@ -69,15 +69,21 @@ class LocalGrid(Grid):
 
     def __init__(self, sockets: Iterable[Path]) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-        self.trainers = {FIRST_NODE + i: socket for i, socket in enumerate(sockets)}
+        self.trainers: dict[int, Path] = {}
         self.offline: set[int] = set()
-        self.started = dict.fromkeys(self.trainers, "1")
+        self.started: dict[int, str] = {}
         self.seen: list[bytes] = []
         self.lost: set[str] = set()
-        self._workers = {node: ThreadPoolExecutor(1) for node in self.trainers}
+        self._workers: dict[int, ThreadPoolExecutor] = {}
         self._replies: dict[str, Future[Message]] = {}
         self._nodes: dict[str, int] = {}
         self._count = 0
+        for number, socket in enumerate(sockets):
+            self.add_node(FIRST_NODE + number, socket)
+
+    def add_node(self, node: int, socket: Path) -> None:
+        self.trainers[node], self.started[node] = socket, "1"
+        self._workers[node] = ThreadPoolExecutor(1)
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError

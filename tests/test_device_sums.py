@@ -122,6 +122,35 @@ def test_a_round_that_came_to_nothing_is_masked_anew_and_opened_for_the_same_cli
     )
 
 
+def test_nothing_is_trained_for_a_sum_that_cannot_be(tmp_path, monkeypatch):
+    """One client's bad key or box, passed on by the server, cost all others a round's training."""
+
+    def trained(*given, **how):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr("comigs.federation.device.device_service.run_task", trained)
+    device = InSum(tmp_path)
+    about, boxes = device.sealed()
+    place = [member == device.me for member in device.members].index(False)
+
+    def with_key(key):
+        return about.model_copy(
+            update={"keys": (*about.keys[:place], key, *about.keys[place + 1 :])}
+        )
+
+    for asked, sent, why in (
+        (None, boxes, "an upload that is not masked"),
+        (with_key("02" + "f" * 64), boxes, "a public key that is none"),
+        (with_key(about.keys[place - 1]), boxes, "4 clients sealed"),
+        (about.model_copy(update={"keys": about.keys[1:]}), boxes, "keys that do not fit"),
+        (about, {"rows": boxes["rows"].flip(0)}, "nobody made for this client"),
+        (about, {}, "a table that does not fit"),
+    ):
+        code, said = device.refusal("exchange", asked, sent)
+        assert code == "refused" and why in said, said
+    assert device.refusal("exchange", about, boxes)[0] == "failed"
+
+
 def test_of_the_next_round_on_nothing_of_the_last_is_answered(device):
     about, boxes = device.sealed("2" * 32, round=2)
     broken = {"rows": boxes["rows"].flip(0)}
@@ -141,9 +170,9 @@ def test_batches_are_the_runs_own_and_the_same_after_a_restart(tmp_path, monkeyp
     """
     learnt, mask = [], DeviceSum.mask
 
-    def watched(self, request, tensors, upload, download):
+    def watched(self, prepared, upload, download):
         learnt.append({slot: tensor.clone() for slot, tensor in upload.items()})
-        return mask(self, request, tensors, upload, download)
+        return mask(self, prepared, upload, download)
 
     def alike(one, other):
         return all(torch.equal(one[slot], other[slot]) for slot in one)

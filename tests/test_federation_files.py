@@ -434,6 +434,10 @@ def test_a_taken_port_is_named():
         assert f"port {port}" in problem(require_free_port, "127.0.0.1", port)
 
 
+def test_an_address_that_can_be_no_name_is_one_line():
+    assert "port 8443 of a..b" in problem(require_free_port, "a..b", 8443)
+
+
 def test_a_free_port_is_none_that_a_connection_may_be_given():
     """A client that knocks at one of those may get that very port, and hold it (seen once)."""
     given = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -442,6 +446,77 @@ def test_a_free_port_is_none_that_a_connection_may_be_given():
         port = free_port()
         require_free_port("127.0.0.1", port)
         assert 1024 < port < first
+
+
+# Who is registered
+
+
+class SuperLink:
+    """Flower's, as far as its command line is asked: a key is taken once, and never given back."""
+
+    def __init__(self, federation, monkeypatch):
+        self.keys, self.before = {}, {}
+        monkeypatch.setattr(flwr_cli, "ask", self.ask)
+
+    def ask(self, federation, *lines):
+        answers = []
+        for line in lines:
+            key, name = Path(line[2]).read_text(), line[-1]
+            self.before.pop(name, lambda: None)()
+            if key in self.keys:
+                raise UserError(f"{federation.path}: the server refused: {flwr_cli.IN_USE}.")
+            self.keys[key] = len(self.keys) + 1
+            answers.append({"node-id": self.keys[key]})
+        return answers
+
+
+@pytest.fixture
+def three(federation, tmp_path):
+    for name in ("ann", "bob", "cyd"):
+        admin.invite(federation.path, name, tmp_path / f"{name}.toml")
+    return federation
+
+
+def node_ids(federation):
+    return {name: entry.node_id for name, entry in federation.clients().items()}
+
+
+def test_whoever_was_registered_when_it_is_interrupted_is_noted(three, monkeypatch):
+    """Flower takes no key twice: what was not noted kept the server from ever starting again."""
+    link = SuperLink(three, monkeypatch)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    link.before["cyd"] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        flwr_cli.register(three, ["ann", "bob", "cyd"])
+    assert node_ids(three) == {"ann": 1, "bob": 2, "cyd": None}
+    flwr_cli.register(three, ["cyd"])
+    assert node_ids(three) == {"ann": 1, "bob": 2, "cyd": 3}
+
+
+def test_a_key_that_flower_has_and_nobody_noted_is_a_line_that_says_what_to_do(three, monkeypatch):
+    link = SuperLink(three, monkeypatch)
+    link.keys[three.client_named("bob").public_key] = 7
+    said = problem(flwr_cli.register, three, ["ann", "bob"])
+    assert "state.db: has the key of bob already" in said and "remove state.db" in said
+    assert node_ids(three)["ann"] == 2
+
+
+def test_a_client_that_is_revoked_while_others_are_registered_is_left_out(
+    three, tmp_path, monkeypatch
+):
+    link = SuperLink(three, monkeypatch)
+
+    def change():
+        for name in ("ann", "bob", "cyd"):
+            admin.revoke(three.path, name)
+        admin.invite(three.path, "bob", tmp_path / "new.toml")
+
+    link.before["bob"] = change
+    flwr_cli.register(three, ["ann", "bob", "cyd"])
+    assert node_ids(three) == {"bob": None}  # the key that was registered is not bob's any more
 
 
 # What a config has to be

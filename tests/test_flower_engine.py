@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from comigs.app import api
 from comigs.errors import UserError
 from comigs.federation import messages
-from comigs.federation.flower.engine import Flower
+from comigs.federation.flower.engine import FederatedRun, Flower
 from comigs.federation.messages import ANSWERS, REQUESTS, Refusal
+from comigs.methods.loading import load_method
 from comigs.runs.folder import RunFolder
 from comigs.server import wire
 from comigs.slots import SPELLING, Slot
@@ -224,6 +225,30 @@ def test_one_that_vanishes_is_gone_and_welcome_back(federation, tmp_path):
         federation.go_on(out, grid)
     assert absent(out) == [(2, "bob", "gone"), (2, "bob", "too late, in round 3: dropped")]
     assert [round for round, name in trained(out) if name == "bob"] == [1, 3, 4]
+
+
+def test_one_that_is_revoked_and_invited_again_is_reached_in_the_same_run(
+    federation, tmp_path, undisturbed
+):
+    """It has another key then, and another node: where the run looked for it, nobody was."""
+    config, out, new = configured(federation), tmp_path / "run", BOB + 8
+    federation.create(out, config)
+    grid, file = federation.grid(), federation.root / "clients.json"
+    grid.add_node(new, grid.trainers[BOB])
+    grid.offline.add(new)
+
+    def replace():
+        clients = json.loads(file.read_text())
+        del clients["bob"]
+        file.write_text(json.dumps(clients))
+        grid.offline ^= {BOB, new}
+        invited = {"node_id": None, "public_key": "-"}
+        file.write_text(json.dumps(clients | {"bob": invited}))
+        file.write_text(json.dumps(clients | {"bob": invited | {"node_id": new}}))
+
+    with around(2, replace):
+        federation.go_on(out, grid)
+    assert absent(out) == [] and equal(undisturbed(config), out, federation)
 
 
 def test_one_that_is_killed_and_started_again_is_asked_again_in_the_same_round(
@@ -453,6 +478,32 @@ def test_a_run_goes_on_without_a_client_that_was_revoked(federation, tmp_path):
     assert {name for _, name, _ in absent(out)} == {"bob"}
 
 
+def test_an_answer_may_have_a_figure_for_each_step_that_was_asked_for(federation, tmp_path):
+    """Of long rounds each answer had been refused, after the training."""
+    steps = 100_000
+    long, short = (configured(federation, client={"steps": n}) for n in (steps, 1))
+    shapes = {Slot.parse("0.down.g0.A"): (2, 2)}
+    figures = torch.rand(steps, dtype=torch.float64).tolist()
+    head = messages.Answered(
+        run="run-0123456789ab",
+        round=1,
+        trained=True,
+        metrics=[{"train_nats_per_token_by_step": figures}],
+        timing={},
+    )
+    raw = wire.pack(head)
+    assert len(raw) > 1 << 20
+    for config, takes in ((long, True), (short, False)):
+        folder = federation.create(tmp_path / str(takes), config)
+        run = FederatedRun(head.run, config, load_method(config), "", {"ada": shapes})
+        engine = Flower(run, folder, None)
+        if takes:
+            assert engine.opened(raw, "ada") == (head, {})
+        else:
+            with pytest.raises(wire.WireError, match="header is longer than allowed"):
+                engine.opened(raw, "ada")
+
+
 def test_a_version_that_differs_is_named_on_both_sides(federation, tmp_path):
     """A device that has another comigs checks by its own version, and says it."""
     out, refusal = tmp_path / "run", messages.refusal
@@ -460,7 +511,7 @@ def test_a_version_that_differs_is_named_on_both_sides(federation, tmp_path):
     def refused(*given, **named):
         return refusal(*given, **named).model_copy(update={"comigs": "9.9.9"})
 
-    own = "comigs.federation.device.device_service.our_version"
+    own = "comigs.federation.device.received.our_version"
     says = patch.object(messages, "refusal", refused)
     with patch(own, lambda: "9.9.9"), says, pytest.raises(UserError, match="too few"):
         federation.run(out, configured(federation, participation={"max_failures": 1}))

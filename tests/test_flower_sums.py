@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from comigs.app import api
+from comigs.federation.device.device_service import Trainer
 from comigs.federation.device.device_sum import DeviceSum
 from comigs.federation.flower import round_sum
-from comigs.federation.messages import REQUESTS
+from comigs.federation.messages import ANSWERS, REQUESTS
 from comigs.runs.folder import RunFolder
 from comigs.server import wire
 from comigs.server.secure_sum import uploads
 from tests.conftest import run_config
-from tests.local_grid import FIRST_NODE, Federation, TestTrainer, events
+from tests.local_grid import FIRST_NODE, ONE, Federation, TestTrainer, events
 
 NAMES = ("ada", "bob", "cyd", "dan")
 ROOM = 1 << 26
@@ -240,6 +241,40 @@ def test_one_that_drops_out_costs_nobody_else_the_round(federation, text, tmp_pa
     assert RunFolder.open(out).checkpoint().finished
 
 
+def no_key(head, tensors):
+    return head.model_copy(update={"key": "02" + "f" * 64}), tensors
+
+
+def narrow(head, tensors):
+    return head, {name: table[:, :100].clone() for name, table in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "lie", "why"),
+    [
+        ("announce", no_key, "a public key that is none"),
+        ("seal", no_key, "a public key that is none"),
+        ("seal", narrow, "a table that does not fit the members of the sum"),
+    ],
+)
+def test_who_says_what_no_sum_can_be_made_of_is_named_and_costs_nobody_else_the_round(
+    federation, text, tmp_path, kind, lie, why
+):
+    """Such a key made every honest device refuse to mask, and such a table ended the run."""
+    out, config = tmp_path / "run", configured(text, rounds=1)
+    grid, dan = going(federation, out, config), federation.trainers["dan"]
+
+    def lying(raw):
+        with ONE:
+            honest = Trainer.answer(dan, raw)
+        return wire.pack(*lie(*wire.unpack(honest, ANSWERS, ROOM)))
+
+    dan.on[kind, 1] = lying
+    federation.go_on(out, grid)
+    assert absent(out)[0] == (1, "dan", why)
+    assert trained(out) == [(1, name) for name in ("ada", "bob", "cyd")]
+
+
 def test_rounds_go_on_without_one_that_stays_away(federation, text, tmp_path):
     """Nobody waits for the key of a device that is gone, as long as others are there."""
     out, config = tmp_path / "run", configured(text, rounds=3)
@@ -346,9 +381,9 @@ def test_a_run_that_is_repeated_without_one_client_does_not_tell_its_upload(
         monkeypatch.setattr(DeviceSum, "batch_seed", OWN_SEED)
     sent, mask = {}, DeviceSum.mask
 
-    def watched(self, request, tensors, upload, download):
+    def watched(self, prepared, upload, download):
         sent[self._run.name] = {str(slot): tensor.clone() for slot, tensor in upload.items()}
-        return mask(self, request, tensors, upload, download)
+        return mask(self, prepared, upload, download)
 
     monkeypatch.setattr(DeviceSum, "mask", watched)
     means = []

@@ -7,6 +7,12 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import pkgutil
+import socket
+import ssl
+import threading
+import time
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import httpx
@@ -20,6 +26,7 @@ from comigs.federation.security import pki
 from comigs.federation.security.answers import allow_answers, largest_answer
 from comigs.federation.security.door import Door
 from comigs.federation.security.gateway import CALLS, MAX_OF_DEVICE, PIECE, SMALL, gateway
+from tests.conftest import until
 from tests.flood import signed
 
 OUTSIDE = (  # what the SuperLink has beside what devices need
@@ -342,7 +349,7 @@ def test_connections_that_ask_for_nothing_are_closed_and_of_one_address_there_ar
             each.close()
         return closed, elsewhere
 
-    with patch("comigs.federation.security.door.HEAD_SECONDS", 0.3):
+    with patch.object(Door, "seconds", 0.3):
         assert asked_over_sockets(folder, link, calls) == ([True, True, True], 418)
     assert not Door.there
 
@@ -357,8 +364,56 @@ def test_a_request_that_takes_long_is_not_taken_for_an_idle_connection(folder):
         slow.go.set()
         return (await waiting).status_code
 
-    with patch("comigs.federation.security.door.HEAD_SECONDS", 0.1):
+    with patch.object(Door, "seconds", 0.1):
         assert asked_over_sockets(folder, link, calls) == 418
+
+
+@contextmanager
+def gateway_with_tls(folder, link):
+    """A gateway in a thread as it is in earnest, and its port."""
+    authority, key = pki.new_authority("fed")
+    certificate, own = pki.new_server_certificate(authority, key, ("127.0.0.1",))
+    for name, text in (("ca.pem", authority), ("server.pem", certificate), ("server.key", own)):
+        (folder / name).write_text(text)
+    upstream = httpx.AsyncClient(transport=httpx.ASGITransport(link.app), base_url="http://l")
+    config = module.uvicorn.Config(
+        gateway(upstream, folder),
+        http=Door,
+        loop="comigs.federation.security.door:new_loop",
+        ws="none",
+        port=0,
+        ssl_certfile=folder / "server.pem",
+        ssl_keyfile=folder / "server.key",
+        log_level="warning",
+    )
+    server = module.uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+@pytest.mark.parametrize("kind", ["asyncio:asyncio_loop_factory", "auto:auto_loop_factory"])
+def test_a_connection_that_does_not_finish_tls_is_closed(folder, kind):
+    """Nobody counts it before, and an event loop would wait for it for a minute."""
+    factory = pkgutil.resolve_name(f"uvicorn.loops.{kind}")
+    with (
+        patch("comigs.federation.security.door.auto_loop_factory", factory),
+        patch("comigs.federation.security.door.TLS_SECONDS", 0.5),
+        gateway_with_tls(folder, Link()) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=10) as silent,
+        httpx.Client(verify=ssl.create_default_context(cafile=folder / "ca.pem")) as client,
+    ):
+        answer = client.post(f"https://127.0.0.1:{port}{PUSH}", headers=signed(PRIVATE))
+        assert answer.status_code == 418
+        began = time.monotonic()
+        assert silent.recv(1) == b"" and time.monotonic() - began < 5
+        again = client.post(f"https://127.0.0.1:{port}{PUSH}", headers=signed(PRIVATE))
+        assert again.status_code == 418
 
 
 def test_a_superlink_that_is_away_is_a_503_which_devices_retry(folder):

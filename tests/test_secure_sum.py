@@ -15,9 +15,10 @@ from comigs.config import UploadSection
 from comigs.server.secure_sum import fixed_point, party, primitives, uploads
 from comigs.server.secure_sum.opening import unmasked
 from comigs.server.secure_sum.primitives import SumError, private_key, public_name
-from comigs.server.secure_sum.session import Session, threshold_of
+from comigs.server.secure_sum.session import Session, note_key, threshold_of
 from comigs.server.sums import MOST
 from comigs.server.validation import common_start, origin_of
+from comigs.server.wire import WireError
 from comigs.slots import Slot
 
 COUNT = 50  # numbers of an upload
@@ -40,9 +41,12 @@ class Sum:
 
     def mask(self, parties):
         for n in parties:
-            self.remembered[n], self.masked[n] = party.mask(
-                self.identities[n], self.remembered[n], self.keys, self.boxes(n), self.numbers[n]
-            )
+            self.remembered[n] = self.prepare(n)
+            self.masked[n] = party.mask(self.remembered[n], self.names[n], self.numbers[n])
+
+    def prepare(self, n, keys=None, boxes=None):
+        keys, boxes = keys or self.keys, boxes or self.boxes(n)
+        return party.prepare(self.identities[n], self.remembered[n], keys, boxes)
 
     def open(self, parties, came=None):
         came = [self.names[n] for n in (self.masked if came is None else came)]
@@ -234,22 +238,50 @@ def test_what_was_said_in_another_session_is_refused():
         each.seal(range(3))
     boxes, keys = made.boxes(0), made.keys
     with pytest.raises(SumError, match="a share of another session"):
-        party.mask(made.identities[0], made.remembered[0], keys, other.boxes(0), made.numbers[0])
+        made.prepare(0, boxes=other.boxes(0))
     with pytest.raises(SumError, match="did not seal"):
-        party.mask(made.identities[0], made.remembered[0], other.keys, boxes, made.numbers[0])
+        made.prepare(0, other.keys)
     swapped = {made.names[1]: boxes[made.names[2]], made.names[2]: boxes[made.names[1]]}
     with pytest.raises(SumError, match="that nobody made for this client"):
-        party.mask(made.identities[0], made.remembered[0], keys, swapped, made.numbers[0])
+        made.prepare(0, boxes=swapped)
     made.mask(range(3))
     changed = {**keys, made.names[1]: other.keys[made.names[1]]}
     with pytest.raises(SumError, match="masked already, for others"):
-        party.mask(made.identities[0], made.remembered[0], changed, boxes, made.numbers[0])
-    again, same = party.mask(made.identities[0], made.remembered[0], keys, boxes, made.numbers[0])
+        made.prepare(0, changed)
+    again = made.prepare(0)
+    same = party.mask(again, made.names[0], made.numbers[0])
     np.testing.assert_array_equal(same, made.masked[0])
     with pytest.raises(SumError, match="others than those that masked"):
         party.help_open(again, made.names[0], made.names[1:])
     with pytest.raises(SumError, match="others than those that masked"):
         party.help_open(again, made.names[0], [*made.names, "0" * 66])
+
+
+NONE = "02" + "f" * 64  # no point of the curve: its x is above the field's prime
+
+
+def test_a_key_that_is_none_or_two_have_is_refused_before_anything_is_masked():
+    made = Sum(3)
+    made.seal(range(3))
+    for key, why in ((NONE, "a public key that is none"), (made.keys[made.names[2]], "3 clients")):
+        with pytest.raises(SumError, match=why):
+            made.prepare(0, {**made.keys, made.names[1]: key})
+
+
+def test_the_server_takes_a_key_that_is_none_or_anothers_for_the_lie_it_is():
+    ann, bob = (public_name(private_key(primitives.new_seed())) for _ in range(2))
+    known = {}
+    for name, key in (("ann", ann), ("bob", bob), ("ann", ann)):
+        note_key(known, name, key)
+    for key, why in ((NONE, "that is none"), (ann, "that is another client's")):
+        with pytest.raises(WireError, match=why):
+            note_key(known, "bob", key)
+    assert known == {"ann": ann, "bob": bob}
+
+
+def test_a_sealed_box_is_as_long_as_the_server_takes_it_to_be():
+    made = done(3)
+    assert {len(box) for n in range(3) for box in made.boxes(n).values()} == {primitives.BOX}
 
 
 def test_a_session_is_of_three_or_more_and_more_than_half_open_it():

@@ -21,6 +21,7 @@ from comigs.app import api
 from comigs.errors import UserError
 from comigs.personal.serve.catalogue import names_of
 from comigs.personal.serve.keys import Keys, is_loopback
+from comigs.personal.serve.server import listen
 from tests.runs import ENVIRONMENT, copied_run, finished, refused, write_config
 
 KEY = "a-key-that-is-long-enough-"
@@ -95,6 +96,21 @@ def test_a_port_that_is_taken(capsys, run):
         port = other.getsockname()[1]
         line = refused(capsys, "serve", run, "--port", port)
     assert line.startswith(f"error: port {port} of 127.0.0.1: Address already in use")
+
+
+def test_a_port_that_another_server_has_taken_and_does_not_use_yet():
+    """Both were bound, and the second ended in a traceback once its models were loaded."""
+    with closing(listen("127.0.0.1", 0)) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1: Address already in use"):
+            listen("127.0.0.1", port)
+        assert first.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64])
+def test_a_host_that_can_be_no_name(host):
+    with pytest.raises(UserError, match=f"port 80 of {host}: .*; choose another with --port"):
+        listen(host, 80)
 
 
 def test_a_run_that_is_none_or_has_no_round_or_is_given_twice(capsys, run, tmp_path):

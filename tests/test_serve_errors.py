@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
+import time
+from contextlib import ExitStack
 from unittest.mock import patch
 
+import httpx
 import openai
 import pytest
 
+from comigs.personal.serve.app import Api
 from comigs.personal.serve.keys import Keys
+from comigs.personal.serve.server import Connection
 from tests.conftest import tiny
 from tests.serving import HELLO, NAMES, answer_to, ask, clients_on, raw_request, serving
 
@@ -141,9 +148,57 @@ def test_a_body_that_never_comes_is_given_up(server, monkeypatch):
     assert status == 408 and "must arrive within 0.2 seconds" in content["error"]["message"]
 
 
-def test_unknown_paths_and_methods_answer_json(server):
-    import httpx
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nhost: "])
+def test_a_connection_that_asks_for_nothing_is_closed(monkeypatch, sent):
+    """A thousand of them kept everybody else out for as long as they stayed, without a key."""
+    monkeypatch.setattr("comigs.personal.serve.server.MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(Connection, "seconds", 1.5)
+    base = tiny("tiny-llama")
+    with serving(base, clients_on(base)) as server, ExitStack() as stack:
+        idle = []
+        for _ in range(2):
+            idle.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port))))
+            idle[-1].settimeout(10)
+            idle[-1].sendall(sent)
+        url = f"http://127.0.0.1:{server.port}/health"
+        assert httpx.get(url).status_code == 503
+        assert [connection.recv(1) for connection in idle] == [b"", b""]
+        assert httpx.get(url).status_code == 200
 
+
+def test_a_connection_that_has_had_an_answer_has_as_long_again(monkeypatch):
+    """And is closed then, whatever it sends that is no request."""
+    monkeypatch.setattr(Connection, "seconds", 1.0)
+    base = tiny("tiny-llama")
+    with serving(base, clients_on(base)) as server, socket.socket() as connection:
+        connection.settimeout(10)
+        connection.connect(("127.0.0.1", server.port))
+        for _ in range(3):
+            time.sleep(0.6)
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET")
+        assert connection.recv(65536) == b""
+
+
+def test_an_answer_that_takes_long_is_not_taken_for_a_connection_that_asks_for_nothing(monkeypatch):
+    monkeypatch.setattr(Connection, "seconds", 0.05)
+    health = Api.health
+
+    async def slowly(self, request):
+        await asyncio.sleep(0.5)
+        return await health(self, request)
+
+    monkeypatch.setattr(Api, "health", slowly)
+    base = tiny("tiny-llama")
+    with serving(base, clients_on(base)) as server:
+        assert httpx.get(f"http://127.0.0.1:{server.port}/health").status_code == 200
+
+
+def test_unknown_paths_and_methods_answer_json(server):
     for method, path, status in [
         ("GET", "/v1/nothing", 404),
         ("GET", "/v1/completions", 405),

@@ -62,9 +62,8 @@ def _mean(config: Config, uploads: Mapping[str, Upload], origins: Mapping[str, D
     for name, member in members.items():
         numbers = to_sum(uploads[name], origins[name], config.upload, len(members))
         boxes = {other: said.boxes[member] for other, said in sealed.items() if other != member}
-        remembered[name], masked = party.mask(
-            identities[name], remembered[name], keys, boxes, numbers
-        )
+        remembered[name] = party.prepare(identities[name], remembered[name], keys, boxes)
+        masked = party.mask(remembered[name], member, numbers)
         total = masked if total is None else total + masked
     assert total is not None
 

@@ -86,8 +86,13 @@ def rows(of: Mapping[str, bytes], members: Sequence[str]) -> dict[str, Tensor]:
     return {ROWS: table.reshape(len(members), length)}
 
 
-def read_rows(tensors: Mapping[str, Tensor], members: Sequence[str]) -> dict[str, bytes]:
-    """Return the bytes that go with each member. Raises WireError for another kind of tensor."""
+def read_rows(
+    tensors: Mapping[str, Tensor], members: Sequence[str], length: int | None = None
+) -> dict[str, bytes]:
+    """Return the bytes that go with each member. Raises WireError for another kind of tensor.
+
+    length: of a row, where it is known.
+    """
     table = tensors.get(ROWS)
     if (
         table is None
@@ -95,6 +100,7 @@ def read_rows(tensors: Mapping[str, Tensor], members: Sequence[str]) -> dict[str
         or table.dim() != 2
         or table.shape[0] != len(members)
         or table.shape[1] > LONGEST
+        or table.shape[1] != (length or table.shape[1])
     ):
         raise WireError("a table that does not fit the members of the sum")
     return {member: bytes(row.tolist()) for member, row in zip(members, table, strict=True)}

@@ -37,6 +37,7 @@ from comigs.slots import Slot
 Format = Literal["float32", "bfloat16", "int8"]
 Encoded = Mapping[str, Tensor]  # by name in the payload
 HEAD = "comigs"  # the one key of the metadata: safetensors writes several in any order
+MOST_HEADER = 1 << 20  # bytes of a head, and of the list of its tensors, where little is said
 LEVELS = 127  # of an int8 on either side of zero
 
 
@@ -61,7 +62,7 @@ def pack(head: Head, tensors: Encoded | None = None) -> bytes:
 
 
 def unpack(
-    raw: bytes, heads: TypeAdapter[AnyHead], most: int, most_header: int = 1 << 20
+    raw: bytes, heads: TypeAdapter[AnyHead], most: int, most_header: int = MOST_HEADER
 ) -> tuple[AnyHead, dict[str, Tensor]]:
     """Return head and tensors of a message of at most `most` bytes.
 

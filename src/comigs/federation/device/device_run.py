@@ -148,7 +148,7 @@ class DeviceRun:
     def last_answer(self) -> tuple[Answered, dict[str, Tensor]]:
         """Return head and tensors of the last answer. Raises Refused where it is missing."""
         raw = self.said()
-        head, tensors = wire.unpack(raw, ANSWERS, len(raw))
+        head, tensors = wire.unpack(raw, ANSWERS, len(raw), len(raw))
         assert isinstance(head, Answered)
         return head, tensors
 

@@ -31,19 +31,19 @@ from comigs.engines.client_task import run_task
 from comigs.federation import messages
 from comigs.federation.device.device_run import DeviceRun, Refused, open_folder, refusing
 from comigs.federation.device.limits import Limits, Work, require_in_order, require_settable
-from comigs.federation.device.received import probe, read_download
-from comigs.federation.messages import Request, our_version
+from comigs.federation.device.received import probe, read_download, read_request
+from comigs.federation.messages import Request
 from comigs.federation.pinned_base import PinnedBase
 from comigs.methods.method import Method
 from comigs.server import wire
 from comigs.server.protocol import Report
+from comigs.server.validation import expected_upload, shapes_of
 from comigs.slots import Slot
 from comigs.text import Say, brief, harmless
 
 if TYPE_CHECKING:
     from comigs.federation.device.device_sum import DeviceSum
 
-MOST_HEADER = 1 << 25  # bytes of a request's head and of the list of its tensors
 LINE, TRACEBACK = 500, 8000  # characters of what the owner is shown
 
 
@@ -107,7 +107,7 @@ class Trainer:
             give_back()
 
     def _answer(self, raw: bytes) -> bytes:
-        request, tensors = _read(raw, self.device.limits)
+        request, tensors = read_request(raw, self.device.limits)
         # What the owner can change, such as the text or the disk, is no error of the run's.
         with refusing("not-ready"), ExitStack() as stack:
             config, method = self._plan(request)
@@ -253,11 +253,19 @@ class Trainer:
         """Do what is asked, keep what came of it, and only then answer."""
         download = read_download(tensors)
         residual: Mapping[Slot, Tensor] = {}
+
+        # What is wrong with a sum is known before anything is trained, and privacy spent, for it.
+        sends = expected_upload(run.method, shapes_of(client.train_state.tensors), request.round)
+        prepared = None
+        if device_sum is not None and request.train and sends:
+            prepared = device_sum.prepare(request, tensors)
+
         with refusing("loss"):
             unseen, number = run.unseen(download, request.since), self.device.specialists
             client, reply = run_task(client, request.task, unseen, self.report, specialists=number)
             if device_sum is not None and reply.upload:
-                sent = device_sum.mask(request, tensors, reply.upload, download)
+                assert prepared is not None
+                sent = device_sum.mask(prepared, reply.upload, download)
             else:
                 sent, residual = run.encoded(reply.upload or {}, download, request.round)
 
@@ -278,20 +286,6 @@ class Trainer:
         rounds = run.config.rounds
         self.say(f"{request.run}: round {min(request.round, rounds)} of {rounds}: {done}")
         return raw
-
-
-def _read(raw: bytes, limits: Limits) -> tuple[Request, dict[str, Tensor]]:
-    try:
-        request, tensors = wire.unpack(raw, messages.REQUESTS, limits.message, MOST_HEADER)
-    except wire.WireError as error:
-        raise Refused("unreadable", f"the server sent {error}") from None
-    if request.comigs != our_version():
-        raise Refused(
-            "version",
-            f"the server has comigs {request.comigs}, this device {our_version()}; "
-            "install the same one",
-        )
-    return request, tensors
 
 
 def _resolved(config: Config, base: Base) -> Config:

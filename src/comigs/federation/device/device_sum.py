@@ -113,17 +113,30 @@ class DeviceSum:
             return False
         return self._run.last_answer()[0].session != request.sum.session
 
+    def prepare(self, request: Request, tensors: wire.Encoded) -> party.Remembered:
+        """Return what masks an upload of the request's round. Raises Refused where what the server
+        sent for it will not do.
+
+        tensors: of the request.
+        """
+        asked, session = self._asked(request), self._session_of(request)
+        members = session.session.members
+        if len(asked.keys) != len(members):
+            raise self._refused(request, "keys that do not fit the members of the sum")
+        keys = {member: key for member, key in zip(members, asked.keys, strict=True) if key}
+        try:
+            return party.prepare(self._identity, session, keys, read_rows(tensors, members))
+        except (SumError, wire.WireError) as error:
+            raise self._refused(request, str(error)) from None
+
     def mask(
-        self, request: Request, tensors: wire.Encoded, upload: Upload, download: Download
+        self, prepared: party.Remembered, upload: Upload, download: Download
     ) -> dict[str, Tensor]:
         """Return an upload as it leaves: a step away from the download, cut, and under masks.
 
-        tensors: of the request. Raises Refused, with "loss" where a number is not finite.
+        Raises Refused, with "loss" where a number is not finite.
         """
-        asked, session = request.sum, self._session_of(request)
-        config, members = self._run.config, session.session.members
-        if asked is None or len(asked.keys) != len(members):
-            raise self._refused(request, "keys that do not fit the members of the sum")
+        config, members = self._run.config, prepared.session.members
         begun = origin_of(download, shapes_of(upload), common_start(config.seed))
         try:
             numbers = to_sum(upload, begun, config.upload, len(members))
@@ -131,13 +144,8 @@ class DeviceSum:
             raise Refused("loss", f"{self._run.folder.path}: {error}") from None
 
         # The set of others is remembered before a number of this masking can leave.
-        keys = {member: key for member, key in zip(members, asked.keys, strict=True) if key}
-        try:
-            boxes = read_rows(tensors, members)
-            session, masked = party.mask(self._identity, session, keys, boxes, numbers)
-        except (SumError, wire.WireError) as error:
-            raise self._refused(request, str(error)) from None
-        self._remember(session=session)
+        masked = party.mask(prepared, self.name, numbers)
+        self._remember(session=prepared)
         return {SUM: torch.from_numpy(masked.view("int32"))}
 
     def mask_again(
@@ -147,7 +155,7 @@ class DeviceSum:
         place. upload: as this device has it. Raises Refused.
         """
         head, _ = self._run.last_answer()
-        masked = self.mask(request, tensors, upload, download)
+        masked = self.mask(self.prepare(request, tensors), upload, download)
         raw = wire.pack(head.model_copy(update={"session": request.session}), masked)
         self._run.say_instead(raw)
         return raw

@@ -1,4 +1,6 @@
-"""This module reads what a server sent to a device: a download, and others' uploads to measure."""
+"""This module reads what a server sent to a device: its request, a download, and others' uploads to
+measure.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,28 @@ from torch import Tensor
 from comigs.client.client import Client
 from comigs.federation import messages
 from comigs.federation.device.device_run import DeviceRun, Refused
-from comigs.federation.messages import Request
+from comigs.federation.device.limits import Limits
+from comigs.federation.messages import Request, our_version
 from comigs.federation.sum_messages import ROWS
 from comigs.server import wire
 from comigs.slots import Slot
+
+MOST_HEADER = 1 << 25  # bytes of a request's head and of the list of its tensors
+
+
+def read_request(raw: bytes, limits: Limits) -> tuple[Request, dict[str, Tensor]]:
+    """Return a request and its tensors. Raises Refused where it is none, or of another comigs."""
+    try:
+        request, tensors = wire.unpack(raw, messages.REQUESTS, limits.message, MOST_HEADER)
+    except wire.WireError as error:
+        raise Refused("unreadable", f"the server sent {error}") from None
+    if request.comigs != our_version():
+        raise Refused(
+            "version",
+            f"the server has comigs {request.comigs}, this device {our_version()}; "
+            "install the same one",
+        )
+    return request, tensors
 
 
 def read_download(tensors: wire.Encoded) -> dict[Slot, Tensor]:

@@ -30,9 +30,10 @@ def main(grid: Grid, context: Context) -> None:
     from comigs.federation.flower.pieces import take_answers_one_by_one
     from comigs.federation.flower.server import go_on
 
-    take_answers_one_by_one()
     settings = context.run_config
-    go_on(grid, Path(str(settings["run-folder"])), Path(str(settings["federation"])))
+    federation = Path(str(settings["federation"]))
+    take_answers_one_by_one(federation)
+    go_on(grid, Path(str(settings["run-folder"])), federation)
 
 
 def end_with_superexec() -> None:

@@ -32,13 +32,14 @@ from comigs.runs.folder import RunFolder
 from comigs.server import wire
 from comigs.server.dispatch import Dispatcher, Question
 from comigs.server.protocol import Answers, Reply, Task
-from comigs.server.validation import expected_upload
+from comigs.server.validation import expected_upload, most_figures
 from comigs.server.wire import WireError
 from comigs.slots import Shapes
 
 # Path in the run: of each client, the last round it answered, and the last it answered in time.
 SEEN = "server/clients"
-ROOM = 1 << 21  # bytes of an answer beside its numbers
+ROOM = 1 << 21  # bytes of an answer beside its numbers and its figures
+FIGURE = 32  # bytes of a figure in a head, as text
 KEPT = 2  # downloads of a client that an upload may still be a step from
 
 
@@ -200,8 +201,10 @@ class Flower:
         """Return an answer's head and tensors. Raises WireError where it is no answer of this run,
         or a refusal.
         """
-        most = most_of_answer(self._method, self.shapes[name])
-        head, tensors = wire.unpack(raw, ANSWERS, most)
+        shapes = self.shapes[name]
+        header = wire.MOST_HEADER + FIGURE * most_figures(self._config, shapes)
+        most = most_of_answer(self._config, self._method, shapes)
+        head, tensors = wire.unpack(raw, ANSWERS, most, header)
         if isinstance(head, Refusal):
             raise WireError(head.reason())
         if head.run != self._run.id:
@@ -249,10 +252,10 @@ class Flower:
         return wire.decode(tensors, expected, reference, format)
 
 
-def most_of_answer(method: Method, shapes: Shapes) -> int:
+def most_of_answer(config: Config, method: Method, shapes: Shapes) -> int:
     """Return how many bytes the answer of a client may have that has tensors of these shapes."""
     shared = [math.prod(dims) for slot, dims in shapes.items() if method.shares(slot)]
-    return 4 * sum(shared) + ROOM
+    return 4 * sum(shared) + ROOM + FIGURE * most_figures(config, shapes)
 
 
 def replies_of(came: Mapping[str, object], order: Iterable[str] | None = None) -> dict[str, Reply]:

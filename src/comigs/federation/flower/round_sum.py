@@ -32,8 +32,8 @@ from comigs.server import wire
 from comigs.server.dispatch import Dispatcher, Question
 from comigs.server.protocol import Answers, Reply, Task
 from comigs.server.secure_sum.opening import unmasked
-from comigs.server.secure_sum.primitives import SumError
-from comigs.server.secure_sum.session import Opened, Session
+from comigs.server.secure_sum.primitives import BOX, SumError
+from comigs.server.secure_sum.session import Opened, Session, note_key
 from comigs.server.secure_sum.uploads import mean_of, origins_of
 from comigs.server.sums import FEWEST, with_mean, without_sum
 from comigs.server.validation import expected_upload
@@ -120,10 +120,13 @@ class RoundSum:
         return with_mean(Answers(replies, self._absent, self._late), replies, mean)
 
     def _announce(self, tasks: Mapping[str, Task]) -> None:
+        known = dict(self._keys)
+
         def accept(name: str, raw: bytes, size: int) -> Said:
             head, _ = self._engine.opened(raw, name)
             if not isinstance(head, Announced):
                 raise WireError("answered something else")
+            note_key(known, name, head.key)
             self._engine.note_answered(name, head.answered)
             self._opened |= set(head.opened)
             return Said(head.round, "", head.key)
@@ -140,13 +143,16 @@ class RoundSum:
         self, session: Session, members: Mapping[str, str]
     ) -> dict[str, tuple[SealedRound, dict[str, bytes]]]:
         """Return what each client said that takes part, and its box for each member."""
+        known: dict[str, str] = {}
 
         def accept(name: str, raw: bytes, size: int) -> Said:
             head, tensors = self._engine.opened(raw, name)
             if not isinstance(head, SealedRound) or head.session != session.id:
                 raise WireError("answered something else")
+            note_key(known, name, head.key)
+            boxes = read_rows(tensors, session.members, BOX)
             self._engine.note_answered(name, head.answered)
-            return Said(head.round, session.id, (head, read_rows(tensors, session.members)))
+            return Said(head.round, session.id, (head, boxes))
 
         said = _request(session)
         sealed = self._ask("seal", members, lambda name: (said, {}), accept, session.id)

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def rounds(
 
     # From now on the gateway lets answers of this run in, which may be larger than earlier ones.
     with writing(federation, "make room or allow writing"):
-        allow_answers(federation, max(most_of_answer(method, of) for of in shapes.values()))
+        allow_answers(federation, max(most_of_answer(config, method, of) for of in shapes.values()))
     run = FederatedRun(_run_id(folder), config, method, fingerprint, shapes)
     run_rounds(config, method, Flower(run, folder, dispatcher), folder, report)
 
@@ -92,15 +93,50 @@ def _base(folder: RunFolder, config: Config, method: Method) -> tuple[str, dict[
         return base.fingerprint, shapes_of_clients(config, method, attachment)
 
 
-def _nodes(folder: RunFolder, federation: Path) -> dict[str, int]:
-    """Return client -> node id. Raises UserError where a client was not invited."""
+class Nodes(Mapping[str, int]):
+    """Nodes are where a run's clients are, client -> node id, as clients.json says now.
+
+    Who was revoked keeps the node it had, at which nobody is; who is invited again has another.
+    """
+
+    def __init__(self, file: Path, names: Collection[str], known: Mapping[str, int]) -> None:
+        """Begin with what is known. names: of the run's clients."""
+        self._file, self._names, self._known = file, names, dict(known)
+        self._read: tuple[int, int] = (0, 0)  # when the file was changed, and which it is
+
+    def __getitem__(self, name: str) -> int:
+        self._look()
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._look()
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        self._look()
+        return len(self._known)
+
+    def _look(self) -> None:
+        """Read the file anew where it has changed. One that cannot be read changes nothing."""
+        with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+            found = self._file.stat()
+            if (found.st_mtime_ns, found.st_ino) != self._read:
+                clients = json.loads(self._file.read_text(encoding="utf-8"))
+                for name in clients.keys() & self._names:
+                    if (node := clients[name]["node_id"]) is not None:
+                        self._known[name] = int(node)
+                self._read = (found.st_mtime_ns, found.st_ino)
+
+
+def _nodes(folder: RunFolder, federation: Path) -> Nodes:
+    """Return where clients are. Raises UserError where one was not invited."""
     # Once the run has begun, who is missing was revoked, and stays away.
     file, has_begun = federation / "clients.json", folder.checkpoint().round > 0
     names = folder.config().names
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
         asked = [name for name in names if name in known or not has_begun]
-        return {name: int(known[name]["node_id"]) for name in asked}
+        return Nodes(file, names, {name: int(known[name]["node_id"]) for name in asked})
     except KeyError as error:
         raise UserError(
             f"{file}: no client {error}; invite it with: comigs federation invite DIR NAME"

@@ -31,6 +31,7 @@ QUIET = {  # nobody is told that we run, and nothing is fetched
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 END = "\x1e"  # ASCII's record separator
+IN_USE = "Public key already in use"  # Flower's words; a key stays so when its node is gone
 CONNECTION = "federation"  # our name in Flower's config.toml
 # All of the app that is sent to devices: which functions of the installed comigs to call, and no
 # code. Devices have pinned its hash, so not a character of it may change.
@@ -109,17 +110,35 @@ def app_hash() -> str:
 
 
 def register(federation: Federation, names: Collection[str]) -> None:
-    """Let clients' devices in, and note their node ids."""
-    with tempfile.TemporaryDirectory(prefix="comigs-keys-") as scratch:
-        lines = []
-        for name in names:
-            key = Path(scratch) / f"{name}.pub"
-            key.write_text(federation.client_named(name).public_key, encoding="utf-8")
-            lines.append(["supernode", "register", str(key), CONNECTION, "--name", name])
-        node_ids = [int(answer["node-id"]) for answer in ask(federation, *lines)]
+    """Let clients' devices in, and note their node ids. Who was revoked meanwhile is left out."""
+    # One after the other: Flower takes a key once, and what is interrupted here has noted the rest.
+    for name in names:
+        if (entry := federation.clients().get(name)) is not None:
+            _note_node(federation, name, entry.public_key, _register(federation, name, entry))
 
+
+def _register(federation: Federation, name: str, entry: Entry) -> int:
+    """Let a client's device in; return its node id. Raises UserError."""
+    with tempfile.TemporaryDirectory(prefix="comigs-keys-") as scratch:
+        key = Path(scratch) / f"{name}.pub"
+        key.write_text(entry.public_key, encoding="utf-8")
+        try:
+            line = ["supernode", "register", str(key), CONNECTION, "--name", name]
+            (answer,) = ask(federation, line)
+        except UserError as error:
+            if IN_USE not in str(error):
+                raise
+            raise UserError(
+                f"{federation.path / 'state.db'}: has the key of {name} already, from when "
+                "registering it was interrupted; stop the server, remove state.db, state.db-shm "
+                "and state.db-wal, and start it again: it then registers all clients anew"
+            ) from None
+    return int(answer["node-id"])
+
+
+def _note_node(federation: Federation, name: str, public_key: str, node_id: int) -> None:
     def note(clients: dict[str, Entry]) -> None:
-        for name, node_id in zip(names, node_ids, strict=True):
+        if name in clients and clients[name].public_key == public_key:
             clients[name] = clients[name].model_copy(update={"node_id": node_id})
 
     federation.change_clients(note)

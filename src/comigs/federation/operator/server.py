@@ -67,9 +67,10 @@ def require_free_port(listen: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((listen, port))
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a name is encoded before it is sought
+            why = getattr(error, "strerror", None) or error
             raise UserError(
-                f"port {port} of {listen}: {error.strerror}; stop what uses it or change `port` "
+                f"port {port} of {listen}: {why}; stop what uses it or change `port` "
                 "and `listen` in federation.toml (invite clients again when the port changes)"
             ) from None
 

@@ -200,6 +200,7 @@ def main() -> None:
         ssl_certfile=folder / "server.pem",
         ssl_keyfile=folder / "server.key",
         http=Door,
+        loop="comigs.federation.security.door:new_loop",
         ws="none",
         log_level="warning",
         access_log=False,

@@ -12,9 +12,10 @@ import uvicorn
 
 from comigs.bases.load import Base
 from comigs.bases.usable import end_ids
+from comigs.connections import Timed
 from comigs.errors import UserError
 from comigs.personal.serve.answers import Bounds
-from comigs.personal.serve.app import Api, Served
+from comigs.personal.serve.app import BODY_SECONDS, Api, Served
 from comigs.personal.serve.keys import Keys
 from comigs.personal.serve.model import RowModel
 from comigs.personal.serve.scheduler import Limits, Scheduler
@@ -42,21 +43,24 @@ class Offer:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take a port before anything is loaded. Raises UserError where it is taken or there is no such
-    address.
+    """Take a port before anything is loaded: requests then wait until they can be answered. Raises
+    UserError where it is taken or there is no such address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # Connections inherit it: the system holds no more than this for somebody who does not read.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)
+    # Likewise: the system ends those whose other end is no more.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # Two may be bound to one port, of which one can listen. A name is encoded before it is sought.
     try:
         listener.bind((host, port))
-    except OSError as error:
+        listener.listen()
+    except (OSError, UnicodeError) as error:
         listener.close()
-        raise UserError(
-            f"port {port} of {host}: {error.strerror or error}; choose another with --port"
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"port {port} of {host}: {why}; choose another with --port") from None
     return listener
 
 
@@ -89,7 +93,7 @@ def uvicorn_settings(api: Api, grace: float) -> uvicorn.Config:
     """Return how uvicorn serves: HTTP alone, a bound on connections, no line for each request."""
     return uvicorn.Config(
         api.application(),
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_level="warning",
@@ -98,6 +102,12 @@ def uvicorn_settings(api: Api, grace: float) -> uvicorn.Config:
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=int(grace) + 5,
     )
+
+
+class Connection(Timed):
+    """A connection takes no longer over the head of a request than over its body."""
+
+    seconds = BODY_SECONDS
 
 
 class Server(uvicorn.Server):

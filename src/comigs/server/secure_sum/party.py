@@ -21,6 +21,7 @@ from comigs.server.secure_sum.primitives import (
     new_seed,
     open_box,
     private_key,
+    public_key,
     public_name,
     seal_box,
     split,
@@ -65,18 +66,18 @@ def seal(identity: PrivateKey, session: Session) -> tuple[Remembered, Sealed]:
     return Remembered(session, own_seed, key_seed), Sealed(public, boxes)
 
 
-def mask(
+def prepare(
     identity: PrivateKey,
     remembered: Remembered,
     keys: Mapping[str, str],
     boxes: Mapping[str, bytes],
-    numbers: np.ndarray,
-) -> tuple[Remembered, np.ndarray]:
-    """Return the numbers under all masks. Raises SumError where the session is not as it should be.
+) -> Remembered:
+    """Return what masks this client's numbers, and opens their sum. Raises SumError where the
+    session is not as it should be: nothing is trained for one that is not.
 
-    keys: the public keys of all that sealed, of this client, too. boxes: from each of the others.
-    numbers: (N,) uint32. A client masks its numbers for one set of others only, since the
-    difference between two would be the mask of a pair.
+    keys: the public keys of all that sealed, of this client, too. boxes: from each of the others. A
+    client masks its numbers for one set of others only, since the difference between two would be
+    the mask of a pair.
     """
     me, session = public_name(identity), remembered.session
     own_key = private_key(remembered.key_seed)
@@ -87,19 +88,29 @@ def mask(
     if len(keys) < session.threshold or len(set(keys.values())) != len(keys):
         raise SumError(f"{len(keys)} clients sealed, and {session.threshold} must help")
 
-    # All shares are read now: what is wrong with one is known before anything leaves.
-    shares, masked = {}, numbers + mask_of_own(remembered.own_seed, len(numbers))
-    place = session.index(me)
+    # All keys and shares are read now: what is wrong with one is known before anything leaves.
+    shares = {}
     for member, key in keys.items():
+        if member != me:
+            public_key(key)
+            shares[member] = _shares(session, member, me, agreed_key(identity, member), boxes)
+    return replace(remembered, keys=dict(keys), shares=shares)
+
+
+def mask(prepared: Remembered, me: str, numbers: np.ndarray) -> np.ndarray:
+    """Return the numbers under all masks. me: this client. numbers: (N,) uint32."""
+    session, own_key = prepared.session, private_key(prepared.key_seed)
+    masked: np.ndarray = numbers + mask_of_own(prepared.own_seed, len(numbers))
+    place = session.index(me)
+    for member, key in prepared.keys.items():
         if member == me:
             continue
-        shares[member] = _shares(session, member, me, agreed_key(identity, member), boxes)
         of_pair = mask_of_pair(own_key, key, len(numbers))
         if place < session.index(member):
             masked += of_pair
         else:
             masked -= of_pair
-    return replace(remembered, keys=dict(keys), shares=shares), masked
+    return masked
 
 
 def help_open(remembered: Remembered, me: str, came: Collection[str]) -> Opened:

@@ -32,6 +32,7 @@ ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 # Bytes of a seed. Flower pads a secret to the next multiple of 16, at least by one byte.
 SEED = 31
 SHARE = 4 + 32  # bytes of a seed's share: the number of its holder, and two elements of GF(2^128)
+BOX = 228  # bytes of a sealed box: of two shares, and of the 32 that say whose they are
 PrivateKey = ec.EllipticCurvePrivateKey
 
 
@@ -57,6 +58,14 @@ def public_name(key: PrivateKey) -> str:
     return point.hex()
 
 
+def public_key(name: str) -> ec.EllipticCurvePublicKey:
+    """Return the public key of that name. Raises SumError where it is no point of the curve."""
+    try:
+        return ec.EllipticCurvePublicKey.from_encoded_point(CURVE, bytes.fromhex(name))
+    except ValueError:
+        raise SumError("a public key that is none") from None
+
+
 def fingerprint(public: str) -> str:
     """Return what people compare of a public key: 80 bits of its SHA-256, as 5 groups of hex."""
     text = hashlib.sha256(bytes.fromhex(public)).hexdigest()[:20]
@@ -66,13 +75,9 @@ def fingerprint(public: str) -> str:
 def agreed_key(own: PrivateKey, public: str) -> bytes:
     """Return the key that two parties agree on, each from its own and the other's public half.
 
-    Raises SumError where `public` is no point of the curve.
+    Raises SumError where `public` is none.
     """
-    try:
-        other = ec.EllipticCurvePublicKey.from_encoded_point(CURVE, bytes.fromhex(public))
-    except ValueError:
-        raise SumError("a public key that is none") from None
-    return generate_shared_key(own, other)
+    return generate_shared_key(own, public_key(public))
 
 
 def seal_box(key: bytes, content: bytes) -> bytes:

@@ -7,8 +7,9 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from comigs.server.secure_sum.primitives import SumError
+from comigs.server.secure_sum.primitives import SumError, public_key
 from comigs.server.sums import FEWEST, MOST, threshold_of
+from comigs.server.wire import WireError
 
 
 @dataclass(frozen=True)
@@ -80,3 +81,18 @@ class Opened:
 
     own_seed: bytes
     shares: Mapping[str, bytes]
+
+
+def note_key(known: dict[str, str], name: str, key: str) -> None:
+    """Note the key that a client says it has. Raises WireError for one with which no client would
+    take part: one that is none, or another client's.
+
+    known: the keys of clients, by client.
+    """
+    try:
+        public_key(key)
+    except SumError as error:
+        raise WireError(str(error)) from None
+    if any(other == key for client, other in known.items() if client != name):
+        raise WireError("a public key that is another client's")
+    known[name] = key
