@@ -5,6 +5,7 @@ has an upload.
 from __future__ import annotations
 
 import gc
+import json
 import sys
 import threading
 from types import FunctionType, ModuleType
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from comigs.app import api
+from comigs.errors import UserError
 from comigs.federation.device.device_sum import DeviceSum
 from comigs.federation.flower import round_sum
 from comigs.federation.messages import REQUESTS
@@ -248,6 +250,26 @@ def test_rounds_go_on_without_one_that_stays_away(federation, text, tmp_path):
     federation.go_on(out, grid)
     assert [(round, name) for round, name, _ in absent(out)] == [(2, "dan"), (3, "dan"), (4, "dan")]
     assert RunFolder.open(out).checkpoint().finished
+
+
+@pytest.mark.timeout(60)  # it waited without end
+def test_a_sum_of_three_does_not_wait_for_one_that_was_revoked(federation, text, tmp_path):
+    out, file = tmp_path / "run", federation.root / "clients.json"
+    grid, commit = going(federation, out, configured(text, NAMES[:3])), RunFolder.commit
+
+    def die(self, number, *given, **how):
+        if self.path == out and number == 2:
+            raise KeyboardInterrupt
+        return commit(self, number, *given, **how)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "commit", die)
+        federation.go_on(out, grid)
+    known = json.loads(file.read_text(encoding="utf-8"))
+    del known["cyd"]
+    file.write_text(json.dumps(known), encoding="utf-8")
+    with pytest.raises(UserError, match="too few are left to ask"):
+        federation.go_on(out, federation.grid())
 
 
 def test_below_the_threshold_nothing_is_opened_and_the_round_is_tried_again(

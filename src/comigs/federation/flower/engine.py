@@ -85,7 +85,7 @@ class Flower:
             questions = {}
             for name, task in tasks.items():
                 questions[name] = self._question(name, task, downloads.get(name, {}))
-            came = self._dispatcher.gather(questions)
+            came = self._dispatcher.gather(questions, replaceable=not self._config.asks_all)
             replies, late = replies_of(came.answers, tasks), replies_of(came.late)
             answers = Answers(replies, came.absent, late, pending=came.asked)
 
@@ -122,7 +122,8 @@ class Flower:
         """
         questions = {reader: self._probe_question(reader, uploads, round) for reader in uploads}
         # Late uploads wait for the next exchange.
-        came = self._dispatcher.gather(questions, others=False)
+        replaceable = not self._config.asks_all
+        came = self._dispatcher.gather(questions, others=False, replaceable=replaceable)
         nats = {}
         for reader in uploads:
             answer = came.answers.get(reader)

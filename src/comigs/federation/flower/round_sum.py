@@ -129,11 +129,6 @@ class RoundSum:
             return Said(head.round, "", head.key)
 
         unknown = [name for name in tasks if name not in self._keys]
-        # An exchange whose devices are all away waits until one is back. Where the others are
-        # enough for a sum, they are asked again, so that it does not.
-        enough = max(FEWEST, self._config.participation.min_clients)
-        if unknown and len(tasks) - len(unknown) >= enough:
-            unknown = list(tasks)
         self._keys |= self._ask("announce", unknown, lambda name: (None, {}), accept)
 
     def _seal(
@@ -234,7 +229,11 @@ class RoundSum:
         questions = {name: question(name) for name in names}
         if not questions:
             return {}
-        came = self._dispatcher.gather(questions, enough=enough)
+        # A key that is not known is not waited for where the others are enough for a sum.
+        replaceable, fewest = not self._config.asks_all, self._config.participation.min_clients
+        if kind == "announce" and len(self._tasks) - len(questions) >= max(FEWEST, fewest):
+            replaceable = True
+        came = self._dispatcher.gather(questions, enough=enough, replaceable=replaceable)
         self._absent |= came.absent
 
         # What was masked for an earlier round, or comes when this one's sum is closed, is dropped;
