@@ -69,6 +69,7 @@ class Flower:
         self._sent: dict[str, dict[int, Download]] = defaultdict(dict)
         seen = folder.load(SEEN) if folder.holds(SEEN) else {}
         self._keys: dict[str, str] = {}  # of devices that take part in sums, since this start
+        self.opening = 0  # the last round of which devices were asked to open a sum
         self._seen = {name: (int(rounds[0]), int(rounds[1])) for name, rounds in seen.items()}
 
     def exchange(self, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:

@@ -73,7 +73,8 @@ class RoundSum:
         self._tasks: Mapping[str, Task] = {}
         self._absent: dict[str, str] = {}
         self._late: dict[str, Reply] = {}
-        self._opened: set[str] = set()  # keys of an earlier sum of this round that was opened
+        # Keys of a sum of this round whose opening was begun: who helped with it opens no other.
+        self._opened: set[str] = set()
         self._total: np.ndarray | None = None
 
     def exchange(self, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
@@ -84,6 +85,9 @@ class RoundSum:
         except SumError as error:
             answers = Answers({}, self._absent, self._late)
             return without_sum(answers, tasks, str(error))
+        finally:
+            if self._opened:
+                self._engine.opening = next(iter(tasks.values())).round
 
     def _exchange(self, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
         # Who takes part is known by its key, and a session is of all who can be asked.
@@ -112,9 +116,10 @@ class RoundSum:
         # Open: what comes while others help to open it is not taken in.
         came, total = [members[name] for name in replies], self._total
         assert total is not None
+        if self._opened and self._opened != set(came):
+            raise SumError("not all came that are in the sum whose opening was begun before")
+        self._opened = set(came)
         helped = self._open(session, members, list(replies), came)
-        if len(helped) < session.threshold:  # they will open it for nobody else: see _announce
-            self._keys.clear()
         plain = unmasked(session, keys, came, total, helped)
         mean = self._mean(plain, session, {name: downloads.get(name, {}) for name in replies})
         return with_mean(Answers(replies, self._absent, self._late), replies, mean)
@@ -128,8 +133,16 @@ class RoundSum:
             self._opened |= set(head.opened)
             return Said(head.round, "", head.key)
 
+        # Whose sum they have helped to open in this round, devices say with their keys.
+        if self._engine.opening == next(iter(tasks.values())).round:
+            self._keys.clear()
         unknown = [name for name in tasks if name not in self._keys]
         self._keys |= self._ask("announce", unknown, lambda name: (None, {}), accept)
+        # All who are in it are needed then, however long one of them is away.
+        if not self._opened <= set(self._keys.values()):
+            self._absent.clear()
+            missing = [name for name in tasks if name not in self._keys]
+            self._keys |= self._ask("announce", missing, lambda name: (None, {}), accept)
 
     def _seal(
         self, session: Session, members: Mapping[str, str]
@@ -229,10 +242,11 @@ class RoundSum:
         questions = {name: question(name) for name in names}
         if not questions:
             return {}
-        # A key that is not known is not waited for where the others are enough for a sum.
-        replaceable, fewest = not self._config.asks_all, self._config.participation.min_clients
-        if kind == "announce" and len(self._tasks) - len(questions) >= max(FEWEST, fewest):
-            replaceable = True
+        # Others can be asked, or those whose keys are known are enough for a sum; not so where a
+        # sum's opening was begun.
+        known, fewest = len(self._tasks) - len(questions), self._config.participation.min_clients
+        is_enough = kind == "announce" and known >= max(FEWEST, fewest)
+        replaceable = not self._opened and (is_enough or not self._config.asks_all)
         came = self._dispatcher.gather(questions, enough=enough, replaceable=replaceable)
         self._absent |= came.absent
 
