@@ -469,14 +469,24 @@ def test_a_run_that_needs_a_client_that_was_revoked_does_not_wait_for_it(federat
 
 @pytest.mark.timeout(60)  # it waited without end
 def test_a_round_whose_clients_are_away_asks_others_that_are_online(federation, tmp_path):
-    """One is drawn for each round: ada, bob who is never there, and ada."""
+    """One is drawn for each round: ada, bob who is never there, and ada. At the end nobody but ada
+    can be asked, who is waited for though bob is online, whom nobody asks any more.
+    """
     tree = {"seed": 49, "participation": {"clients_per_round": 1, "max_failures": 2}}
     out, config = tmp_path / "run", configured(federation, **tree)
     federation.create(out, config)
     grid = federation.grid()
     grid.offline.add(BOB)
-    federation.go_on(out, grid)
-    assert trained(out) == [(round, "ada") for round in (1, 2, 3)]
+
+    def swap():
+        grid.offline = {ADA}
+        threading.Timer(1.5, grid.offline.clear).start()
+
+    with around(4, swap):
+        federation.go_on(out, grid)
+    assert RunFolder.open(out).checkpoint().finished and trained(out) == [
+        (round, "ada") for round in (1, 2, 3)
+    ]
     assert absent(out) == [(2, "bob", "gone")]
 
 

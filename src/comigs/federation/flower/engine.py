@@ -86,7 +86,10 @@ class Flower:
             questions = {}
             for name, task in tasks.items():
                 questions[name] = self._question(name, task, downloads.get(name, {}))
-            came = self._dispatcher.gather(questions, replaceable=not self._config.asks_all)
+            # At the end everybody is asked who can be.
+            is_end = self._round > self._config.rounds
+            replaceable = not (is_end or self._config.asks_all)
+            came = self._dispatcher.gather(questions, replaceable=replaceable)
             replies, late = replies_of(came.answers, tasks), replies_of(came.late)
             answers = Answers(replies, came.absent, late, pending=came.asked)
 

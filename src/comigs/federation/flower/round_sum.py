@@ -1,10 +1,10 @@
 """This module is one round whose uploads are summed unseen, as the server carries it to devices.
 
 It takes two small exchanges beside the round's own, before it and after it, and a third before them
-where the key of a device is not known: after each start of the server, and while one is away. A
-device that is gone in one of them is absent from the round. Where too few are left for the sum, the
-round has none, and the round loop goes on as where too few uploads were usable: it asks again, for
-another sum.
+where the key of a device is not known, or which sum it has opened: after each start of the server,
+while one is away, and in another try after an opening. A device that is gone in one of them is
+absent from the round. Where too few are left for the sum, the round has none, and the round loop
+goes on as where too few uploads were usable: it asks again, for another sum.
 """
 
 from __future__ import annotations
