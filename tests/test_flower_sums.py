@@ -346,7 +346,7 @@ def test_a_sum_whose_opening_was_begun_is_opened_for_no_other_clients(
     trainers["bob"].on["open", 2] = leave
     for name in ("cyd", "dan"):
         trainers[name].on["open", 2] = lambda raw: gone.wait(60) and b"-"
-    federation.go_on(out, grid, patience=3.0)
+    federation.go_on(out, grid, patience=1.0)
     assert trained(out) == ALL and is_as_in_one_process(out, in_process)
 
 
@@ -362,7 +362,7 @@ def test_one_that_is_needed_to_open_a_sum_is_waited_for(federation, text, in_pro
     def leave(raw):
         grid.offline.add(CYD)
         grid.offline.discard(DAN)
-        threading.Timer(4, grid.offline.clear).start()
+        threading.Timer(3, grid.offline.clear).start()
 
     trainers["cyd"].on["open", 2] = leave
     federation.go_on(out, grid)
