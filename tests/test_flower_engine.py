@@ -457,10 +457,10 @@ def test_whatever_a_liar_sends_is_named_left_out_and_the_run_goes_on(tmp_path):
     assert last.kind == "evaluation" and last.nats_per_token < 8
 
 
-def test_a_run_goes_on_without_a_client_that_was_revoked(federation, tmp_path):
-    config, out, file = configured(federation), tmp_path / "run", federation.root / "clients.json"
+def revoked_in_round_two(federation, out, config):
+    """A run that stopped in round 2, and bob was revoked."""
     federation.create(out, config)
-    commit = RunFolder.commit
+    commit, file = RunFolder.commit, federation.root / "clients.json"
 
     def die(self, number, *given, **how):
         if self.path == out and number == 2:
@@ -472,6 +472,11 @@ def test_a_run_goes_on_without_a_client_that_was_revoked(federation, tmp_path):
     file.write_text(
         json.dumps({name: e for name, e in json.loads(file.read_text()).items() if name != "bob"})
     )
+
+
+def test_a_run_goes_on_without_a_client_that_was_revoked(federation, tmp_path):
+    out = tmp_path / "run"
+    revoked_in_round_two(federation, out, configured(federation))
     federation.go_on(out, federation.grid())
     assert RunFolder.open(out).checkpoint().finished
     assert {name for round, name in trained(out) if round > 1} == {"ada"}
@@ -502,6 +507,38 @@ def test_an_answer_may_have_a_figure_for_each_step_that_was_asked_for(federation
         else:
             with pytest.raises(wire.WireError, match="header is longer than allowed"):
                 engine.opened(raw, "ada")
+
+
+@pytest.mark.timeout(60)  # it waited without end
+def test_a_run_that_needs_a_client_that_was_revoked_does_not_wait_for_it(federation, tmp_path):
+    out = tmp_path / "run"
+    config = configured(federation, participation={"min_clients": 2})
+    revoked_in_round_two(federation, out, config)
+    with pytest.raises(UserError, match=r"1 of 2 clients are left out.*bob: not invited any more"):
+        federation.go_on(out, federation.grid())
+
+
+@pytest.mark.timeout(60)  # it waited without end
+def test_a_round_whose_clients_are_away_asks_others_that_are_online(federation, tmp_path):
+    """One is drawn for each round: ada, bob who is never there, and ada. At the end nobody but ada
+    can be asked, who is waited for though bob is online, whom nobody asks any more.
+    """
+    tree = {"seed": 49, "participation": {"clients_per_round": 1, "max_failures": 2}}
+    out, config = tmp_path / "run", configured(federation, **tree)
+    federation.create(out, config)
+    grid = federation.grid()
+    grid.offline.add(BOB)
+
+    def swap():
+        grid.offline = {ADA}
+        threading.Timer(1.5, grid.offline.clear).start()
+
+    with around(4, swap):
+        federation.go_on(out, grid)
+    assert RunFolder.open(out).checkpoint().finished and trained(out) == [
+        (round, "ada") for round in (1, 2, 3)
+    ]
+    assert absent(out) == [(2, "bob", "gone")]
 
 
 def test_a_version_that_differs_is_named_on_both_sides(federation, tmp_path):

@@ -5,6 +5,7 @@ has an upload.
 from __future__ import annotations
 
 import gc
+import json
 import sys
 import threading
 from types import FunctionType, ModuleType
@@ -14,19 +15,21 @@ import pytest
 import torch
 
 from comigs.app import api
+from comigs.errors import UserError
 from comigs.federation.device.device_service import Trainer
 from comigs.federation.device.device_sum import DeviceSum
 from comigs.federation.flower import round_sum
 from comigs.federation.messages import ANSWERS, REQUESTS
 from comigs.runs.folder import RunFolder
-from comigs.server import wire
+from comigs.server import collect, wire
 from comigs.server.secure_sum import uploads
+from comigs.server.secure_sum.primitives import SumError
 from tests.conftest import run_config
 from tests.local_grid import FIRST_NODE, ONE, Federation, TestTrainer, events
 
 NAMES = ("ada", "bob", "cyd", "dan")
 ROOM = 1 << 26
-CYD, DAN = FIRST_NODE + 2, FIRST_NODE + 3
+BOB, CYD, DAN = FIRST_NODE + 1, FIRST_NODE + 2, FIRST_NODE + 3
 
 
 OWN_SEED = DeviceSum.batch_seed
@@ -285,6 +288,26 @@ def test_rounds_go_on_without_one_that_stays_away(federation, text, tmp_path):
     assert RunFolder.open(out).checkpoint().finished
 
 
+@pytest.mark.timeout(60)  # it waited without end
+def test_a_sum_of_three_does_not_wait_for_one_that_was_revoked(federation, text, tmp_path):
+    out, file = tmp_path / "run", federation.root / "clients.json"
+    grid, commit = going(federation, out, configured(text, NAMES[:3])), RunFolder.commit
+
+    def die(self, number, *given, **how):
+        if self.path == out and number == 2:
+            raise KeyboardInterrupt
+        return commit(self, number, *given, **how)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "commit", die)
+        federation.go_on(out, grid)
+    known = json.loads(file.read_text(encoding="utf-8"))
+    del known["cyd"]
+    file.write_text(json.dumps(known), encoding="utf-8")
+    with pytest.raises(UserError, match="too few are left to ask"):
+        federation.go_on(out, federation.grid())
+
+
 def test_below_the_threshold_nothing_is_opened_and_the_round_is_tried_again(
     federation, text, in_process, tmp_path
 ):
@@ -330,6 +353,97 @@ def test_where_others_are_there_than_those_who_helped_the_round_is_tried_with_th
     federation.go_on(out, grid, patience=3.0)
     assert RunFolder.open(out).checkpoint().finished
     assert {name for round, name in trained(out) if round == 2} == {"ada", "bob", "cyd"}
+
+
+def test_a_sum_whose_opening_was_begun_is_opened_for_no_other_clients(
+    federation, text, in_process, tmp_path
+):
+    """All but ada are gone when the sum of four is opened, and dan when it is masked anew: to open
+    it for three would bind bob and cyd to these, and then there is no sum that three would open.
+    """
+    out, grid = tmp_path / "run", going(federation, tmp_path / "run", configured(text))
+    trainers, gone = federation.trainers, threading.Event()
+
+    def leave(raw):
+        grid.offline.update({BOB, CYD, DAN})
+        trainers["ada"].on["announce", 2] = come_back
+        gone.set()
+        return b"-"  # it has not heard of it
+
+    def come_back(raw):
+        grid.offline.clear()
+        trainers["dan"].on["exchange", 2] = leave_again
+
+    def leave_again(raw):
+        grid.offline.add(DAN)
+        trainers["ada"].on["announce", 2] = lambda raw: grid.offline.clear()
+
+    trainers["bob"].on["open", 2] = leave
+    for name in ("cyd", "dan"):
+        trainers[name].on["open", 2] = lambda raw: gone.wait(60) and b"-"
+    federation.go_on(out, grid, patience=1.0)
+    assert trained(out) == ALL and is_as_in_one_process(out, in_process)
+
+
+@pytest.mark.timeout(100)
+def test_one_that_is_needed_to_open_a_sum_is_waited_for(federation, text, in_process, tmp_path):
+    """dan is away when the round is sealed, and cyd when it is opened, which comes back long after
+    dan: ada and bob have helped to open the sum without dan, and will open no other.
+    """
+    out, grid = tmp_path / "run", going(federation, tmp_path / "run", configured(text))
+    trainers = federation.trainers
+    trainers["dan"].on["seal", 2] = lambda raw: grid.offline.add(DAN)
+
+    def leave(raw):
+        grid.offline.add(CYD)
+        grid.offline.discard(DAN)
+        threading.Timer(3, grid.offline.clear).start()
+
+    trainers["cyd"].on["open", 2] = leave
+    federation.go_on(out, grid)
+    assert {name for round, name in trained(out) if round == 2} == {"ada", "bob", "cyd"}
+    assert RunFolder.open(out).checkpoint().finished
+
+
+def test_a_sum_that_could_not_be_opened_is_opened_for_the_same_clients(
+    federation, text, tmp_path, monkeypatch
+):
+    """As where a share is wrong, though enough helped; dan, who is back, is not in it."""
+    out, grid = tmp_path / "run", going(federation, tmp_path / "run", configured(text))
+    unmasked, left = round_sum.unmasked, [2]
+
+    def wrong(session, *given):
+        if session.round in left:
+            left.remove(session.round)
+            grid.offline.clear()
+            raise SumError("shares that do not fit together")
+        return unmasked(session, *given)
+
+    monkeypatch.setattr(round_sum, "unmasked", wrong)
+    federation.trainers["dan"].on["seal", 2] = lambda raw: grid.offline.add(DAN)
+    federation.go_on(out, grid)
+    assert trained(out) == [of for of in ALL if of != (2, "dan")]
+    assert absent(out) == [(2, "dan", "not in the sum whose opening was begun before")]
+
+
+def test_a_sum_that_did_not_do_is_opened_again_for_the_same_clients(federation, text, tmp_path):
+    """ada's lines are refused once and too few are left; dan, who is back, is not in the sum."""
+    config = configured(text, participation={"min_clients": 3})
+    out, grid = tmp_path / "run", going(federation, tmp_path / "run", config)
+    accepted, left = collect.check_lines, [(2, "ada")]
+
+    def refused(reply, name, *given, **how):
+        if (reply.round, name) in left:
+            left.remove((reply.round, name))
+            grid.offline.clear()
+            return "metrics of something else"
+        return accepted(reply, name, *given, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "check_lines", refused)
+        federation.trainers["dan"].on["seal", 2] = lambda raw: grid.offline.add(DAN)
+        federation.go_on(out, grid)
+    assert trained(out) == [of for of in ALL if of != (2, "dan")]
 
 
 @pytest.mark.slow  # it waits

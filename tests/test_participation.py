@@ -16,6 +16,7 @@ from comigs.runs.metrics import Absent, RoundEnd, Train
 from comigs.runs.summary import summarize
 from comigs.server.participation import failures, left_out, participants
 from comigs.server.pending import unpack_server, unpack_started
+from comigs.server.sums import FEWEST, threshold_of, with_mean, without_sum
 from tests.conftest import same
 from tests.fake_engine import (
     GONE,
@@ -333,8 +334,90 @@ def test_a_spent_budget_ends_no_run_that_others_will_come_back_to(tmp_path):
         return SPENT if name == "ada" and task.round > 1 else "gone" if gone else reply
 
     tree = {"rounds": 4, "participation": {"max_failures": 2}}
+    tree["privacy"] = {"level": "document", "epsilon": 8.0}
     with pytest.raises(UserError, match=r"round 3: 0 of the 1 usable .* comigs resume"):
         rounds_of(tmp_path, Numbers("ada bob cyd", answer), **tree)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_where_no_budget_is_kept_to_say_that_it_is_spent_is_a_failure_like_any_other(
+    tmp_path, first
+):
+    """No client ends a run so, nor is it out for good: all three say it, once."""
+    names = "ada bob cyd"
+    said = first_time(first, *names.split())
+
+    def trouble(name, task, reply):
+        return SPENT if said(name, task, reply) == GONE else reply
+
+    engine = Numbers(names, trouble)
+    folder = rounds_of(tmp_path, engine, rounds=3)
+    whole = rounds_of(tmp_path, Numbers(names), name="whole", rounds=3)
+    assert folder.metrics() == whole.metrics() and len(engine.tasks) == 5
+
+    # In a round that goes on without it, it is absent, and asked again in the next.
+    engine = Numbers(names, lambda n, t, r: SPENT if (t.round, n) == (2, "bob") else r)
+    folder = rounds_of(tmp_path, engine, name="one", rounds=4)
+    assert [("bob" in names) for names in asked(engine)] == [True] * 5
+    assert not lines_of(folder, "warning")
+
+
+# --- sums
+
+
+class Summed(Numbers):
+    """An engine whose uploads are summed, where so many come that there is a sum."""
+
+    def exchange(self, tasks, downloads):
+        answers = super().exchange(tasks, downloads)
+        if not next(iter(tasks.values())).train:
+            return answers
+        needed = threshold_of(len(tasks), 0.66) if len(tasks) >= FEWEST else FEWEST
+        if len(answers.replies) < needed:
+            return without_sum(answers, tasks, f"{len(answers.replies)} of {needed} came")
+        uploads = [reply.upload[A] for reply in answers.replies.values()]
+        return with_mean(answers, answers.replies, {A: torch.stack(uploads).mean(0)})
+
+
+SUMS = {"privacy": {"secure_aggregation": True}}
+
+
+def test_who_spoils_a_sum_is_left_out_and_nobody_else(tmp_path):
+    """Ten clients need seven, and four refuse; without these, six are enough."""
+    names = [f"c{number}" for number in range(10)]
+
+    def trouble(name, task, reply):
+        return "would take longer" if name in names[:4] and task.train else reply
+
+    engine = Summed(" ".join(names), trouble)
+    folder = rounds_of(tmp_path, engine, rounds=2, **SUMS)
+    assert asked(engine)[:5] == [names] * 3 + [names[4:]] * 2
+    assert {line["client"] for line in lines_of(folder, "warning")} == set(names[:4])
+    assert {line["client"] for line in lines_of(folder, "train")} == set(names[4:])
+
+
+def test_where_nobody_has_spoiled_a_sum_asking_ends_nevertheless(tmp_path):
+    engine = Summed("ada bob cyd", lambda name, task, reply: "gone" if name == "cyd" else reply)
+    with pytest.raises(UserError, match="no sum of this round: 2 of 3 came"):
+        rounds_of(tmp_path, engine, **SUMS)
+    assert asked(engine) == [["ada", "bob", "cyd"]] * 3 + [["ada", "bob"]] * 3
+
+
+def test_a_sum_is_asked_for_again_of_all_where_one_of_its_clients_does_not_count(tmp_path):
+    """A sum of the one that is missing would be none."""
+    left = ["bob"]
+
+    def trouble(name, task, reply):
+        if task.round == 2 and name in left:
+            left.remove(name)
+            return replace(reply, metrics=[line | {"client": "eve"} for line in reply.metrics])
+        return reply
+
+    tree = {"participation": {"min_clients": 3}, **SUMS}
+    engine = Summed("ada bob cyd", trouble)
+    folder = rounds_of(tmp_path, engine, **tree)
+    whole = rounds_of(tmp_path, Summed("ada bob cyd"), name="whole", **tree)
+    assert asked(engine) == [["ada", "bob", "cyd"]] * 4 and folder.metrics() == whole.metrics()
 
 
 @pytest.mark.parametrize("answer", ["none", "no upload", "NaN", "somebody else's"])

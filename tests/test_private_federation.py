@@ -70,7 +70,8 @@ def test_a_summary_without_figures_is_one_and_so_is_a_report(run, tmp_path):
     write_summary(folder, config, load_method(config))
     assert folder.summary().clients["bob"].test.perplexity is None
     page = write_report(folder.path, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "whatever was sent is (4.9, 0.001)-differentially private" in page
+    assert "whatever counted is (4.9, 0.001)-differentially private" in page
+    assert "What was sent later and did not count has spent more" in page
 
 
 class Heard(TestTrainer):

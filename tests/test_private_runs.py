@@ -101,6 +101,7 @@ def test_where_nobody_has_any_left_the_run_ends_with_the_model_of_that_round(
     folder = api.resume(tmp_path / "alone")
     warned = [line for line in folder.metrics() if isinstance(line, Warned)]
     assert [(line.sign, line.round) for line in warned] == [("privacy-budget-spent", 2)]
+    assert warned[0].message.endswith("what clients share is that of round 2")
     assert folder.checkpoint().finished and len(spent(folder)) == 2
     assert folder.summary().clients["ada"].test.perplexity and folder.summary().rounds == 2
 

@@ -230,6 +230,11 @@ class Config(Section):
         """How many clients a round asks."""
         return self.participation.clients_per_round or len(self.clients)
 
+    @property
+    def asks_all(self) -> bool:
+        """Whether a round asks every client that is not left out."""
+        return self.asked == len(self.clients)
+
     def shape_of(self, client: ClientEntry) -> ExpertShape:
         """Return the experts of one client: the defaults, and its exceptions to them."""
         e = self.experts

@@ -7,7 +7,7 @@ itself is an "exchange" as ever, whose upload is masked. After it: "open".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from comigs.server.sums import MOST
 from comigs.server.wire import Head, WireError
+
+if TYPE_CHECKING:
+    from comigs.server.secure_sum.session import Session
 
 Name = Annotated[str, Field(pattern=r"^0[23][0-9a-f]{64}$")]  # a public key: a point of P-256
 SessionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -38,6 +41,19 @@ class SumRequest(Head):
     threshold: PositiveInt
     keys: Annotated[tuple[Name | Literal[""], ...], Field(max_length=MOST)] = ()
     came: Names = ()
+
+
+def request_of(
+    session: Session, keys: tuple[str, ...] = (), came: tuple[str, ...] = ()
+) -> SumRequest:
+    """Return what a device is told of a session, and perhaps whose masks cancel and who came."""
+    return SumRequest(
+        session=session.id,
+        members=session.members,
+        threshold=session.threshold,
+        keys=keys,
+        came=came,
+    )
 
 
 class Announced(Head):

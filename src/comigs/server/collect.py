@@ -71,9 +71,10 @@ class RoundCollector:
     def __init__(self, server: ServerState, round: int) -> None:
         self.server, self.config, self.round = server, server.config, round
         self.downloads = server.downloads  # what is delivered in this round
-        self.failed, self.spent = failures(server.history), budget_spent(server.history)
-        self.out = left_out(server.history) | self.spent
         self.private = server.config.privacy.by_document
+        # Whatever a client says, there is no budget where none is kept.
+        self.spent = budget_spent(server.history) if self.private else set[str]()
+        self.failed, self.out = failures(server.history), left_out(server.history) | self.spent
         # A sample is drawn once for a round, as nobody can draw it again.
         self._sample: list[str] | None = None
         if server.config.privacy.by_client:
@@ -90,10 +91,13 @@ class RoundCollector:
         self._expected: dict[tuple[int, int], Shapes] = {}  # by round and kind of client
 
     def to_ask(self) -> list[str]:
-        """Return the clients of this round whose answer is missing."""
+        """Return the clients of this round whose answer is missing; of a sum, all."""
         asked = participants(self.config, self.round, self.out)
         if self._sample is not None:
             asked = [name for name in self._sample if name not in self.out]
+        # A sum that is asked for again is another one, of all.
+        if self.config.privacy.secure_aggregation:
+            return asked
         return [name for name in asked if name not in self._replies]
 
     def take(self, tasks: Mapping[str, Task], answers: Answers) -> None:
@@ -108,6 +112,8 @@ class RoundCollector:
             if name in self._tasks and reply.round == self.round
         } | answers.replies
         self.reached |= came.keys()
+        if self.config.privacy.secure_aggregation:
+            self._replies = {}  # of a sum that did not do
         self._replies |= came
 
         # Of what a client sent for several rounds, the newest counts.
@@ -124,10 +130,12 @@ class RoundCollector:
         } | self._check()
         absent = self.absent | failed
         self.absent = {name: why for name, why in absent.items() if name not in self._replies}
+        # Who does not count for want of others has not failed, unless nobody else has: asking ends.
+        to_blame = failed.keys() - answers.blameless or failed.keys()
         for name, why in failed.items():
-            if name in self._late:
+            if name in self._late or name not in to_blame:
                 continue
-            if why == SPENT:
+            if why == SPENT and self.private:
                 self.spent.add(name)
                 self.out.add(name)
                 continue

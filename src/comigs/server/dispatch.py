@@ -3,8 +3,8 @@ on which devices come and go, real or simulated.
 
 A client has answered (or failed), or its message is out, or it is busy with one of an earlier
 exchange, or it is away. An exchange ends when nothing is out any more, at the latest at its
-deadline, which counts from the first message. Whoever is away gets a while to come back. An
-exchange never begins with nobody: until one client can be asked, it waits.
+deadline, which counts from the first message. Whoever is away gets a while to come back. Until one
+client can be asked, an exchange waits; where others could be asked instead, while nobody is online.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from comigs.text import brief
 LIVES = 2  # deadlines that a message lives for; a still later answer comes when asked for again
 SHOWN = 5  # names in a note
 EVERY = 10.0  # seconds between notes that say nothing new
+NO_NODE = "not invited any more"
 
 
 class OfRound(Protocol):
@@ -100,7 +101,7 @@ class Dispatcher(Generic[Answer]):
         report: Report,
         clock: Clock | None = None,
     ) -> None:
-        """Carry over `transport`. nodes: client -> its node; who has none is never there.
+        """Carry over `transport`. nodes: client -> its node; who has none is not waited for.
 
         clock: None is this machine's.
         """
@@ -114,21 +115,26 @@ class Dispatcher(Generic[Answer]):
         questions: Mapping[str, Question[Answer]],
         others: bool = True,
         enough: int | None = None,
+        replaceable: bool = False,
     ) -> Gathered[Answer]:
         """Ask, and wait for answers. Every client of `questions` is in the answers or in absent.
 
         others: also take in what clients that are not asked now answer to something earlier.
         enough: with so many answers the rest are not waited for longer than for who is away.
+        replaceable: others can be asked, so one that is online is enough not to wait for these.
         """
         exchange = _Exchange(questions, self._polling, self._report, self._clock, enough)
+        for client, question in questions.items():
+            if client not in self._nodes:
+                exchange.failed(question, NO_NODE)
         # What has come in is taken first: who has answered something earlier can be asked now.
         while True:
-            looked_for = []
-            for message, sent in self.out.items():
-                if others or sent.question.client in questions:
-                    looked_for.append(message)
-            self._collect(exchange, looked_for)
-            online = self._transport.online(self._nodes_of(questions))
+            ids = [m for m, o in self.out.items() if others or o.question.client in questions]
+            self._collect(exchange, ids)
+            nodes = set(self._nodes.values()) if replaceable else self._nodes_of(questions)
+            online = self._transport.online(nodes)
+            if replaceable:
+                exchange.note_online(bool(online))
             self._forget(online)
             self._push(exchange, online)
             out = {o.question.client: o.question.round for o in self.out.values()}
@@ -168,8 +174,8 @@ class Dispatcher(Generic[Answer]):
         busy = {out.question.client for out in self.out.values()}
         life = LIVES * self._polling.deadline
         for client, question in exchange.open().items():
-            node = self._nodes.get(client)
-            if client not in busy and node is not None and node in online:
+            node = self._nodes[client]
+            if client not in busy and node in online:
                 written = question.write()
                 if (message := self._transport.push(node, written, life)) is not None:
                     ends = self._clock.now() + life
@@ -193,6 +199,7 @@ class _Exchange(Generic[Answer]):
         self._came = Gathered[Answer]()
         self._began = clock.now()
         self._deadline: float | None = None
+        self._waits = True  # for one client to ask, however long that takes
         self._back_by = dict.fromkeys(questions, self._began + polling.patience)
         self._told: tuple[object, ...] = ()
         self._told_at = 0.0
@@ -209,6 +216,12 @@ class _Exchange(Generic[Answer]):
     def _asks(self, question: Question[Answer]) -> bool:
         now = self._questions.get(question.client)
         return now is not None and now.round == question.round
+
+    def note_online(self, anybody: bool) -> None:
+        """Note whether anybody is online: until then nobody's while to come back begins."""
+        self._waits = not anybody
+        if not anybody:
+            self._back_by = dict.fromkeys(self._back_by, self._clock.now() + self._polling.patience)
 
     def asked(self, client: str) -> None:
         """Note that a message has gone out, whose answer may come after the exchange."""
@@ -243,7 +256,8 @@ class _Exchange(Generic[Answer]):
             return self.age() >= self._polling.patience
         away = [name for name in open if name not in out]
         may_come = any(now < self._back_by[name] for name in away)
-        return self._deadline is not None and not waiting and not may_come
+        begun = self._deadline is not None or (not self._waits and len(away) == len(open))
+        return begun and not waiting and not may_come
 
     def changes(self) -> float:
         """Return when the next moment comes that may end it without an answer."""

@@ -69,7 +69,7 @@ def stopped_line(config: Config, history: Iterable[Line]) -> Warned | None:
         round=done,
         sign="privacy-budget-spent",
         message=f"too few clients had privacy left to train after round {done} of {config.rounds}; "
-        f"every model is that of round {done}",
+        f"what clients share is that of round {done}",
     )
 
 

@@ -56,7 +56,8 @@ class Answers:
     replies: in time, by client, in the order of the tasks. absent: client -> why nothing usable
     came, in a few words. late: replies to what was asked in an earlier exchange (reply.round) that
     came in since. lines: what the engine itself says of the exchange, to be kept. pending: of the
-    absent, those whose reply may still come; None where nobody knows.
+    absent, those whose reply may still come; None where nobody knows. blameless: of the absent,
+    those that did all they could, and whose answer does not count for want of others.
     """
 
     replies: dict[str, Reply]
@@ -64,6 +65,7 @@ class Answers:
     late: dict[str, Reply] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
     pending: Collection[str] | None = None
+    blameless: Collection[str] = ()
 
 
 class Engine(Protocol):

@@ -62,5 +62,6 @@ def with_mean(answers: Answers, summed: Collection[str], mean: Upload) -> Answer
 
 def without_sum(answers: Answers, asked: Collection[str], why: str) -> Answers:
     """Return answers of which no upload counts, since there is no sum. why: in a few words."""
-    absent = dict.fromkeys(asked, f"no sum of this round: {why}") | answers.absent
-    return replace(answers, replies={}, absent=absent)
+    others = [name for name in asked if name not in answers.absent]
+    absent = dict.fromkeys(others, f"no sum of this round: {why}") | answers.absent
+    return replace(answers, replies={}, absent=absent, blameless=others)

@@ -70,6 +70,7 @@ class Flower:
         self._sent: dict[str, dict[int, Download]] = defaultdict(dict)
         seen = folder.load(SEEN) if folder.holds(SEEN) else {}
         self._keys: dict[str, str] = {}  # of devices that take part in sums, since this start
+        self.opening = 0  # the last round of which devices were asked to open a sum
         self._seen = {name: (int(rounds[0]), int(rounds[1])) for name, rounds in seen.items()}
 
     def exchange(self, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
@@ -86,7 +87,10 @@ class Flower:
             questions = {}
             for name, task in tasks.items():
                 questions[name] = self._question(name, task, downloads.get(name, {}))
-            came = self._dispatcher.gather(questions)
+            # At the end everybody is asked who can be.
+            is_end = self._round > self._config.rounds
+            replaceable = not (is_end or self._config.asks_all)
+            came = self._dispatcher.gather(questions, replaceable=replaceable)
             replies, late = replies_of(came.answers, tasks), replies_of(came.late)
             answers = Answers(replies, came.absent, late, pending=came.asked)
 
@@ -123,7 +127,8 @@ class Flower:
         """
         questions = {reader: self._probe_question(reader, uploads, round) for reader in uploads}
         # Late uploads wait for the next exchange.
-        came = self._dispatcher.gather(questions, others=False)
+        replaceable = not self._config.asks_all
+        came = self._dispatcher.gather(questions, others=False, replaceable=replaceable)
         nats = {}
         for reader in uploads:
             answer = came.answers.get(reader)

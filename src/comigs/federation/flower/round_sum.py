@@ -1,10 +1,10 @@
 """This module is one round whose uploads are summed unseen, as the server carries it to devices.
 
 It takes two small exchanges beside the round's own, before it and after it, and a third before them
-where the key of a device is not known: after each start of the server, and while one is away. A
-device that is gone in one of them is absent from the round. Where too few are left for the sum, the
-round has none, and the round loop goes on as where too few uploads were usable: it asks again, for
-another sum.
+where the key of a device is not known, or which sum it has opened: after each start of the server,
+while one is away, and in another try after an opening. A device that is gone in one of them is
+absent from the round. Where too few are left for the sum, the round has none, and the round loop
+goes on as where too few uploads were usable: it asks again, for another sum.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from comigs.federation.sum_messages import (
     SealedRound,
     SumRequest,
     read_rows,
+    request_of,
     rows,
 )
 from comigs.methods.method import Download, Upload
@@ -73,7 +74,8 @@ class RoundSum:
         self._tasks: Mapping[str, Task] = {}
         self._absent: dict[str, str] = {}
         self._late: dict[str, Reply] = {}
-        self._opened: set[str] = set()  # keys of an earlier sum of this round that was opened
+        # Keys of a sum of this round whose opening was begun: who helped with it opens no other.
+        self._opened: set[str] = set()
         self._total: np.ndarray | None = None
 
     def exchange(self, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
@@ -84,6 +86,9 @@ class RoundSum:
         except SumError as error:
             answers = Answers({}, self._absent, self._late)
             return without_sum(answers, tasks, str(error))
+        finally:
+            if self._opened:
+                self._engine.opening = next(iter(tasks.values())).round
 
     def _exchange(self, tasks: Mapping[str, Task], downloads: Mapping[str, Download]) -> Answers:
         # Who takes part is known by its key, and a session is of all who can be asked.
@@ -112,9 +117,10 @@ class RoundSum:
         # Open: what comes while others help to open it is not taken in.
         came, total = [members[name] for name in replies], self._total
         assert total is not None
+        if self._opened and self._opened != set(came):
+            raise SumError("not all came that are in the sum whose opening was begun before")
+        self._opened = set(came)
         helped = self._open(session, members, list(replies), came)
-        if len(helped) < session.threshold:  # they will open it for nobody else: see _announce
-            self._keys.clear()
         plain = unmasked(session, keys, came, total, helped)
         mean = self._mean(plain, session, {name: downloads.get(name, {}) for name in replies})
         return with_mean(Answers(replies, self._absent, self._late), replies, mean)
@@ -131,13 +137,16 @@ class RoundSum:
             self._opened |= set(head.opened)
             return Said(head.round, "", head.key)
 
+        # Whose sum they have helped to open in this round, devices say with their keys.
+        if self._engine.opening == next(iter(tasks.values())).round:
+            self._keys.clear()
         unknown = [name for name in tasks if name not in self._keys]
-        # An exchange whose devices are all away waits until one is back. Where the others are
-        # enough for a sum, they are asked again, so that it does not.
-        enough = max(FEWEST, self._config.participation.min_clients)
-        if unknown and len(tasks) - len(unknown) >= enough:
-            unknown = list(tasks)
         self._keys |= self._ask("announce", unknown, lambda name: (None, {}), accept)
+        # All who are in it are needed then, however long one of them is away.
+        if not self._opened <= set(self._keys.values()):
+            self._absent.clear()
+            missing = [name for name in tasks if name not in self._keys]
+            self._keys |= self._ask("announce", missing, lambda name: (None, {}), accept)
 
     def _seal(
         self, session: Session, members: Mapping[str, str]
@@ -154,7 +163,7 @@ class RoundSum:
             self._engine.note_answered(name, head.answered)
             return Said(head.round, session.id, (head, boxes))
 
-        said = _request(session)
+        said = request_of(session)
         sealed = self._ask("seal", members, lambda name: (said, {}), accept, session.id)
         # A device that has lost its folder has another key, and is asked for it the next time.
         for name in members.keys() - sealed.keys():
@@ -172,7 +181,7 @@ class RoundSum:
         # Each is told whose masks its own are to cancel, and gets what others sealed for it.
         of_member = {members[name]: said.key for name, (said, _) in sealed.items()}
         keys = tuple(of_member.get(member, "") for member in session.members)
-        said = _request(session, keys=keys)
+        said = request_of(session, keys=keys)
 
         def write(name: str) -> tuple[SumRequest, dict[str, Tensor]]:
             boxes = {}
@@ -208,7 +217,7 @@ class RoundSum:
             shares = read_rows(tensors, session.members)
             return Said(head.round, session.id, Opened(bytes.fromhex(head.own_seed), shares))
 
-        said = _request(session, came=tuple(came))
+        said = request_of(session, came=tuple(came))
         before = dict(self._absent)
         enough = session.threshold
         helped = self._ask("open", names, lambda name: (said, {}), accept, session.id, enough)
@@ -240,7 +249,12 @@ class RoundSum:
         questions = {name: question(name) for name in names}
         if not questions:
             return {}
-        came = self._dispatcher.gather(questions, enough=enough)
+        # Others can be asked, or those whose keys are known are enough for a sum; not so where a
+        # sum's opening was begun.
+        known, fewest = len(self._tasks) - len(questions), self._config.participation.min_clients
+        is_enough = kind == "announce" and known >= max(FEWEST, fewest)
+        replaceable = not self._opened and (is_enough or not self._config.asks_all)
+        came = self._dispatcher.gather(questions, enough=enough, replaceable=replaceable)
         self._absent |= came.absent
 
         # What was masked for an earlier round, or comes when this one's sum is closed, is dropped;
@@ -278,15 +292,3 @@ class RoundSum:
     def _expected(self, name: str) -> Mapping[Any, tuple[int, ...]]:
         round = self._tasks[name].round
         return expected_upload(self._run.method, self._run.shapes[name], round)
-
-
-def _request(
-    session: Session, keys: tuple[str, ...] = (), came: tuple[str, ...] = ()
-) -> SumRequest:
-    return SumRequest(
-        session=session.id,
-        members=session.members,
-        threshold=session.threshold,
-        keys=keys,
-        came=came,
-    )

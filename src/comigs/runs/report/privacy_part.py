@@ -1,4 +1,6 @@
-"""What a run's page says of privacy: what was bounded, and what each client has spent of it."""
+"""What a run's page says of privacy: what was bounded, and what each client has spent of it, as far
+as the server knows.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,11 @@ def privacy_note(run: Run) -> str:
             "itself saw every upload, and this page has figures that were measured on text."
         )
     return (
-        f"Private by document: whatever was sent is ({max(spent):.3g}, {privacy.delta:g})"
+        f"Private by document: whatever counted is ({max(spent):.3g}, {privacy.delta:g})"
         "-differentially private for each document of a client's train text, so that nobody who "
-        "has it can tell much better than before whether a document was there. Personal models, "
-        "and figures that were measured on text, are not private."
+        "has it can tell much better than before whether a document was there. What was sent later "
+        "and did not count has spent more, which only a client's own privacy.json tells. Personal "
+        "models, and figures that were measured on text, are not private."
     )
 
 
