@@ -428,6 +428,26 @@ def test_who_is_asked_at_the_very_moment_of_the_deadline_works_in_that_round(run
     assert int(stopped.load("clients/cyd/optimizer")["local_steps"]) == 2 * 2
 
 
+def test_a_round_whose_clients_are_away_asks_others_that_are_there(runs):
+    """One is drawn for a round, and bob is never there: ada takes its place after two tries of 30
+    seconds each.
+    """
+    conditions = {
+        "latency": 0.0,
+        "trace": "client,seconds,available\nada,0,1\nada,1e9,1\nbob,0,0\nbob,1e9,0\n",
+    }
+    draw = {"clients_per_round": 1, "max_failures": 2}
+    tree = {"rounds": 3, "seed": 49, "participation": draw, "conditions": conditions}
+    run = runs("drawn", "ada bob", **tree)
+    assert {line["client"] for line in lines(run, "train")} == {"ada"}
+    ((round, client, reason),) = [
+        (line["round"], line["client"], line["reason"]) for line in lines(run, "absent")
+    ]
+    took = [line["ended"] - line["began"] for line in lines(run, "exchange")]
+    assert (client, reason) == ("bob", "gone") and len(took) == 5
+    assert sum(took) == pytest.approx(60)
+
+
 def test_what_is_lost_on_the_way_was_never_done(runs):
     """Bob is lost in each round: all others do what they do where he cannot be reached."""
     tree = {"participation": {"max_failures": 9}, "evaluation": {"every": 0, "keep": "last"}}

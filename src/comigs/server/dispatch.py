@@ -131,10 +131,10 @@ class Dispatcher(Generic[Answer]):
         while True:
             ids = [m for m, o in self.out.items() if others or o.question.client in questions]
             self._collect(exchange, ids)
-            nodes = set(self._nodes.values()) if replaceable else self._nodes_of(questions)
-            online = self._transport.online(nodes)
+            online = self._transport.online(self._nodes_of(questions))
             if replaceable:
-                exchange.note_online(bool(online))
+                anybody = online or self._transport.online(set(self._nodes.values()))
+                exchange.note_online(bool(anybody))
             self._forget(online)
             self._push(exchange, online)
             out = {o.question.client: o.question.round for o in self.out.values()}

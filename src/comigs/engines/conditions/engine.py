@@ -86,7 +86,7 @@ class Conditions:
         began, questions = self._network.now(), {}
         for name, task in tasks.items():
             questions[name] = self._question(name, task, downloads.get(name, {}))
-        came = self._dispatcher.gather(questions)
+        came = self._dispatcher.gather(questions, replaceable=not self._config.asks_all)
         in_time = [name for name, reply in came.late.items() if reply.round == round]
         for name in [*came.answers, *in_time]:
             self._merged.deliver(name)
