@@ -49,10 +49,10 @@ def export(
     place = Path(out) if out is not None else Path("exports") / name
     require_free(place)
     # The text is needed, as every export is measured on it.
-    base, config, data = opened_for_export(folder, client)
+    base, config, texts = opened_for_export(folder, client)
+    windows = windows_of(texts.load(client).valid, config.data.sequence_length)
     say(f"{client}: measuring on valid, writing {to} in {chosen}, reading it back")
     with closing(PersonalModel(folder, client, base)) as model:
-        windows = windows_of(data.load(client).valid, config.data.sequence_length)
         source = Source(folder, client, base, model, windows)
         return write_export(source, (to, form, chosen), place)
 
