@@ -173,11 +173,11 @@ def test_ctrl_c_stops_an_answer_and_not_the_program_which_sigterm_does(long_run)
         terminal.wait_for("weight of what all know")
         terminal.wait_for("run/ann> ")
         # Python's line editor sleeps through this signal, too, at that moment.
-        for _ in range(20):
+        for _ in range(8):
             terminal.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                terminal.process.wait(1)
-        assert terminal.process.returncode == 128 + signal.SIGTERM
+                terminal.process.wait(5)
+        assert terminal.process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
     finally:
         terminal.process.kill()
         terminal.process.wait()
