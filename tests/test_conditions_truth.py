@@ -74,6 +74,7 @@ rank = 64
 specialists = 1
 [options]
 adopt = "all"
+specialists = "apart"
 [participation]
 deadline = {deadline}
 """
