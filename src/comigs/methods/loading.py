@@ -149,13 +149,12 @@ def _require_possible(config: Config, method: Method) -> None:
 
     Raises UserError naming the field.
     """
-    level, leaks, sent = config.privacy.level, "", _sent(config, method)
-    if config.privacy.by_document:
-        leaks = method.leaks
-    elif config.privacy.by_client:
-        leaks = _other_than_a_mean(method, sent)
-    if level != "none" and not leaks and not sent:
-        leaks = "as it is set it sends nothing, so there is nothing to bound"
+    level, leaks = config.privacy.level, ""
+    if level != "none":
+        sent = _sent(config, method)
+        leaks = method.leaks if config.privacy.by_document else _other_than_a_mean(method, sent)
+        if not leaks and not sent:
+            leaks = "as it is set it sends nothing, so there is nothing to bound"
     if leaks:
         raise UserError(
             f'privacy.level: given "{level}", but {config.method} cannot be private: '

@@ -88,14 +88,14 @@ class Arrivals:
         for answer, coming in list(self._coming.items()):
             if coming.asked not in wanted:
                 continue
-            if (message := _whole(grid, answer, coming, self._most())) is not None:
+            if (message := _whole(grid, answer, coming, self._most)) is not None:
                 del self._coming[answer]
                 came.append(message)
         return came
 
 
-def _whole(grid: HttpGrid, answer: str, coming: Coming, most: int) -> Message | None:
-    """Return an answer of at most `most` bytes, or None while pieces of it are not there yet.
+def _whole(grid: HttpGrid, answer: str, coming: Coming, most: Callable[[], int]) -> Message | None:
+    """Return an answer of at most `most()` bytes, or None while pieces of it are not there yet.
 
     In place of what is none, or larger, comes one without content.
     """
@@ -122,7 +122,7 @@ def _whole(grid: HttpGrid, answer: str, coming: Coming, most: int) -> Message | 
 
     # Flower has looked at no more than the form of each piece, and raises whatever comes up.
     with suppress(Exception):
-        _require_size(here, most)
+        _require_size(here, most())
         message = inflate_object_from_contents(answer, here)
         if isinstance(message, Message) and message.metadata.reply_to_message_id == coming.asked:
             message.metadata.__dict__["_message_id"] = answer
