@@ -30,7 +30,7 @@ from comigs.engines.in_process import InProcess
 from comigs.errors import Stopped, UserError, nearest
 from comigs.files import command, require_free
 from comigs.methods.loading import load_method
-from comigs.personal.model import PersonalModel, model_path, require_model
+from comigs.personal.model import PersonalModel, clients_here, require_model
 from comigs.processes import interrupts
 from comigs.runs.environment import (
     describe,
@@ -217,7 +217,7 @@ def measurable_models(
     require_no_federation(folder, f"what they measured: {command('report', folder.path)}")
     names = folder.config().names
     folder.require_a_round()
-    here = [name for name in names if folder.holds(model_path(folder, name))]
+    here = clients_here(folder)
     if client is not None or not here:
         require_model(folder, client or names[0])
         here = [client or names[0]]

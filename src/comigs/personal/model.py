@@ -29,6 +29,7 @@ from comigs.experts.attach import Attachment
 from comigs.methods.loading import load_method
 from comigs.personal.prompts import conversation_ids, text_ids, unread
 from comigs.personal.serve.text import Transcript, Vocabulary
+from comigs.runs.checkpoint import Checkpoint
 from comigs.runs.environment import require_same_base
 from comigs.runs.folder import RunFolder
 from comigs.slots import Slot
@@ -172,10 +173,21 @@ def model_path(folder: RunFolder, client: str) -> str:
 
     While the run goes on, they are those of the best round so far, where there is one.
     """
-    if folder.checkpoint().finished:
+    return _path_in(folder.checkpoint(), client)
+
+
+def _path_in(checkpoint: Checkpoint, client: str) -> str:
+    if checkpoint.finished:
         return f"clients/{client}/personal"
     best = f"clients/{client}/best"
-    return best if folder.holds(best) else f"clients/{client}/experts"
+    return best if best in checkpoint.newest else f"clients/{client}/experts"
+
+
+def clients_here(folder: RunFolder) -> list[str]:
+    """Return the clients of a run whose own model is here, in the config's order."""
+    checkpoint = folder.checkpoint()  # it is read once, however many clients there are
+    names = folder.config().names
+    return [name for name in names if _path_in(checkpoint, name) in checkpoint.newest]
 
 
 def require_model(folder: RunFolder, client: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from comigs.bases.load import Base, set_dtype
 from comigs.errors import UserError
-from comigs.personal.model import model_path
+from comigs.personal.model import clients_here
 from comigs.personal.serve.app import Served
 from comigs.personal.serve.packed import read_client
 from comigs.runs.folder import RunFolder
@@ -48,9 +48,8 @@ def ids_of(folders: Sequence[RunFolder]) -> dict[str, tuple[RunFolder, str]]:
     """
     found = {}
     for folder, name in zip(folders, names_of([folder.path for folder in folders]), strict=True):
-        for client in folder.config().clients:
-            if folder.holds(model_path(folder, client.name)):
-                found[f"{name}/{client.name}"] = (folder, client.name)
+        for client in clients_here(folder):
+            found[f"{name}/{client}"] = (folder, client)
     if not found:
         raise UserError(
             f"{folders[0].path}: holds no client's model; they are on the clients' own devices"
